@@ -1,0 +1,50 @@
+"""Frame replacement: how STIV is given images (arXiv 2412.07730, section 3).
+
+Frames of the model's input are the clean latents where a boolean frame mask [B, T] says so. The first frame gives
+image-to-video; the first k video prediction; first and last, or every n-th, frame interpolation.
+"""
+
+import torch
+from torch import Tensor
+
+from stiv_deploy.stiv_ref.flow import interpolate
+
+
+def replace_frames(latents: Tensor, clean: Tensor, frame_mask: Tensor) -> Tensor:
+    """Return ``latents`` [B, T, C, h, w] with the frames of ``frame_mask`` (bool [B, T]) taken from ``clean``."""
+    return torch.where(frame_mask[:, :, None, None, None], clean, latents)
+
+
+def noise_frames(latents: Tensor, clean: Tensor, noise: Tensor, timestep: Tensor, frame_mask: Tensor) -> Tensor:
+    """Return ``latents`` with the given frames *noised* to ``timestep`` [B]: the unconditional branch of JIT-CFG.
+
+    The latents of a sampling loop hold given frames clean; a branch that must not see the image gets the point of
+    the flow path that it would see in training, ``t * clean + (1 - t) * noise``.
+    """
+    return replace_frames(latents, interpolate(clean, noise, timestep), frame_mask)
+
+
+def draw_frame_mask(batch: int, frames: int, drop: Tensor) -> Tensor:
+    """Training mask bool [B, T]: frame 0 is given, except in the samples of ``drop`` (bool [B])."""
+    mask = torch.zeros(batch, frames, dtype=torch.bool)
+    mask[:, 0] = ~drop
+    return mask
+
+
+def draw_dropout(
+    batch: int, *, text: float, image: float, joint: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw which samples lose their text and their image, two bool [B].
+
+    ``text`` and ``image`` are the total rates; ``joint`` is the share of the dropped *images* that lose the text too
+    (the joint unconditional case of JIT-CFG), so ``joint * image`` must not exceed ``text``.
+    """
+    both = joint * image
+    if not (0 <= text <= 1 and 0 <= image <= 1 and both <= text):
+        raise ValueError(f"dropout rates must lie in [0, 1] with joint * image <= text; got {text=}, {image=}, {joint=}")
+    draw = torch.rand(batch, generator=generator)
+    drop_image = draw < image
+    drop_both = draw < both
+    text_alone = (text - both) / (1 - both) if both < 1 else 0.0
+    drop_text = drop_both | (torch.rand(batch, generator=generator) < text_alone)
+    return drop_text, drop_image

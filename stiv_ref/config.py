@@ -1,0 +1,105 @@
+"""Model configurations: the architecture facts of STIV, checked, frozen, and by name.
+
+The three large sizes are the paper's (arXiv 2412.07730, table of model variants); ``tiny`` is the one that
+trains on two CPU cores and ships with the repository.
+"""
+
+import json
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stiv_deploy.stiv_ref.errors import ConfigError
+
+Section = TypeVar("Section", bound="FrozenConfig")
+
+
+class FrozenConfig(BaseModel):
+    """Base of every config: immutable, and an unknown key is an error instead of a silent no-op."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def parse_config(kind: type[Section], values: object, source: str) -> Section:
+    """Build ``kind`` from ``values``; raise one-line :class:`ConfigError` naming ``source`` if they do not fit."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(str(part) for part in fault['loc']) or 'config'}: {fault['msg']} (got {fault['input']!r})"[:300]
+            for fault in error.errors()
+        )
+        raise ConfigError(f"{source}: {faults}") from None
+
+
+def read_config(kind: type[Section], path: Path) -> Section:
+    """Read a JSON config file; raise :class:`ConfigError` if it is missing, is not JSON, or does not fit."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON ({error})") from None
+    return parse_config(kind, values, str(path))
+
+
+class StivConfig(FrozenConfig):
+    """Architecture of one STIV transformer.
+
+    ``patch`` is (pt, ps): frames and pixels of latent that make one token. ``base_frames`` and ``base_grid`` (in
+    tokens) are the sizes at which RoPE positions are used as they are; larger inputs are interpolated back to them.
+    """
+
+    name: str
+    blocks: int = Field(gt=0)
+    width: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    patch: tuple[int, int] = (1, 2)
+    latent_channels: int = Field(default=4, gt=0)
+    text_width: int = Field(default=1024, gt=0)
+    temporal: bool = True
+    mlp_ratio: int = Field(default=4, gt=0)
+    base_frames: int = Field(default=20, gt=0)
+    base_grid: tuple[int, int] = (16, 16)
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    frequency_width: int = Field(default=256, gt=0, multiple_of=2)
+
+    @model_validator(mode="after")
+    def _check(self) -> "StivConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
+        if self.head_dim % 4:
+            raise ValueError(f"head size {self.head_dim} (width / heads) must be a multiple of 4 for 2D RoPE")
+        if min(*self.patch, *self.base_grid) < 1:
+            raise ValueError("patch and base_grid sizes must be at least 1")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def patch_values(self) -> int:
+        """Latent values in one token: C * pt * ps * ps."""
+        return self.latent_channels * self.patch[0] * self.patch[1] ** 2
+
+
+CONFIGS = {
+    config.name: config
+    for config in (
+        StivConfig(
+            name="tiny", blocks=6, width=160, heads=5, text_width=96, base_frames=8, base_grid=(4, 4), rope_theta=100.0
+        ),
+        StivConfig(name="XL", blocks=28, width=1152, heads=16),
+        StivConfig(name="XXL", blocks=38, width=1536, heads=24),
+        StivConfig(name="M", blocks=46, width=3072, heads=48),
+    )
+}
+
+
+def model_config(name: str) -> StivConfig:
+    """Return the named configuration; raise :class:`ConfigError` that lists the names if there is none."""
+    try:
+        return CONFIGS[name]
+    except KeyError:
+        raise ConfigError(f"no model config named {name!r}; there are: {', '.join(CONFIGS)}") from None

@@ -1,0 +1,88 @@
+"""Moving digits: scikit-learn's real handwritten digits, sliding left, right, up or down, with captions.
+
+Small enough to learn on two CPU cores, real enough to fail visibly: a model is right when the caption's digit moves
+the caption's way.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+"""Direction -> sign of the movement along (rows, columns)."""
+WORDS = ("digit", "moving", *DIGIT_WORDS, *DIRECTIONS)
+SIZE = 32
+DIGIT = 16
+SPEED = 2  # pixels a frame
+TEST_SHARE = 6  # every sixth handwriting sample is held out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clips:
+    """A batch: video fp32 [B, F, 3, 32, 32] in [-1, 1], one caption each, and the truth behind the captions."""
+
+    video: Tensor
+    captions: list[str]
+    digits: list[int]
+    directions: list[str]
+
+
+def caption(digit: int, direction: str | None) -> str:
+    """The caption of a clip, or of a still image where ``direction`` is None."""
+    still = f"digit {DIGIT_WORDS[digit]}"
+    return still if direction is None else f"{still} moving {direction}"
+
+
+def micro_conditions(count: int, frames: int) -> Tensor:
+    """Micro-conditions fp32 [count, 6] of these clips: resolution, crop origin, frame stride 1, frames."""
+    return torch.tensor([[SIZE, SIZE, 0, 0, 1, frames]], dtype=torch.float32).repeat(count, 1)
+
+
+class MovingDigits:
+    """Draws clips of one split ('train' or 'test') of the handwriting samples."""
+
+    def __init__(self, split: str) -> None:
+        from sklearn.datasets import load_digits
+
+        images, labels = load_digits(return_X_y=True)
+        held_out = np.arange(len(labels)) % TEST_SHARE == 0
+        chosen = held_out if split == "test" else ~held_out
+        self.labels = labels[chosen]
+        small = torch.from_numpy(images[chosen].astype(np.float32) / 16).reshape(-1, 1, 8, 8)
+        self.images = F.interpolate(small, size=(DIGIT, DIGIT), mode="bicubic", align_corners=False).clamp(0, 1)[:, 0]
+
+    def draw(self, count: int, frames: int, generator: torch.Generator) -> Clips:
+        """Draw ``count`` clips of ``frames`` frames; with one frame, still images with still captions."""
+
+        def integers(high: int) -> list[int]:
+            return torch.randint(high, (count,), generator=generator).tolist()
+
+        travel = SPEED * (frames - 1)
+        room = SIZE - DIGIT
+        if travel > room:
+            raise ValueError(f"{frames} frames at {SPEED} pixels a frame leave the canvas; at most {room // SPEED + 1}")
+        names = list(DIRECTIONS)
+        indices, turns = integers(len(self.labels)), integers(len(names))
+        along, across = integers(room - travel + 1), integers(room + 1)
+        video = torch.zeros(count, frames, SIZE, SIZE)
+        for clip in range(count):
+            image = self.images[indices[clip]]
+            rows, columns = DIRECTIONS[names[turns[clip]]]
+            for frame in range(frames):
+                moved = along[clip] + SPEED * frame
+                place = moved if rows + columns > 0 else room - moved
+                top, left = (place, across[clip]) if rows else (across[clip], place)
+                video[clip, frame, top : top + DIGIT, left : left + DIGIT] = image
+        digits = [int(self.labels[index]) for index in indices]
+        directions = [names[turn] for turn in turns]
+        shown = directions if frames > 1 else [None] * count
+        return Clips(
+            video=(2 * video - 1).unsqueeze(2).repeat(1, 1, 3, 1, 1),
+            captions=[caption(digit, direction) for digit, direction in zip(digits, shown, strict=True)],
+            digits=digits,
+            directions=directions,
+        )

@@ -1,0 +1,19 @@
+"""Errors that a user of the reference can cause and mend."""
+
+
+class StivRefError(ValueError):
+    """Bad input to the reference. The message says what was given, what is wanted and what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(StivRefError):
+    """A model config or a training recipe is not valid."""
+
+
+class CheckpointError(StivRefError):
+    """A checkpoint is missing, damaged, or does not fit its config."""
+
+
+class DivergedError(StivRefError):
+    """Training produced a loss that is not finite."""

@@ -1,0 +1,207 @@
+"""The STIV transformer: latents, timestep and text in, velocity out.
+
+Shapes: B batch, T latent frames, C channels, h, w latent size; T', S, D token frames, tokens of a frame, width;
+L text tokens, Dt text width. Source: arXiv 2412.07730, section 3 (PixArt-alpha base, arXiv 2310.00426).
+
+The forward pass is split where the deployment splits it: :meth:`Stiv.text_kv` once a request, then
+:meth:`Stiv.embed`, the blocks and :meth:`Stiv.head` at every step.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stiv_deploy.stiv_ref.block import MODULATIONS, RopeTables, StivBlock, stateless_norm
+from stiv_deploy.stiv_ref.config import StivConfig
+from stiv_deploy.stiv_ref.rope import spatial_table, temporal_table
+
+MICRO_GROUPS = {"resolution": 2, "crop": 2, "stride": 1, "frames": 1}
+"""Micro-conditions and how many numbers each has: original (height, width), crop (top, left), frame stride, frames."""
+MICRO_VALUES = sum(MICRO_GROUPS.values())
+MASKED = -1e4
+"""What the additive text mask holds at padding: exp(-1e4) is 0 in every float type, and fp16 can hold it."""
+
+
+class Embedded(NamedTuple):
+    """What :meth:`Stiv.embed` returns: tokens [B, T', S, D], modulation [B, 6, D], singleton condition [B, D]."""
+
+    x: Tensor
+    modulation: Tensor
+    condition: Tensor
+
+
+class TextKV(NamedTuple):
+    """Cross-attention keys and values of all blocks, each [N, B, H, L, Dh]."""
+
+    k: Tensor
+    v: Tensor
+
+
+def sinusoidal(values: Tensor, width: int) -> Tensor:
+    """Sinusoidal embedding [..., width] of fp32 ``values`` [...], cosines first, periods up to 10000 (DiT)."""
+    half = width // 2
+    frequency = torch.exp(torch.arange(half, dtype=torch.float32, device=values.device) * (-math.log(10_000.0) / half))
+    angle = values.float().unsqueeze(-1) * frequency
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+def additive_mask(token_mask: Tensor) -> Tensor:
+    """Additive attention mask fp32 [B, 1, 1, L] of a 0/1 token mask [B, L]."""
+    return ((1 - token_mask.float()) * MASKED)[:, None, None, :]
+
+
+class ScalarEmbedder(nn.Module):
+    """``count`` scalars -> sinusoidal features, concatenated -> two-layer MLP -> stateless norm: one summand [B, D]."""
+
+    def __init__(self, count: int, frequency_width: int, width: int) -> None:
+        super().__init__()
+        self.frequency_width = frequency_width
+        self.inner = nn.Linear(count * frequency_width, width)
+        self.outer = nn.Linear(width, width)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Embed ``values`` fp32 [B, count]."""
+        features = sinusoidal(values, self.frequency_width).flatten(1).to(self.inner.weight.dtype)
+        return stateless_norm(self.outer(F.silu(self.inner(features))))
+
+
+class SingletonCondition(nn.Module):
+    """Timestep, micro-conditions and pooled text, each normed, then summed to one vector [B, D]."""
+
+    def __init__(self, config: StivConfig) -> None:
+        super().__init__()
+        self.timestep = ScalarEmbedder(1, config.frequency_width, config.width)
+        self.micro = nn.ModuleDict(
+            {
+                name: ScalarEmbedder(count, config.frequency_width, config.width)
+                for name, count in MICRO_GROUPS.items()
+            }
+        )
+        self.pooled = nn.Linear(config.text_width, config.width)
+
+    def forward(self, timestep: Tensor, micro: Tensor, pooled: Tensor) -> Tensor:
+        """Combine ``timestep`` [B] in [0, 1], ``micro`` [B, 6] and pooled text [B, Dt]."""
+        condition = self.timestep(1000 * timestep.unsqueeze(1)) + stateless_norm(self.pooled(pooled))
+        groups = micro.split(list(MICRO_GROUPS.values()), dim=1)
+        for name, values in zip(MICRO_GROUPS, groups, strict=True):
+            condition = condition + self.micro[name](values)
+        return condition
+
+
+class Head(nn.Module):
+    """Final stateless norm with its own shift and scale, then a linear to the values of a patch."""
+
+    def __init__(self, config: StivConfig) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(2, config.width))
+        self.out = nn.Linear(config.width, config.patch_values)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Map tokens [B, T', S, D] and the singleton condition [B, D] to patches [B, T', S, pt*ps*ps*C]."""
+        shift, scale = (condition.unsqueeze(1) + self.table)[:, None].chunk(2, dim=2)  # 2 x (B, 1, 1, D)
+        return self.out(stateless_norm(x) * (1 + scale) + shift)
+
+
+class Stiv(nn.Module):
+    """STIV as text-to-video, or as text-to-image when ``config.temporal`` is false (T = 1)."""
+
+    def __init__(self, config: StivConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch = nn.Linear(config.patch_values, config.width)
+        self.singleton = SingletonCondition(config)
+        self.modulation = nn.Linear(config.width, MODULATIONS * config.width)
+        self.text_in = nn.Linear(config.text_width, config.width)
+        self.text_out = nn.Linear(config.width, config.width)
+        self.blocks = nn.ModuleList(StivBlock(config) for _ in range(config.blocks))
+        self.head = Head(config)
+
+    def initialize(self, generator: torch.Generator | None = None) -> "Stiv":
+        """Initialize for training: Xavier linears, PixArt's modulation tables, zero output (the velocity starts at 0)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.modulation.weight, std=0.02, generator=generator)
+        for table in [*(block.table for block in self.blocks), self.head.table]:
+            nn.init.normal_(table, std=self.config.width**-0.5, generator=generator)
+        nn.init.zeros_(self.head.out.weight)
+        return self
+
+    def token_grid(self, latents_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """Token frames, rows and columns of latents [B, T, C, h, w]; ``ValueError`` if the patch does not divide them."""
+        _, frames, channels, height, width = latents_shape
+        pt, ps = self.config.patch
+        if channels != self.config.latent_channels:
+            raise ValueError(f"latents have {channels} channels, the model wants {self.config.latent_channels}")
+        if frames % pt or height % ps or width % ps:
+            raise ValueError(
+                f"latents of {frames} frames, {height}x{width} are not divisible by the patch ({pt}, {ps}, {ps})"
+            )
+        return frames // pt, height // ps, width // ps
+
+    def patchify(self, latents: Tensor) -> Tensor:
+        """Cut latents [B, T, C, h, w] into tokens [B, T/pt, S, pt*ps*ps*C]."""
+        batch, _, channels, _, _ = latents.shape
+        frames, rows, columns = self.token_grid(latents.shape)
+        pt, ps = self.config.patch
+        x = latents.reshape(batch, frames, pt, channels, rows, ps, columns, ps)
+        return x.permute(0, 1, 4, 6, 2, 5, 7, 3).reshape(batch, frames, rows * columns, self.config.patch_values)
+
+    def unpatchify(self, patches: Tensor, latents_shape: tuple[int, ...]) -> Tensor:
+        """Inverse of :meth:`patchify`, to latents of ``latents_shape``."""
+        frames, rows, columns = self.token_grid(latents_shape)
+        pt, ps = self.config.patch
+        x = patches.reshape(patches.shape[0], frames, rows, columns, pt, ps, ps, self.config.latent_channels)
+        return x.permute(0, 1, 4, 7, 2, 5, 3, 6).reshape(latents_shape)
+
+    def rope_tables(self, latents_shape: tuple[int, ...]) -> RopeTables:
+        """RoPE tables for latents of this shape, on the model's device and in its dtype."""
+        frames, rows, columns = self.token_grid(latents_shape)
+        config = self.config
+        tables = (
+            *spatial_table((rows, columns), config.head_dim, config.base_grid, config.rope_theta),
+            *temporal_table(frames, config.head_dim, config.base_frames, config.rope_theta),
+        )
+        return RopeTables(*(table.to(self.patch.weight) for table in tables))
+
+    def text_kv(self, text_states: Tensor) -> TextKV:
+        """Cross-attention K and V of every block from text states [B, L, Dt]."""
+        text = self.text_out(F.gelu(self.text_in(text_states), approximate="tanh"))
+        pairs = [block.cross.text_kv(text) for block in self.blocks]
+        return TextKV(torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs]))
+
+    def embed(self, latents: Tensor, timestep: Tensor, micro: Tensor, pooled: Tensor) -> Embedded:
+        """Tokens and conditions of one step: latents [B, T, C, h, w], timestep [B], micro [B, 6], pooled [B, Dt]."""
+        x = self.patch(self.patchify(latents).to(self.patch.weight.dtype))
+        condition = self.singleton(timestep, micro, pooled)
+        modulation = self.modulation(F.silu(condition)).unflatten(1, (MODULATIONS, self.config.width))
+        return Embedded(x, modulation, condition)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        micro: Tensor,
+        text_states: Tensor,
+        token_mask: Tensor,
+        pooled: Tensor,
+        text_kv: TextKV | None = None,
+    ) -> Tensor:
+        """Predict the velocity, same shape as ``latents`` [B, T, C, h, w].
+
+        ``timestep`` [B] in [0, 1] (0 noise, 1 data); ``micro`` [B, 6]; ``text_states`` [B, L, Dt] with 0/1
+        ``token_mask`` [B, L]; ``pooled`` [B, Dt]. ``text_kv`` may be given to reuse it over the steps of a request.
+        """
+        if not self.config.temporal and latents.shape[1] != 1:
+            raise ValueError(f"an image model takes one frame, got {latents.shape[1]}")
+        text_k, text_v = self.text_kv(text_states) if text_kv is None else text_kv
+        mask = additive_mask(token_mask).to(text_k.dtype)
+        rope = self.rope_tables(latents.shape)
+        x, modulation, condition = self.embed(latents, timestep, micro, pooled)
+        for block, k, v in zip(self.blocks, text_k, text_v, strict=True):
+            x = block(x, modulation, k, v, mask, rope)
+        return self.unpatchify(self.head(x, condition), latents.shape)

@@ -1,0 +1,117 @@
+"""The shortest correct sampling loop: the golden answer for every shipped form of it.
+
+Integrates the flow from t = 0 (noise) to t = 1 (data) with frame replacement at every evaluation and any of the
+guidance modes, all branches in one batched call (arXiv 2412.07730, section 3).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stiv_deploy.stiv_ref.conditioning import noise_frames, replace_frames
+from stiv_deploy.stiv_ref.flow import schedule
+from stiv_deploy.stiv_ref.guidance import GuidanceMode, cfg_renorm, jit_cfg, sit_cfg
+from stiv_deploy.stiv_ref.model import Stiv
+from stiv_deploy.stiv_ref.text import TextStates
+
+
+class Solver(StrEnum):
+    """Ordinary differential equation solver: Euler (one model call a step) or Heun (two, second order)."""
+
+    EULER = "euler"
+    HEUN = "heun"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """Everything about a sampling run that is not a tensor. ``image_scale`` is used by SIT-CFG only."""
+
+    steps: int = 50
+    guidance_mode: GuidanceMode = GuidanceMode.JIT
+    guidance_scale: float = 7.5
+    image_scale: float = 1.5
+    renorm: bool = True
+    solver: Solver = Solver.EULER
+    time_shift: float = 1.0
+
+
+class SamplingInputs(NamedTuple):
+    """Tensors of a sampling run.
+
+    ``noise`` and ``clean`` [B, T, C, h, w]; ``frame_mask`` bool [B, T] marks the frames of ``clean`` that are given;
+    ``text`` and ``null_text`` are the states of the prompts and of the empty (or negative) prompts, ``micro`` [B, 6].
+    """
+
+    noise: Tensor
+    clean: Tensor
+    frame_mask: Tensor
+    text: TextStates
+    null_text: TextStates
+    micro: Tensor
+
+
+Observer = Callable[[int, Tensor, Tensor], None]
+"""Called after each step with its index, the latents before it and the guided velocity used (first evaluation)."""
+
+
+class _Branches(NamedTuple):
+    """The guidance branches, folded into the batch axis [G * B], and which of them see the given frames."""
+
+    text: TextStates
+    sees_image: list[bool]
+
+
+def _branches(mode: GuidanceMode, text: TextStates, null: TextStates) -> _Branches:
+    order = {
+        GuidanceMode.NONE: [(text, True)],
+        GuidanceMode.JIT: [(text, True), (null, False)],
+        GuidanceMode.SIT: [(text, True), (null, True), (null, False)],
+    }[mode]
+    stacked = TextStates(*(torch.cat(parts) for parts in zip(*(states for states, _ in order), strict=True)))
+    return _Branches(stacked, [sees for _, sees in order])
+
+
+def _guide(branches: tuple[Tensor, ...], frame_mask: Tensor, settings: SamplingSettings) -> Tensor:
+    match settings.guidance_mode:
+        case GuidanceMode.NONE:
+            return branches[0]
+        case GuidanceMode.JIT:
+            guided = jit_cfg(*branches, settings.guidance_scale)
+        case GuidanceMode.SIT:
+            guided = sit_cfg(*branches, settings.guidance_scale, settings.image_scale)
+    return cfg_renorm(guided, branches[0], frame_mask) if settings.renorm else guided
+
+
+@torch.no_grad()
+def sample(
+    model: Stiv, inputs: SamplingInputs, settings: SamplingSettings, observer: Observer | None = None
+) -> Tensor:
+    """Generate latents [B, T, C, h, w]; the given frames come out bit-equal to ``inputs.clean``."""
+    noise, clean, frame_mask, text, null_text, micro = inputs
+    branches = _branches(settings.guidance_mode, text, null_text)
+    count = len(branches.sees_image)
+    text_kv = model.text_kv(branches.text.states)
+    micro = micro.repeat(count, 1)
+
+    def velocity(latents: Tensor, time: float) -> Tensor:
+        timestep = latents.new_full((len(latents),), time)
+        hidden = noise_frames(latents, clean, noise, timestep, frame_mask)
+        model_input = torch.cat([latents if sees else hidden for sees in branches.sees_image])
+        output = model(model_input, timestep.repeat(count), micro, *branches.text, text_kv=text_kv)
+        return _guide(output.chunk(count), frame_mask, settings)
+
+    latents = replace_frames(noise, clean, frame_mask)
+    times = schedule(settings.steps, settings.time_shift).tolist()
+    for step, (time, following) in enumerate(zip(times, times[1:], strict=False)):
+        before, v = latents, velocity(latents, time)
+        latents = replace_frames(before + (following - time) * v, clean, frame_mask)
+        if settings.solver is Solver.HEUN and following < 1:
+            mean = 0.5 * (v + velocity(latents, following))
+            latents = replace_frames(before + (following - time) * mean, clean, frame_mask)
+        if observer is not None:
+            observer(step, before, v)
+    return latents
