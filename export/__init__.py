@@ -1,0 +1,1 @@
+"""From a checkpoint to a bundle: ONNX graphs, their checks, engines, parity."""

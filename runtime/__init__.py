@@ -1,0 +1,1 @@
+"""What ships: run a bundle without torch."""

@@ -1,0 +1,87 @@
+"""What a backend is: device buffers, and graphs bound to them.
+
+A request allocates its buffers once, binds every graph to them once, and then only calls. That is what CUDA graphs,
+engines with fixed addresses and ONNX Runtime's I/O binding all want.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from stiv_deploy.runtime.contract import DType
+
+ITEM_BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
+Call = Callable[[], None]
+"""Runs a bound graph; work may be queued, see :meth:`Backend.synchronize`."""
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Contiguous device memory with a shape. ``owner`` keeps the memory alive; views share their parent's owner."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: DType
+    owner: Any
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * ITEM_BYTES[self.dtype]
+
+    def reshape(self, *shape: int) -> "Buffer":
+        """The same memory under another shape of equal size."""
+        assert np.prod(shape, dtype=np.int64) == np.prod(self.shape, dtype=np.int64)
+        return Buffer(self.address, shape, self.dtype, self.owner)
+
+    def __getitem__(self, index: int) -> "Buffer":
+        """Row ``index`` along the first axis, as a view."""
+        assert 0 <= index < self.shape[0]
+        return Buffer(self.address + index * (self.nbytes // self.shape[0]), self.shape[1:], self.dtype, self.owner)
+
+
+class Backend(ABC):
+    """Executes the graphs of one bundle. Use as a context manager; buffers die with their last reference."""
+
+    name: str
+    device: str
+    """The device in words, for reports."""
+
+    @abstractmethod
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> Buffer:
+        """Allocate uninitialized memory."""
+
+    @abstractmethod
+    def write(self, buffer: Buffer, array: np.ndarray) -> None:
+        """Copy a host array of the buffer's very shape and dtype (float32, int64 or bool) into it."""
+
+    @abstractmethod
+    def read(self, buffer: Buffer) -> np.ndarray:
+        """Wait for queued work and return a host copy (a bfloat16 buffer comes back as float32)."""
+
+    @abstractmethod
+    def bind(self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
+        """Bind ``graph`` to buffers, loading it on first use, and return the call that runs it."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until all queued work is done."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release sessions, engines and streams."""
+
+    def upload(self, array: np.ndarray) -> Buffer:
+        """Allocate a buffer for ``array`` and copy it there."""
+        buffer = self.empty(array.shape, str(array.dtype))  # type: ignore[arg-type]
+        self.write(buffer, array)
+        return buffer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

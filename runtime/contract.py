@@ -1,0 +1,191 @@
+"""The graph contract: which graphs a bundle has, and the name, type and symbolic shape of every tensor.
+
+Export names its inputs and outputs by it, the runtime allocates and binds by it, engines are profiled by it.
+
+Symbols: ``batch`` requests; ``branches`` guidance branches (1 to 3); ``model_batch`` = branches * batch, branch-major;
+``video_frames``, ``height``, ``width`` in pixels; ``frames``, ``latent_height``, ``latent_width`` of the latents;
+``token_frames``, ``tokens`` (of a frame) of the transformer; ``text_tokens``.
+
+Types: whatever the host makes or reads is float32, int64 or bool; ``FLOAT`` is the bundle's precision and stays on
+the device.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MICRO_VALUES = 6
+"""Micro-conditions: original height and width, crop top and left, frame stride, number of frames."""
+MASKED = -1e4
+"""Additive text mask at padding."""
+MAX_BRANCHES = 3
+
+Precision = Literal["float32", "float16", "bfloat16"]
+DType = Literal["float32", "float16", "bfloat16", "int64", "bool"]
+Dim = int | str
+
+
+class Frozen(BaseModel):
+    """Base of the manifest's parts: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorSpec(Frozen):
+    """Name, element type and shape of a graph input or output; a string is a symbolic dimension."""
+
+    name: str
+    dtype: DType
+    shape: tuple[Dim, ...]
+
+    def sized(self, dims: dict[str, int]) -> tuple[int, ...]:
+        """The shape with symbols replaced by ``dims``."""
+        return tuple(dims[dim] if isinstance(dim, str) else dim for dim in self.shape)
+
+
+class GraphSpec(Frozen):
+    """Inputs and outputs of one graph, in order."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class ModelFacts(Frozen):
+    """Architecture facts that the runtime and the contract need (the fields of the reference's config)."""
+
+    name: str
+    blocks: int = Field(gt=0)
+    width: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    patch: tuple[int, int]
+    latent_channels: int = Field(gt=0)
+    text_width: int = Field(gt=0)
+    max_text_tokens: int = Field(gt=0)
+    base_frames: int = Field(gt=0)
+    base_grid: tuple[int, int]
+    rope_theta: float
+    temporal: bool
+    spatial_factor: int = Field(gt=0)
+    """Pixels per latent along height and width (the VAE's)."""
+    temporal_factor: int = Field(gt=0)
+    """Frames per latent frame (the VAE's)."""
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def pixel_multiple(self) -> int:
+        """Height and width must be multiples of this: VAE factor times patch."""
+        return self.spatial_factor * self.patch[1]
+
+    @property
+    def frame_multiple(self) -> int:
+        """The number of frames must be a multiple of this."""
+        return self.temporal_factor * self.patch[0]
+
+
+def block_names(blocks: int) -> list[str]:
+    """Graph names of the blocks, in order: ``block_00``, ``block_01``, ..."""
+    return [f"block_{index:02d}" for index in range(blocks)]
+
+
+def dimensions(
+    model: ModelFacts, *, batch: int, branches: int, video_frames: int, height: int, width: int, text_tokens: int
+) -> dict[str, int]:
+    """Values of all symbols for one request size."""
+    frames = video_frames // model.temporal_factor
+    latent_height, latent_width = height // model.spatial_factor, width // model.spatial_factor
+    pt, ps = model.patch
+    return {
+        "batch": batch,
+        "branches": branches,
+        "model_batch": branches * batch,
+        "video_frames": video_frames,
+        "height": height,
+        "width": width,
+        "frames": frames,
+        "latent_height": latent_height,
+        "latent_width": latent_width,
+        "token_frames": frames // pt,
+        "tokens": (latent_height // ps) * (latent_width // ps),
+        "text_tokens": text_tokens,
+    }
+
+
+def graph_specs(model: ModelFacts, precision: Precision) -> dict[str, GraphSpec]:
+    """The contract: every graph of a bundle of this model in this precision, blocks included, in running order."""
+    half = model.head_dim // 2
+    latent_size = ("frames", model.latent_channels, "latent_height", "latent_width")
+    rows, text = ("model_batch", "text_tokens"), ("text_tokens", model.head_dim)
+
+    def host(name: str, *shape: Dim) -> TensorSpec:
+        return TensorSpec(name=name, dtype="float32", shape=shape)
+
+    def device(name: str, *shape: Dim) -> TensorSpec:
+        return TensorSpec(name=name, dtype=precision, shape=shape)
+
+    def other(name: str, dtype: DType, *shape: Dim) -> TensorSpec:
+        return TensorSpec(name=name, dtype=dtype, shape=shape)
+
+    def graph(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> GraphSpec:
+        return GraphSpec(inputs=tuple(inputs), outputs=tuple(outputs))
+
+    states = device("text_states", *rows, model.text_width)
+    pooled = device("pooled", "model_batch", model.text_width)
+    tokens = ("model_batch", "token_frames", "tokens", model.width)
+    model_input = host("model_input", "model_batch", *latent_size)
+    condition = device("condition", "model_batch", model.width)
+    modulation = device("modulation", "model_batch", 6, model.width)
+    video = host("video", "batch", "video_frames", 3, "height", "width")
+    all_heads = (model.blocks, "model_batch", model.heads, *text)
+    block = graph(
+        [
+            device("x", *tokens),
+            modulation,
+            device("text_k", "model_batch", model.heads, *text),
+            device("text_v", "model_batch", model.heads, *text),
+            host("text_mask", "model_batch", 1, 1, "text_tokens"),
+            host("spatial_cos", "tokens", half),
+            host("spatial_sin", "tokens", half),
+            *([host("temporal_cos", "token_frames", half), host("temporal_sin", "token_frames", half)] * model.temporal),
+        ],
+        [device("x_out", *tokens)],
+    )
+    return {
+        "text_encoder": graph([other("token_ids", "int64", *rows), other("token_mask", "int64", *rows)], [states, pooled]),
+        "text_kv": graph([states], [device("text_k", *all_heads), device("text_v", *all_heads)]),
+        "image_encoder": graph([video], [host("latents", "batch", *latent_size)]),
+        "embed": graph(
+            [model_input, host("timestep", "model_batch"), host("micro", "model_batch", MICRO_VALUES), pooled],
+            [device("x", *tokens), modulation, condition],
+        ),
+        **dict.fromkeys(block_names(model.blocks), block),
+        "head": graph(
+            [device("x", *tokens), condition, model_input], [host("velocity", "model_batch", *latent_size)]
+        ),
+        "step": graph(
+            [
+                host("velocity", "branches", "batch", *latent_size),
+                host("latents", "batch", *latent_size),
+                host("clean", "batch", *latent_size),
+                host("noise", "batch", *latent_size),
+                other("frame_mask", "bool", "batch", "frames"),
+                other("branch_mask", "bool", "branches", "batch", "frames"),
+                host("branch_weights", "branches"),
+                host("previous_velocity", "batch", *latent_size),
+                host("solver_weights", 2),
+                host("dt", 1),
+                host("next_timestep", 1),
+                host("renorm", 1),
+            ],
+            [
+                host("next_latents", "batch", *latent_size),
+                host("guided_velocity", "batch", *latent_size),
+                host("next_model_input", "branches", "batch", *latent_size),
+            ],
+        ),
+        "decoder": graph([host("latents", "batch", *latent_size)], [video]),
+    }

@@ -1,0 +1,33 @@
+"""Errors of the runtime that a user can cause and mend; each is one line and ends a command with ``exit_code``."""
+
+
+class StivError(Exception):
+    """Base of all user-facing errors: what was given, what is wanted, what to do."""
+
+    exit_code = 2
+
+
+class BundleError(StivError):
+    """The bundle or one of its files is missing, damaged, or does not fit its manifest."""
+
+
+class RequestError(StivError):
+    """A generation request is not possible: an image, size, step count or scale is out of range."""
+
+
+class BackendError(StivError):
+    """A backend is unknown, not installed, or cannot run this bundle here."""
+
+
+class EngineError(StivError):
+    """An engine is missing or was built for another GPU, version or graph."""
+
+
+class OutputError(StivError):
+    """The output cannot be written."""
+
+
+class Cancelled(StivError):
+    """The caller asked to stop between two steps."""
+
+    exit_code = 130

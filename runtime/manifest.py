@@ -1,0 +1,138 @@
+"""The bundle's ``manifest.json``: the one thing that export writes and the runtime believes, after checking it."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from stiv_deploy.runtime.contract import MAX_BRANCHES, Frozen, GraphSpec, ModelFacts, Precision, dimensions
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PORTABLE = "portable"
+"""The ``sm`` of an engine that is not bound to one GPU architecture."""
+
+
+class FileRecord(Frozen):
+    """A file of the bundle: path relative to it (forward slashes), SHA-256 (hex) and size in bytes."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+
+class GraphRecord(Frozen):
+    """One ONNX graph: its file, its external weights (if any), its contract, and the hash of its topology.
+
+    ``topology`` is the SHA-256 of the graph without weight values: equal for graphs that differ in weights only.
+    """
+
+    file: FileRecord
+    data: FileRecord | None
+    topology: str
+    spec: GraphSpec
+
+
+class Range(Frozen):
+    """Allowed values of one size: minimum, what engines are tuned for, maximum."""
+
+    min: int = Field(gt=0)
+    typical: int = Field(gt=0)
+    max: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.min <= self.typical <= self.max:
+            raise ValueError(f"want min <= typical <= max, got {self.min}, {self.typical}, {self.max}")
+        return self
+
+
+class Bucket(Frozen):
+    """A range of request sizes that the graphs were checked and the engines are profiled for."""
+
+    name: str
+    batch: Range
+    frames: Range
+    height: Range
+    width: Range
+
+    def holds(self, *, batch: int, frames: int, height: int, width: int) -> bool:
+        """Whether a request of this size lies inside."""
+        sizes = ((batch, self.batch), (frames, self.frames), (height, self.height), (width, self.width))
+        return all(allowed.min <= size <= allowed.max for size, allowed in sizes)
+
+    def dims(self, model: ModelFacts, which: Literal["min", "typical", "max"]) -> dict[str, int]:
+        """Symbol values at the ``min``, ``typical`` or ``max`` corner (branches 1, 2 and 3)."""
+        return dimensions(
+            model,
+            batch=getattr(self.batch, which),
+            branches={"min": 1, "typical": 2, "max": MAX_BRANCHES}[which],
+            video_frames=getattr(self.frames, which),
+            height=getattr(self.height, which),
+            width=getattr(self.width, which),
+            text_tokens=1 if which == "min" else model.max_text_tokens,
+        )
+
+
+class SamplingDefaults(Frozen):
+    """Defaults of a generation request, as the checkpoint recommends them."""
+
+    frames: int = Field(gt=0)
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+    frames_per_second: int = Field(gt=0)
+    steps: int = Field(gt=0)
+    guidance_mode: Literal["none", "jit", "sit"] = "jit"
+    guidance_scale: float
+    image_scale: float
+    renorm: bool = True
+    solver: Literal["euler", "heun"] = "euler"
+    time_shift: float = Field(gt=0)
+
+
+class EngineRecord(Frozen):
+    """One compiled engine. ``onnx`` is the combined hash of the graph and weights it was built from."""
+
+    graph: str
+    bucket: str
+    backend: Literal["tensorrt", "tensorrt-rtx"]
+    backend_version: str
+    sm: str
+    file: FileRecord
+    onnx: str
+    plugins: str | None = None
+    build_seconds: float
+
+
+class ParityRow(Frozen):
+    """One comparison with the oracle: ``level`` is op, block, step, teacher_forced or free_run."""
+
+    level: str
+    name: str
+    backend: str
+    precision: str
+    rel_l2: float
+    max_abs: float
+    gate: float
+    passed: bool
+
+
+class Manifest(Frozen):
+    """Contents of ``manifest.json``."""
+
+    format: Literal["stiv-bundle"] = "stiv-bundle"
+    format_version: Literal[1] = 1
+    precision: Precision
+    opset: int
+    model: ModelFacts
+    sampling: SamplingDefaults
+    buckets: tuple[Bucket, ...] = Field(min_length=1)
+    graphs: dict[str, GraphRecord]
+    tokenizer: FileRecord
+    checkpoint: str
+    """SHA-256 over the checkpoint's files."""
+    scales: str | None = None
+    """SHA-256 of the quantization scale file, where one was used."""
+    tools: dict[str, str]
+    """Versions of the tools that made the bundle."""
+    parity: tuple[ParityRow, ...] = ()
+    engines: tuple[EngineRecord, ...] = ()
