@@ -39,6 +39,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x`` [..., size]."""
         return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-6)
 
 
@@ -98,6 +99,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(ratio * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` [..., D] to the same shape."""
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 

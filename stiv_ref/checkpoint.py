@@ -135,6 +135,5 @@ def load_checkpoint(path: Path) -> Checkpoint:
         fill(module, tensors, source)
         module.eval().requires_grad_(False)
     model, text_encoder, vae = modules
-    return Checkpoint(
-        config=config, model=model, text_encoder=text_encoder, vae=vae, tokenizer=load_tokenizer(path / "tokenizer.json")
-    )
+    tokenizer = load_tokenizer(path / "tokenizer.json")
+    return Checkpoint(config=config, model=model, text_encoder=text_encoder, vae=vae, tokenizer=tokenizer)

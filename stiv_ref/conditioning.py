@@ -41,7 +41,8 @@ def draw_dropout(
     """
     both = joint * image
     if not (0 <= text <= 1 and 0 <= image <= 1 and both <= text):
-        raise ValueError(f"dropout rates must lie in [0, 1] with joint * image <= text; got {text=}, {image=}, {joint=}")
+        wanted = "dropout rates must lie in [0, 1] with joint * image <= text"
+        raise ValueError(f"{wanted}; got {text=}, {image=}, {joint=}")
     draw = torch.rand(batch, generator=generator)
     drop_image = draw < image
     drop_both = draw < both

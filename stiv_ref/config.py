@@ -26,11 +26,12 @@ def parse_config(kind: type[Section], values: object, source: str) -> Section:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(str(part) for part in fault['loc']) or 'config'}: {fault['msg']} (got {fault['input']!r})"[:300]
-            for fault in error.errors()
-        )
-        raise ConfigError(f"{source}: {faults}") from None
+        faults = []
+        for fault in error.errors():
+            where = ".".join(str(part) for part in fault["loc"]) or "config"
+            given = "" if isinstance(fault["input"], dict) else f" (got {fault['input']!r})"
+            faults.append(f"{where}: {fault['msg'].removeprefix('Value error, ')}{given}"[:300])
+        raise ConfigError(f"{source}: {'; '.join(faults)}") from None
 
 
 def read_config(kind: type[Section], path: Path) -> Section:

@@ -8,7 +8,8 @@ The forward pass is split where the deployment splits it: :meth:`Stiv.text_kv` o
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +42,14 @@ class TextKV(NamedTuple):
 
 
 def sinusoidal(values: Tensor, width: int) -> Tensor:
-    """Sinusoidal embedding [..., width] of fp32 ``values`` [...], cosines first, periods up to 10000 (DiT)."""
+    """Sinusoidal embedding [..., width] of ``values`` [...], cosines first, periods up to 10000 (DiT).
+
+    Angles reach 1000, so they are computed in at least fp32, from frequencies that are rounded once.
+    """
     half = width // 2
-    frequency = torch.exp(torch.arange(half, dtype=torch.float32, device=values.device) * (-math.log(10_000.0) / half))
-    angle = values.float().unsqueeze(-1) * frequency
+    exponent = torch.arange(half, dtype=torch.float64, device=values.device) * (-math.log(10_000.0) / half)
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    angle = values.to(dtype).unsqueeze(-1) * exponent.exp().to(dtype)
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
 
@@ -120,19 +125,19 @@ class Stiv(nn.Module):
         self.head = Head(config)
 
     def initialize(self, generator: torch.Generator | None = None) -> "Stiv":
-        """Initialize for training: Xavier linears, PixArt's modulation tables, zero output (the velocity starts at 0)."""
+        """Initialize for training: Xavier linears, PixArt's modulation tables, zero output (so a zero velocity)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.modulation.weight, std=0.02, generator=generator)
-        for table in [*(block.table for block in self.blocks), self.head.table]:
+        for table in [*(block.table for block in cast("Iterable[StivBlock]", self.blocks)), self.head.table]:
             nn.init.normal_(table, std=self.config.width**-0.5, generator=generator)
         nn.init.zeros_(self.head.out.weight)
         return self
 
     def token_grid(self, latents_shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Token frames, rows and columns of latents [B, T, C, h, w]; ``ValueError`` if the patch does not divide them."""
+        """Token frames, rows and columns of latents [B, T, C, h, w]; ``ValueError`` if the patch does not fit."""
         _, frames, channels, height, width = latents_shape
         pt, ps = self.config.patch
         if channels != self.config.latent_channels:
@@ -171,7 +176,7 @@ class Stiv(nn.Module):
     def text_kv(self, text_states: Tensor) -> TextKV:
         """Cross-attention K and V of every block from text states [B, L, Dt]."""
         text = self.text_out(F.gelu(self.text_in(text_states), approximate="tanh"))
-        pairs = [block.cross.text_kv(text) for block in self.blocks]
+        pairs = [block.cross.text_kv(text) for block in cast("Iterable[StivBlock]", self.blocks)]
         return TextKV(torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs]))
 
     def embed(self, latents: Tensor, timestep: Tensor, micro: Tensor, pooled: Tensor) -> Embedded:

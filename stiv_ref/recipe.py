@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from stiv_deploy.stiv_ref.checkpoint import SamplingDefaults
 from stiv_deploy.stiv_ref.config import FrozenConfig, model_config, parse_config
+from stiv_deploy.stiv_ref.data.moving_digits import SIZE, check_frames
 from stiv_deploy.stiv_ref.errors import ConfigError
 from stiv_deploy.stiv_ref.vae import VaeConfig
 
@@ -79,9 +80,27 @@ class Recipe(FrozenConfig):
     def _check(self) -> Self:
         ranks = [("t2i", "t2v", "ti2v").index(stage.task) for stage in self.stages]
         if ranks != sorted(ranks):
-            raise ValueError("stages must go t2i, t2v, ti2v")
-        model_config(self.model)
+            raise ValueError(f"stages must go t2i, t2v, ti2v, got {', '.join(stage.task for stage in self.stages)}")
+        for stage in self.stages:
+            check_frames(stage.frames)
+        self._check_parts()
         return self
+
+    def _check_parts(self) -> None:
+        """Everything that would else fail only after minutes of training: the parts must fit each other."""
+        model, sampling = model_config(self.model), self.sampling
+        if self.vae.latent_channels != model.latent_channels:
+            raise ValueError(
+                f"vae.latent_channels is {self.vae.latent_channels}, model {self.model} takes {model.latent_channels}"
+            )
+        if model.text_width % self.text.heads:
+            raise ValueError(f"text.heads {self.text.heads} does not divide the text width {model.text_width}")
+        pixels = self.vae.spatial_factor * model.patch[1]
+        for name, size in (("data", SIZE), ("sampling.height", sampling.height), ("sampling.width", sampling.width)):
+            if size % pixels:
+                raise ValueError(f"{name} size {size} is not a multiple of {pixels} (VAE factor times patch)")
+        if any(frames % model.patch[0] for frames in (*(stage.frames for stage in self.stages), sampling.frames)):
+            raise ValueError(f"frames must be multiples of the model's temporal patch {model.patch[0]}")
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -80,23 +80,25 @@ def _guide(branches: tuple[Tensor, ...], frame_mask: Tensor, settings: SamplingS
         case GuidanceMode.NONE:
             return branches[0]
         case GuidanceMode.JIT:
-            guided = jit_cfg(*branches, settings.guidance_scale)
+            guided = jit_cfg(branches[0], branches[1], settings.guidance_scale)
         case GuidanceMode.SIT:
-            guided = sit_cfg(*branches, settings.guidance_scale, settings.image_scale)
+            scales = (settings.guidance_scale, settings.image_scale)
+            guided = sit_cfg(branches[0], branches[1], branches[2], *scales)
     return cfg_renorm(guided, branches[0], frame_mask) if settings.renorm else guided
 
 
-@torch.no_grad()
-def sample(
-    model: Stiv, inputs: SamplingInputs, settings: SamplingSettings, observer: Observer | None = None
-) -> Tensor:
-    """Generate latents [B, T, C, h, w]; the given frames come out bit-equal to ``inputs.clean``."""
+def guided_velocity(
+    model: Stiv, inputs: SamplingInputs, settings: SamplingSettings
+) -> Callable[[Tensor, float], Tensor]:
+    """The guided velocity of a run as a function of latents [B, T, C, h, w] and time; text is projected here, once."""
     noise, clean, frame_mask, text, null_text, micro = inputs
     branches = _branches(settings.guidance_mode, text, null_text)
     count = len(branches.sees_image)
-    text_kv = model.text_kv(branches.text.states)
+    with torch.no_grad():
+        text_kv = model.text_kv(branches.text.states)
     micro = micro.repeat(count, 1)
 
+    @torch.no_grad()
     def velocity(latents: Tensor, time: float) -> Tensor:
         timestep = latents.new_full((len(latents),), time)
         hidden = noise_frames(latents, clean, noise, timestep, frame_mask)
@@ -104,6 +106,16 @@ def sample(
         output = model(model_input, timestep.repeat(count), micro, *branches.text, text_kv=text_kv)
         return _guide(output.chunk(count), frame_mask, settings)
 
+    return velocity
+
+
+@torch.no_grad()
+def sample(
+    model: Stiv, inputs: SamplingInputs, settings: SamplingSettings, observer: Observer | None = None
+) -> Tensor:
+    """Generate latents [B, T, C, h, w]; the given frames come out bit-equal to ``inputs.clean``."""
+    noise, clean, frame_mask = inputs.noise, inputs.clean, inputs.frame_mask
+    velocity = guided_velocity(model, inputs, settings)
     latents = replace_frames(noise, clean, frame_mask)
     times = schedule(settings.steps, settings.time_shift).tolist()
     for step, (time, following) in enumerate(zip(times, times[1:], strict=False)):

@@ -6,10 +6,14 @@ stopped and resumed computes the very same losses as one that was not.
 
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -132,9 +136,7 @@ def diffusion_loss(run: Run, stage: Stage, clips: Clips, generator: torch.Genera
     )
     captions = ["" if drop else text for text, drop in zip(clips.captions, drop_text.tolist(), strict=True)]
     text = run.text_encoder(*tokenize(run.tokenizer, captions))
-    timestep = sample_timesteps(
-        batch, logit_normal=stage.logit_normal, shift=stage.time_shift, generator=generator
-    )
+    timestep = sample_timesteps(batch, logit_normal=stage.logit_normal, shift=stage.time_shift, generator=generator)
     noise = torch.randn(latents.shape, generator=generator)
     given = draw_frame_mask(batch, frames, drop_image)
     model_input = replace_frames(interpolate(latents, noise, timestep), latents, given)
@@ -142,20 +144,26 @@ def diffusion_loss(run: Run, stage: Stage, clips: Clips, generator: torch.Genera
     return flow_loss(prediction, velocity_target(latents, noise), given)
 
 
+def check_finite(name: str, value: Tensor, run: Run, stage: Stage) -> None:
+    """:class:`DivergedError` if ``value`` is not finite; called before it can reach a weight."""
+    if not torch.isfinite(value):
+        raise DivergedError(
+            f"{name} is {value.item()} at step {run.step} of stage {run.stage} ({stage.task}); the last saved state is "
+            "kept. Lower learning_rate or gradient_clip in the recipe and train into another --out"
+        )
+
+
 def optimize(run: Run, recipe: Recipe, data: MovingDigits) -> dict[str, float]:
-    """One training step of the current stage; returns what is logged. :class:`DivergedError` if the loss is not finite."""
+    """One training step of the current stage; returns what is logged. Raises :class:`DivergedError`."""
     stage = recipe.stages[run.stage - 1]
     assert run.optimizer is not None
     generator = step_generator(recipe.seed, run.stage, run.step)
     loss = diffusion_loss(run, stage, data.draw(stage.batch, stage.frames, generator), generator).mean()
-    if not torch.isfinite(loss):
-        raise DivergedError(
-            f"loss is {loss.item()} at step {run.step} of stage {run.stage} ({stage.task}); the last good state is kept. "
-            "Lower learning_rate or gradient_clip and start again from it"
-        )
+    check_finite("loss", loss, run, stage)
     run.optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(trained(run).values(), recipe.gradient_clip)
+    check_finite("gradient norm", norm, run, stage)
     rate = learning_rate(stage, run.step)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -218,7 +226,10 @@ def load_state(path: Path, recipe: Recipe) -> Run:
     run.vae.eval().requires_grad_(False)
     fill(run.model, _section(tensors, "weights.model."), path)
     fill(run.text_encoder, _section(tensors, "weights.text_encoder."), path)
-    run.ema = _section(tensors, "ema.")
+    averages = _section(tensors, "ema.")
+    if absent := [name for name in trained(run) if name not in averages]:
+        raise CheckpointError(f"{path}: the state is incomplete, it has no average of {absent[0]}; delete it")
+    run.ema = {name: averages[name] for name in trained(run)}  # in the order of the parameters, as update_ema needs it
     assert run.optimizer is not None
     moments = _section(tensors, "optimizer.")
     for name, parameter in trained(run).items():
@@ -226,6 +237,28 @@ def load_state(path: Path, recipe: Recipe) -> Run:
         if state:
             run.optimizer.state[parameter] = state
     return run
+
+
+@contextmanager
+def interrupt_held() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back until the end of the block, then hand them to the handlers they were meant for.
+
+    Signals without a Python handler, and threads other than the main one, are left alone.
+    """
+    handlers: dict[int, Callable[[int, FrameType | None], object]] = {}
+    caught: list[int] = []
+    if threading.current_thread() is threading.main_thread():
+        found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: handler for number, handler in found.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number in caught:
+        handlers[number](number, None)
 
 
 class Reporter:
@@ -277,7 +310,11 @@ def finished(run: Run, recipe: Recipe) -> Checkpoint:
         model=run.model.config, text=run.text_encoder.config, vae=run.vae.config, sampling=recipe.sampling
     )
     return Checkpoint(
-        config=config, model=run.model.eval(), text_encoder=run.text_encoder.eval(), vae=run.vae, tokenizer=run.tokenizer
+        config=config,
+        model=run.model.eval(),
+        text_encoder=run.text_encoder.eval(),
+        vae=run.vae,
+        tokenizer=run.tokenizer,
     )
 
 
@@ -310,8 +347,9 @@ def _train_stage(run: Run, recipe: Recipe, data: MovingDigits, report: Reporter,
     stage = recipe.stages[run.stage - 1]
     try:
         for step in report.steps(f"{run.stage} {stage.task}", range(run.step, stage.steps)):
-            values = optimize(run, recipe, data)
-            run.step = step + 1
+            with interrupt_held():  # weights, optimizer, averages and step number must move together
+                values = optimize(run, recipe, data)
+                run.step = step + 1
             report.log(run.stage, stage.task, step, values)
             if run.step % recipe.save_every == 0 or run.step == stage.steps:
                 save_state(state, run, recipe)

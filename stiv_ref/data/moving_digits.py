@@ -42,6 +42,13 @@ def micro_conditions(count: int, frames: int) -> Tensor:
     return torch.tensor([[SIZE, SIZE, 0, 0, 1, frames]], dtype=torch.float32).repeat(count, 1)
 
 
+def check_frames(frames: int) -> None:
+    """``ValueError`` if a digit would leave the canvas in so many frames."""
+    most = (SIZE - DIGIT) // SPEED + 1
+    if not 1 <= frames <= most:
+        raise ValueError(f"{frames} frames at {SPEED} pixels a frame leave the canvas; there can be 1 to {most}")
+
+
 class MovingDigits:
     """Draws clips of one split ('train' or 'test') of the handwriting samples."""
 
@@ -61,10 +68,8 @@ class MovingDigits:
         def integers(high: int) -> list[int]:
             return torch.randint(high, (count,), generator=generator).tolist()
 
-        travel = SPEED * (frames - 1)
-        room = SIZE - DIGIT
-        if travel > room:
-            raise ValueError(f"{frames} frames at {SPEED} pixels a frame leave the canvas; at most {room // SPEED + 1}")
+        check_frames(frames)
+        travel, room = SPEED * (frames - 1), SIZE - DIGIT
         names = list(DIRECTIONS)
         indices, turns = integers(len(self.labels)), integers(len(names))
         along, across = integers(room - travel + 1), integers(room + 1)

@@ -1,0 +1,115 @@
+"""Where generated clips come from: the reference sampler on a checkpoint, or the runtime on a bundle."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint, load_checkpoint
+from stiv_deploy.stiv_ref.errors import CheckpointError
+from stiv_deploy.stiv_ref.guidance import GuidanceMode
+from stiv_deploy.stiv_ref.sampler import SamplingSettings
+
+Video = NDArray[np.float32]
+"""[B, F, 3, H, W] in [-1, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One sampling setting, for either kind of source."""
+
+    steps: int
+    scale: float
+    mode: str = "jit"
+    renorm: bool = True
+    image_scale: float = 1.5
+
+
+class Source(Protocol):
+    """Generates clips and says what it is."""
+
+    frames: int
+
+    def describe(self) -> dict[str, str]:
+        """What was measured, for the result file."""
+        ...
+
+    def generate(
+        self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, first_frames: Video | None
+    ) -> Video:
+        """One clip for each prompt and seed; ``first_frames`` [B, 3, H, W] makes it image-to-video."""
+        ...
+
+    def reconstruct(self, video: Video) -> Video | None:
+        """``video`` through the VAE and back, ``None`` where the source cannot."""
+        ...
+
+
+def digest(path: Path) -> str:
+    """First 16 hexadecimal digits of the file's SHA-256."""
+    return sha256(path.read_bytes()).hexdigest()[:16]
+
+
+class ReferenceSource:
+    """The PyTorch reference sampler on a checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, what: dict[str, str]) -> None:
+        self.checkpoint, self.what = checkpoint, what
+        self.frames = checkpoint.config.sampling.frames if checkpoint.config.model.temporal else 1
+
+    def describe(self) -> dict[str, str]:
+        """Sampler and checkpoint or training state."""
+        return {"sampler": "stiv_ref (PyTorch fp32)", **self.what}
+
+    def generate(
+        self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, first_frames: Video | None
+    ) -> Video:
+        """As :class:`Source` says, with the reference sampler."""
+        from stiv_deploy.stiv_ref.samples import generate
+
+        chosen = SamplingSettings(
+            steps=settings.steps,
+            guidance_mode=GuidanceMode(settings.mode),
+            guidance_scale=settings.scale,
+            image_scale=settings.image_scale,
+            renorm=settings.renorm,
+            time_shift=self.checkpoint.config.sampling.time_shift,
+        )
+        first = None if first_frames is None else torch.from_numpy(first_frames)
+        return generate(self.checkpoint, prompts, seeds, chosen, frames=self.frames, first_frames=first).numpy()
+
+    @torch.no_grad()
+    def reconstruct(self, video: Video) -> Video | None:
+        """As :class:`Source` says."""
+        vae = self.checkpoint.vae
+        return vae.decode(vae.encode(torch.from_numpy(video))).numpy()
+
+
+def from_state(state: Path, recipe_path: Path) -> ReferenceSource:
+    """A look into a *running* training: the averaged weights of its last saved state. Only reads the file."""
+    from stiv_deploy.stiv_ref.recipe import load_recipe
+    from stiv_deploy.stiv_ref.train import finished, load_state
+
+    recipe = load_recipe(recipe_path)
+    run = load_state(state, recipe)
+    what = {"state": str(state), "stage": f"{run.stage} {recipe.stages[run.stage - 1].task}", "step": str(run.step)}
+    return ReferenceSource(finished(run, recipe), what)
+
+
+def open_source(path: Path, recipe: Path | None, backend: str) -> Source:
+    """The source behind ``path``: a checkpoint folder, a bundle folder, or a training state with its ``recipe``."""
+    if path.suffix == ".safetensors":
+        if recipe is None:
+            raise CheckpointError(f"{path} is a training state; name its recipe with --recipe")
+        return from_state(path, recipe)
+    if (path / "manifest.json").is_file():
+        from bundle_source import BundleSource
+
+        return BundleSource(path, backend)
+    what = {"checkpoint": str(path), "model_sha256": digest(path / "model.safetensors")} if path.is_dir() else {}
+    return ReferenceSource(load_checkpoint(path), what)

@@ -1,0 +1,120 @@
+"""From prompts to pixels with the reference sampler: text encoder, sampling loop and VAE in one call."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+from stiv_deploy.stiv_ref.data.moving_digits import DIGIT_WORDS, DIRECTIONS, MovingDigits, caption
+from stiv_deploy.stiv_ref.plots import Row
+from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, sample
+from stiv_deploy.stiv_ref.text import TextStates, tokenize
+
+
+def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise fp32 [len(seeds), *shape], each sample from its own Philox stream.
+
+    A sample's noise depends on its seed alone, so that a batch equals single runs; the runtime draws the same.
+    """
+    draws = [np.random.Generator(np.random.Philox(seed)).standard_normal(shape, np.float32) for seed in seeds]
+    return torch.from_numpy(np.stack(draws))
+
+
+def settings_of(checkpoint: Checkpoint) -> SamplingSettings:
+    """The sampling settings that the checkpoint recommends."""
+    defaults = checkpoint.config.sampling
+    return SamplingSettings(
+        steps=defaults.steps,
+        guidance_scale=defaults.guidance_scale,
+        image_scale=defaults.image_scale,
+        time_shift=defaults.time_shift,
+    )
+
+
+@torch.no_grad()
+def generate(
+    checkpoint: Checkpoint,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    *,
+    frames: int,
+    first_frames: Tensor | None = None,
+) -> Tensor:
+    """Generate video fp32 [B, frames, 3, H, W] in [-1, 1], one clip for each prompt and seed.
+
+    ``first_frames`` [B, 3, H, W] in [-1, 1] makes it image-to-video. The size is the checkpoint's own.
+    """
+    defaults, vae = checkpoint.config.sampling, checkpoint.vae
+    size = (defaults.height // vae.config.spatial_factor, defaults.width // vae.config.spatial_factor)
+    shape = (frames // vae.config.temporal_factor, vae.config.latent_channels, *size)
+    noise = seeded_noise(seeds, shape)
+    clean, frame_mask = torch.zeros_like(noise), torch.zeros(len(noise), shape[0], dtype=torch.bool)
+    if first_frames is not None:
+        clean[:, :1], frame_mask[:, 0] = vae.encode(first_frames.unsqueeze(1)), True
+    micro = torch.tensor([[defaults.height, defaults.width, 0, 0, 1, frames]], dtype=torch.float32)
+
+    def encode(texts: Sequence[str]) -> TextStates:
+        return checkpoint.text_encoder(*tokenize(checkpoint.tokenizer, texts))
+
+    inputs = SamplingInputs(
+        noise, clean, frame_mask, encode(prompts), encode([""] * len(noise)), micro.repeat(len(noise), 1)
+    )
+    return vae.decode(sample(checkpoint.model, inputs, settings))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requests:
+    """What to ask for: prompts with the truth behind them; direction ``None`` for still images."""
+
+    prompts: list[str]
+    digits: list[int]
+    directions: list[str | None]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def balanced_requests(count: int, *, moving: bool) -> Requests:
+    """``count`` requests: digits 0..9 in turn, all (digit, direction) pairs equally often over multiples of 40."""
+    names = list(DIRECTIONS)
+    digits = [index % len(DIGIT_WORDS) for index in range(count)]
+    directions = [names[(index + index // len(DIGIT_WORDS)) % len(names)] if moving else None for index in range(count)]
+    prompts = [caption(digit, direction) for digit, direction in zip(digits, directions, strict=True)]
+    return Requests(prompts=prompts, digits=digits, directions=directions)
+
+
+def real_clips(requests: Requests, frames: int, *, split: str = "test", seed: int = 0) -> Tensor:
+    """A real clip for every request, fp32 [B, frames, 3, H, W], drawn from ``split`` until all are found."""
+    data, generator = MovingDigits(split), torch.Generator().manual_seed(seed)
+    found: dict[int, Tensor] = {}
+    while len(found) < len(requests):
+        clips = data.draw(100, frames, generator)
+        waiting = {index for index in range(len(requests)) if index not in found}
+        for video, digit, direction in zip(clips.video, clips.digits, clips.directions, strict=True):
+            wanted = {(requests.digits[index], requests.directions[index]): index for index in sorted(waiting)}
+            index = wanted.get((digit, direction), wanted.get((digit, None)))
+            if index is not None:
+                found[index] = video
+                waiting.discard(index)
+    return torch.stack([found[index] for index in range(len(requests))])
+
+
+def sample_rows(checkpoint: Checkpoint, count: int = 10, *, image_to_video: bool = True) -> list[Row]:
+    """Rows of a contact sheet: ``count`` clips from text and, if ``image_to_video``, as many from test images."""
+    moving = checkpoint.config.model.temporal
+    requests, frames = balanced_requests(count, moving=moving), checkpoint.config.sampling.frames if moving else 1
+    settings = settings_of(checkpoint)
+    videos = [("", generate(checkpoint, requests.prompts, range(count), settings, frames=frames))]
+    if moving and image_to_video:
+        first = real_clips(requests, frames)[:, 0]
+        video = generate(checkpoint, requests.prompts, range(count), settings, frames=frames, first_frames=first)
+        videos.append(("image + ", video))
+    return [
+        Row(video=clip.numpy(), caption=f"{kind}{prompt}")
+        for kind, video in videos
+        for clip, prompt in zip(video, requests.prompts, strict=True)
+    ]

@@ -1,0 +1,173 @@
+"""Checkpoints: exact round trip, half-size storage, and one clear line for every damage."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stiv_deploy.stiv_ref import checkpoint as module
+from stiv_deploy.stiv_ref.checkpoint import (
+    Checkpoint,
+    CheckpointConfig,
+    SamplingDefaults,
+    load_checkpoint,
+    save_checkpoint,
+)
+from stiv_deploy.stiv_ref.config import StivConfig
+from stiv_deploy.stiv_ref.errors import CheckpointError, StivRefError
+from stiv_deploy.stiv_ref.model import Stiv
+from stiv_deploy.stiv_ref.text import TextConfig, TextEncoder, word_tokenizer
+from stiv_deploy.stiv_ref.vae import Vae, VaeConfig
+
+
+@pytest.fixture
+def original(small_config: StivConfig) -> Checkpoint:
+    generator = torch.Generator().manual_seed(0)
+    tokenizer = word_tokenizer(("digit", "three"), 8)
+    text = TextConfig(vocabulary=tokenizer.get_vocab_size(), width=12, heads=3, layers=1, max_tokens=8)
+    vae = VaeConfig(channels=(4,))
+    model = Stiv(small_config).initialize(generator)
+    torch.nn.init.normal_(model.head.out.weight, generator=generator)
+    return Checkpoint(
+        config=CheckpointConfig(model=small_config, text=text, vae=vae, sampling=SamplingDefaults(frames=4, steps=7)),
+        model=model,
+        text_encoder=TextEncoder(text).initialize(generator),
+        vae=Vae(vae),
+        tokenizer=tokenizer,
+    )
+
+
+@pytest.fixture
+def saved(original: Checkpoint, tmp_path: Path) -> Path:
+    save_checkpoint(tmp_path / "checkpoint", original)
+    return tmp_path / "checkpoint"
+
+
+MODULES = ("model", "text_encoder", "vae")
+
+
+def test_round_trip_is_exact(original: Checkpoint, saved: Path) -> None:
+    loaded = load_checkpoint(saved)
+    assert loaded.config == original.config
+    assert loaded.tokenizer.to_str() == original.tokenizer.to_str()
+    for name in MODULES:
+        wanted, got = getattr(original, name).state_dict(), getattr(loaded, name).state_dict()
+        assert wanted.keys() == got.keys()
+        assert all(torch.equal(wanted[key], got[key]) for key in wanted)
+
+
+def test_loaded_modules_are_for_evaluation(saved: Path) -> None:
+    loaded = load_checkpoint(saved)
+    for name in MODULES:
+        assert not getattr(loaded, name).training
+        assert not any(parameter.requires_grad for parameter in getattr(loaded, name).parameters())
+
+
+def test_half_storage_halves_the_file_and_loads_as_fp32(original: Checkpoint, saved: Path, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "half", original, torch.float16)
+    sizes = [
+        sum(t.numel() * t.element_size() for t in load_file(p / "model.safetensors").values())
+        for p in (tmp_path / "half", saved)
+    ]
+    assert sizes[0] * 2 == sizes[1]
+    for name, tensor in load_checkpoint(tmp_path / "half").model.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, original.model.state_dict()[name].half().float())
+
+
+def test_saving_again_replaces_the_folder(original: Checkpoint, saved: Path) -> None:
+    (saved / "stale.txt").write_text("old")
+    save_checkpoint(saved, original)
+    assert sorted(path.name for path in saved.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "text_encoder.safetensors",
+        "tokenizer.json",
+        "vae.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_failed_save_leaves_nothing_half_written(
+    original: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
+) -> None:
+    target = tmp_path / "deep" / "checkpoint"
+    if existing:
+        save_checkpoint(target, original)
+
+    def failing(tensors: object, path: Path) -> None:
+        if path.name == "vae.safetensors":
+            raise OSError("disk full")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(module, "save_file", failing)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(target, original)
+    assert [path.name for path in target.parent.iterdir()] == (["checkpoint"] if existing else [])
+    if existing:
+        load_checkpoint(target)
+
+
+def edit_config(section: str, key: str, value: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        target = config[section] if section else config
+        target[key] = value
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return edit
+
+
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return edit
+
+
+DAMAGES = {
+    "no config": (lambda p: (p / "config.json").unlink(), "no checkpoint here"),
+    "config not json": (lambda p: (p / "config.json").write_text("{"), "cannot be read as JSON"),
+    "unknown key": (edit_config("model", "colour", 1), "model.colour: Extra inputs"),
+    "other format": (edit_config("", "format", "other"), "format: Input should be 'stiv-checkpoint'"),
+    "future version": (edit_config("", "format_version", 2), "format_version"),
+    "other width": (edit_config("model", "width", 32), "does not fit its config.json"),
+    "more blocks": (edit_config("model", "blocks", 3), "missing blocks.2."),
+    "text width": (edit_config("model", "text_width", 13), "text width or latent channels differ"),
+    "latent channels": (edit_config("vae", "latent_channels", 5), "text width or latent channels differ"),
+    "vae": (edit_config("vae", "channels", [5]), "vae.safetensors does not fit"),
+    "no weights": (lambda p: (p / "model.safetensors").unlink(), "not a readable safetensors file"),
+    "truncated": (lambda p: (p / "vae.safetensors").write_bytes(b"\x10\0\0\0"), "not a readable safetensors file"),
+    "missing tensor": (edit_tensors(lambda t: t.pop("patch.weight")), "missing patch.weight"),
+    "unexpected tensor": (edit_tensors(lambda t: t.update(extra=torch.zeros(1))), "unexpected extra"),
+    "no tokenizer": (lambda p: (p / "tokenizer.json").unlink(), "not a readable tokenizer"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damage_is_one_clear_line(saved: Path, damage: str) -> None:
+    break_it, message = DAMAGES[damage]
+    break_it(saved)
+    with pytest.raises(StivRefError) as caught:
+        load_checkpoint(saved)
+    text = str(caught.value)
+    assert message in text
+    assert str(saved) in text
+    assert "\n" not in text
+    assert caught.value.exit_code == 2
+
+
+def test_a_missing_folder_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint here .* train one with 'stiv train'"):
+        load_checkpoint(tmp_path / "nothing")
+
+
+def test_many_misfits_are_summed_up(saved: Path) -> None:
+    edit_config("model", "width", 32)(saved)
+    with pytest.raises(CheckpointError, match=r"the config wants .* and \d+ more"):
+        load_checkpoint(saved)

@@ -1,0 +1,161 @@
+"""``stiv train``: from a recipe to a checkpoint and pictures, and one clear line for what cannot be."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from stiv_deploy.stiv_ref import train as train_module
+from stiv_deploy.stiv_ref.checkpoint import load_checkpoint
+from stiv_deploy.stiv_ref.cli import train
+from stiv_deploy.stiv_ref.errors import StivRefError
+
+SHIPPED = Path(train_module.__file__).parent / "configs" / "tiny.toml"
+
+
+@pytest.fixture
+def app() -> typer.Typer:
+    application = typer.Typer()
+    application.command()(train)
+    return application
+
+
+def invoke(app: typer.Typer, *arguments: object) -> tuple[object, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exception, result.output
+
+
+def assert_one_line(error: object, *parts: str) -> None:
+    """What the dispatcher needs: an exit code of 2, and a message of one line."""
+    assert isinstance(error, StivRefError)
+    assert error.exit_code == 2
+    assert "\n" not in str(error)
+    for part in parts:
+        assert part in str(error)
+
+
+def test_a_short_run_makes_checkpoint_and_pictures(app: typer.Typer, recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "run"
+    error, output = invoke(app, recipe_file, "--out", out, "--quiet")
+    assert error is None
+    assert load_checkpoint(out / "checkpoint").config.model.name == "small"
+    for name in ("loss.png", "samples.png"):
+        with Image.open(out / name) as image:
+            assert image.format == "PNG"
+        assert str(out / name) in output
+    assert str(out / "checkpoint") in output
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [(entry["stage"], entry["task"]) for entry in log] == [(0, "vae")] * 2 + [(1, "t2i")] * 5 + [(2, "ti2v")] * 5
+    assert not [path for path in out.iterdir() if "partial" in path.name or path.name.startswith(".")]
+
+
+def test_default_folder_is_named_after_the_recipe(
+    app: typer.Typer, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    error, _ = invoke(app, recipe_file, "--quiet")
+    assert error is None
+    assert (tmp_path / "runs" / "short" / "checkpoint" / "config.json").is_file()
+
+
+def test_the_bar_shows_the_loss(app: typer.Typer, recipe_file: Path, tmp_path: Path) -> None:
+    _, output = invoke(app, recipe_file, "--out", tmp_path / "run")
+    assert "2 ti2v" in output
+    assert "loss" in output
+
+
+def test_interrupted_then_resumed(
+    app: typer.Typer, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = train_module.optimize
+
+    def stopping(run: train_module.Run, *rest: object) -> dict[str, float]:
+        if run.step == 3:
+            monkeypatch.setattr(train_module, "optimize", real)
+            raise KeyboardInterrupt
+        return real(run, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train_module, "optimize", stopping)
+    out = tmp_path / "run"
+    error, output = invoke(app, recipe_file, "--out", out, "--quiet")
+    assert isinstance(error, KeyboardInterrupt | SystemExit)
+    assert f"stopped; the same command goes on from {out / 'state.safetensors'}" in output
+    error, output = invoke(app, recipe_file, "--out", out, "--quiet")
+    assert error is None
+    assert "going on from" in output
+
+
+def test_state_of_another_recipe(app: typer.Typer, recipe_file: Path, tmp_path: Path) -> None:
+    invoke(app, recipe_file, "--out", tmp_path / "run", "--quiet")
+    recipe_file.write_text(recipe_file.read_text().replace("threads = 1", "threads = 1\nseed = 5"))
+    error, _ = invoke(app, recipe_file, "--out", tmp_path / "run", "--quiet")
+    assert_one_line(error, "belongs to another recipe", "choose another --out or delete it")
+
+
+def test_divergence(app: typer.Typer, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = train_module.diffusion_loss
+    monkeypatch.setattr(train_module, "diffusion_loss", lambda *arguments: real(*arguments) * float("nan"))
+    error, _ = invoke(app, recipe_file, "--out", tmp_path / "run", "--quiet")
+    assert_one_line(error, "loss is nan at step 0 of stage 1", "Lower learning_rate")
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("where", ["a file", "under a file"])
+def test_a_folder_that_cannot_be_written(app: typer.Typer, recipe_file: Path, tmp_path: Path, where: str) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" if where == "a file" else tmp_path / "file" / "run"
+    error, _ = invoke(app, recipe_file, "--out", out, "--quiet")
+    assert_one_line(error, "cannot write the run there", "choose another --out")
+
+
+def test_a_bad_recipe_leaves_no_folder(app: typer.Typer, tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("name = 1")
+    for recipe in (tmp_path / "bad.toml", tmp_path / "missing.toml"):
+        error, _ = invoke(app, recipe, "--out", tmp_path / "run")
+        assert_one_line(error, str(recipe))
+    assert not (tmp_path / "run").exists()
+
+
+def run_stiv(*arguments: object) -> subprocess.Popen[str]:
+    program = "import sys; from stiv_deploy.runtime.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "train", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_on_the_real_command_saves_and_exits_130(tmp_path: Path, number: signal.Signals) -> None:
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "run"
+    text = SHIPPED.read_text().replace("steps = 1200", "steps = 1").replace("batch = 128", "batch = 2")
+    recipe.write_text(text.replace("channels = [32, 64]", "channels = [4, 4]"))
+    process = run_stiv(recipe, "--out", out, "--quiet")
+    deadline = time.monotonic() + 60
+    log = out / "log.jsonl"
+    while not (log.exists() and '"t2i"' in log.read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from" in errors
+    assert "Traceback" not in errors
+    assert sorted(path.name for path in out.iterdir()) == ["log.jsonl", "state.safetensors"]
+
+
+def test_bad_recipe_on_the_real_command_exits_2_with_one_line(tmp_path: Path) -> None:
+    process = run_stiv(tmp_path / "missing.toml")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    [line] = errors.strip().splitlines()
+    assert line.startswith("error: ")
+    assert "missing.toml" in line

@@ -1,0 +1,103 @@
+"""From prompts to pixels, and what is asked of a checkpoint."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+from stiv_deploy.stiv_ref.recipe import Recipe
+from stiv_deploy.stiv_ref.samples import balanced_requests, generate, real_clips, sample_rows, seeded_noise, settings_of
+from stiv_deploy.stiv_ref.train import begin_stage, finished, start_run
+
+
+@pytest.fixture
+def checkpoint(recipe: Recipe) -> Checkpoint:
+    """The short recipe's components, random, with a velocity that is not zero."""
+    run = start_run(recipe)
+    run.stage = 2
+    begin_stage(run, recipe)
+    generator = torch.Generator().manual_seed(0)
+    for average in run.ema.values():
+        average += 0.1 * torch.randn(average.shape, generator=generator)
+    return finished(run, recipe)
+
+
+def test_noise_belongs_to_the_seed_alone() -> None:
+    together, alone = seeded_noise([3, 4], (2, 1, 2, 2)), seeded_noise([4], (2, 1, 2, 2))
+    assert together.dtype == torch.float32
+    assert torch.equal(together[1:], alone)
+    philox = np.random.Generator(np.random.Philox(4)).standard_normal((2, 1, 2, 2), dtype=np.float32)
+    assert torch.equal(alone[0], torch.from_numpy(philox))
+    many = seeded_noise(range(100), (64,))
+    assert abs(many.mean().item()) < 5 / 80
+    assert abs(many.std().item() - 1) < 5 / 80 / 2**0.5
+
+
+def test_a_batch_equals_single_runs(checkpoint: Checkpoint) -> None:
+    settings, prompts = settings_of(checkpoint), ["digit one moving up", "digit two"]
+    together = generate(checkpoint, prompts, [5, 9], settings, frames=3)
+    assert together.shape == (2, 3, 3, 32, 32)
+    assert together.abs().max() <= 1
+    for index, seed in enumerate((5, 9)):
+        alone = generate(checkpoint, prompts[index : index + 1], [seed], settings, frames=3)
+        torch.testing.assert_close(alone[0], together[index], rtol=0, atol=1e-5)
+
+
+def test_prompt_and_seed_matter(checkpoint: Checkpoint) -> None:
+    settings = settings_of(checkpoint)
+    base, other_prompt, other_seed = (
+        generate(checkpoint, [prompt], [seed], settings, frames=2)
+        for prompt, seed in (("digit one", 0), ("digit nine moving up", 0), ("digit one", 1))
+    )
+    assert not torch.allclose(base, other_prompt)
+    assert not torch.allclose(base, other_seed)
+
+
+def test_the_first_frame_is_the_given_one_through_the_vae(checkpoint: Checkpoint) -> None:
+    first = real_clips(balanced_requests(2, moving=True), 3)[:, 0]
+    video = generate(
+        checkpoint, ["digit one", "digit two"], [0, 1], settings_of(checkpoint), frames=3, first_frames=first
+    )
+    vae = checkpoint.vae
+    torch.testing.assert_close(video[:, 0], vae.decode(vae.encode(first[:, None]))[:, 0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [40, 80])
+def test_requests_are_balanced(count: int) -> None:
+    requests = balanced_requests(count, moving=True)
+    pairs = Counter(zip(requests.digits, requests.directions, strict=True))
+    assert len(pairs) == 40
+    assert set(pairs.values()) == {count // 40}
+    assert len(balanced_requests(100, moving=True).prompts) == 100
+    assert set(Counter(balanced_requests(100, moving=True).digits).values()) == {10}
+
+
+def test_requests_for_stills() -> None:
+    requests = balanced_requests(2, moving=False)
+    assert requests.prompts == ["digit zero", "digit one"]
+    assert requests.directions == [None, None]
+
+
+def test_real_clips_match_their_requests() -> None:
+    requests = balanced_requests(12, moving=True)
+    clips = real_clips(requests, 3)
+    assert clips.shape == (12, 3, 3, 32, 32)
+    steps = {"left": (0, -2), "right": (0, 2), "up": (-2, 0), "down": (2, 0)}
+    for clip, direction in zip(clips, requests.directions, strict=True):
+        assert torch.equal(clip[1], clip[0].roll(steps[str(direction)], (-2, -1)))
+    assert torch.equal(clips, real_clips(requests, 3))
+    assert not torch.equal(clips, real_clips(requests, 3, seed=1))
+
+
+def test_sample_rows(checkpoint: Checkpoint) -> None:
+    rows = sample_rows(checkpoint, 2)
+    assert [row.caption for row in rows] == [
+        "digit zero moving left",
+        "digit one moving right",
+        "image + digit zero moving left",
+        "image + digit one moving right",
+    ]
+    assert rows[0].video.shape == (3, 3, 32, 32)
+    assert len(sample_rows(checkpoint, 2, image_to_video=False)) == 2

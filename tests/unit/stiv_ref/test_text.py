@@ -1,0 +1,94 @@
+"""Tokenizer and text encoder."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stiv_deploy.stiv_ref.errors import CheckpointError
+from stiv_deploy.stiv_ref.text import TextConfig, TextEncoder, load_tokenizer, tokenize, word_tokenizer
+
+WORDS = ("digit", "three", "moving")
+PAD, UNK, END = 0, 1, 2
+
+
+def test_words_end_token_and_padding() -> None:
+    ids, mask = tokenize(word_tokenizer(WORDS, 6), ["digit three", ""])
+    assert ids.tolist() == [[3, 4, END, PAD, PAD, PAD], [END, PAD, PAD, PAD, PAD, PAD]]
+    assert mask.tolist() == [[1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
+    assert ids.dtype == mask.dtype == torch.int64
+
+
+def test_unknown_words_case_and_punctuation() -> None:
+    ids, _ = tokenize(word_tokenizer(WORDS, 6), ["Digit,  zebra THREE"])
+    assert ids.tolist() == [[3, UNK, UNK, 4, END, PAD]]
+
+
+def test_long_prompts_are_cut_and_still_end() -> None:
+    ids, mask = tokenize(word_tokenizer(WORDS, 4), ["digit three moving moving moving"])
+    assert ids.tolist() == [[3, 4, 5, END]]
+    assert mask.tolist() == [[1, 1, 1, 1]]
+
+
+def test_tokenizer_file_round_trip(tmp_path: Path) -> None:
+    tokenizer, path = word_tokenizer(WORDS, 6), tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    prompts = ["digit three", "x", ""]
+    assert torch.equal(tokenize(load_tokenizer(path), prompts)[0], tokenize(tokenizer, prompts)[0])
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "not json", b"\xff\xfe"])
+def test_unreadable_tokenizer_is_one_line(tmp_path: Path, content: str | bytes | None) -> None:
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(CheckpointError, match="not a readable tokenizer") as caught:
+        load_tokenizer(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def encoder() -> TextEncoder:
+    config = TextConfig(vocabulary=6, width=12, heads=3, layers=2, max_tokens=6)
+    return TextEncoder(config).initialize(torch.Generator().manual_seed(0)).double().requires_grad_(False)
+
+
+def test_pooled_is_the_state_of_the_last_token(encoder: TextEncoder) -> None:
+    ids, mask = tokenize(word_tokenizer(WORDS, 6), ["digit three", "", "digit three moving digit three"])
+    out = encoder(ids, mask)
+    assert out.states.shape == (3, 6, 12)
+    assert torch.equal(out.mask, mask)
+    for sample, last in enumerate((2, 0, 5)):
+        assert torch.equal(out.pooled[sample], out.states[sample, last])
+
+
+def test_padding_has_no_influence(encoder: TextEncoder) -> None:
+    ids, mask = tokenize(word_tokenizer(WORDS, 6), ["digit three"])
+    padded, cut = encoder(ids, mask), encoder(ids[:, :3], mask[:, :3])
+    torch.testing.assert_close(padded.states[:, :3], cut.states, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(padded.pooled, cut.pooled, rtol=1e-12, atol=1e-12)
+    ids[0, 3:] = 4
+    torch.testing.assert_close(encoder(ids, mask).pooled, cut.pooled, rtol=1e-12, atol=1e-12)
+
+
+def test_order_matters(encoder: TextEncoder) -> None:
+    ids, mask = tokenize(word_tokenizer(WORDS, 6), ["digit three", "three digit"])
+    first, second = encoder(ids, mask).pooled
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_layer_equals_plain_attention(encoder: TextEncoder) -> None:
+    """One layer against explicit softmax over the real tokens only, head by head."""
+    layer = encoder.layers[0]
+    x = torch.randn(1, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([0, 0, 0, -1e4, -1e4], dtype=torch.float64).reshape(1, 1, 1, 5)
+    q, k, v = torch.nn.functional.linear(layer.norm(x), layer.qkv.weight, layer.qkv.bias)[0].split(12, dim=-1)
+    heads = []
+    for head in range(3):
+        part = slice(4 * head, 4 * head + 4)
+        weights = (q[:, part] @ k[:3, part].T / 2).exp()
+        heads.append(weights / weights.sum(-1, keepdim=True) @ v[:3, part])
+    y = x + layer.out(torch.cat(heads, -1))
+    hidden = layer.up(layer.ffn_norm(y))
+    gelu = 0.5 * hidden * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (hidden + 0.044715 * hidden**3)))
+    torch.testing.assert_close(layer(x, mask), y + layer.down(gelu), rtol=1e-10, atol=1e-10)
