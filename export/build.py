@@ -1,0 +1,224 @@
+"""Compiles every graph of a bundle ahead of time and enters the engines in its manifest, all of them or none.
+
+One builder process per distinct engine, some at a time; finished plans go to the plan cache, and into the bundle only
+when every one is there. The manifest and the engine files are then replaced in one uninterruptible moment.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stiv_deploy.export.builder_processes import BuilderProcesses
+from stiv_deploy.export.engine_install import commit, staged
+from stiv_deploy.export.engine_job import BUILDER_REVISION, EngineJob
+from stiv_deploy.export.plan_cache import CachedPlan, PlanCache, plan_key
+from stiv_deploy.runtime.bundle import Bundle
+from stiv_deploy.runtime.engine_files import graph_hash, profile, sm_folder
+from stiv_deploy.runtime.errors import BackendError, EngineError, OutputError
+from stiv_deploy.runtime.manifest import PORTABLE, Bucket, EngineRecord, FileRecord, Manifest
+from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour, import_tensorrt, targets
+
+AUTO = "auto"
+Progress = Callable[["BuiltEngine"], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildRequest:
+    """What to build. ``buckets`` and ``graphs`` empty mean all; ``jobs`` 0 means what suits the machine and builder."""
+
+    backend: Flavour
+    sm: str
+    buckets: tuple[str, ...] = ()
+    graphs: tuple[str, ...] = ()
+    jobs: int = 0
+    cache: Path
+    rebuild: bool = False
+    optimization_level: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltEngine:
+    """One finished engine; ``cached`` if no builder ran for it (another build, or an equal graph, made it)."""
+
+    graph: str
+    plan: CachedPlan
+    cached: bool
+
+
+def gpu_sm() -> str:
+    """Compute capability of this machine's GPU; :class:`BackendError` if there is none."""
+    from stiv_deploy.runtime.backends.cuda import Cuda
+
+    return Cuda().device.sm
+
+
+def resolve_sm(trt: Any, flavour: Flavour, sm: str) -> str:
+    """Check ``sm`` against what the library can compile for; ``auto`` becomes the SM of the GPU at hand.
+
+    Raises :class:`BackendError`: TensorRT-RTX compiles ahead of time for a fixed list; TensorRT measures kernels
+    while building, so that it needs a GPU and builds for that one only.
+    """
+    known = targets(trt)
+    options = ", ".join([*known, PORTABLE, AUTO])
+    if known and sm not in (*known, PORTABLE, AUTO):
+        raise BackendError(f"{TITLES[flavour]} {trt.__version__} supports SM {options}; got {sm!r}")
+    if known and sm != AUTO:
+        return sm
+    if not known and sm == PORTABLE:
+        raise BackendError(f"{TITLES[flavour]} has no portable engines; give the SM of this machine's GPU, or {AUTO}")
+    return _sm_of_gpu(trt, flavour, sm)
+
+
+def _sm_of_gpu(trt: Any, flavour: Flavour, sm: str) -> str:
+    known = targets(trt)
+    hint = f"give --sm {', '.join(known)} or {PORTABLE}" if known else "build on the machine that will run the engines"
+    try:
+        here = gpu_sm()
+    except BackendError as error:
+        raise BackendError(f"{TITLES[flavour]} --sm {sm} needs an NVIDIA GPU here ({error}); {hint}") from None
+    if known and here not in known:
+        raise BackendError(f"{TITLES[flavour]} {trt.__version__} does not support this GPU's SM {here}; {hint}")
+    if sm not in (AUTO, here):
+        raise BackendError(f"{TITLES[flavour]} builds for the GPU at hand, SM {here}; got --sm {sm}; {hint}")
+    return here
+
+
+def choose_buckets(manifest: Manifest, names: Sequence[str]) -> list[Bucket]:
+    """The buckets called ``names``, all if empty; :class:`EngineError` for an unknown one."""
+    known = {bucket.name: bucket for bucket in manifest.buckets}
+    return [known[name] for name in _known(names, list(known), "bucket")]
+
+
+def _known(names: Sequence[str], known: Sequence[str], what: str) -> list[str]:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise EngineError(f"unknown {what} {', '.join(unknown)}; the bundle has {', '.join(known)}")
+    return list(names or known)
+
+
+def default_jobs(flavour: Flavour) -> int:
+    """Builders to run at a time: TensorRT measures kernels, so one; RTX only compiles, so one per core up to four."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if flavour == "tensorrt" else min(cores, 4)
+
+
+class EngineBuild:
+    """One run of ``stiv build``: everything is checked on construction, before the first builder starts.
+
+    Raises :class:`BundleError` for a damaged graph file, :class:`BackendError` for a missing library or an impossible
+    target, :class:`EngineError` for an unknown graph or bucket, :class:`OutputError` where it could not write.
+    """
+
+    def __init__(self, bundle: Bundle, request: BuildRequest) -> None:
+        trt = import_tensorrt(request.backend)
+        self.bundle, self.request = bundle, request
+        self.version: str = trt.__version__
+        self.sm = resolve_sm(trt, request.backend, request.sm)
+        self.buckets = choose_buckets(bundle.manifest, request.buckets)
+        self.graphs = _known(request.graphs, list(bundle.manifest.graphs), "graph")
+        if not os.access(bundle.folder, os.W_OK):
+            raise OutputError(
+                f"{bundle.folder}: engines cannot be written into this bundle; copy it to a folder you own"
+            )
+        self.cache = PlanCache(request.cache)
+        self._onnx = {name: bundle.graph_file(name) for name in self.graphs}
+        self._builders = BuilderProcesses()
+
+    def job(self, graph: str, plan: Path) -> EngineJob:
+        """The job of ``graph``, to be written to ``plan``."""
+        manifest, flavour = self.bundle.manifest, self.request.backend
+        spec = manifest.graphs[graph].spec
+        timing = self.cache.timing(f"{flavour}-{self.version}-sm{self.sm}") if flavour == "tensorrt" else None
+        return EngineJob(
+            graph=graph,
+            onnx=str(self._onnx[graph]),
+            plan=str(plan),
+            backend=flavour,
+            sm=None if self.sm == PORTABLE else self.sm,
+            profiles=tuple(profile(spec, manifest.model, bucket) for bucket in self.buckets),
+            optimization_level=self.request.optimization_level,
+            timing_cache=None if timing is None else str(timing),
+        )
+
+    def key(self, graph: str) -> str:
+        """The plan's key in the cache: equal graphs with equal weights share one."""
+        job = self.job(graph, Path())
+        return plan_key(
+            onnx=graph_hash(self.bundle.manifest.graphs[graph]),
+            profiles=[sorted(values.items()) for values in job.profiles],
+            backend=job.backend,
+            version=self.version,
+            sm=self.sm,
+            optimization_level=job.optimization_level,
+            revision=BUILDER_REVISION,
+        )
+
+    def _build(self, graph: str, key: str) -> BuiltEngine:
+        """Take the plan from the cache or build it in a process of its own."""
+        found = None if self.request.rebuild else self.cache.find(key)
+        if found is not None:
+            return BuiltEngine(graph=graph, plan=found, cached=True)
+        with self.cache.draft(key) as draft:
+            result = self._builders.run(self.job(graph, draft))
+            if result.error is not None:
+                builder = f"{TITLES[self.request.backend]} {self.version}"
+                raise EngineError(f"{graph}: {builder} cannot build it for {sm_folder(self.sm)}: {result.error}")
+            plan = self.cache.keep(key, draft, result.seconds)
+        return BuiltEngine(graph=graph, plan=plan, cached=False)
+
+    def _build_all(self, report: Progress) -> dict[str, BuiltEngine]:
+        """Build every distinct engine, some at a time; the first failure, or Ctrl-C, ends all builders."""
+        graphs_of: dict[str, list[str]] = {}
+        for graph in self.graphs:
+            graphs_of.setdefault(self.key(graph), []).append(graph)
+        built: dict[str, BuiltEngine] = {}
+        pool = ThreadPoolExecutor(self.request.jobs or default_jobs(self.request.backend))
+        try:
+            futures = {pool.submit(self._build, graphs[0], key): graphs for key, graphs in graphs_of.items()}
+            for future in as_completed(futures):
+                engine = future.result()
+                for index, graph in enumerate(futures[future]):
+                    built[graph] = BuiltEngine(graph=graph, plan=engine.plan, cached=engine.cached or index > 0)
+                    report(built[graph])
+        except BaseException:
+            self._builders.stop()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return built
+
+    def _path(self, graph: str) -> str:
+        """Where the engine goes in the bundle; one built for chosen buckets only has a file of its own."""
+        suffix = "." + "+".join(self.request.buckets) if self.request.buckets else ""
+        return f"engines/{self.request.backend}/{sm_folder(self.sm)}/{graph}{suffix}.engine"
+
+    def _records(self, engine: BuiltEngine) -> list[EngineRecord]:
+        """Manifest entries of one engine: one per bucket."""
+        plan = engine.plan
+        return [
+            EngineRecord(
+                graph=engine.graph,
+                bucket=bucket.name,
+                backend=self.request.backend,
+                backend_version=self.version,
+                sm=self.sm,
+                file=FileRecord(path=self._path(engine.graph), sha256=plan.sha256, bytes=plan.bytes),
+                onnx=graph_hash(self.bundle.manifest.graphs[engine.graph]),
+                build_seconds=plan.build_seconds,
+            )
+            for bucket in self.buckets
+        ]
+
+    def run(self, report: Progress) -> list[BuiltEngine]:
+        """Build and install; returns the engines in the order of the graphs. ``report`` hears of each as it is done.
+
+        Raises :class:`EngineError` with the builder's own words. The bundle is unchanged unless this returns.
+        """
+        built = self._build_all(report)
+        records = [record for graph in self.graphs for record in self._records(built[graph])]
+        with staged(self.bundle.folder, {self._path(graph): built[graph].plan.path for graph in self.graphs}) as files:
+            commit(self.bundle, files, records)
+        return [built[graph] for graph in self.graphs]

@@ -1,0 +1,248 @@
+"""A bundle from a checkpoint: every graph of the contract traced, written, checked, and described in the manifest."""
+
+import copy
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from stiv_deploy.export.errors import CheckError, ExportError
+from stiv_deploy.export.graphs import FLOAT32_GRAPHS, graph_modules, model_facts, torch_dtype
+from stiv_deploy.export.network_check import CheckRow, check_graph, check_sizes
+from stiv_deploy.export.onnx_from_module import OPSET, Template, parameters_of, structure_faults, trace, write_graph
+from stiv_deploy.runtime.contract import GraphSpec, ModelFacts, Precision, graph_specs
+from stiv_deploy.runtime.errors import OutputError
+from stiv_deploy.runtime.manifest import MANIFEST, Bucket, FileRecord, GraphRecord, Manifest, Range, SamplingDefaults
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint, CheckpointConfig, load_checkpoint, replaced_folder
+from stiv_deploy.stiv_ref.checkpoint import SamplingDefaults as CheckpointDefaults
+from stiv_deploy.stiv_ref.config import read_config
+
+CHECKPOINT_FILES = ("config.json", "model.safetensors", "text_encoder.safetensors", "vae.safetensors", "tokenizer.json")
+GRAPH_FOLDER = "onnx"
+TOOLS = ("stiv-deploy", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
+Progress = Callable[[str, int, int], None]
+"""Called before each piece of work with what it is, how many are done, and how many there are."""
+
+
+def export_bundle(
+    checkpoint_path: Path,
+    out: Path,
+    precision: Precision = "float32",
+    buckets: Sequence[Bucket] | None = None,
+    check: bool = True,
+    progress: Progress = lambda text, done, total: None,
+) -> Path:
+    """Write the bundle of a checkpoint to the folder ``out`` and return its path.
+
+    An existing bundle at ``out`` is replaced when the new one is complete, any other folder is refused. ``buckets``
+    default to half to twice the checkpoint's own sizes. With ``check``, each graph is compared with the reference at
+    the sizes of every bucket; the structural checks always run. Raises :class:`CheckpointError`,
+    :class:`ExportError` (sizes that the model cannot take), :class:`OutputError`, or :class:`CheckError`.
+    """
+    refuse_bad_target(out)
+    checkpoint = load_checkpoint(checkpoint_path)
+    facts = model_facts(checkpoint.config)
+    chosen = tuple(buckets or (default_bucket(checkpoint.config.sampling, facts),))
+    for bucket in chosen:
+        validate_bucket(bucket, facts)
+    with written_folder(out) as folder:
+        graphs = _export_graphs(checkpoint, folder / GRAPH_FOLDER, precision, chosen, check, progress)
+        manifest = Manifest(
+            precision=precision,
+            opset=OPSET,
+            model=facts,
+            sampling=sampling_defaults(checkpoint.config.sampling, chosen),
+            buckets=chosen,
+            graphs=graphs,
+            tokenizer=_copy_tokenizer(checkpoint_path, folder),
+            checkpoint=checkpoint_hash(checkpoint_path),
+            tools=tool_versions(),
+        )
+        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return out
+
+
+def refuse_bad_target(out: Path) -> None:
+    """Raise :class:`OutputError` if ``out`` is something that a bundle must not replace."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: this is a file; a bundle is a folder, choose another --out")
+    ancestor = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not ancestor.is_dir() or not os.access(ancestor.parent if ancestor == out.absolute() else ancestor, os.W_OK):
+        raise OutputError(
+            f"{out}: cannot be written, {ancestor} is not a folder that takes files; choose another --out"
+        )
+    if out.is_dir() and any(out.iterdir()) and not _is_bundle(out):
+        raise OutputError(f"{out}: this folder is not a bundle and is not empty; choose another --out or remove it")
+
+
+def _is_bundle(folder: Path) -> bool:
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("format") == "stiv-bundle"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+@contextmanager
+def written_folder(out: Path) -> Iterator[Path]:
+    """Yield the temporary folder that becomes ``out``; :class:`OutputError` if it cannot be made or written."""
+    try:
+        with replaced_folder(out.absolute()) as folder:
+            (folder / GRAPH_FOLDER).mkdir()
+            yield folder
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written ({error.strerror or error}); choose another --out") from error
+
+
+def default_bucket(sampling: CheckpointDefaults, facts: ModelFacts) -> Bucket:
+    """From half to twice the size that the checkpoint was trained for, one frame to twice its frames, batch 1 to 4."""
+
+    def around(size: int, multiple: int, smallest: int) -> Range:
+        low = max(multiple, smallest // multiple * multiple)
+        return Range(min=min(low, size), typical=size, max=2 * size)
+
+    pixels = facts.pixel_multiple
+    return Bucket(
+        name="default",
+        batch=Range(min=1, typical=1, max=4),
+        frames=around(sampling.frames, facts.frame_multiple, 1) if facts.temporal else Range(min=1, typical=1, max=1),
+        height=around(sampling.height, pixels, sampling.height // 2),
+        width=around(sampling.width, pixels, sampling.width // 2),
+    )
+
+
+def buckets_for(checkpoint_path: Path, ranges: Mapping[str, Range]) -> tuple[Bucket, ...]:
+    """The default bucket of a checkpoint with some of its ranges (batch, frames, height, width) given."""
+    config = read_config(CheckpointConfig, checkpoint_path / "config.json")
+    return (default_bucket(config.sampling, model_facts(config)).model_copy(update=dict(ranges)),)
+
+
+def validate_bucket(bucket: Bucket, facts: ModelFacts) -> None:
+    """Raise :class:`ExportError` if the model cannot take the sizes of ``bucket``."""
+    for what, allowed, multiple in (
+        ("frames", bucket.frames, facts.frame_multiple),
+        ("height", bucket.height, facts.pixel_multiple),
+        ("width", bucket.width, facts.pixel_multiple),
+    ):
+        sizes = (allowed.min, allowed.typical, allowed.max)
+        if any(size % multiple for size in sizes):
+            given = ":".join(map(str, sizes))
+            raise ExportError(f"{what} {given}: this model takes multiples of {multiple}; change --{what}")
+    if not facts.temporal and bucket.frames.max != 1:
+        raise ExportError(f"frames up to {bucket.frames.max}: an image model makes one frame; use --frames 1:1:1")
+
+
+def sampling_defaults(sampling: CheckpointDefaults, buckets: Sequence[Bucket]) -> SamplingDefaults:
+    """The checkpoint's recommendations; the first bucket's typical size where no bucket holds its own size."""
+    values = sampling.model_dump()
+    size = {name: values[name] for name in ("frames", "height", "width")}
+    if not any(bucket.holds(batch=bucket.batch.min, **size) for bucket in buckets):
+        size = {name: getattr(buckets[0], name).typical for name in size}
+    return SamplingDefaults(**values | size)
+
+
+def _export_graphs(
+    checkpoint: Checkpoint,
+    folder: Path,
+    precision: Precision,
+    buckets: Sequence[Bucket],
+    check: bool,
+    progress: Progress,
+) -> dict[str, GraphRecord]:
+    """Trace, write and check the graphs one after another; the blocks share one template."""
+    facts = model_facts(checkpoint.config)
+    specs = graph_specs(facts, precision)
+    modules = graph_modules(checkpoint)
+    records: dict[str, GraphRecord] = {}
+    checked: set[str] = set()
+    block: Template | None = None
+    for done, (name, reference) in enumerate(modules.items()):
+        progress(name, done, len(modules))
+        module = _in_precision(name, reference, precision)
+        is_block = name.startswith("block_")
+        template = (is_block and block) or trace(module, "block" if is_block else name, specs[name], facts)
+        block = template if is_block else None
+        record = write_checked(template, module, folder, name, specs[name])
+        if check:
+            sizes = _sizes(buckets, facts, everywhere=record.topology not in checked)
+            vocabulary = checkpoint.config.text.vocabulary
+            path = folder / f"{name}.onnx"
+            rows = check_graph(name, path, specs[name], reference, module, sizes, vocabulary)
+            require_passed(rows)
+            checked.add(record.topology)
+        records[name] = record
+    progress("manifest", len(modules), len(modules))
+    return records
+
+
+def _in_precision(name: str, reference: nn.Module, precision: Precision) -> nn.Module:
+    """``reference`` itself where the graph is float32, else a copy in the bundle's precision."""
+    if precision == "float32" or name in FLOAT32_GRAPHS:
+        return reference
+    return copy.deepcopy(reference).to(torch_dtype(precision))
+
+
+def write_checked(template: Template, module: nn.Module, folder: Path, name: str, spec: GraphSpec) -> GraphRecord:
+    """Write one graph into ``folder``, check its structure, and return its record, paths relative to the bundle."""
+    written = write_graph(template, parameters_of(module), folder, name)
+    faults = structure_faults(folder / f"{name}.onnx", spec)
+    if faults:
+        raise CheckError(f"graph {name} is not what the contract says: {faults[0]}; please report this")
+
+    def inside(record: FileRecord) -> FileRecord:
+        return record.model_copy(update={"path": f"{GRAPH_FOLDER}/{record.path}"})
+
+    data = inside(written.data) if written.data else None
+    return GraphRecord(file=inside(written.file), data=data, topology=written.topology, spec=spec)
+
+
+def _sizes(buckets: Sequence[Bucket], facts: ModelFacts, everywhere: bool) -> dict[str, dict[str, int]]:
+    """Sizes to check at. Where a graph of this topology was checked everywhere, one odd size proves the weights."""
+    sizes = {
+        f"{which} of bucket {bucket.name}": dims
+        for bucket in buckets
+        for which, dims in check_sizes(bucket, facts).items()
+    }
+    return sizes if everywhere else dict([next(item for item in sizes.items() if item[0].startswith("odd"))])
+
+
+def require_passed(rows: Iterator[CheckRow]) -> None:
+    """Raise :class:`CheckError` at the first row that failed."""
+    for row in rows:
+        if not row.passed:
+            raise CheckError(
+                f"graph {row.graph} differs from the reference at the {row.size}: relative L2 error {row.rel_l2:.1e}, "
+                f"at most {row.gate:.1e} allowed; check the versions of torch and onnxruntime"
+            )
+
+
+def _copy_tokenizer(checkpoint_path: Path, folder: Path) -> FileRecord:
+    content = (checkpoint_path / "tokenizer.json").read_bytes()
+    (folder / "tokenizer.json").write_bytes(content)
+    return FileRecord(path="tokenizer.json", sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+
+
+def checkpoint_hash(path: Path) -> str:
+    """SHA-256 (hex) over the lines ``<sha256> <name>`` of the checkpoint's files."""
+    digest = hashlib.sha256()
+    for name in CHECKPOINT_FILES:
+        with (path / name).open("rb") as file:
+            digest.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()} {name}\n".encode())
+    return digest.hexdigest()
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of what made the bundle."""
+    found = {"python": platform.python_version()}
+    for name in TOOLS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found | {"torch": torch.__version__}

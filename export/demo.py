@@ -1,0 +1,186 @@
+"""``stiv demo``, which ``make demo`` runs: the whole chain on one machine, from the shipped checkpoint to videos and a report with pictures.
+
+Export, RTX engines for one GPU architecture, the parity ladder, one text-to-video and one image-to-video clip; all of
+it lands in one folder, and the report says what was run and what came out.
+"""
+
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+
+CHECKPOINT = Path("checkpoints/tiny")
+SM = "89"
+UPSCALE = 8
+STILL = ("three", "left")
+"""Digit and direction of the image-to-video clip; the image is a held-out handwriting sample."""
+PROMPT = "digit seven moving down"
+SEED = 7
+
+
+@dataclass
+class DemoRun:
+    """What the stages hand on: the output folder, seconds by stage, and the facts for the report."""
+
+    out: Path
+    console: Console
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    parity: Any = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Announce and time one stage."""
+        self.console.print(f"[bold]{name}[/bold]")
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+        self.console.print(f"  {self.seconds[name]:.1f} s")
+
+
+def export_stage(run: DemoRun, checkpoint: Path) -> None:
+    """Checkpoint -> bundle."""
+    from stiv_deploy.export.bundle_from_checkpoint import export_bundle
+
+    with run.stage("Export to ONNX, each graph checked against the reference"):
+        export_bundle(checkpoint, run.out / "bundle")
+
+
+def build_stage(run: DemoRun, sm: str) -> None:
+    """Bundle -> engines, where the builder is installed; otherwise the report says why there are none."""
+    from stiv_deploy.export.build import BuildRequest, EngineBuild
+    from stiv_deploy.export.plan_cache import default_cache
+    from stiv_deploy.runtime.bundle import Bundle
+    from stiv_deploy.runtime.tensorrt_library import missing_library
+
+    reason = missing_library("tensorrt-rtx")
+    if reason is not None:
+        run.notes.append(f"No engines were built: {reason}.")
+        run.console.print(f"[bold]TensorRT-RTX engines[/bold]: skipped, {reason}")
+        return
+    with run.stage(f"TensorRT-RTX engines for SM {sm}, ahead of time"):
+        request = BuildRequest(backend="tensorrt-rtx", sm=sm, cache=default_cache())
+        EngineBuild(Bundle.open(run.out / "bundle"), request).run(lambda _engine: None)
+
+
+def parity_stage(run: DemoRun) -> None:
+    """Bundle -> parity.json, and the rows in its manifest."""
+    from stiv_deploy.export.parity import run_parity
+    from stiv_deploy.export.parity_files import opened_pair, record_rows, runnable, write_json
+
+    with run.stage("Parity with the float64 reference"):
+        bundle, checkpoint = opened_pair(run.out / "bundle", None, CHECKPOINT.parent)
+        run.parity = run_parity(bundle, checkpoint, runnable(bundle, None), 10, lambda _text: None)
+        record_rows(bundle, run.parity)
+        write_json(run.out / "parity.json", run.parity)
+
+
+def held_out_image(digit: str) -> np.ndarray:
+    """A first frame uint8 [32, 32, 3]: a digit from the test split at the right edge, ready to move left."""
+    from stiv_deploy.stiv_ref.data.moving_digits import DIGIT, DIGIT_WORDS, SIZE, MovingDigits
+
+    digits = MovingDigits("test")
+    index = int(np.flatnonzero(digits.labels == DIGIT_WORDS.index(digit))[0])
+    frame = np.zeros((SIZE, SIZE, 3), dtype=np.uint8)
+    edge = (SIZE - DIGIT) // 2
+    frame[edge : edge + DIGIT, SIZE - DIGIT :] = np.round(255 * digits.images[index].numpy())[..., None]
+    return frame
+
+
+def generate_stage(run: DemoRun) -> None:
+    """Bundle -> one T2V and one TI2V clip as mp4, GIF and contact sheet, by the torch-free runtime."""
+    from PIL import Image
+
+    from stiv_deploy.runtime.media import contact_sheet, write_video
+    from stiv_deploy.runtime.pipeline import StivPipeline
+
+    digit, direction = STILL
+    first = run.out / "first.png"
+    Image.fromarray(held_out_image(digit)).save(first)
+    requests: dict[str, dict[str, Any]] = {
+        "t2v": {"prompt": PROMPT},
+        "ti2v": {"prompt": f"digit {digit} moving {direction}", "image": first},
+    }
+    with (
+        run.stage("Generate: text to video, and text and image to video"),
+        StivPipeline.from_bundle(run.out / "bundle", backend="onnxruntime") as pipe,
+    ):
+        rate = pipe.bundle.manifest.sampling.frames_per_second
+        for name, request in requests.items():
+            frames = pipe(seed=SEED, **request).frames[0]
+            write_video(run.out / f"{name}.mp4", frames, rate, UPSCALE)
+            write_video(run.out / f"{name}.gif", frames, rate, UPSCALE)
+            contact_sheet([frames], [request["prompt"]], UPSCALE // 2).save(run.out / f"{name}.png")
+
+
+def report(run: DemoRun, checkpoint: Path) -> Path:
+    """Write ``report.md`` with the pictures, the timings and the parity table."""
+    rows = [
+        f"| {row.level} | {row.name} | {row.backend} | {row.rel_l2:.1e} | {plain:.1e} | {row.gate:.1e} | "
+        f"{'yes' if row.passed else '**NO**'} |"
+        for row, plain in zip(run.parity.rows, run.parity.yardsticks, strict=True)
+    ]
+    video = [
+        f"| {gate.name} | {gate.backend} | {gate.value:.4f} | {gate.gate:.2f} | {'yes' if gate.passed else '**NO**'} |"
+        for gate in run.parity.video
+    ]
+    lines = [
+        "# STIV demo",
+        "",
+        f"Checkpoint `{checkpoint}`, {platform.machine()}, Python {platform.python_version()}.",
+        *(f"\n{note}" for note in run.notes),
+        "",
+        f"## Text to video: “{PROMPT}”",
+        "![frames](t2v.png)",
+        "",
+        f"## Image to video: “digit {STILL[0]} moving {STILL[1]}” from ![first frame](first.png)",
+        "![frames](ti2v.png)",
+        "",
+        "## Time",
+        "| stage | seconds |",
+        "|---|---:|",
+        *(f"| {name} | {seconds:.1f} |" for name, seconds in run.seconds.items()),
+        "",
+        f"## Parity: {'passed' if run.parity.passed else 'FAILED'}",
+        "Relative L2 error against the float64 reference; *plain torch* is the reference in the bundle's precision.",
+        "",
+        "| level | name | backend | rel L2 | plain torch | gate | passed |",
+        "|---|---|---|---:|---:|---:|---|",
+        *rows,
+        "",
+        "| video gate | backend | value | at least | passed |",
+        "|---|---|---:|---:|---|",
+        *video,
+        "",
+    ]
+    path = run.out / "report.md"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path("out/demo"),
+    checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder.")] = CHECKPOINT,
+    sm: Annotated[str, typer.Option(help="Compute capability of the engines, without the dot.")] = SM,
+) -> None:
+    """Run the whole chain: export, build, parity, generate, report."""
+    out.mkdir(parents=True, exist_ok=True)
+    run = DemoRun(out, Console())
+    export_stage(run, checkpoint)
+    build_stage(run, sm)
+    parity_stage(run)
+    generate_stage(run)
+    written = report(run, checkpoint)
+    run.console.print(f"\n{sum(run.seconds.values()):.0f} s in all. Look at:")
+    for path in (written, *sorted(out.glob("*.mp4")), *sorted(out.glob("*.png")), out / "parity.json", out / "bundle"):
+        run.console.print(f"  {path}", highlight=False)
+    if not run.parity.passed:
+        raise typer.Exit(1)
+

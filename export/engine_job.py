@@ -1,0 +1,66 @@
+"""What a builder process is told and what it answers: plain values that travel as JSON.
+
+Only the standard library is imported here, so that a builder process starts fast.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+
+from stiv_deploy.runtime.tensorrt_library import Flavour
+
+BUILDER_REVISION = 1
+"""Part of every plan's key: raise it whenever ``engine_from_onnx`` would build a different engine from the same job."""
+
+Shape = tuple[int, ...]
+Profile = dict[str, tuple[Shape, Shape, Shape]]
+"""Shapes of every graph input: smallest, what the engine is tuned for, largest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineJob:
+    """One engine to build: ``onnx`` file -> ``plan`` file, with one optimization profile per size bucket.
+
+    ``sm`` is a compute capability without the dot (``"89"``), or ``None`` for an engine not bound to one.
+    ``timing_cache`` is a file that TensorRT reads and extends (RTX measures nothing while building and has none).
+    """
+
+    graph: str
+    onnx: str
+    plan: str
+    backend: Flavour
+    sm: str | None
+    profiles: tuple[Profile, ...]
+    optimization_level: int | None = None
+    timing_cache: str | None = None
+
+    def to_json(self) -> str:
+        """This job as one line of JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "EngineJob":
+        """The job that :meth:`to_json` wrote."""
+        values = json.loads(text)
+        profiles = tuple(
+            {name: (tuple(low), tuple(typical), tuple(high)) for name, (low, typical, high) in profile.items()}
+            for profile in values.pop("profiles")
+        )
+        return cls(profiles=profiles, **values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineResult:
+    """How a job went: wall seconds of parsing and building and the plan's size, or the builder's error in one line."""
+
+    seconds: float = 0.0
+    bytes: int = 0
+    error: str | None = None
+
+    def to_json(self) -> str:
+        """This result as one line of JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "EngineResult":
+        """The result that :meth:`to_json` wrote."""
+        return cls(**json.loads(text))

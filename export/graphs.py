@@ -1,0 +1,226 @@
+"""The graphs of the contract as modules: reference code between the contract's inputs and outputs.
+
+Each module's ``forward`` takes exactly the inputs of its graph in :func:`runtime.contract.graph_specs`, in order, and
+returns its outputs. The reference module sits in the one child ``source``, whose prefix the ONNX names drop. A module
+may be in half precision (``.to(dtype)``): whatever the contract keeps in float32 is cast at the boundary, inside.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from stiv_deploy.runtime.contract import ModelFacts, Precision, block_names
+from stiv_deploy.stiv_ref.block import RopeTables, StivBlock
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint, CheckpointConfig
+from stiv_deploy.stiv_ref.model import Stiv
+from stiv_deploy.stiv_ref.text import TextEncoder
+from stiv_deploy.stiv_ref.vae import Vae
+
+Module = TypeVar("Module", bound=nn.Module)
+FLOAT32_GRAPHS = frozenset({"image_encoder", "step", "decoder"})
+"""Graphs that are float32 throughout in a bundle of any precision."""
+
+
+def model_facts(config: CheckpointConfig) -> ModelFacts:
+    """The architecture facts of a checkpoint that the contract and the runtime need."""
+    shared = {name: value for name, value in config.model.model_dump().items() if name in ModelFacts.model_fields}
+    return ModelFacts(
+        **shared,
+        max_text_tokens=config.text.max_tokens,
+        spatial_factor=config.vae.spatial_factor,
+        temporal_factor=config.vae.temporal_factor,
+    )
+
+
+def part(module: Module, *children: str) -> Module:
+    """A view of ``module`` with only these children and no parameters of its own: its methods, sharing its weights."""
+    view = copy.copy(module)
+    view._modules = {name: module._modules[name] for name in children}
+    view._parameters = {}
+    return view
+
+
+def _key_value_part(block: StivBlock) -> StivBlock:
+    """A view of ``block`` with only the projection of text to keys and values."""
+    view = part(block)
+    view.cross = part(block.cross, "kv")
+    return view
+
+
+def _blocks(model: Stiv) -> list[StivBlock]:
+    return [cast(StivBlock, block) for block in model.blocks]
+
+
+class TextEncoderGraph(nn.Module):
+    """``text_encoder``: token ids and mask -> states, pooled."""
+
+    def __init__(self, source: TextEncoder) -> None:
+        super().__init__()
+        self.source = source
+
+    def forward(self, token_ids: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """int64 [B, L] twice -> [B, L, Dt], [B, Dt]."""
+        encoded = self.source(token_ids, token_mask)
+        return encoded.states, encoded.pooled
+
+
+class TextKVGraph(nn.Module):
+    """``text_kv``: text states -> cross-attention keys and values of all blocks."""
+
+    def __init__(self, model: Stiv) -> None:
+        super().__init__()
+        self.source = part(model, "text_in", "text_out")
+        self.source.blocks = nn.ModuleList(_key_value_part(block) for block in _blocks(model))
+
+    def forward(self, text_states: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, L, Dt] -> twice [N, B, H, L, Dh]."""
+        pair = self.source.text_kv(text_states)
+        return pair.k, pair.v
+
+
+class ImageEncoderGraph(nn.Module):
+    """``image_encoder``: video -> standardized latents."""
+
+    def __init__(self, source: Vae) -> None:
+        super().__init__()
+        self.source = source
+
+    def forward(self, video: Tensor) -> Tensor:
+        """[B, F, 3, H, W] in [-1, 1] -> [B, T, C, h, w]."""
+        return self.source.encode(video)
+
+
+class DecoderGraph(nn.Module):
+    """``decoder``: latents -> video."""
+
+    def __init__(self, source: Vae) -> None:
+        super().__init__()
+        self.source = source
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """[B, T, C, h, w] -> [B, F, 3, H, W] in [-1, 1]."""
+        return self.source.decode(latents)
+
+
+class EmbedGraph(nn.Module):
+    """``embed``: model input, timestep, micro-conditions, pooled text -> tokens, modulation, condition."""
+
+    def __init__(self, model: Stiv) -> None:
+        super().__init__()
+        self.source = part(model, "patch", "singleton", "modulation")
+
+    def forward(
+        self, model_input: Tensor, timestep: Tensor, micro: Tensor, pooled: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, C, h, w], [B], [B, 6], [B, Dt] -> [B, T', S, D], [B, 6, D], [B, D]."""
+        embedded = self.source.embed(model_input, timestep, micro, pooled)
+        return embedded.x, embedded.modulation, embedded.condition
+
+
+class BlockGraph(nn.Module):
+    """``block_00``, ...: one block. Tables and mask come in float32 and are cast to the tokens' type."""
+
+    def __init__(self, source: StivBlock) -> None:
+        super().__init__()
+        self.source = source
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        text_k: Tensor,
+        text_v: Tensor,
+        text_mask: Tensor,
+        spatial_cos: Tensor,
+        spatial_sin: Tensor,
+        temporal_cos: Tensor | None = None,
+        temporal_sin: Tensor | None = None,
+    ) -> Tensor:
+        """[B, T', S, D] -> [B, T', S, D]; see the contract for the rest. Image models have no temporal tables."""
+        if temporal_cos is None or temporal_sin is None:
+            temporal_cos, temporal_sin = spatial_cos, spatial_sin  # not looked at
+        tables = RopeTables(*(table.to(x.dtype) for table in (spatial_cos, spatial_sin, temporal_cos, temporal_sin)))
+        return self.source(x, modulation, text_k, text_v, text_mask.to(x.dtype), tables)
+
+
+class HeadGraph(nn.Module):
+    """``head``: tokens and condition -> velocity. ``model_input`` gives its shape only."""
+
+    def __init__(self, model: Stiv) -> None:
+        super().__init__()
+        self.source = part(model, "head")
+
+    def forward(self, x: Tensor, condition: Tensor, model_input: Tensor) -> Tensor:
+        """[B, T', S, D], [B, D], [B, T, C, h, w] -> float32 [B, T, C, h, w]."""
+        return self.source.unpatchify(self.source.head(x, condition), model_input.shape).float()
+
+
+class StepGraph(nn.Module):
+    """``step``: guidance, renormalization, solver update, frame replacement and the next model input.
+
+    The shipped form of ``stiv_ref.guidance``, ``sampler`` and ``conditioning`` (arXiv 2412.07730, section 3): every
+    guidance rule is a weighted sum over branches, every solver a weighted sum of two velocities, so that one graph
+    serves all modes. All float32.
+    """
+
+    def forward(
+        self,
+        velocity: Tensor,
+        latents: Tensor,
+        clean: Tensor,
+        noise: Tensor,
+        frame_mask: Tensor,
+        branch_mask: Tensor,
+        branch_weights: Tensor,
+        previous_velocity: Tensor,
+        solver_weights: Tensor,
+        dt: Tensor,
+        next_timestep: Tensor,
+        renorm: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``velocity`` [G, B, T, C, h, w], the others as in the contract -> next latents, guided velocity, next input.
+
+        ``previous_velocity`` is not looked at where its weight is 0, so that it may be uninitialized.
+        """
+        given = frame_mask[:, :, None, None, None]  # (B, T, 1, 1, 1)
+        guided = (branch_weights[:, None, None, None, None, None] * velocity).sum(0)
+        ratio = _norm(velocity[0], given) / _norm(guided, given).clamp_min(torch.finfo(torch.float32).tiny)
+        guided = guided * torch.where(renorm > 0, ratio, 1.0)
+
+        first, second = solver_weights.chunk(2)
+        previous = torch.where(second != 0, second * previous_velocity, 0.0)
+        updated = torch.where(given, clean, latents + dt * (first * guided + previous))
+
+        noised = next_timestep * clean + (1 - next_timestep) * noise
+        hidden = torch.where(given, noised, updated)
+        model_input = torch.where(branch_mask[:, :, :, None, None, None], clean, hidden)  # (G, B, T, C, h, w)
+        return updated, guided, model_input
+
+
+def _norm(velocity: Tensor, given: Tensor) -> Tensor:
+    """Norm [B, 1, 1, 1, 1] of ``velocity`` [B, T, C, h, w] per sample over the frames that are not given."""
+    return torch.where(given, 0.0, velocity).square().sum(dim=(1, 2, 3, 4), keepdim=True).sqrt()
+
+
+def graph_modules(checkpoint: Checkpoint) -> Mapping[str, nn.Module]:
+    """All graphs of a checkpoint by the contract's names, in running order, sharing the checkpoint's parameters."""
+    model = checkpoint.model
+    blocks = zip(block_names(len(model.blocks)), _blocks(model), strict=True)
+    return {
+        "text_encoder": TextEncoderGraph(checkpoint.text_encoder),
+        "text_kv": TextKVGraph(model),
+        "image_encoder": ImageEncoderGraph(checkpoint.vae),
+        "embed": EmbedGraph(model),
+        **{name: BlockGraph(block) for name, block in blocks},
+        "head": HeadGraph(model),
+        "step": StepGraph(),
+        "decoder": DecoderGraph(checkpoint.vae),
+    }
+
+
+def torch_dtype(precision: Precision) -> torch.dtype:
+    """The torch dtype of a bundle's precision."""
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[precision]

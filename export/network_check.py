@@ -1,0 +1,174 @@
+"""Does an exported graph compute what the reference computes? ONNX Runtime against torch, over a bucket's sizes."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from stiv_deploy.runtime.contract import MASKED, MAX_BRANCHES, GraphSpec, ModelFacts, TensorSpec, dimensions
+from stiv_deploy.runtime.manifest import Bucket, Range
+
+FLOAT32_GATE = 1e-5
+"""Largest relative L2 error of a float32 graph against torch in float32.
+
+Both round at u = 6e-8 and differ in the order of their sums. Rounding errors of a sum of n terms grow as sqrt(n) * u
+when they are random: 4e-6 for n = 4608, the widest sum (FFN of the 1152-wide model). A graph chains a few such sums,
+and norms bring each back to unit size. In ``embed``, sinusoids of angles up to 1000 turn the last bit of a frequency
+into 1000 * u = 6e-5 in the few fastest features, 4e-6 of the whole. A wrong axis, table or epsilon gives 1e-3 and more.
+"""
+HALF_FACTOR = 2.0
+"""A half-precision graph may have twice the error of plain torch in the same precision, both against float32."""
+UNIT_ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+"""Floor of the half-precision gate: two right results may still round each output value differently."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckRow:
+    """Result of one graph at one size: the worst output's error and its gate. ``rel_l2`` is None if not executed."""
+
+    graph: str
+    size: str
+    rel_l2: float | None
+    gate: float
+    passed: bool
+
+
+def check_sizes(bucket: Bucket, facts: ModelFacts) -> dict[str, dict[str, int]]:
+    """Symbol values to check at: minimum, typical, maximum and an odd size inside, not square where there is room."""
+    corners: tuple[Literal["min", "typical", "max"], ...] = ("min", "typical", "max")
+    sizes: dict[str, dict[str, int]] = {which: bucket.dims(facts, which) for which in corners}
+    sizes["odd"] = dimensions(
+        facts,
+        batch=_odd_inside(bucket.batch, 1, 0.5),
+        branches=MAX_BRANCHES,
+        video_frames=_odd_inside(bucket.frames, facts.frame_multiple, 0.3),
+        height=_odd_inside(bucket.height, facts.pixel_multiple, 0.2),
+        width=_odd_inside(bucket.width, facts.pixel_multiple, 0.5),
+        text_tokens=max(1, facts.max_text_tokens // 2 - 1),
+    )
+    return sizes
+
+
+def _odd_inside(allowed: Range, multiple: int, share: float) -> int:
+    """A multiple about ``share`` of the way through a range, an odd one where there is one."""
+    low, high = -(-allowed.min // multiple), allowed.max // multiple
+    units = low + round(share * (high - low))
+    if units % 2 == 0:
+        units += 1 if units < high else -(units > low)
+    return units * multiple
+
+
+def draw_inputs(spec: GraphSpec, dims: dict[str, int], vocabulary: int, seed: int = 0) -> dict[str, Tensor]:
+    """Seeded values for a graph's inputs, of the kind that each has in use, in the contract's types."""
+    drawn = {}
+    for tensor in spec.inputs:
+        values = _draw(tensor, tensor.sized(dims), vocabulary, seed)
+        drawn[tensor.name] = torch.from_numpy(np.asarray(values)).to(getattr(torch, tensor.dtype))
+    return drawn
+
+
+def _draw(tensor: TensorSpec, shape: tuple[int, ...], vocabulary: int, seed: int) -> np.ndarray:
+    """Values in float32 or int64; the ones not named here are standard normal, as latents and tokens are."""
+    stem = tensor.name.removesuffix("_cos").removesuffix("_sin")  # a table's cosine and sine share their angles
+    random = np.random.default_rng([seed, *stem.encode()])
+    rules: dict[str, Callable[[], Any]] = {
+        "token_ids": lambda: random.integers(0, vocabulary, shape),
+        "token_mask": lambda: _lengths(random, shape).astype(np.int64),
+        "text_mask": lambda: np.where(_lengths(random, (shape[0], shape[-1])), 0, MASKED).reshape(shape),
+        "timestep": lambda: random.random(shape),
+        "next_timestep": lambda: random.random(shape),
+        "micro": lambda: random.integers(0, 512, shape),
+        "video": lambda: random.uniform(-1, 1, shape),
+        "spatial": lambda: random.uniform(-np.pi, np.pi, shape),
+        "temporal": lambda: random.uniform(-np.pi, np.pi, shape),
+        "frame_mask": lambda: random.random(shape) < 0.3,
+        "branch_mask": lambda: random.random(shape) < 0.3,
+        "renorm": lambda: np.ones(shape),
+        "dt": lambda: random.random(shape),
+    }
+    values = rules.get(stem, lambda: random.standard_normal(shape))()
+    if tensor.name.endswith("_cos"):
+        return np.cos(values)
+    return np.sin(values) if tensor.name.endswith("_sin") else values
+
+
+def _lengths(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Bool [rows, length]: true for the first 1 to ``length`` positions of each row."""
+    rows, length = shape
+    return np.arange(length) < random.integers(1, length + 1, (rows, 1))
+
+
+def executable(spec: GraphSpec) -> bool:
+    """Whether ONNX Runtime can run the graph on a CPU: it has no bfloat16 kernels there."""
+    return all(tensor.dtype != "bfloat16" for tensor in (*spec.inputs, *spec.outputs))
+
+
+def open_session(path: Path) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on the CPU, with as many threads as torch uses, quiet."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def relative_error(value: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> float:
+    """Relative L2 error in fp64, ``|value - reference| / |reference|``; infinite if ``value`` is not finite."""
+    value, reference = (np.asarray(array, dtype=np.float64) for array in (value, reference))
+    if not np.isfinite(value).all():
+        return float("inf")
+    difference, size = np.linalg.norm(value - reference), np.linalg.norm(reference)
+    return float(difference / size) if size else float(difference > 0)
+
+
+def check_graph(
+    name: str,
+    path: Path,
+    spec: GraphSpec,
+    reference: nn.Module,
+    exported: nn.Module,
+    sizes: Mapping[str, dict[str, int]],
+    vocabulary: int,
+) -> Iterator[CheckRow]:
+    """Run a written graph at every one of ``sizes`` and compare it with its module.
+
+    ``reference`` is the module in float32; ``exported`` the one that was exported, in the bundle's precision (the same
+    object for a float32 graph). Gates: :data:`FLOAT32_GATE`; for half precision :data:`HALF_FACTOR` times the error of
+    ``exported`` in torch plus :data:`UNIT_ROUNDOFF`.
+    """
+    if not executable(spec):
+        yield from (CheckRow(graph=name, size=size, rel_l2=None, gate=0.0, passed=True) for size in sizes)
+        return
+    session = open_session(path)
+    half = None if exported is reference else next(exported.parameters()).dtype
+    for size, dims in sizes.items():
+        inputs = draw_inputs(spec, dims, vocabulary)
+        found = session.run(None, {key: tensor.numpy() for key, tensor in inputs.items()})
+        wide = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in inputs.items()}
+        wanted = _run(reference, wide)
+        gates = [FLOAT32_GATE] * len(wanted)
+        if half is not None:
+            plain = _run(exported, inputs)
+            gates = [
+                HALF_FACTOR * relative_error(value.float(), oracle) + UNIT_ROUNDOFF[half]
+                for value, oracle in zip(plain, wanted, strict=True)
+            ]
+        errors = [relative_error(value, oracle) for value, oracle in zip(found, wanted, strict=True)]
+        worst = max(range(len(errors)), key=lambda index: errors[index] / gates[index])
+        yield CheckRow(
+            graph=name,
+            size=size,
+            rel_l2=errors[worst],
+            gate=gates[worst],
+            passed=errors[worst] <= gates[worst] and [v.shape for v in found] == [tuple(w.shape) for w in wanted],
+        )
+
+
+@torch.no_grad()
+def _run(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    outputs = module(*inputs.values())
+    return outputs if isinstance(outputs, tuple) else (outputs,)

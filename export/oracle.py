@@ -1,0 +1,145 @@
+"""The oracle behind the graph contract: every graph computed by the reference, in any floating type.
+
+The parity ladder runs it in fp64 as the truth and in the bundle's own precision as the yardstick. It calls the
+reference's own functions, not the modules that export traces, so that a mistake in those shows.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from stiv_deploy.runtime.contract import block_names
+from stiv_deploy.stiv_ref.block import RopeTables
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+from stiv_deploy.stiv_ref.conditioning import noise_frames, replace_frames
+from stiv_deploy.stiv_ref.guidance import cfg_renorm
+from stiv_deploy.stiv_ref.model import Stiv, TextKV
+from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, guided_velocity
+from stiv_deploy.stiv_ref.text import TextStates
+
+if TYPE_CHECKING:
+    from stiv_deploy.export.parity_requests import Request
+
+Tensors = dict[str, Tensor]
+HOST_GRAPHS = ("embed", "step")
+"""Graphs whose host inputs (times, micro-conditions, latents) do not bear half precision."""
+GraphFunction = Callable[[Mapping[str, Tensor]], Tensors]
+
+
+class Boundary(nn.Module):
+    """A model of low precision whose velocity leaves as fp32, as the ``head`` graph's does (fp64 stays fp64)."""
+
+    def __init__(self, model: Stiv) -> None:
+        super().__init__()
+        self.model = model
+
+    def text_kv(self, text_states: Tensor) -> TextKV:
+        """Keys and values of all blocks."""
+        return self.model.text_kv(text_states)
+
+    def forward(self, *args: Tensor, **kwargs: Any) -> Tensor:
+        """The velocity, in at least fp32."""
+        velocity: Tensor = self.model(*args, **kwargs)
+        return velocity.to(torch.promote_types(velocity.dtype, torch.float32))
+
+
+class Oracle:
+    """The graphs and the sampling loop of one checkpoint in one dtype.
+
+    Call :meth:`run` with the contract's input names. ``boundary`` is the model for :func:`stiv_ref.sampler.sample`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.model: Stiv = copy.deepcopy(checkpoint.model).to(dtype)
+        self.boundary: Any = Boundary(self.model)
+        self.text_encoder = copy.deepcopy(checkpoint.text_encoder).to(dtype)
+        self.vae = copy.deepcopy(checkpoint.vae).to(dtype if dtype is torch.float64 else torch.float32)
+        self.graphs: dict[str, GraphFunction] = {
+            "text_encoder": self._text_encoder,
+            "text_kv": self._text_kv,
+            "image_encoder": lambda i: {"latents": self.vae.encode(i["video"].to(self._vae_dtype))},
+            "embed": self._embed,
+            **{name: self._block(index) for index, name in enumerate(block_names(len(self.model.blocks)))},
+            "head": self._head,
+            "step": guided_step,
+            "decoder": lambda i: {"video": self.vae.decode(i["latents"].to(self._vae_dtype))},
+        }
+
+    @property
+    def _vae_dtype(self) -> torch.dtype:
+        return self.vae.shift.dtype
+
+    @torch.no_grad()
+    def run(self, graph: str, inputs: Mapping[str, Tensor]) -> Tensors:
+        """Outputs of ``graph``; floating inputs are cast to this oracle's dtype, in ``HOST_GRAPHS`` to at least fp32."""
+        dtype = torch.promote_types(self.dtype, torch.float32) if graph in HOST_GRAPHS else self.dtype
+        return self.graphs[graph](
+            {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+        )
+
+    @torch.no_grad()
+    def sampling_inputs(self, request: "Request") -> SamplingInputs:
+        """Inputs of :func:`stiv_ref.sampler.sample` for ``request``, its text encoded by this oracle."""
+        batch = len(request.inputs.noise)
+        encoded = self.text_encoder(request.token_ids, request.token_mask)
+        text = TextStates(*(part[:batch] for part in encoded))
+        null = TextStates(*(part[-batch:] for part in encoded))
+        latent_type = torch.promote_types(self.dtype, torch.float32)
+        given = request.inputs
+        noise, clean, micro = (value.to(latent_type) for value in (given.noise, given.clean, given.micro))
+        return SamplingInputs(noise, clean, given.frame_mask, text, null, micro)
+
+    def guided_velocity(
+        self, latents: Tensor, inputs: SamplingInputs, settings: SamplingSettings, time: float
+    ) -> Tensor:
+        """Guided velocity at ``latents`` [B, T, C, h, w] and ``time``."""
+        return guided_velocity(self.boundary, inputs, settings)(latents, time)
+
+    def rope(self, latents: Tensor) -> Tensors:
+        """The RoPE tables for ``latents``, by contract name."""
+        return self.model.rope_tables(latents.shape)._asdict()
+
+    def _text_encoder(self, inputs: Mapping[str, Tensor]) -> Tensors:
+        states, _, pooled = self.text_encoder(inputs["token_ids"], inputs["token_mask"])
+        return {"text_states": states, "pooled": pooled}
+
+    def _text_kv(self, inputs: Mapping[str, Tensor]) -> Tensors:
+        k, v = self.model.text_kv(inputs["text_states"])
+        return {"text_k": k, "text_v": v}
+
+    def _embed(self, inputs: Mapping[str, Tensor]) -> Tensors:
+        wide = torch.promote_types(self.dtype, torch.float32)
+        timestep, micro = (inputs[name].to(wide) for name in ("timestep", "micro"))
+        pooled = inputs["pooled"].to(self.dtype)
+        return self.model.embed(inputs["model_input"], timestep, micro, pooled)._asdict()
+
+    def _block(self, index: int) -> GraphFunction:
+        def run(inputs: Mapping[str, Tensor]) -> Tensors:
+            rope = RopeTables(*(inputs.get(name, torch.empty(0)) for name in RopeTables._fields))
+            given = (inputs[name] for name in ("x", "modulation", "text_k", "text_v", "text_mask"))
+            return {"x_out": self.model.blocks[index](*given, rope)}
+
+        return run
+
+    def _head(self, inputs: Mapping[str, Tensor]) -> Tensors:
+        patches = self.model.head(inputs["x"], inputs["condition"])
+        return {"velocity": self.model.unpatchify(patches, inputs["model_input"].shape)}
+
+
+def guided_step(inputs: Mapping[str, Tensor]) -> Tensors:
+    """The ``step`` graph from the reference's guidance and conditioning functions, in the dtype of its inputs."""
+    velocity, clean, mask = inputs["velocity"], inputs["clean"], inputs["frame_mask"]
+    guided = torch.einsum("g,g...->...", inputs["branch_weights"], velocity)
+    if inputs["renorm"].item():
+        guided = cfg_renorm(guided, velocity[0], mask)
+    current, previous = inputs["solver_weights"]
+    update = current * guided + previous * inputs["previous_velocity"]
+    latents = replace_frames(inputs["latents"] + inputs["dt"] * update, clean, mask)
+    time = inputs["next_timestep"].expand(len(latents))
+    hidden = noise_frames(latents, clean, inputs["noise"], time, mask)
+    branches = [replace_frames(hidden, clean, branch) for branch in inputs["branch_mask"]]
+    return {"next_latents": latents, "guided_velocity": guided, "next_model_input": torch.stack(branches)}

@@ -1,0 +1,86 @@
+"""``stiv parity``: measure a bundle against the reference, and fail when a gate does."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from stiv_deploy.export.parity import ParityReport
+
+CHECKPOINTS = Path("checkpoints")
+
+
+def parity(
+    bundle: Annotated[Path, typer.Argument(help="Folder written by 'stiv export'.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table here as JSON.")] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="What the bundle was exported from; by default the one below checkpoints/ with its hash."),
+    ] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Backend to measure (repeatable); by default all that run here.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Sampling steps of the trajectories.")] = 10,
+    record: Annotated[bool, typer.Option(help="Keep the rows in the bundle's manifest.")] = True,
+) -> None:
+    """Compare every graph, every step and whole runs with the reference; exit 1 if a gate fails.
+
+    The truth is the reference in float64; gates derive from what plain PyTorch loses in the bundle's precision.
+    """
+    from rich.console import Console
+
+    from stiv_deploy.export.parity import run_parity
+    from stiv_deploy.export.parity_files import check_json_target, opened_pair, record_rows, runnable, write_json
+
+    if json_file is not None:
+        check_json_target(json_file)
+    opened, loaded = opened_pair(bundle, checkpoint, CHECKPOINTS)
+    backends = runnable(opened, backend)
+    console = Console()
+    with console.status("parity") as status:
+        report = run_parity(opened, loaded, backends, steps, status.update)
+    if record:
+        record_rows(opened, report)
+    if json_file is not None:
+        write_json(json_file, report)
+    console.print(parity_table(report))
+    console.print(video_table(report))
+    failed = [f"{row.level} {row.name} on {row.backend}" for row in report.rows if not row.passed]
+    failed += [f"{gate.name} on {gate.backend}" for gate in report.video if not gate.passed]
+    if failed:
+        console.print(f"parity FAILED: {'; '.join(failed)}")
+        raise typer.Exit(1)
+    console.print(f"parity passed: {len(report.rows)} rows, {len(report.video)} video gates")
+
+
+def parity_table(report: "ParityReport") -> Any:
+    """The rows as a table for a terminal."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table("level", "name", "backend", title=f"Parity with the float64 reference, {_precisions(report)}", box=SIMPLE)
+    for name in ("rel L2", "plain torch", "gate", "max abs", "pass"):
+        table.add_column(name, justify="right")
+    for row, yardstick in zip(report.rows, report.yardsticks, strict=True):
+        values = (row.rel_l2, yardstick, row.gate, row.max_abs)
+        numbers = (f"{value:.1e}" for value in values)
+        table.add_row(row.level, row.name, row.backend, *numbers, "yes" if row.passed else "NO")
+    return table
+
+
+def _precisions(report: "ParityReport") -> str:
+    return ", ".join(dict.fromkeys(row.precision for row in report.rows))
+
+
+def video_table(report: "ParityReport") -> Any:
+    """The video gates as a table for a terminal."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table("video gate", "backend", "value", "at least", "pass", box=SIMPLE)
+    for gate in report.video:
+        passed = "yes" if gate.passed else "NO"
+        table.add_row(gate.name, gate.backend, f"{gate.value:.4f}", f"{gate.gate:.2f}", passed)
+    return table
+

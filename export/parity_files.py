@@ -1,0 +1,85 @@
+"""Files around a parity run: the bundle and its checkpoint, the JSON report, the rows in the manifest."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stiv_deploy.export.bundle_from_checkpoint import checkpoint_hash
+from stiv_deploy.export.parity import ParityReport
+from stiv_deploy.runtime.backends import BACKENDS, available
+from stiv_deploy.runtime.bundle import Bundle, write_manifest
+from stiv_deploy.runtime.errors import BackendError, BundleError, OutputError
+from stiv_deploy.runtime.media import written_whole
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint, load_checkpoint
+
+
+def opened_pair(bundle: Path, checkpoint: Path | None, folder: Path) -> tuple[Bundle, Checkpoint]:
+    """Open a bundle and the checkpoint it came from; :class:`BundleError` if that is another one or not found."""
+    opened = Bundle.open(bundle)
+    wanted = opened.manifest.checkpoint
+    if checkpoint is None:
+        candidates = sorted(path.parent for path in folder.glob("*/config.json"))
+        checkpoint = next((path for path in candidates if checkpoint_hash(path) == wanted), None)
+        if checkpoint is None:
+            raise BundleError(
+                f"{bundle}: the checkpoint it was exported from is not below {folder}/; name it with --checkpoint"
+            )
+    loaded = load_checkpoint(checkpoint)
+    found = checkpoint_hash(checkpoint)
+    if found != wanted:
+        raise BundleError(
+            f"{checkpoint} (hash {found[:12]}) is not what {bundle} was exported from (hash {wanted[:12]}); "
+            f"name the right one, or run 'stiv export {checkpoint} --out {bundle}'"
+        )
+    return opened, loaded
+
+
+def runnable(bundle: Bundle, asked: Sequence[str] | None) -> list[str]:
+    """The backends to measure: those asked for, which then must work, or all that can run this bundle here."""
+    reasons = available()
+    for name in asked or ():
+        if name not in BACKENDS:
+            raise BackendError(f"unknown backend {name!r}; there are: {', '.join(BACKENDS)}")
+        if reasons[name] is not None:
+            raise BackendError(f"backend {name} does not work here: {reasons[name]}")
+    if asked:
+        return list(dict.fromkeys(asked))
+    engines = {engine.backend for engine in bundle.manifest.engines}
+    return [name for name in BACKENDS if reasons[name] is None and (name.startswith("onnxruntime") or name in engines)]
+
+
+def report_json(report: ParityReport) -> dict[str, Any]:
+    """The report as JSON: ``{"passed", "rows": [...], "video": [...]}``; a number that is not finite becomes null."""
+
+    def plain(values: dict[str, Any]) -> dict[str, Any]:
+        finite = {key: isinstance(value, float) and not math.isfinite(value) for key, value in values.items()}
+        return {key: None if finite[key] else value for key, value in values.items()}
+
+    rows = [
+        plain({**row.model_dump(), "plain_torch": yardstick})
+        for row, yardstick in zip(report.rows, report.yardsticks, strict=True)
+    ]
+    video = [
+        plain({"name": gate.name, "backend": gate.backend, "value": gate.value, "gate": gate.gate, "passed": gate.passed})
+        for gate in report.video
+    ]
+    return {"passed": report.passed, "rows": rows, "video": video}
+
+
+def check_json_target(path: Path) -> None:
+    """:class:`OutputError` if ``path`` cannot become a file."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise OutputError(f"{path}: cannot be written; name a file in a folder that exists")
+
+
+def write_json(path: Path, report: ParityReport) -> None:
+    """Write :func:`report_json` to ``path``, whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(report_json(report), indent=2) + "\n", encoding="utf-8")
+
+
+def record_rows(bundle: Bundle, report: ParityReport) -> None:
+    """Put the rows into the bundle's manifest."""
+    write_manifest(bundle.folder, bundle.manifest.model_copy(update={"parity": report.rows}))

@@ -1,0 +1,119 @@
+"""The requests that the parity ladder runs: real prompts and a real first frame of the kind the model was trained on."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stiv_deploy.runtime.conditioning import branch_mask
+from stiv_deploy.runtime.guidance import GuidanceMode as RuntimeMode
+from stiv_deploy.runtime.guidance import branch_weights
+from stiv_deploy.runtime.manifest import Manifest
+from stiv_deploy.runtime.sampler import SamplingSettings as RuntimeSettings
+from stiv_deploy.runtime.sampler import Solver as RuntimeSolver
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+from stiv_deploy.stiv_ref.flow import schedule
+from stiv_deploy.stiv_ref.guidance import GuidanceMode
+from stiv_deploy.stiv_ref.model import additive_mask
+from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, Solver
+from stiv_deploy.stiv_ref.text import TextStates, tokenize
+
+PROMPTS = ("digit three moving left", "digit seven moving down")
+NULL = {GuidanceMode.NONE: 0, GuidanceMode.JIT: 1, GuidanceMode.SIT: 2}
+"""How many branches see the empty prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One request of the ladder, on the host, fp32.
+
+    ``token_ids`` and ``token_mask`` int64 [G * B, L] hold all branches; ``inputs.text`` is not filled: each oracle
+    encodes the tokens itself. ``video`` [B, F, 3, H, W] is the clip whose first frame is given.
+    """
+
+    name: str
+    settings: SamplingSettings
+    inputs: SamplingInputs
+    token_ids: Tensor
+    token_mask: Tensor
+    video: Tensor
+
+    @property
+    def branches(self) -> int:
+        """Number of guidance branches."""
+        return 1 + NULL[self.settings.guidance_mode]
+
+    def times(self) -> list[float]:
+        """Sampling times."""
+        return schedule(self.settings.steps, self.settings.time_shift).tolist()
+
+    def text_mask(self) -> Tensor:
+        """Additive text mask [G * B, 1, 1, L]."""
+        return additive_mask(self.token_mask)
+
+    def branch_mask(self) -> Tensor:
+        """Frames given in each branch, bool [G, B, T]."""
+        mode = RuntimeMode(self.settings.guidance_mode.value)
+        return torch.from_numpy(np.ascontiguousarray(branch_mask(mode, self.inputs.frame_mask.numpy())))
+
+    def branch_weights(self) -> Tensor:
+        """Weights of the branches, fp32 [G]."""
+        mode = RuntimeMode(self.settings.guidance_mode.value)
+        return torch.from_numpy(branch_weights(mode, self.settings.guidance_scale, self.settings.image_scale))
+
+    def runtime_settings(self) -> RuntimeSettings:
+        """The same settings for the runtime."""
+        settings = self.settings
+        return RuntimeSettings(
+            steps=settings.steps,
+            guidance_mode=RuntimeMode(settings.guidance_mode.value),
+            guidance_scale=settings.guidance_scale,
+            image_scale=settings.image_scale,
+            renorm=settings.renorm,
+            solver=RuntimeSolver(settings.solver.value),
+            time_shift=settings.time_shift,
+        )
+
+
+def _moving_square(batch: int, frames: int, height: int, width: int) -> Tensor:
+    """A clip [B, F, 3, H, W] in [-1, 1]: a bright square on black that moves one pixel a frame."""
+    video = -torch.ones(batch, frames, 3, height, width)
+    side = min(height, width) // 3
+    for frame in range(frames):
+        left = min(frame, width - side)
+        video[:, frame, :, side : 2 * side, left : left + side] = 0.8
+    return video
+
+
+def parity_requests(manifest: Manifest, checkpoint: Checkpoint, steps: int) -> list[Request]:
+    """T2V and TI2V with JIT-CFG, TI2V with SIT-CFG (Heun); one sample each, at the bundle's default size."""
+    defaults, model = manifest.sampling, manifest.model
+    video = _moving_square(1, defaults.frames, defaults.height, defaults.width)
+    clean = checkpoint.vae.encode(video)
+    generator = torch.Generator().manual_seed(0)
+    nothing = TextStates(torch.empty(0), torch.empty(0), torch.empty(0))
+    micro = torch.tensor([[defaults.height, defaults.width, 0, 0, 1, defaults.frames]], dtype=torch.float32)
+    settings = SamplingSettings(
+        steps=steps,
+        guidance_scale=defaults.guidance_scale,
+        image_scale=defaults.image_scale,
+        time_shift=defaults.time_shift,
+    )
+    cases = [
+        ("t2v jit euler", PROMPTS[0], False, settings),
+        ("ti2v jit euler", PROMPTS[1], True, settings),
+        ("ti2v sit heun", PROMPTS[1], True, replace(settings, guidance_mode=GuidanceMode.SIT, solver=Solver.HEUN)),
+    ]
+    requests = []
+    for name, prompt, given, chosen in cases if model.temporal else cases[:1]:
+        mask = torch.zeros(clean.shape[:2], dtype=torch.bool)
+        mask[:, 0] = given
+        ids, token_mask = tokenize(checkpoint.tokenizer, [prompt, *[""] * NULL[chosen.guidance_mode]])
+        noise = torch.randn(clean.shape, generator=generator)
+        shown = clean if given else torch.zeros_like(clean)
+        inputs = SamplingInputs(noise, shown, mask, nothing, nothing, micro)
+        requests.append(
+            Request(name=name, settings=chosen, inputs=inputs, token_ids=ids, token_mask=token_mask, video=video)
+        )
+    return requests

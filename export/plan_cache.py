@@ -1,0 +1,95 @@
+"""Plans by content: the same graph, weights, shapes, builder and target are never built twice.
+
+A cache is a folder ``plans/<first two digits>/<key>.plan`` with a ``.json`` beside each plan. It may be shared by
+bundles and by processes, and deleted at any time. Files appear under their names only when complete.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from stiv_deploy.runtime.bundle import sha256
+from stiv_deploy.runtime.errors import OutputError
+
+
+def default_cache() -> Path:
+    """``$XDG_CACHE_HOME/stiv-deploy``, by default ``~/.cache/stiv-deploy``."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "stiv-deploy"
+
+
+def plan_key(**parts: Any) -> str:
+    """SHA-256 (hex) of everything that decides what a plan contains; the values must be JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedPlan:
+    """A plan in the cache: its file, content hash, size, and the seconds its build took."""
+
+    path: Path
+    sha256: str
+    bytes: int
+    build_seconds: float
+
+
+class PlanCache:
+    """The cache in ``folder``; raises :class:`OutputError` if that cannot be written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            for name in ("plans", "timing"):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+            probe = folder / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise OutputError(
+                f"the plan cache {folder} cannot be written ({error.strerror}); give --cache DIR"
+            ) from None
+
+    def _path(self, key: str) -> Path:
+        return self.folder / "plans" / key[:2] / f"{key}.plan"
+
+    def find(self, key: str) -> CachedPlan | None:
+        """The plan of ``key``, or ``None`` if it was never stored or is damaged."""
+        path = self._path(key)
+        try:
+            facts = json.loads(path.with_suffix(".json").read_text())
+            plan = CachedPlan(path=path, **facts)
+            intact = path.stat().st_size == plan.bytes and sha256(path) == plan.sha256
+        except (OSError, ValueError, TypeError):
+            return None
+        return plan if intact else None
+
+    @contextmanager
+    def draft(self, key: str) -> Iterator[Path]:
+        """A path to write the plan of ``key`` to; what is there at the end is removed unless :meth:`keep` took it."""
+        path = self._path(key)
+        path.parent.mkdir(exist_ok=True)
+        draft = path.with_name(f".{key}-{os.getpid()}.partial")
+        try:
+            yield draft
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def keep(self, key: str, draft: Path, build_seconds: float) -> CachedPlan:
+        """Store a finished draft under ``key``."""
+        path = self._path(key)
+        plan = CachedPlan(path=path, sha256=sha256(draft), bytes=draft.stat().st_size, build_seconds=build_seconds)
+        facts = {name: value for name, value in asdict(plan).items() if name != "path"}
+        notes = draft.with_suffix(".json.partial")
+        notes.write_text(json.dumps(facts))
+        draft.replace(path)
+        notes.replace(path.with_suffix(".json"))
+        return plan
+
+    def timing(self, name: str) -> Path:
+        """Where the timing cache called ``name`` lives."""
+        return self.folder / "timing" / f"{name}.cache"
