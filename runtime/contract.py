@@ -150,12 +150,17 @@ def graph_specs(model: ModelFacts, precision: Precision) -> dict[str, GraphSpec]
             host("text_mask", "model_batch", 1, 1, "text_tokens"),
             host("spatial_cos", "tokens", half),
             host("spatial_sin", "tokens", half),
-            *([host("temporal_cos", "token_frames", half), host("temporal_sin", "token_frames", half)] * model.temporal),
+            *(
+                [host("temporal_cos", "token_frames", half), host("temporal_sin", "token_frames", half)]
+                * model.temporal
+            ),
         ],
         [device("x_out", *tokens)],
     )
     return {
-        "text_encoder": graph([other("token_ids", "int64", *rows), other("token_mask", "int64", *rows)], [states, pooled]),
+        "text_encoder": graph(
+            [other("token_ids", "int64", *rows), other("token_mask", "int64", *rows)], [states, pooled]
+        ),
         "text_kv": graph([states], [device("text_k", *all_heads), device("text_v", *all_heads)]),
         "image_encoder": graph([video], [host("latents", "batch", *latent_size)]),
         "embed": graph(
@@ -163,9 +168,7 @@ def graph_specs(model: ModelFacts, precision: Precision) -> dict[str, GraphSpec]
             [device("x", *tokens), modulation, condition],
         ),
         **dict.fromkeys(block_names(model.blocks), block),
-        "head": graph(
-            [device("x", *tokens), condition, model_input], [host("velocity", "model_batch", *latent_size)]
-        ),
+        "head": graph([device("x", *tokens), condition, model_input], [host("velocity", "model_batch", *latent_size)]),
         "step": graph(
             [
                 host("velocity", "branches", "batch", *latent_size),

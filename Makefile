@@ -1,0 +1,64 @@
+# Two commands do everything from a bare Python 3.11 or 3.12, set-up included: `make demo` and `make test`.
+# Variables: PYTHON=<interpreter>; TORCH_INDEX=<package index URL to take torch from> (README, "Install").
+
+PYTHON ?= $(shell for python in python3.12 python3.11 python3 python; do \
+	"$$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
+	2>/dev/null && { echo "$$python"; break; }; done)
+TORCH_INDEX ?=
+# TensorRT-RTX has wheels for this platform only; without it `stiv build` says what is missing.
+RTX := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(shell echo ,rtx))
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell grep '^torch==' constraints.txt)
+LINTED := export runtime stiv_ref tests $(wildcard benchmarks)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint wheel clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv with everything installed; again only when the dependencies change
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 with venv found; install one or set PYTHON=" >&2; exit 2; }
+	@$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+		|| { echo "Making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv --clear $(VENV); }
+	@test -n "$(TORCH_INDEX)" || nvidia-smi >/dev/null 2>&1 || echo "No NVIDIA GPU found and TORCH_INDEX is not set:" \
+		"taking the default torch (set TORCH_INDEX to PyTorch's CPU index for a smaller download)"
+	@echo "Installing $(TORCH)"
+	@$(PIP) install -qq $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@echo "Installing stiv-deploy[export,dev$(RTX)]"
+	@$(PIP) install -qq --constraint constraints.txt --editable ".[export,dev$(RTX)]"
+	@touch $@
+
+demo: $(STAMP) ## Shipped checkpoint -> bundle -> RTX engines -> parity -> videos, all in out/demo
+	@$(BIN)/python -m stiv_deploy.export.demo --out out/demo
+
+test: $(STAMP) ## All tests, fast ones first, with the reasons of the skipped
+	@$(BIN)/python -m pytest -q -rs
+
+test-fast: $(STAMP) ## The tests that take a moment each
+	@$(BIN)/python -m pytest -q -rs -m "not slow and not gpu"
+
+lint: $(STAMP) build/typing ## ruff and mypy
+	@$(BIN)/python -m ruff check $(LINTED)
+	@$(BIN)/python -m ruff format --check $(LINTED)
+	@$(BIN)/python -m mypy
+
+# mypy finds stiv_deploy.X under this folder, see [tool.mypy].
+build/typing: pyproject.toml
+	@mkdir -p $@/stiv_deploy
+	@for folder in export runtime stiv_ref; do ln -sfn ../../../$$folder $@/stiv_deploy/$$folder; done
+	@touch $@
+
+wheel: $(STAMP) ## Build dist/*.whl
+	@$(PIP) wheel -qq --no-deps --wheel-dir dist .
+	@ls dist
+
+clean: ## Remove what was built; keeps .venv, runs and out
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find export runtime stiv_ref tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,153 @@
+"""The few CUDA calls the TensorRT backend needs, every one checked; device memory that frees itself.
+
+Imported without cuda-python; the library is loaded by :func:`load_cuda`.
+"""
+
+import weakref
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from stiv_deploy.runtime.errors import BackendError
+
+INSTALL = "pip install 'stiv-deploy[gpu]' (NVIDIA's package cuda-python)"
+
+
+def load_cuda() -> Any:
+    """CUDA's runtime API (``cuda.bindings.runtime``); :class:`BackendError` if cuda-python is not installed."""
+    try:
+        return import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise BackendError(f"cuda-python is not installed ({error}); {INSTALL}") from None
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU: its index, name, and compute capability without the dot, such as ``"89"``."""
+
+    index: int
+    name: str
+    sm: str
+
+
+class Cuda:
+    """Checked calls on one GPU. ``api`` is ``cuda.bindings.runtime`` or a stand-in for it."""
+
+    def __init__(self, api: Any | None = None, index: int = 0) -> None:
+        self.api = load_cuda() if api is None else api
+        count = int(self.call("cudaGetDeviceCount"))
+        if index >= count:
+            raise BackendError(f"GPU {index} does not exist, CUDA sees {count}")
+        self.call("cudaSetDevice", index)
+        self.device = self._describe(index)
+
+    def call(self, function: str, *arguments: Any) -> Any:
+        """Call a CUDA function and return its value; :class:`BackendError` with function, code and meaning."""
+        try:
+            status, *values = getattr(self.api, function)(*arguments)
+        except RuntimeError as error:  # cuda-python raises when it cannot load the driver's library
+            raise BackendError(f"{function} failed: {error}") from None
+        if int(status) != 0:
+            _, name = self.api.cudaGetErrorName(status)
+            _, meaning = self.api.cudaGetErrorString(status)
+            raise BackendError(f"{function} failed: {_text(name)} ({_text(meaning)})")
+        return values[0] if values else None
+
+    def _describe(self, index: int) -> Device:
+        attribute = self.api.cudaDeviceAttr
+        major = self.call("cudaDeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMajor, index)
+        minor = self.call("cudaDeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMinor, index)
+        name = _text(self.call("cudaGetDeviceProperties", index).name)
+        return Device(index, name.rstrip("\0"), f"{int(major)}{int(minor)}")
+
+    def allocate(self, size: int) -> "Memory":
+        """``size`` bytes of device memory, at least one."""
+        return Memory(self, max(size, 1))
+
+    def stream(self) -> "Stream":
+        """A new stream that does not wait for the default stream."""
+        return Stream(self)
+
+
+class Memory:
+    """Device memory, freed with its last reference (``cudaFree`` waits for queued work that may use it)."""
+
+    def __init__(self, cuda: Cuda, size: int) -> None:
+        self.size = size
+        self.address = int(cuda.call("cudaMalloc", size))
+        # not at interpreter exit: by then the libraries are half gone, and the driver frees everything anyway
+        weakref.finalize(self, cuda.call, "cudaFree", self.address).atexit = False
+
+
+class Stream:
+    """A CUDA stream: copies, waiting, and capture into CUDA graphs. ``handle`` is what other libraries take."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+        self._stream = cuda.call("cudaStreamCreateWithFlags", cuda.api.cudaStreamNonBlocking)
+        self.handle = int(self._stream)
+
+    def copy_in(self, address: int, array: np.ndarray) -> None:
+        """Queue a copy of a contiguous host array to ``address``.
+
+        The array may be reused when this returns: from pageable memory, which numpy's is, CUDA stages it first.
+        """
+        kind = self._cuda.api.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._cuda.call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, self._stream)
+
+    def copy_out(self, array: np.ndarray, address: int) -> None:
+        """Fill a contiguous host array from ``address`` and wait until it is there."""
+        kind = self._cuda.api.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._cuda.call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self._stream)
+        self.synchronize()
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Queue a copy of ``size`` bytes within the device."""
+        kind = self._cuda.api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._cuda.call("cudaMemcpyAsync", target, source, size, kind, self._stream)
+
+    def synchronize(self) -> None:
+        """Wait until all work queued here is done."""
+        self._cuda.call("cudaStreamSynchronize", self._stream)
+
+    def begin_capture(self) -> None:
+        """Record, rather than run, what is queued from now on."""
+        mode = self._cuda.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._cuda.call("cudaStreamBeginCapture", self._stream, mode)
+
+    def end_capture(self) -> "Graph":
+        """Stop recording and return the launchable graph."""
+        return Graph(self._cuda, self._stream, self._cuda.call("cudaStreamEndCapture", self._stream))
+
+    def abandon_capture(self) -> None:
+        """Stop recording after a fault and drop what was recorded."""
+        _, graph = self._cuda.api.cudaStreamEndCapture(self._stream)
+        if graph is not None and int(graph):
+            self._cuda.call("cudaGraphDestroy", graph)
+
+    def close(self) -> None:
+        """Wait for queued work and destroy the stream."""
+        self.synchronize()
+        self._cuda.call("cudaStreamDestroy", self._stream)
+
+
+class Graph:
+    """An instantiated CUDA graph; calling it queues one launch on the stream it was captured from."""
+
+    def __init__(self, cuda: Cuda, stream: Any, graph: Any) -> None:
+        self._cuda, self._stream = cuda, stream
+        try:
+            self._executable = cuda.call("cudaGraphInstantiate", graph, 0)
+        finally:
+            cuda.call("cudaGraphDestroy", graph)
+        weakref.finalize(self, cuda.call, "cudaGraphExecDestroy", self._executable).atexit = False
+
+    def __call__(self) -> None:
+        """Queue one launch."""
+        self._cuda.call("cudaGraphLaunch", self._executable, self._stream)
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value

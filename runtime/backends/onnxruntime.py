@@ -1,0 +1,218 @@
+"""ONNX Runtime backend: the graphs of the bundle as they are, on the CPU or by the CUDA execution provider.
+
+Every graph is one session, loaded on first use; every binding is one ``IOBinding`` on fixed addresses, so that a call
+moves no tensor and allocates no output. All sessions share one CPU arena: the graphs run one after another, and
+arenas of their own would add up.
+"""
+
+import os
+from collections.abc import Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from stiv_deploy.runtime.backends.base import ITEM_BYTES, Backend, Buffer, Call
+from stiv_deploy.runtime.bundle import AGAIN, Bundle
+from stiv_deploy.runtime.contract import DType
+from stiv_deploy.runtime.errors import BackendError, BundleError, StivError
+
+THREADS_VARIABLE = "STIV_THREADS"
+ONNX_TYPES: dict[DType, int] = {"float32": 1, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
+"""``TensorProto.DataType`` numbers, without importing onnx."""
+ALIGNMENT = 64
+ERRORS_ONLY = 3
+DAMAGED = (
+    ort_errors.InvalidProtobuf,
+    ort_errors.InvalidGraph,
+    ort_errors.NoSuchFile,
+    ort_errors.NoModel,
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+)
+Device = Literal["cpu", "cuda"]
+PROVIDERS: dict[Device, list[Any]] = {
+    "cpu": ["CPUExecutionProvider"],
+    # TF32 would quietly give a float32 bundle 10-bit mantissas.
+    "cuda": [
+        ("CUDAExecutionProvider", {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}),
+        "CPUExecutionProvider",
+    ],
+}
+
+
+def unavailable_reason(device: Device) -> str | None:
+    """Why ONNX Runtime cannot use ``device`` here, in one line; ``None`` if it can."""
+    if device == "cpu":
+        return None
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        return "this onnxruntime has no CUDA execution provider; install the 'gpu' extra (onnxruntime-gpu)"
+    try:
+        ort.OrtValue.ortvalue_from_shape_and_type([1], np.uint8, "cuda", 0)
+    except Exception as error:  # a pybind RuntimeError whose text is the driver's
+        return f"CUDA cannot be used ({str(error).splitlines()[0]})"
+    return None
+
+
+def thread_count(threads: int | None) -> int:
+    """``threads``, or ``STIV_THREADS``, or 0 for all cores; :class:`BackendError` if that is not a whole number."""
+    text = os.environ.get(THREADS_VARIABLE, "0") if threads is None else str(threads)
+    if not text.isdecimal():
+        raise BackendError(f"the number of threads must be a whole number, 0 for all cores; got {text!r}")
+    return int(text)
+
+
+@cache
+def _share_arena() -> None:
+    """Register the process's one CPU arena, which grows by what is asked for instead of by powers of two."""
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    unlimited, same_as_requested, default = 0, 1, -1
+    ort.create_and_register_allocator(memory, ort.OrtArenaCfg(unlimited, same_as_requested, default, default))
+
+
+def session_options(threads: int) -> ort.SessionOptions:
+    """Options of all sessions: ``threads`` CPU threads (0: all cores), quiet, memory kept from growing with shapes."""
+    options = ort.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    options.enable_mem_pattern = False  # caches a plan for every shape ever seen
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    options.intra_op_num_threads = threads
+    # Every session has its own threads (a pool shared by the process would be forced on its other sessions too), and
+    # those of a graph that is done must not spin beside those of the next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+class _HostMemory:
+    """A numpy allocation; reads and writes go straight to it."""
+
+    def __init__(self, nbytes: int) -> None:
+        raw = np.empty(nbytes + ALIGNMENT, dtype=np.uint8)
+        start = -raw.ctypes.data % ALIGNMENT
+        self.raw = raw[start : start + nbytes]
+        self.address = self.raw.ctypes.data
+
+    def write(self, offset: int, data: np.ndarray) -> None:
+        self.raw[offset : offset + data.nbytes] = data
+
+    def read(self, offset: int, nbytes: int) -> np.ndarray:
+        return self.raw[offset : offset + nbytes].copy()
+
+
+class _DeviceMemory:
+    """An ``OrtValue`` of bytes on ``device``; a part of it is written through a copy of the whole, which is rare."""
+
+    def __init__(self, nbytes: int, device: str) -> None:
+        self.value = ort.OrtValue.ortvalue_from_shape_and_type([max(nbytes, 1)], np.uint8, device, 0)
+        self.address = self.value.data_ptr()
+        self.nbytes = max(nbytes, 1)
+
+    def write(self, offset: int, data: np.ndarray) -> None:
+        if data.nbytes != self.nbytes:
+            whole = self.value.numpy()
+            whole[offset : offset + data.nbytes] = data
+            data = whole
+        self.value.update_inplace(data)
+
+    def read(self, offset: int, nbytes: int) -> np.ndarray:
+        return self.value.numpy()[offset : offset + nbytes].copy()
+
+
+def from_bytes(raw: np.ndarray, dtype: DType, shape: tuple[int, ...]) -> np.ndarray:
+    """Array of ``shape`` from its bytes (uint8, owned); bfloat16 is widened to float32, exactly."""
+    if dtype != "bfloat16":
+        return raw.view(dtype).reshape(shape)
+    return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
+
+
+class OnnxRuntimeBackend(Backend):
+    """Runs a bundle in ONNX Runtime on ``device``. Calls are synchronous."""
+
+    def __init__(self, bundle: Bundle, device: Device = "cpu", threads: int | None = None) -> None:
+        self.name = "onnxruntime" if device == "cpu" else "onnxruntime-cuda"
+        self.device = f"CPU ({os.cpu_count()} cores)" if device == "cpu" else "CUDA device 0"
+        self._bundle = bundle
+        self._where: Device = device
+        _share_arena()
+        self._options = session_options(thread_count(threads))
+        self._sessions: dict[str, ort.InferenceSession] = {}
+
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> Buffer:
+        """Allocate uninitialized memory."""
+        nbytes = int(np.prod(shape, dtype=np.int64)) * ITEM_BYTES[dtype]
+        memory = _HostMemory(nbytes) if self._where == "cpu" else _DeviceMemory(nbytes, self._where)
+        return Buffer(memory.address, tuple(shape), dtype, memory)
+
+    def write(self, buffer: Buffer, array: np.ndarray) -> None:
+        """Copy a host array of the buffer's very shape and dtype into it."""
+        assert array.shape == buffer.shape, (array.shape, buffer.shape)
+        assert array.dtype == buffer.dtype, (array.dtype, buffer.dtype)
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        buffer.owner.write(buffer.address - buffer.owner.address, data)
+
+    def read(self, buffer: Buffer) -> np.ndarray:
+        """Return a host copy (bfloat16 as float32)."""
+        raw = buffer.owner.read(buffer.address - buffer.owner.address, buffer.nbytes)
+        return from_bytes(raw, buffer.dtype, buffer.shape)
+
+    def bind(self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
+        """Bind ``graph`` to buffers, loading it on first use, and return the call that runs it.
+
+        Raises :class:`BundleError` if its file is damaged, :class:`BackendError` if it cannot run on this device.
+        """
+        session = self._session(graph)
+        binding = session.io_binding()
+        for name, buffer in inputs.items():
+            binding.bind_input(name, self._where, 0, ONNX_TYPES[buffer.dtype], buffer.shape, buffer.address)
+        for name, buffer in outputs.items():
+            binding.bind_output(name, self._where, 0, ONNX_TYPES[buffer.dtype], buffer.shape, buffer.address)
+        return partial(_run, session, binding, graph, (*inputs.values(), *outputs.values()))
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: calls return when their work is done."""
+
+    def close(self) -> None:
+        """Release the sessions; bound calls keep theirs until they die."""
+        self._sessions.clear()
+
+    def _session(self, graph: str) -> ort.InferenceSession:
+        if graph not in self._sessions:
+            self._sessions[graph] = self._load(self._bundle.graph_file(graph))
+        return self._sessions[graph]
+
+    def _load(self, path: Path) -> ort.InferenceSession:
+        try:
+            session = ort.InferenceSession(
+                str(path), self._options, providers=PROVIDERS[self._where], enable_fallback=0
+            )
+        except ort_errors.NotImplemented as error:
+            precision = self._bundle.manifest.precision
+            raise BackendError(
+                f"{path}: {self.name} cannot run this {precision} graph ({_first_line(error)}); "
+                "export with '--precision float32', or use another backend"
+            ) from None
+        except DAMAGED as error:
+            raise BundleError(
+                f"{path}: not a graph that ONNX Runtime can load ({_first_line(error)}); {AGAIN}"
+            ) from None
+        if self._where == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+            raise BackendError(
+                f"{path}: ONNX Runtime fell back to the CPU; check the CUDA installation with 'stiv doctor'"
+            )
+        return session
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200]
+
+
+def _run(session: ort.InferenceSession, binding: Any, graph: str, _alive: tuple[Buffer, ...]) -> None:
+    """Run a binding. ``_alive`` are its buffers, which the binding knows by address only."""
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:  # pybind exception types differ by fault; the text is what tells
+        raise StivError(f"graph {graph} failed in ONNX Runtime: {_first_line(error)}") from error

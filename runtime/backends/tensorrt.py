@@ -1,0 +1,317 @@
+"""Runs a bundle's TensorRT or TensorRT-RTX engines on one GPU.
+
+Graphs run one after another on one stream, so that all their contexts work in one arena of device memory, as large as
+the largest needs. Binding sets shapes and addresses once; a call then only launches, so that a sequence of calls can
+be captured into a CUDA graph (:meth:`TensorRTBackend.capture`).
+"""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from stiv_deploy.runtime.backends.base import ITEM_BYTES, Backend, Buffer, Call
+from stiv_deploy.runtime.backends.cuda import Cuda, Graph, Memory, Stream, load_cuda
+from stiv_deploy.runtime.bundle import Bundle
+from stiv_deploy.runtime.contract import DType
+from stiv_deploy.runtime.engine_files import buckets_holding, build_command, check_engine, engine_records
+from stiv_deploy.runtime.errors import BackendError, EngineError
+from stiv_deploy.runtime.manifest import EngineRecord
+from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour, import_tensorrt, missing_library
+
+ALIGNMENT = 256
+"""Bytes; ``IExecutionContext.setTensorAddress`` demands it. ``cudaMalloc`` gives it, a view may not have it."""
+Shapes = dict[str, tuple[int, ...]]
+
+
+def unavailable_reason(flavour: Flavour) -> str | None:
+    """Why engines of ``flavour`` cannot run on this machine, in one line; ``None`` if they can."""
+    missing = missing_library(flavour)
+    if missing is not None:
+        return missing
+    try:
+        Cuda(load_cuda())
+    except BackendError as error:
+        return f"no usable NVIDIA GPU: {error}"
+    return None
+
+
+class Arena:
+    """Device memory that all contexts take turns to work in; it only grows."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+        self.memory: Memory | None = None
+        self.generation = 0
+        """Counts the times the memory was replaced."""
+
+    def reserve(self, size: int) -> None:
+        """Make the arena at least ``size`` bytes. Contexts attach the new memory before they next run."""
+        if self.memory is None or self.memory.size < size:
+            self.memory = None  # free the old memory first (cudaFree waits for its users), so that both never coexist
+            self.memory = self._cuda.allocate(size)
+            self.generation += 1
+
+
+@dataclass
+class LoadedEngine:
+    """A deserialized engine, where it came from, and its execution contexts that no live binding uses."""
+
+    record: EngineRecord
+    engine: Any
+    idle: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Twin:
+    """Aligned memory that an engine uses in place of a view that is not."""
+
+    buffer: Buffer
+    aligned: Memory
+
+
+class BoundGraph:
+    """An execution context with all shapes and addresses set; calling it queues one run.
+
+    ``twins`` of inputs are filled before it, those of outputs copied back after it.
+    """
+
+    def __init__(
+        self, name: str, context: Any, stream: Stream, arena: Arena, inputs: Sequence[Twin], outputs: Sequence[Twin]
+    ) -> None:
+        self.name = name
+        self._context = context
+        self._stream = stream
+        self._arena = arena
+        self._inputs, self._outputs = tuple(inputs), tuple(outputs)
+        self.kept: tuple[Buffer, ...] = ()
+        """Buffers that the context points into, kept alive with this binding."""
+        self._generation = 0  # of the arena that the context knows; a reference to it would keep it from being freed
+
+    def __call__(self) -> None:
+        """Queue one run."""
+        memory = self._arena.memory
+        if memory is not None and self._generation != self._arena.generation:
+            self._context.set_device_memory(memory.address, memory.size)
+            self._generation = self._arena.generation
+        for twin in self._inputs:
+            self._stream.copy(twin.aligned.address, twin.buffer.address, twin.buffer.nbytes)
+        if not self._context.execute_async_v3(self._stream.handle):
+            raise BackendError(f"graph {self.name}: the engine could not be launched")
+        for twin in self._outputs:
+            self._stream.copy(twin.buffer.address, twin.aligned.address, twin.buffer.nbytes)
+
+
+class CapturedCalls:
+    """Calls captured into one CUDA graph; calling it queues them all with one launch."""
+
+    def __init__(self, graph: Graph, calls: Sequence[Call], memory: Memory | None) -> None:
+        self._graph = graph
+        self._kept = (tuple(calls), memory)  # the graph holds bare addresses into these
+
+    def __call__(self) -> None:
+        """Queue one replay."""
+        self._graph()
+
+
+class TensorRTBackend(Backend):
+    """The engines of ``bundle`` for the GPU of this machine.
+
+    Records are checked against the graphs, the library's version and the GPU before anything is deserialized; raises
+    :class:`EngineError` with what differs and the command that mends it. ``trt`` and ``cuda`` are stand-ins for tests.
+    """
+
+    def __init__(self, bundle: Bundle, flavour: Flavour, *, trt: Any | None = None, cuda: Cuda | None = None) -> None:
+        self.name = flavour
+        self._bundle = bundle
+        self._flavour: Flavour = flavour
+        self._trt = import_tensorrt(flavour) if trt is None else trt
+        self._cuda = Cuda() if cuda is None else cuda
+        gpu = self._cuda.device
+        self.device = f"{gpu.name} (SM {gpu.sm})"
+        self._records = self._checked_records(gpu.sm)
+        self._logger = self._trt.Logger(self._trt.Logger.ERROR)
+        self._runtime = self._trt.Runtime(self._logger)
+        self._stream = self._cuda.stream()
+        self._arena = Arena(self._cuda)
+        self._engines: dict[str, LoadedEngine] = {}
+        self._kernels: Any | None = None
+        self._closed = False
+
+    def _checked_records(self, sm: str) -> dict[tuple[str, str], EngineRecord]:
+        """Engine records by graph and bucket; every graph must have one for at least one bucket."""
+        manifest = self._bundle.manifest
+        records = engine_records(manifest, self._flavour, sm)
+        for record in records:
+            check_engine(record, manifest, self._trt.__version__)
+        missing = sorted(manifest.graphs.keys() - {record.graph for record in records})
+        if missing:
+            remedy = build_command(self._flavour, records[0].sm)
+            raise EngineError(f"no {TITLES[self._flavour]} engine for {', '.join(missing)}; {remedy}")
+        return {(record.graph, record.bucket): record for record in records}
+
+    def _record_for(self, graph: str, shapes: Shapes) -> EngineRecord:
+        """The engine of ``graph`` whose bucket allows ``shapes``."""
+        buckets = buckets_holding(self._bundle.manifest, graph, shapes)
+        for bucket in buckets:
+            if (graph, bucket) in self._records:
+                return self._records[graph, bucket]
+        sizes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
+        have = ", ".join(sorted(bucket for name, bucket in self._records if name == graph))
+        raise EngineError(
+            f"graph {graph} has engines for the buckets {have}, not for {sizes} "
+            f"(it lies in {', '.join(buckets) or 'no bucket'}); {build_command(self._flavour, self._cuda.device.sm)}"
+        )
+
+    def _load(self, record: EngineRecord) -> LoadedEngine:
+        """Deserialize on first use."""
+        loaded = self._engines.get(record.file.path)
+        if loaded is None:
+            plan = self._bundle.verified(record.file).read_bytes()
+            engine = self._runtime.deserialize_cuda_engine(plan)
+            if engine is None:
+                raise EngineError(
+                    f"{record.file.path}: {TITLES[self._flavour]} {self._trt.__version__} refused this engine on "
+                    f"{self.device}{self._validity(plan)}; {build_command(self._flavour, self._cuda.device.sm)}"
+                )
+            loaded = self._engines[record.file.path] = LoadedEngine(record, engine)
+        return loaded
+
+    def _validity(self, plan: bytes) -> str:
+        """What the library says of a plan it refused (RTX only), for the error's text."""
+        check = getattr(self._runtime, "get_engine_validity", None)
+        if check is None:
+            return ""
+        verdict, diagnostics = check(plan)
+        names = self._trt.EngineInvalidityDiagnostics.__members__
+        reasons = [name for name, flag in names.items() if int(flag) and int(flag) & int(diagnostics)]
+        return f" ({getattr(verdict, 'name', verdict)}{': ' if reasons else ''}{', '.join(reasons)})"
+
+    def _profile_index(self, loaded: LoadedEngine, shapes: Shapes) -> int:
+        """The engine's first optimization profile that allows ``shapes``."""
+        for index in range(loaded.engine.num_optimization_profiles):
+            if all(
+                _within(loaded.engine.get_tensor_profile_shape(name, index), shape) for name, shape in shapes.items()
+            ):
+                return index
+        raise EngineError(
+            f"{loaded.record.file.path}: no optimization profile allows the shapes {shapes}; "
+            f"{build_command(self._flavour, loaded.record.sm)} --rebuild"
+        )
+
+    def _context(self, loaded: LoadedEngine) -> Any:
+        """An idle context of the engine, or a new one that owns no device memory."""
+        if loaded.idle:
+            return loaded.idle.pop()
+        context = loaded.engine.create_execution_context(self._context_settings(loaded.engine))
+        if context is None:
+            raise BackendError(f"graph {loaded.record.graph}: no execution context could be made on {self.device}")
+        return context
+
+    def _context_settings(self, engine: Any) -> Any:
+        """No own device memory; on RTX also one cache of run-time compiled kernels, which equal blocks share."""
+        user_managed = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not hasattr(self._trt, "IRuntimeCache"):
+            return user_managed
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(user_managed)
+        if self._kernels is None:
+            self._kernels = config.create_runtime_cache()
+        config.set_runtime_cache(self._kernels)
+        return config
+
+    def _twins(self, buffers: Mapping[str, Buffer]) -> dict[str, Twin]:
+        """Aligned stand-ins for those of ``buffers`` that engines cannot take as they are."""
+        return {
+            name: Twin(buffer, self._cuda.allocate(buffer.nbytes))
+            for name, buffer in buffers.items()
+            if buffer.address % ALIGNMENT
+        }
+
+    def _prepare(self, graph: str, context: Any, profile: int, shapes: Shapes, addresses: Mapping[str, int]) -> None:
+        """Select the profile, set shapes and addresses, and reserve the device memory the context asks for."""
+        checked = [context.set_optimization_profile_async(profile, self._stream.handle)]
+        checked += [context.set_input_shape(name, shape) for name, shape in shapes.items()]
+        checked += [context.set_tensor_address(name, address) for name, address in addresses.items()]
+        if not all(checked):
+            raise EngineError(f"graph {graph}: the engine refused the shapes {shapes} or a buffer's address")
+        self._arena.reserve(context.update_device_memory_size_for_shapes())
+
+    def bind(self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
+        """Bind ``graph``; raises :class:`EngineError` if no engine allows these shapes."""
+        shapes = {name: buffer.shape for name, buffer in inputs.items()}
+        loaded = self._load(self._record_for(graph, shapes))
+        buffers = {**inputs, **outputs}
+        names = {loaded.engine.get_tensor_name(index) for index in range(loaded.engine.num_io_tensors)}
+        if names != buffers.keys():
+            raise EngineError(f"graph {graph}: the engine has tensors {sorted(names)}, bound are {sorted(buffers)}")
+        profile = self._profile_index(loaded, shapes)
+        ahead, after = self._twins(inputs), self._twins(outputs)
+        aligned = {name: twin.aligned.address for name, twin in (ahead | after).items()}
+        context = self._context(loaded)
+        addresses = {name: buffer.address for name, buffer in buffers.items()} | aligned
+        self._prepare(graph, context, profile, shapes, addresses)
+        call = BoundGraph(graph, context, self._stream, self._arena, tuple(ahead.values()), tuple(after.values()))
+        call.kept = tuple(buffers.values())
+        # contexts are costly (RTX compiles its kernels for each), so the next request takes over a dead binding's
+        weakref.finalize(call, loaded.idle.append, context).atexit = False
+        return call
+
+    def capture(self, calls: Sequence[Call]) -> Call:
+        """One call that replays ``calls`` as a CUDA graph: bind everything, run once uncaptured, then capture.
+
+        Shapes and addresses are frozen in it. Buffers may be rewritten between replays.
+        """
+        for call in calls:  # contexts set themselves up in their first run after a change of shape
+            call()
+        self.synchronize()
+        self._stream.begin_capture()
+        try:
+            for call in calls:
+                call()
+        except BaseException:
+            self._stream.abandon_capture()
+            raise
+        return CapturedCalls(self._stream.end_capture(), calls, self._arena.memory)
+
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> Buffer:
+        """Allocate with ``cudaMalloc``; freed with the last buffer that views it."""
+        memory = self._cuda.allocate(int(np.prod(shape, dtype=np.int64)) * ITEM_BYTES[dtype])
+        return Buffer(memory.address, tuple(shape), dtype, memory)
+
+    def write(self, buffer: Buffer, array: np.ndarray) -> None:
+        """Queue a host-to-device copy on the engines' stream."""
+        assert array.shape == buffer.shape
+        assert str(array.dtype) == buffer.dtype
+        self._stream.copy_in(buffer.address, np.ascontiguousarray(array))
+
+    def read(self, buffer: Buffer) -> np.ndarray:
+        """Copy to the host after all queued work; bfloat16 comes back as float32."""
+        raw = np.empty(buffer.shape, np.uint16 if buffer.dtype == "bfloat16" else buffer.dtype)
+        self._stream.copy_out(raw, buffer.address)
+        if buffer.dtype != "bfloat16":
+            return raw
+        return (raw.astype(np.uint32) << 16).view(np.float32)  # bfloat16 is the upper half of a float32
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+        self._stream.synchronize()
+
+    def close(self) -> None:
+        """Wait, then drop engines, contexts and the arena, and destroy the stream. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._stream.close()
+        for loaded in self._engines.values():
+            loaded.idle.clear()
+        self._engines.clear()
+        self._arena.memory = None
+
+
+def _within(limits: Sequence[Sequence[int]], shape: Sequence[int]) -> bool:
+    """Whether ``shape`` lies between the first and the last of a profile's shapes."""
+    low, _, high = limits
+    return len(low) == len(shape) and all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True))

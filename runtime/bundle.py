@@ -1,0 +1,204 @@
+"""The bundle on disk: opened, checked against its manifest, and written whole or not at all."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from stiv_deploy.runtime.contract import GraphSpec, graph_specs
+from stiv_deploy.runtime.errors import BundleError, OutputError, RequestError
+from stiv_deploy.runtime.manifest import FORMAT_VERSION, MANIFEST, Bucket, FileRecord, Manifest, Range
+
+REMEDY = "make it with 'stiv export CHECKPOINT --out BUNDLE'"
+AGAIN = "make the bundle again with 'stiv export'"
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_record(folder: Path, relative: str) -> FileRecord:
+    """Record of the file ``relative`` (forward slashes) of a bundle in ``folder``."""
+    path = folder / relative
+    return FileRecord(path=relative, sha256=sha256(path), bytes=path.stat().st_size)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Path:
+    """Write ``manifest`` into ``folder``, replacing the old one in one step; raises :class:`OutputError`."""
+    target = folder / MANIFEST
+    temporary = folder / f".{MANIFEST}.partial"
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n"
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written ({error.strerror}); choose a folder you may write to") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise BundleError(f"{path.parent}: no bundle here ({MANIFEST} is missing); {REMEDY}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path}: cannot be read as JSON ({error}); {AGAIN}") from None
+    if not isinstance(values, dict) or values.get("format") != "stiv-bundle":
+        raise BundleError(f"{path}: not the manifest of a STIV bundle (its 'format' is not 'stiv-bundle'); {REMEDY}")
+    return values
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check ``manifest.json``; raises a one-line :class:`BundleError` that names file, fault and remedy."""
+    path = folder / MANIFEST
+    values = _read_json(path)
+    if values.get("format_version") != FORMAT_VERSION:
+        version = values.get("format_version")
+        raise BundleError(f"{path}: format version {version!r}, this runtime reads {FORMAT_VERSION}; {AGAIN}")
+    try:
+        return Manifest.model_validate(values)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_context=False)
+        where = ".".join(str(part) for part in faults[0]["loc"])
+        more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
+        raise BundleError(f"{path}: {where}: {faults[0]['msg']}{more}; {AGAIN}") from None
+
+
+def _differences(found: GraphSpec, wanted: GraphSpec) -> Iterator[str]:
+    for kind in ("inputs", "outputs"):
+        have = {tensor.name: tensor for tensor in getattr(found, kind)}
+        want = {tensor.name: tensor for tensor in getattr(wanted, kind)}
+        yield from (f"{kind} lack {name}" for name in want if name not in have)
+        yield from (f"{kind} have an unknown {name}" for name in have if name not in want)
+        yield from (
+            f"{name} is {have[name].dtype}{list(have[name].shape)}, wanted {spec.dtype}{list(spec.shape)}"
+            for name, spec in want.items()
+            if name in have and have[name] != spec
+        )
+
+
+def check_contract(path: Path, manifest: Manifest) -> None:
+    """Compare the graphs of ``manifest`` (read from ``path``) with the contract; raises :class:`BundleError`."""
+    wanted = graph_specs(manifest.model, manifest.precision)
+    for what, names in (
+        ("missing", [name for name in wanted if name not in manifest.graphs]),
+        ("unknown", [name for name in manifest.graphs if name not in wanted]),
+    ):
+        if names:
+            raise BundleError(f"{path}: {what} graphs {', '.join(names)} for model {manifest.model.name!r}; {AGAIN}")
+    for name, record in manifest.graphs.items():
+        for difference in _differences(record.spec, wanted[name]):
+            raise BundleError(f"{path}: graph {name} does not fit the contract: {difference}; {AGAIN}")
+
+
+def _describe(sizes: Iterable[Range], multiple: int) -> str:
+    """Allowed values in words: ``1 to 8``, or ``32 to 64 in multiples of 8``; one range per bucket."""
+    ranges = dict.fromkeys(f"{size.min} to {size.max}" if size.min < size.max else f"{size.min}" for size in sizes)
+    return " or ".join(ranges) + (f" in multiples of {multiple}" if multiple > 1 else "")
+
+
+class Bundle:
+    """An opened bundle: its manifest and the paths of its files. Open with :meth:`open`."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._verified: set[str] = set()
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Bundle":
+        """Check the manifest, the contract, and that every file is there with its size.
+
+        Contents are verified on first use, see :meth:`graph_file`. Raises :class:`BundleError`.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise BundleError(f"{folder}: no such folder; {REMEDY}")
+        manifest = read_manifest(folder)
+        check_contract(folder / MANIFEST, manifest)
+        bundle = cls(folder, manifest)
+        for record in bundle._files():
+            bundle._check_present(record)
+        return bundle
+
+    def _files(self) -> Iterator[FileRecord]:
+        for graph in self.manifest.graphs.values():
+            yield from (record for record in (graph.file, graph.data) if record is not None)
+        yield self.manifest.tokenizer
+
+    def _path(self, record: FileRecord) -> Path:
+        path = self.folder / record.path
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise BundleError(f"{self.folder / MANIFEST}: the path {record.path!r} leaves the bundle; {AGAIN}")
+        return path
+
+    def _check_present(self, record: FileRecord) -> None:
+        path = self._path(record)
+        if not path.is_file():
+            raise BundleError(f"{path}: missing from the bundle; {AGAIN}")
+        size = path.stat().st_size
+        if size != record.bytes:
+            raise BundleError(f"{path}: damaged ({size} bytes, the manifest says {record.bytes}); {AGAIN}")
+
+    def verified(self, record: FileRecord) -> Path:
+        """Path of a recorded file (an engine's too) after checking presence, size and, once, its SHA-256."""
+        self._check_present(record)
+        path = self._path(record)
+        if record.path not in self._verified:
+            if sha256(path) != record.sha256:
+                raise BundleError(f"{path}: damaged (its SHA-256 differs from the manifest's); {AGAIN}")
+            self._verified.add(record.path)
+        return path
+
+    def graph_file(self, name: str) -> Path:
+        """Path of the ONNX file of graph ``name``, it and its external weights verified before first use."""
+        record = self.manifest.graphs[name]
+        if record.data is not None:
+            self.verified(record.data)
+        return self.verified(record.file)
+
+    def tokenizer_file(self) -> Path:
+        """Path of ``tokenizer.json``, verified."""
+        return self.verified(self.manifest.tokenizer)
+
+    def bucket_for(self, batch: int, frames: int, height: int, width: int) -> Bucket:
+        """The first bucket that holds a request of this size; :class:`RequestError` naming what is out of range."""
+        sizes = {"batch": batch, "frames": frames, "height": height, "width": width}
+        model, buckets = self.manifest.model, self.manifest.buckets
+        multiples = {"frames": model.frame_multiple, "height": model.pixel_multiple, "width": model.pixel_multiple}
+        for name, size in sizes.items():
+            allowed = [getattr(bucket, name) for bucket in buckets]
+            multiple = multiples.get(name, 1)
+            if size % multiple or not any(each.min <= size <= each.max for each in allowed):
+                raise RequestError(f"{name} is {size}; this bundle takes {_describe(allowed, multiple)}")
+        for bucket in buckets:
+            if bucket.holds(**sizes):
+                return bucket
+        shapes = "; ".join(
+            f"{bucket.name}: " + ", ".join(f"{name} {_describe([getattr(bucket, name)], 1)}" for name in sizes)
+            for bucket in buckets
+        )
+        raise RequestError(
+            f"no bucket holds batch {batch}, {frames} frames of {height}x{width} (H x W) together; {shapes}"
+        )
+
+    def max_batch(self, frames: int, height: int, width: int) -> int:
+        """The largest batch of such requests; :class:`RequestError` if there is none."""
+        buckets = self.manifest.buckets
+        self.bucket_for(min(bucket.batch.min for bucket in buckets), frames, height, width)
+        return max(
+            bucket.batch.max
+            for bucket in buckets
+            if bucket.holds(batch=bucket.batch.min, frames=frames, height=height, width=width)
+        )

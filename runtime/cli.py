@@ -1,0 +1,321 @@
+"""``stiv generate``, ``stiv inspect`` and ``stiv doctor``: arguments in, words and files out."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+
+from stiv_deploy.runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+
+    from stiv_deploy.runtime.doctor import Report as DoctorReport
+    from stiv_deploy.runtime.inspection import BundleReport, EngineReport, OnnxReport
+    from stiv_deploy.runtime.manifest import Bucket, Range
+    from stiv_deploy.runtime.pipeline import StepCallback
+
+MIB = 2**20
+
+
+def parse_frames(image: Path | None, frames: list[str]) -> "dict[int, Path]":
+    """Pictures by frame number from --image and the --frame INDEX=FILE options."""
+    given = {} if image is None else {0: image}
+    for item in frames:
+        index, _, file = item.partition("=")
+        if not (file and index.strip().removeprefix("-").isdecimal()):
+            raise RequestError(f"--frame {item!r}: want INDEX=FILE, as in --frame 7=last.png")
+        if int(index) in given:
+            raise RequestError(f"frame {int(index)} is given twice; --image is frame 0")
+        given[int(index)] = Path(file)
+    return given
+
+
+@contextmanager
+def step_progress() -> Iterator["StepCallback"]:
+    """A progress bar over the sampling steps on stderr; yields the pipeline's callback."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("step", total=None)
+
+        def advance(_pipe: Any, step: int, _time: float, values: Mapping[str, Any]) -> None:
+            progress.update(task, completed=step + 1, total=values["total"])
+
+        yield advance
+
+
+def generate(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder, made by 'stiv export'.", show_default=False)],
+    prompt: Annotated[list[str], typer.Option(help="What to show; repeat it for several videos at once.")],
+    out: Annotated[
+        Path, typer.Option(help="Output: .mp4, .gif, .webp, .png (one row of frames), or a folder of PNG frames.")
+    ],
+    image: Annotated[Path | None, typer.Option(help="Picture to start from: the first frame.")] = None,
+    frame: Annotated[
+        list[str] | None,
+        typer.Option(metavar="INDEX=FILE", help="Picture of any frame (0 first, -1 last); repeatable."),
+    ] = None,
+    resize: Annotated[bool, typer.Option("--resize", help="Scale the pictures to the video's size.")] = False,
+    negative_prompt: Annotated[str, typer.Option(help="What to steer away from.")] = "",
+    frames: Annotated[int | None, typer.Option(help="Number of frames.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale (of the text, in mode sit).")] = None,
+    image_guidance: Annotated[float | None, typer.Option(help="Guidance scale of the image, in mode sit.")] = None,
+    guidance_mode: Annotated[
+        Literal["jit", "sit", "none"] | None, typer.Option(help="Text and image together, separately, or no guidance.")
+    ] = None,
+    renorm: Annotated[
+        bool | None, typer.Option("--renorm/--no-renorm", help="Keep the norm of the conditional velocity.")
+    ] = None,
+    solver: Annotated[Literal["euler", "heun"] | None, typer.Option(help="Solver of the sampling ODE.")] = None,
+    time_shift: Annotated[float | None, typer.Option(help="Above 1 spends more steps near the noise.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the noise; video i of several takes seed + i. Default: a new one.")
+    ] = None,
+    backend: Annotated[str | None, typer.Option(help="Backend ('stiv doctor' lists them); default: the best.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
+    upscale: Annotated[int, typer.Option(min=1, help="Enlarge each pixel of the written video this many times.")] = 1,
+) -> None:
+    """Generate video from text, or from text and pictures, with a bundle.
+
+    Sizes, steps and guidance default to what the bundle's checkpoint recommends ('stiv inspect BUNDLE').
+
+    stiv generate bundle --prompt "digit three moving left" --out three.mp4
+    """
+    from stiv_deploy.runtime.media import check_output, write_video
+    from stiv_deploy.runtime.pipeline import StivPipeline
+
+    images = parse_frames(image, frame or [])
+    targets = check_output(out, len(prompt))
+    with StivPipeline.from_bundle(bundle, backend=backend, threads=threads) as pipe, step_progress() as advance:
+        output = pipe(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            image=images,
+            num_frames=frames,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            image_guidance_scale=image_guidance,
+            guidance_mode=guidance_mode,
+            guidance_renorm=renorm,
+            solver=solver,
+            time_shift=time_shift,
+            seed=seed,
+            callback_on_step_end=advance,
+            resize=resize,
+        )
+    clips = cast("np.ndarray", output.frames)
+    for target, clip, used in zip(targets, clips, output.seeds, strict=True):
+        write_video(target, clip, pipe.bundle.manifest.sampling.frames_per_second, upscale)
+        typer.echo(f"{target}: {clip.shape[0]} frames of {clip.shape[2]}x{clip.shape[1]}, seed {used}")
+    typer.echo(f"generated in {output.timings['total']:.1f} s on {pipe.backend.name}")
+
+
+def inspect(
+    path: Annotated[
+        Path,
+        typer.Argument(help="Bundle folder, .onnx or .engine file.", metavar="BUNDLE|ONNX|ENGINE", show_default=False),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what is in a bundle, an ONNX graph or an engine.
+
+    stiv inspect bundle
+    """
+    from rich.console import Console
+
+    from stiv_deploy.runtime.inspection import BundleReport, OnnxReport, inspect_path
+
+    report = inspect_path(path)
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+    elif isinstance(report, BundleReport):
+        print_bundle(report, Console())
+    elif isinstance(report, OnnxReport):
+        print_onnx(report, Console())
+    else:
+        print_engine(report, Console())
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show what is installed, which backends work here, and why the others do not.
+
+    Exit code 0 if this machine can generate; optional parts may be missing.
+    """
+    from rich.console import Console
+
+    from stiv_deploy.runtime.doctor import examine
+
+    report = examine()
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        print_doctor(report, Console())
+    if not report.healthy:
+        raise typer.Exit(1)
+
+
+def print_table(console: "Console", title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Print ``rows`` of plain text (square brackets stay as they are) under ``columns``."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def _tensors(tensors: Any) -> str:
+    return "".join(f"  {each.name} {each.dtype}[{', '.join(map(str, each.shape))}]\n" for each in tensors)
+
+
+def _names(tensors: Any) -> str:
+    return ", ".join(each.name for each in tensors)
+
+
+def _size(count: int) -> str:
+    return f"{count / MIB:.2f} MiB"
+
+
+def print_bundle(report: "BundleReport", console: "Console") -> None:
+    """Bundle as text: facts, buckets, graphs, engines, parity."""
+    manifest = report.manifest
+    model, sampling = manifest.model, manifest.sampling
+    tools = ", ".join(f"{name} {version}" for name, version in manifest.tools.items())
+    console.print(
+        f"{report.path}: model {model.name}, {manifest.precision}, opset {manifest.opset}, {_size(report.bytes)}\n"
+        f"{model.blocks} blocks of width {model.width}, {model.heads} heads, patch {model.patch[0]}x{model.patch[1]}\n"
+        f"defaults: {sampling.frames} frames of {sampling.width}x{sampling.height}, {sampling.frames_per_second} fps, "
+        f"{sampling.steps} {sampling.solver} steps, guidance {sampling.guidance_mode} {sampling.guidance_scale}\n"
+        f"checkpoint {manifest.checkpoint[:12]}; made with {tools}\n",
+        markup=False,
+    )
+    print_table(
+        console,
+        "Buckets (min, typical, max)",
+        ("name", "batch", "frames", "height", "width"),
+        (
+            (each.name, *(f"{size.min}, {size.typical}, {size.max}" for size in _ranges(each)))
+            for each in manifest.buckets
+        ),
+    )
+    print_table(
+        console,
+        "Graphs",
+        ("name", "size", "topology", "inputs", "outputs"),
+        (
+            (
+                name,
+                _size(graph.file.bytes + (graph.data.bytes if graph.data else 0)),
+                graph.topology[:8],
+                _names(graph.spec.inputs),
+                _names(graph.spec.outputs),
+            )
+            for name, graph in manifest.graphs.items()
+        ),
+    )
+    print_engine_records(report, console)
+    print_parity(report, console)
+
+
+def _ranges(bucket: "Bucket") -> tuple["Range", ...]:
+    return bucket.batch, bucket.frames, bucket.height, bucket.width
+
+
+def print_engine_records(report: "BundleReport", console: "Console") -> None:
+    """Engines of a bundle, or how to build some."""
+    engines = report.manifest.engines
+    if not engines:
+        message = f"No engines; 'stiv build {report.path} --backend tensorrt-rtx --sm 89' compiles some.\n"
+        console.print(message, markup=False)
+        return
+    rows = (
+        (
+            each.graph,
+            each.bucket,
+            each.backend,
+            each.backend_version,
+            each.sm,
+            _size(each.file.bytes),
+            f"{each.build_seconds:.1f} s",
+        )
+        for each in engines
+    )
+    print_table(console, "Engines", ("graph", "bucket", "backend", "version", "SM", "size", "built in"), rows)
+
+
+def print_parity(report: "BundleReport", console: "Console") -> None:
+    """Parity results of a bundle, or how to get some."""
+    if not report.manifest.parity:
+        console.print(f"No parity results; 'stiv parity {report.path}' measures them.", markup=False)
+        return
+    rows = (
+        (
+            row.level,
+            row.name,
+            row.backend,
+            *(f"{number:.2e}" for number in (row.rel_l2, row.max_abs, row.gate)),
+            "yes" if row.passed else "NO",
+        )
+        for row in report.manifest.parity
+    )
+    columns = ("level", "name", "backend", "rel L2", "max abs", "gate", "passed")
+    print_table(console, "Parity with the reference", columns, rows)
+
+
+def print_onnx(report: "OnnxReport", console: "Console") -> None:
+    """ONNX graph as text: facts, inputs and outputs, operators."""
+    opsets = ", ".join(f"{domain} {version}" for domain, version in report.opsets.items())
+    console.print(
+        f"{report.path}: {report.nodes} nodes, opset {opsets}, by {report.producer or 'unknown'}\n"
+        f"{report.initializers} initializers, {_size(report.weight_bytes)} of weights\n"
+        f"inputs\n{_tensors(report.inputs)}outputs\n{_tensors(report.outputs)}",
+        markup=False,
+    )
+    rows = ((name, str(count)) for name, count in report.operators.items())
+    print_table(console, "Operators", ("operator", "count"), rows)
+
+
+def print_engine(report: "EngineReport", console: "Console") -> None:
+    """Engine as text: its file, its record in the bundle, and what cannot be told here."""
+    lines = [f"{report.path}: {_size(report.bytes)}, SHA-256 {report.sha256[:12]}"]
+    if report.record is not None:
+        record = report.record
+        lines.append(
+            f"graph {record.graph}, bucket {record.bucket}, {record.backend} {record.backend_version}, SM {record.sm}, "
+            f"built in {record.build_seconds:.1f} s, of the bundle {report.bundle}"
+        )
+    console.print("\n".join([*lines, report.note]), markup=False)
+
+
+def print_doctor(report: "DoctorReport", console: "Console") -> None:
+    """Doctor's report as text."""
+    memory = "unknown" if report.memory_gib is None else f"{report.memory_gib} GiB"
+    gpus = "; ".join(report.gpus) or f"none ({report.gpu_problem})"
+    console.print(
+        f"stiv-deploy {report.stiv_deploy} on Python {report.python}, {report.platform}\n"
+        f"CPU: {report.cpu}, {report.cores} cores; memory {memory}; {report.disk_free_gib} GiB free on disk here\n"
+        f"GPU: {gpus}\nCUDA driver: {report.cuda_driver or f'none ({report.cuda_problem})'}\n"
+        f"mp4 (libx264): {'yes' if report.mp4 else f'no ({report.mp4_problem})'}\n",
+        highlight=False,
+        markup=False,
+    )
+    packages = (
+        (each.name, each.extra or "base", each.version or "-", each.problem or "ok") for each in report.packages
+    )
+    print_table(console, "Packages", ("package", "extra", "version", "state"), packages)
+    backends = ((each.name, "yes" if each.works else "no", each.reason) for each in report.backends)
+    print_table(console, "Backends", ("backend", "works", "reason"), backends)

@@ -1,0 +1,196 @@
+"""What ``stiv doctor`` reports: this machine, what is installed, and which backends work or why they do not."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+GIB = 2**30
+
+
+class Dependency(NamedTuple):
+    """An imported module, the distribution that brings it, and the extra that brings that ('' for the base install)."""
+
+    module: str
+    distribution: str
+    extra: str
+
+
+DEPENDENCIES = (
+    Dependency("numpy", "numpy", ""),
+    Dependency("onnxruntime", "onnxruntime", ""),
+    Dependency("tokenizers", "tokenizers", ""),
+    Dependency("av", "av", ""),
+    Dependency("PIL", "pillow", ""),
+    Dependency("typer", "typer", ""),
+    Dependency("rich", "rich", ""),
+    Dependency("pydantic", "pydantic", ""),
+    Dependency("torch", "torch", "ref"),
+    Dependency("safetensors", "safetensors", "ref"),
+    Dependency("sklearn", "scikit-learn", "ref"),
+    Dependency("matplotlib", "matplotlib", "ref"),
+    Dependency("onnx", "onnx", "export"),
+    Dependency("onnxscript", "onnxscript", "export"),
+    Dependency("tensorrt_rtx_bindings", "tensorrt_rtx_cu13_bindings", "rtx"),
+    Dependency("tensorrt_rtx_libs", "tensorrt_rtx_cu13_libs", "rtx"),
+    Dependency("cuda.bindings", "cuda-python", "rtx"),
+    Dependency("tensorrt", "tensorrt-cu13", "tensorrt"),
+)
+
+
+class Package(BaseModel):
+    """One dependency: its version, or why it cannot be used."""
+
+    name: str
+    extra: str
+    version: str | None
+    problem: str | None
+
+
+class BackendState(BaseModel):
+    """One backend: whether it works here, and why not."""
+
+    name: str
+    works: bool
+    reason: str
+
+
+class Report(BaseModel):
+    """Everything that ``stiv doctor --json`` prints."""
+
+    stiv_deploy: str
+    python: str
+    executable: str
+    platform: str
+    cpu: str
+    cores: int
+    memory_gib: float | None
+    disk_free_gib: float
+    gpus: list[str]
+    gpu_problem: str | None
+    cuda_driver: str | None
+    cuda_problem: str | None
+    mp4: bool
+    mp4_problem: str | None
+    packages: list[Package]
+    backends: list[BackendState]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the base install can generate: its packages import, mp4 can be written, one backend works."""
+        base = all(package.problem is None for package in self.packages if not package.extra)
+        return base and self.mp4 and any(backend.works for backend in self.backends)
+
+
+def reason_of(action: Callable[[], Any]) -> tuple[Any, str | None]:
+    """Result of ``action``, or None and its failure in one line: a doctor outlives whatever is broken."""
+    try:
+        return action(), None
+    except Exception as error:
+        return None, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def installed_version(distribution: str) -> str | None:
+    """Version of an installed distribution, or None."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def check_package(dependency: Dependency) -> Package:
+    """Import one dependency and note its version, or what is wrong."""
+    alternatives = (dependency.distribution, "onnxruntime-gpu") if dependency.module == "onnxruntime" else ()
+    names = alternatives or (dependency.distribution,)
+    name, found = next(((name, found) for name in names if (found := installed_version(name))), (names[0], None))
+    if found is None:
+        extra = f"stiv-deploy[{dependency.extra}]" if dependency.extra else "stiv-deploy"
+        problem: str | None = f"not installed; run: pip install '{extra}'"
+    else:
+        _, problem = reason_of(lambda: import_module(dependency.module))
+    return Package(name=name, extra=dependency.extra, version=found, problem=problem)
+
+
+def cpu_name() -> str:
+    """Model name of the processor, as far as the system tells."""
+    lines, _ = reason_of(Path("/proc/cpuinfo").read_text().splitlines)
+    names = [line.partition(":")[2].strip() for line in lines or [] if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def memory_gib() -> float | None:
+    """Physical memory in GiB, where the system tells."""
+    pages, _ = reason_of(lambda: os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB)
+    return None if pages is None else round(pages, 1)
+
+
+def list_gpus() -> list[str]:
+    """Name, memory, compute capability and driver of each NVIDIA GPU, as nvidia-smi tells."""
+    query = "--query-gpu=name,memory.total,compute_cap,driver_version"
+    command = ["nvidia-smi", query, "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    if done.returncode:
+        raise RuntimeError((done.stdout + done.stderr).strip() or f"nvidia-smi ended with {done.returncode}")
+    return done.stdout.strip().splitlines()
+
+
+def cuda_driver() -> str:
+    """Version of CUDA that the driver supports, by cuda-python; raises whatever that raises without a driver."""
+    from cuda.bindings import driver
+
+    for call in (driver.cuInit(0), driver.cuDriverGetVersion()):
+        if call[0] != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"the CUDA driver answers {call[0].name}")
+    return f"{call[1] // 1000}.{call[1] % 1000 // 10}"
+
+
+def mp4_encoder() -> str:
+    """Name of the H.264 encoder that PyAV brings; raises if it brings none."""
+    import av
+
+    return av.Codec("libx264", "w").name
+
+
+def backend_states() -> list[BackendState]:
+    """Every backend that this version knows, and whether it works here."""
+    from stiv_deploy.runtime.backends import available
+
+    return [
+        BackendState(name=name, works=reason is None, reason=reason or "ok") for name, reason in available().items()
+    ]
+
+
+def examine() -> Report:
+    """Look at everything; never raises for something that is merely missing or broken."""
+    gpus, gpu_problem = (
+        reason_of(list_gpus) if shutil.which("nvidia-smi") else (None, "nvidia-smi not found: no NVIDIA driver here")
+    )
+    driver, cuda_problem = reason_of(cuda_driver)
+    encoder, mp4_problem = reason_of(mp4_encoder)
+    backends, backend_problem = reason_of(backend_states)
+    return Report(
+        stiv_deploy=installed_version("stiv-deploy") or "not installed",
+        python=platform.python_version(),
+        executable=sys.executable,
+        platform=platform.platform(),
+        cpu=cpu_name(),
+        cores=os.cpu_count() or 1,
+        memory_gib=memory_gib(),
+        disk_free_gib=round(shutil.disk_usage(Path.cwd()).free / GIB, 1),
+        gpus=gpus or [],
+        gpu_problem=gpu_problem,
+        cuda_driver=driver,
+        cuda_problem=cuda_problem,
+        mp4=encoder is not None,
+        mp4_problem=mp4_problem,
+        packages=[check_package(dependency) for dependency in DEPENDENCIES],
+        backends=backends or [BackendState(name="all", works=False, reason=backend_problem or "none registered")],
+    )

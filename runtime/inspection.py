@@ -1,0 +1,145 @@
+"""What ``stiv inspect`` reports about a bundle, an ONNX graph or an engine, read without running any of them."""
+
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from stiv_deploy.runtime.bundle import Bundle, read_manifest, sha256
+from stiv_deploy.runtime.errors import BundleError, EngineError, RequestError, StivError
+from stiv_deploy.runtime.manifest import MANIFEST, EngineRecord, Manifest
+
+ENGINE_NOTE = "tensors and layers can be listed only on a GPU of the engine's architecture, by loading it"
+
+
+class BundleReport(BaseModel):
+    """A bundle: its manifest and its size on disk."""
+
+    kind: Literal["bundle"] = "bundle"
+    path: str
+    bytes: int
+    manifest: Manifest
+
+
+class TensorReport(BaseModel):
+    """An input or output of an ONNX graph; symbolic dimensions are strings, unknown ones '?'."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class OnnxReport(BaseModel):
+    """An ONNX graph. ``weight_bytes`` counts external weights too, by their shapes."""
+
+    kind: Literal["onnx"] = "onnx"
+    path: str
+    opsets: dict[str, int]
+    producer: str
+    nodes: int
+    operators: dict[str, int]
+    initializers: int
+    weight_bytes: int
+    inputs: list[TensorReport]
+    outputs: list[TensorReport]
+
+
+class EngineReport(BaseModel):
+    """A compiled engine; ``record`` is its entry in the manifest of the bundle that it lies in, found by its hash."""
+
+    kind: Literal["engine"] = "engine"
+    path: str
+    bytes: int
+    sha256: str
+    bundle: str | None
+    record: EngineRecord | None
+    note: str
+
+
+Report = BundleReport | OnnxReport | EngineReport
+
+
+def inspect_path(path: str | Path) -> Report:
+    """Report on whatever ``path`` is; raises a :class:`StivError` if it is nothing of ours, missing or damaged."""
+    path = Path(path)
+    if not path.exists():
+        raise RequestError(f"{path}: no such file or folder; give a bundle folder, an .onnx or an .engine file")
+    if path.is_dir() or path.name == MANIFEST:
+        return inspect_bundle(path if path.is_dir() else path.parent)
+    if path.suffix == ".onnx":
+        return inspect_onnx(path)
+    if path.suffix == ".engine":
+        return inspect_engine(path)
+    raise RequestError(f"{path}: unknown kind of file; give a bundle folder, an .onnx or an .engine file")
+
+
+def inspect_bundle(folder: Path) -> BundleReport:
+    """Report on a bundle; raises :class:`BundleError` if it is damaged."""
+    bundle = Bundle.open(folder)
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return BundleReport(path=str(folder), bytes=sum(file.stat().st_size for file in files), manifest=bundle.manifest)
+
+
+def _tensor(value: Any, dtype_name: Any) -> TensorReport:
+    tensor = value.type.tensor_type
+    shape = [dim.dim_param or dim.dim_value if dim.WhichOneof("value") else "?" for dim in tensor.shape.dim]
+    return TensorReport(name=value.name, dtype=dtype_name(tensor.elem_type).lower(), shape=shape)
+
+
+def inspect_onnx(path: Path) -> OnnxReport:
+    """Report on an ONNX graph without its weights; needs the package onnx. Raises :class:`BundleError` on damage."""
+    try:
+        import onnx
+    except ImportError:
+        raise RequestError(f"{path}: reading ONNX files needs onnx; run: pip install 'stiv-deploy[export]'") from None
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's own kinds of DecodeError
+        raise BundleError(f"{path}: not a readable ONNX file ({error}); export it again with 'stiv export'") from None
+    graph = model.graph
+    if not graph.node:
+        raise BundleError(f"{path}: not an ONNX graph (it has no nodes); export it again with 'stiv export'")
+    sizes = (
+        prod(each.dims) * onnx.helper.tensor_dtype_to_np_dtype(each.data_type).itemsize for each in graph.initializer
+    )
+    return OnnxReport(
+        path=str(path),
+        opsets={opset.domain or "ai.onnx": opset.version for opset in model.opset_import},
+        producer=f"{model.producer_name} {model.producer_version}".strip(),
+        nodes=len(graph.node),
+        operators=dict(Counter(node.op_type for node in graph.node).most_common()),
+        initializers=len(graph.initializer),
+        weight_bytes=sum(sizes),
+        inputs=[_tensor(value, onnx.TensorProto.DataType.Name) for value in graph.input],
+        outputs=[_tensor(value, onnx.TensorProto.DataType.Name) for value in graph.output],
+    )
+
+
+def _bundle_around(path: Path) -> Path | None:
+    return next((folder for folder in path.resolve().parents if (folder / MANIFEST).is_file()), None)
+
+
+def inspect_engine(path: Path) -> EngineReport:
+    """Report on an engine file; raises :class:`EngineError` if it is empty."""
+    size = path.stat().st_size
+    if size == 0:
+        raise EngineError(f"{path}: an empty file, no engine; build it again with 'stiv build'")
+    digest, folder = sha256(path), _bundle_around(path)
+    record, note = None, f"not inside a bundle; {ENGINE_NOTE}"
+    if folder is not None:
+        try:
+            engines = read_manifest(folder).engines
+            record = next((engine for engine in engines if engine.file.sha256 == digest), None)
+            note = ENGINE_NOTE if record else f"no engine of {folder / MANIFEST} has this hash; build it again"
+        except StivError as error:
+            note = str(error)
+    return EngineReport(
+        path=str(path),
+        bytes=size,
+        sha256=digest,
+        bundle=str(folder) if folder else None,
+        record=record,
+        note=note,
+    )

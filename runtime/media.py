@@ -1,0 +1,186 @@
+"""Pictures and videos in and out: one image read, clips written by file extension, whole or not at all."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+from stiv_deploy.runtime.errors import OutputError, RequestError
+
+SUPPORTED = ".mp4, .gif, .webp, .png (all frames in one row), or a name without extension (a folder of PNG frames)"
+EXTENSIONS = (".mp4", ".gif", ".webp", ".png", "")
+GAP = 2
+"""Pixels between the frames of a contact sheet."""
+BACKGROUND = (32, 32, 32)
+INK = (235, 235, 235)
+LABEL_HEIGHT = 16
+"""Pixels above a row of a contact sheet for its label."""
+# Visually lossless: a clip is small, and what is judged on it is the model's fault, not the codec's.
+X264_OPTIONS = {"crf": "10", "preset": "medium"}
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read a picture as uint8 [height, width, 3] RGB, turned upright; raises :class:`RequestError`."""
+    path = Path(path)
+    if not path.is_file():
+        raise RequestError(f"{path}: no such image file")
+    try:
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except UnidentifiedImageError:
+        raise RequestError(f"{path}: not an image; give a PNG, JPEG or WebP file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises on damage
+        raise RequestError(f"{path}: the image cannot be read ({error}); give a whole PNG, JPEG or WebP file") from None
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """Where ``count`` clips go: ``path`` itself for one, else ``name-0.mp4``, ``name-1.mp4``, ..."""
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{index}{path.suffix}") for index in range(count)]
+
+
+def check_output(path: str | Path, count: int = 1) -> list[Path]:
+    """Where ``count`` clips will be written, after proving, before anything expensive, that they can be.
+
+    Raises :class:`OutputError` if the extension is unknown, the folder is missing or not writable, or the name is taken
+    by something that a clip cannot replace.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in EXTENSIONS:
+        raise OutputError(f"{path}: cannot write {path.suffix!r}; choose {SUPPORTED}")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: the folder {path.parent} does not exist; make it first")
+    targets = numbered(path, count)
+    for target in targets:
+        _check_replaceable(target)
+    try:
+        # Trying is the only test that also knows read-only mounts and root.
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"{path}: the folder {path.parent} is not writable ({error.strerror}); choose another"
+        ) from None
+    return targets
+
+
+def _check_replaceable(target: Path) -> None:
+    if target.suffix and target.is_dir():
+        raise OutputError(f"{target}: is a folder; choose a name without {target.suffix!r} to get a folder of frames")
+    if target.suffix or not target.exists():
+        return
+    if not target.is_dir():
+        raise OutputError(f"{target}: is a file; choose another name for the folder of frames")
+    if any(target.iterdir()):
+        raise OutputError(f"{target}: the folder is not empty; choose another name or empty it")
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """Give a temporary name beside ``target``, and rename it to ``target`` if the block succeeds.
+
+    Whatever is left under that name after any failure, Ctrl-C included, is removed. An :class:`OSError` becomes an
+    :class:`OutputError`.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.stem}-", suffix=".partial", dir=target.parent))
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written ({error.strerror})") from None
+    try:
+        temporary = folder / target.name
+        yield temporary
+        temporary.replace(target)  # over an empty folder too
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_frames(frames: np.ndarray) -> np.ndarray:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise OutputError(f"frames must be uint8 [frames, height, width, 3], got {frames.dtype} {list(frames.shape)}")
+    return frames
+
+
+def enlarge(frames: np.ndarray, factor: int) -> np.ndarray:
+    """Repeat each pixel ``factor`` times along height and width of uint8 [..., height, width, 3]."""
+    if factor < 1:
+        raise RequestError(f"upscale is {factor}; want 1 or more")
+    return frames.repeat(factor, axis=-3).repeat(factor, axis=-2)
+
+
+def write_video(path: str | Path, frames: np.ndarray, fps: float, upscale: int = 1) -> Path:
+    """Write uint8 [frames, height, width, 3] to ``path`` in the format of its extension (see ``SUPPORTED``).
+
+    Each pixel becomes ``upscale`` x ``upscale`` pixels. An mp4 of odd height or width gets one more row or column, as
+    its colours have half the resolution. Raises :class:`OutputError`, and then leaves nothing behind.
+    """
+    (path,) = check_output(path)
+    frames = enlarge(_check_frames(frames), upscale)
+    with written_whole(path) as temporary:
+        match path.suffix.lower():
+            case ".mp4":
+                _write_mp4(temporary, frames, fps)
+            case ".png":
+                contact_sheet([frames]).save(temporary, "PNG")
+            case "":
+                _write_folder(temporary, frames)
+            case _:
+                _write_animation(temporary, frames, fps)
+    return path
+
+
+def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
+    import av
+
+    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    rate = Fraction(fps).limit_denominator(1001)
+    try:
+        with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+            stream = container.add_stream("libx264", rate=rate, options=X264_OPTIONS)
+            stream.height, stream.width = frames.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+    except (av.FFmpegError, ValueError) as error:
+        raise OutputError(f"{path.name}: the video cannot be encoded ({error}); see 'stiv doctor'") from None
+
+
+def _write_animation(path: Path, frames: np.ndarray, fps: float) -> None:
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    # GIF has 256 colours and no such option, and Pillow ignores it there
+    first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, lossless=True)
+
+
+def _write_folder(path: Path, frames: np.ndarray) -> None:
+    path.mkdir()
+    for index, frame in enumerate(frames):
+        Image.fromarray(frame).save(path / f"frame_{index:03d}.png")
+
+
+def contact_sheet(clips: Sequence[np.ndarray], labels: Sequence[str] = (), upscale: int = 1) -> Image.Image:
+    """One row of frames per clip (uint8 [frames, height, width, 3] each), under its label if there are ``labels``."""
+    if not clips or len(labels) not in (0, len(clips)):
+        raise OutputError(f"a contact sheet wants one label per clip or none, got {len(labels)} for {len(clips)} clips")
+    rows = [enlarge(_check_frames(clip), upscale) for clip in clips]
+    font = ImageFont.load_default(LABEL_HEIGHT - 4)
+    label_height = LABEL_HEIGHT if labels else 0
+    widths = [len(row) * (row.shape[2] + GAP) for row in rows] + [int(font.getlength(label)) + GAP for label in labels]
+    height = sum(label_height + row.shape[1] + GAP for row in rows)
+    sheet = Image.new("RGB", (max(widths) + GAP, height + GAP), BACKGROUND)
+    top = GAP
+    for index, row in enumerate(rows):
+        if labels:
+            ImageDraw.Draw(sheet).text((GAP, top), labels[index], fill=INK, font=font)
+        top += label_height
+        for column, frame in enumerate(row):
+            sheet.paste(Image.fromarray(frame), (GAP + column * (row.shape[2] + GAP), top))
+        top += row.shape[1] + GAP
+    return sheet

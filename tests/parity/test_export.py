@@ -1,0 +1,60 @@
+"""Every exported graph against the reference, in ONNX Runtime, at four sizes of the default bucket."""
+
+from pathlib import Path
+
+import pytest
+from stiv_deploy.export.bundle_from_checkpoint import export_bundle
+from stiv_deploy.export.graphs import FLOAT32_GRAPHS, graph_modules, model_facts, torch_dtype
+from stiv_deploy.export.network_check import check_graph, check_sizes
+from stiv_deploy.runtime.contract import block_names
+from stiv_deploy.runtime.manifest import MANIFEST, Manifest
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint, load_checkpoint
+
+GRAPHS = ("text_encoder", "text_kv", "image_encoder", "embed", *block_names(6), "head", "step", "decoder")
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path) -> Checkpoint:
+    return load_checkpoint(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def half_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_bundle(checkpoint, tmp_path_factory.mktemp("half") / "bundle", precision="float16", check=False)
+
+
+def compare(bundle: Path, reference: Checkpoint, graph: str) -> None:
+    manifest = Manifest.model_validate_json((bundle / MANIFEST).read_text())
+    record = manifest.graphs[graph]
+    module = graph_modules(reference)[graph]
+    exported = module
+    if manifest.precision != "float32" and graph not in FLOAT32_GRAPHS:
+        exported = graph_modules(load_checkpoint_in(reference))[graph].to(torch_dtype(manifest.precision))
+    sizes = check_sizes(manifest.buckets[0], model_facts(reference.config))
+    vocabulary = reference.config.text.vocabulary
+    rows = list(check_graph(graph, bundle / record.file.path, record.spec, module, exported, sizes, vocabulary))
+    assert [row.size for row in rows] == ["min", "typical", "max", "odd"]
+    assert all(row.rel_l2 is not None and row.rel_l2 <= row.gate and row.passed for row in rows), rows
+
+
+def load_checkpoint_in(reference: Checkpoint) -> Checkpoint:
+    """A copy whose modules may be cast."""
+    import copy
+
+    return copy.deepcopy(reference)
+
+
+def test_the_list_of_graphs_is_complete(reference: Checkpoint) -> None:
+    assert tuple(graph_modules(reference)) == GRAPHS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_float32(bundle: Path, reference: Checkpoint, graph: str) -> None:
+    compare(bundle, reference, graph)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_float16(half_bundle: Path, reference: Checkpoint, graph: str) -> None:
+    compare(half_bundle, reference, graph)

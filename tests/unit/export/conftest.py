@@ -1,0 +1,83 @@
+"""A checkpoint small enough to trace in a test, with random values in every parameter.
+
+An untrained model would hide mistakes: its temporal gates and its velocity are zero, its norms are one.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint, CheckpointConfig, SamplingDefaults, save_checkpoint
+from stiv_deploy.stiv_ref.config import StivConfig
+from stiv_deploy.stiv_ref.data.moving_digits import WORDS
+from stiv_deploy.stiv_ref.model import Stiv
+from stiv_deploy.stiv_ref.text import TextConfig, TextEncoder, word_tokenizer
+from stiv_deploy.stiv_ref.vae import Vae, VaeConfig
+from torch import nn
+
+MAX_TOKENS = 8
+MICRO = StivConfig(
+    name="micro", blocks=2, width=32, heads=2, text_width=24, base_frames=4, base_grid=(4, 4), frequency_width=16
+)
+
+
+def randomized(module: nn.Module, seed: int) -> None:
+    """Fill every parameter and buffer: matrices to keep the scale of what they map, vectors around their default."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            noise = torch.randn(tensor.shape, generator=generator)
+            spread = tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 0.1
+            center = 1.0 if name.endswith("norm.weight") or name == "scale" else 0.0
+            tensor.copy_(center + spread * noise)
+
+
+def random_checkpoint(config: StivConfig, vae: VaeConfig | None = None) -> Checkpoint:
+    """An untrained checkpoint of any architecture, in memory."""
+    tokenizer = word_tokenizer(WORDS, MAX_TOKENS)
+    text = TextConfig(
+        vocabulary=tokenizer.get_vocab_size(), width=config.text_width, heads=2, layers=1, max_tokens=MAX_TOKENS
+    )
+    vae = vae or VaeConfig(latent_channels=config.latent_channels, channels=(8, 8))
+    modules = (Stiv(config), TextEncoder(text), Vae(vae))
+    for seed, module in enumerate(modules):
+        randomized(module, seed)
+        module.eval().requires_grad_(False)
+    model, text_encoder, decoder = modules
+    sampling = SamplingDefaults(frames=4, height=32, width=32, steps=4)
+    return Checkpoint(
+        config=CheckpointConfig(model=config, text=text, vae=vae, sampling=sampling),
+        model=model,
+        text_encoder=text_encoder,
+        vae=decoder,
+        tokenizer=tokenizer,
+    )
+
+
+@pytest.fixture(scope="session")
+def micro() -> Checkpoint:
+    """The small checkpoint in memory; do not change it."""
+    return random_checkpoint(MICRO)
+
+
+@pytest.fixture(scope="session")
+def micro_path(micro: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small checkpoint on disk; do not write into it."""
+    path = tmp_path_factory.mktemp("micro") / "checkpoint"
+    save_checkpoint(path, micro)
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint() -> Callable[..., Checkpoint]:
+    """Makes checkpoints of other architectures."""
+    return random_checkpoint
+
+
+@pytest.fixture(scope="session")
+def micro_bundle(micro_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small checkpoint's float32 bundle, exported without the comparison; takes seconds, for slow tests."""
+    from stiv_deploy.export.bundle_from_checkpoint import export_bundle
+
+    return export_bundle(micro_path, tmp_path_factory.mktemp("micro") / "bundle", check=False)

@@ -1,0 +1,269 @@
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from stiv_deploy.export import bundle_from_checkpoint
+from stiv_deploy.export.bundle_from_checkpoint import (
+    buckets_for,
+    checkpoint_hash,
+    default_bucket,
+    export_bundle,
+    refuse_bad_target,
+    sampling_defaults,
+    validate_bucket,
+)
+from stiv_deploy.export.errors import CheckError, ExportError
+from stiv_deploy.export.graphs import model_facts
+from stiv_deploy.export.onnx_from_module import structure_faults
+from stiv_deploy.runtime.contract import graph_specs
+from stiv_deploy.runtime.errors import OutputError
+from stiv_deploy.runtime.manifest import MANIFEST, Bucket, Manifest, Range
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from stiv_deploy.stiv_ref.checkpoint import SamplingDefaults as CheckpointDefaults
+from stiv_deploy.stiv_ref.config import CONFIGS, StivConfig
+from stiv_deploy.stiv_ref.errors import CheckpointError
+from stiv_deploy.stiv_ref.vae import VaeConfig
+
+
+@pytest.fixture
+def untraceable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bad input must be refused before the first expensive step."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the export began before its input was checked")
+
+    monkeypatch.setattr(bundle_from_checkpoint, "trace", refuse)
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.usefixtures("untraceable")
+class TestBadInput:
+    def test_missing_checkpoint(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="no checkpoint here"):
+            export_bundle(tmp_path / "absent", tmp_path / "deep" / "bundle")
+        assert leftovers(tmp_path) == []
+
+    def test_checkpoint_of_another_config(self, micro_path: Path, tmp_path: Path) -> None:
+        other = tmp_path / "checkpoint"
+        shutil.copytree(micro_path, other)
+        config = json.loads((other / "config.json").read_text())
+        config["model"]["width"] = 64
+        (other / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=r"does not fit its config.json: .* is \(.*\), the config wants"):
+            export_bundle(other, tmp_path / "bundle")
+        assert leftovers(tmp_path) == ["checkpoint"]
+
+    def test_damaged_weights(self, micro_path: Path, tmp_path: Path) -> None:
+        other = tmp_path / "checkpoint"
+        shutil.copytree(micro_path, other)
+        with (other / "vae.safetensors").open("r+b") as file:
+            file.truncate(100)
+        with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+            export_bundle(other, tmp_path / "bundle")
+
+    def test_out_is_a_file(self, micro_path: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("precious")
+        with pytest.raises(OutputError, match="this is a file"):
+            export_bundle(micro_path, tmp_path / "file")
+        with pytest.raises(OutputError, match="cannot be written"):
+            export_bundle(micro_path, tmp_path / "file" / "bundle")
+        assert (tmp_path / "file").read_text() == "precious"
+
+    def test_out_is_another_folder(self, micro_path: Path, tmp_path: Path) -> None:
+        (tmp_path / "thesis.tex").write_text("precious")
+        with pytest.raises(OutputError, match="is not a bundle and is not empty"):
+            export_bundle(micro_path, tmp_path)
+        (tmp_path / MANIFEST).write_text('{"format": "a web app"}')
+        with pytest.raises(OutputError, match="is not a bundle"):
+            export_bundle(micro_path, tmp_path)
+        assert leftovers(tmp_path) == [MANIFEST, "thesis.tex"]
+
+    def test_out_is_not_writable(self, micro_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(bundle_from_checkpoint.os, "access", lambda path, mode: path != tmp_path)
+        with pytest.raises(OutputError, match="cannot be written"):
+            export_bundle(micro_path, tmp_path / "deep" / "bundle")
+
+    @pytest.mark.parametrize(
+        ("ranges", "message"),
+        [
+            ({"height": Range(min=16, typical=30, max=64)}, r"height 16:30:64: this model takes multiples of 8"),
+            ({"width": Range(min=4, typical=32, max=64)}, r"width 4:32:64: this model takes multiples of 8"),
+        ],
+    )
+    def test_sizes_that_the_patch_does_not_divide(
+        self, micro_path: Path, tmp_path: Path, ranges: dict[str, Range], message: str
+    ) -> None:
+        with pytest.raises(ExportError, match=message):
+            export_bundle(micro_path, tmp_path / "bundle", buckets=buckets_for(micro_path, ranges))
+        assert leftovers(tmp_path) == []
+
+
+def test_frames_of_patched_and_image_models(micro: Checkpoint) -> None:
+    facts = model_facts(micro.config)
+    bucket = default_bucket(micro.config.sampling, facts)
+    odd = bucket.model_copy(update={"frames": Range(min=1, typical=4, max=8)})
+    with pytest.raises(ExportError, match="frames 1:4:8: this model takes multiples of 2"):
+        validate_bucket(odd, facts.model_copy(update={"patch": (2, 2)}))
+    with pytest.raises(ExportError, match="an image model makes one frame"):
+        validate_bucket(bucket, facts.model_copy(update={"temporal": False}))
+
+
+def test_the_default_bucket_of_tiny() -> None:
+    facts = model_facts_of(CONFIGS["tiny"])
+    bucket = default_bucket(CheckpointDefaults(), facts)
+    assert bucket.batch == Range(min=1, typical=1, max=4)
+    assert bucket.frames == Range(min=1, typical=8, max=16)
+    assert bucket.height == bucket.width == Range(min=16, typical=32, max=64)
+    validate_bucket(bucket, facts)
+
+
+def model_facts_of(config: StivConfig) -> bundle_from_checkpoint.ModelFacts:
+    values = {
+        key: value
+        for key, value in config.model_dump().items()
+        if key in bundle_from_checkpoint.ModelFacts.model_fields
+    }
+    return bundle_from_checkpoint.ModelFacts(**values, max_text_tokens=16, spatial_factor=4, temporal_factor=1)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("temporal", [False, True])
+def test_default_buckets_are_possible_and_hold_the_defaults(config: StivConfig, temporal: bool) -> None:
+    facts = model_facts_of(config.model_copy(update={"temporal": temporal}))
+    sampling = CheckpointDefaults(frames=20, height=256, width=384)
+    bucket = default_bucket(sampling, facts)
+    validate_bucket(bucket, facts)
+    assert bucket.holds(batch=1, frames=20 if temporal else 1, height=256, width=384)
+
+
+def test_buckets_for_changes_what_is_given(micro_path: Path) -> None:
+    (bucket,) = buckets_for(micro_path, {"frames": Range(min=2, typical=2, max=2)})
+    assert bucket.frames == Range(min=2, typical=2, max=2)
+    assert bucket.height == Range(min=16, typical=32, max=64)
+
+
+def test_sampling_defaults_lie_in_a_bucket(micro: Checkpoint) -> None:
+    facts = model_facts(micro.config)
+    bucket = default_bucket(micro.config.sampling, facts)
+    own = sampling_defaults(micro.config.sampling, [bucket])
+    assert (own.frames, own.height, own.steps) == (4, 32, 4)
+    small = bucket.model_copy(update={"frames": Range(min=1, typical=2, max=3)})
+    assert sampling_defaults(micro.config.sampling, [small]).frames == 2
+    assert sampling_defaults(micro.config.sampling, [small, bucket]).frames == 4
+
+
+def test_checkpoint_hash_sees_every_file(micro_path: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "checkpoint"
+    shutil.copytree(micro_path, copied)
+    assert checkpoint_hash(copied) == checkpoint_hash(micro_path)
+    for name in ("model", "text_encoder", "vae"):
+        path = copied / f"{name}.safetensors"
+        before = checkpoint_hash(copied)
+        tensors = load_file(path)
+        first = next(iter(tensors))
+        tensors[first] = tensors[first] + 1
+        save_file(tensors, path)
+        assert checkpoint_hash(copied) != before
+
+
+def test_refusal_leaves_bundles_and_empty_folders_alone(tmp_path: Path) -> None:
+    refuse_bad_target(tmp_path)
+    refuse_bad_target(tmp_path / "a" / "b")
+    (tmp_path / MANIFEST).write_text('{"format": "stiv-bundle"}')
+    refuse_bad_target(tmp_path)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, CheckError, OSError])
+def test_a_failed_export_leaves_the_old_bundle(
+    micro_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    out = tmp_path / "bundle"
+    out.mkdir()
+    (out / MANIFEST).write_text('{"format": "stiv-bundle"}')
+
+    def interrupted(*args: object) -> None:
+        (tmp_path / ".bundle.partial" / "onnx" / "half.onnx").write_text("half")
+        raise error
+
+    monkeypatch.setattr(bundle_from_checkpoint, "_export_graphs", interrupted)
+    with pytest.raises(OutputError if error is OSError else error):
+        export_bundle(micro_path, out)
+    assert leftovers(tmp_path) == ["bundle"]
+    assert leftovers(out) == [MANIFEST]
+
+
+@pytest.mark.slow
+def test_the_bundle_is_what_its_manifest_says(micro: Checkpoint, micro_path: Path, micro_bundle: Path) -> None:
+    manifest = Manifest.model_validate_json((micro_bundle / MANIFEST).read_text())
+    facts = model_facts(micro.config)
+    assert (manifest.precision, manifest.opset, manifest.model) == ("float32", 23, facts)
+    assert list(manifest.graphs) == list(graph_specs(facts, "float32"))
+    assert {name: record.spec for name, record in manifest.graphs.items()} == graph_specs(facts, "float32")
+    assert manifest.checkpoint == checkpoint_hash(micro_path)
+    assert {"torch", "onnx", "onnxscript", "onnxruntime", "python"} <= set(manifest.tools)
+    files = [manifest.tokenizer]
+    files += [file for record in manifest.graphs.values() for file in (record.file, record.data) if file]
+    for file in files:
+        content = (micro_bundle / file.path).read_bytes()
+        assert (file.bytes, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    present = {str(path.relative_to(micro_bundle)) for path in micro_bundle.rglob("*") if path.is_file()}
+    assert present == {MANIFEST, *(file.path for file in files)}
+    assert (micro_bundle / "tokenizer.json").read_bytes() == (micro_path / "tokenizer.json").read_bytes()
+    for name, record in manifest.graphs.items():
+        assert structure_faults(micro_bundle / record.file.path, record.spec) == [], name
+
+
+@pytest.mark.slow
+def test_a_bundle_is_replaced_and_progress_is_told(micro_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    told: list[tuple[str, int, int]] = []
+    export_bundle(micro_path, out, check=True, progress=lambda *step: told.append(step))
+    (out / "engines").mkdir()
+    export_bundle(micro_path, out, precision="bfloat16")
+    assert Manifest.model_validate_json((out / MANIFEST).read_text()).precision == "bfloat16"
+    assert not (out / "engines").exists(), "engines of the old graphs"
+    assert [done for _, done, _ in told] == list(range(10))
+    assert {total for *_, total in told} == {9}
+    assert leftovers(tmp_path) == ["bundle"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"temporal": False}, {"patch": (2, 2), "head_count": 2}])
+def test_other_architectures(
+    make_checkpoint: Callable[..., Checkpoint], micro: Checkpoint, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    config = micro.config.model.model_copy(update={k: v for k, v in changes.items() if k != "head_count"})
+    save_checkpoint(tmp_path / "checkpoint", make_checkpoint(config, VaeConfig(latent_channels=4, channels=(8,))))
+    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle")
+    manifest = Manifest.model_validate_json((tmp_path / "bundle" / MANIFEST).read_text())
+    inputs = [tensor.name for tensor in manifest.graphs["block_00"].spec.inputs]
+    assert ("temporal_cos" in inputs) == config.temporal
+
+
+@pytest.mark.slow
+def test_a_block_of_the_xl_model(make_checkpoint: Callable[..., Checkpoint], tmp_path: Path) -> None:
+    """Full width (1152, 16 heads of 72), one block: the sizes and the memory of the real thing."""
+    config = CONFIGS["XL"].model_copy(update={"blocks": 1, "text_width": 64})
+    save_checkpoint(tmp_path / "checkpoint", make_checkpoint(config), torch.float16)
+    bucket = Bucket(
+        name="small",
+        batch=Range(min=1, typical=1, max=1),
+        frames=Range(min=1, typical=2, max=4),
+        height=Range(min=16, typical=24, max=32),
+        width=Range(min=16, typical=24, max=32),
+    )
+    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", buckets=[bucket])
+    manifest = Manifest.model_validate_json((tmp_path / "bundle" / MANIFEST).read_text())
+    record = manifest.graphs["block_00"]
+    assert record.data is not None
+    parameters = sum(tensor.numel() for tensor in load_checkpoint(tmp_path / "checkpoint").model.blocks[0].parameters())
+    unused = 2 * 1152 * 1152 + 2 * 1152  # cross-attention's K and V are text_kv's
+    assert parameters - unused <= record.data.bytes / 4 < 1.001 * parameters

@@ -1,0 +1,53 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from stiv_deploy.export.cli import parse_precision, parse_range
+from stiv_deploy.export.errors import ExportError
+from stiv_deploy.runtime.manifest import Range
+
+COMMAND = "import typer; from stiv_deploy.export.cli import export; typer.run(export)"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("float32", "float32"), ("fp32", "float32"), ("FP16", "float16"), ("bf16", "bfloat16"), ("bfloat16", "bfloat16")],
+)
+def test_precisions_and_aliases(text: str, wanted: str) -> None:
+    assert parse_precision(text) == wanted
+
+
+def test_unknown_precision() -> None:
+    with pytest.raises(ExportError, match="--precision int8: no such precision; use float32, float16 or bfloat16"):
+        parse_precision("int8")
+
+
+def test_ranges() -> None:
+    assert parse_range("frames", "1:8:16") == Range(min=1, typical=8, max=16)
+    assert parse_range("batch", "2") == Range(min=2, typical=2, max=2)
+
+
+@pytest.mark.parametrize("text", ["", "1:8", "1:2:3:4", "8:4:16", "0:8:16", "-1:1:1", "a:b:c", "1:8:4", "1.5:2:3"])
+def test_bad_ranges(text: str) -> None:
+    with pytest.raises(ExportError, match=f"--frames {text}: not a range; give MIN:TYPICAL:MAX"):
+        parse_range("frames", text)
+
+
+def test_importing_the_command_needs_nothing_heavy() -> None:
+    code = (
+        "import sys, stiv_deploy.export.cli; print([m for m in ('torch', 'onnx', 'onnxruntime') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_bundle_and_is_quiet(micro_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    arguments = [micro_path, "--out", out, "--precision", "fp16", "--frames", "1:2:3", "--no-check"]
+    done = subprocess.run([sys.executable, "-c", COMMAND, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{out}: 9 graphs, ")
+    assert "float16, not compared with the reference" in done.stdout
+    assert done.stderr.strip() == "", "no warnings of the exporter"
+    assert (out / "manifest.json").is_file()

@@ -1,0 +1,104 @@
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+from stiv_deploy.export.graphs import graph_modules, model_facts, part
+from stiv_deploy.runtime.contract import dimensions, graph_specs
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+from stiv_deploy.stiv_ref.model import additive_mask
+from torch import Tensor, nn
+
+
+def test_forward_takes_the_contracts_inputs_in_order(micro: Checkpoint) -> None:
+    specs = graph_specs(model_facts(micro.config), "float32")
+    modules = graph_modules(micro)
+    assert list(modules) == list(specs)
+    for name, module in modules.items():
+        assert list(inspect.signature(module.forward).parameters) == [tensor.name for tensor in specs[name].inputs]
+
+
+def test_facts_come_from_all_three_configs(micro: Checkpoint) -> None:
+    facts = model_facts(micro.config)
+    assert (facts.blocks, facts.width, facts.head_dim) == (2, 32, 16)
+    assert (facts.max_text_tokens, facts.spatial_factor, facts.temporal_factor) == (8, 4, 1)
+    assert facts.pixel_multiple == 8
+
+
+def run_graphs(
+    modules: dict[str, nn.Module], checkpoint: Checkpoint, latents: Tensor, ids: Tensor, mask: Tensor
+) -> Tensor:
+    """One model call through the graphs, as the runtime chains them."""
+    micro = torch.tensor([[32.0, 32, 0, 0, 1, 3]]).repeat(len(latents), 1)
+    timestep = torch.linspace(0.1, 0.9, len(latents))
+    states, pooled = modules["text_encoder"](ids, mask)
+    text_k, text_v = modules["text_kv"](states)
+    x, modulation, condition = modules["embed"](latents, timestep, micro, pooled)
+    rope = checkpoint.model.rope_tables(latents.shape)
+    tables = rope if checkpoint.config.model.temporal else rope[:2]
+    for index in range(checkpoint.config.model.blocks):
+        block = modules[f"block_{index:02d}"]
+        x = block(x, modulation, text_k[index], text_v[index], additive_mask(mask), *tables)
+    return modules["head"](x, condition, latents)
+
+
+def run_reference(checkpoint: Checkpoint, latents: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    micro = torch.tensor([[32.0, 32, 0, 0, 1, 3]]).repeat(len(latents), 1)
+    timestep = torch.linspace(0.1, 0.9, len(latents))
+    return checkpoint.model(latents, timestep, micro, *checkpoint.text_encoder(ids, mask))
+
+
+@pytest.mark.parametrize("changes", [{}, {"temporal": False}, {"patch": (2, 1)}])
+def test_chained_graphs_are_the_model(
+    micro: Checkpoint, make_checkpoint: Callable[..., Checkpoint], changes: dict[str, object]
+) -> None:
+    checkpoint = make_checkpoint(micro.config.model.model_copy(update=changes))
+    frames = 1 if changes.get("temporal") is False else 2
+    latents = torch.randn(3, frames, 4, 6, 10, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[3, 5, 2, 0], [3, 4, 5, 2], [2, 0, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
+    found = run_graphs(dict(graph_modules(checkpoint)), checkpoint, latents, ids, mask)
+    wanted = run_reference(checkpoint, latents, ids, mask)
+    assert wanted.std() > 0.1
+    assert torch.equal(found, wanted)
+
+
+def test_vae_graphs_are_the_vae(micro: Checkpoint) -> None:
+    modules = graph_modules(micro)
+    video = torch.rand(2, 3, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = modules["image_encoder"](video)
+    assert torch.equal(latents, micro.vae.encode(video))
+    assert torch.equal(modules["decoder"](latents), micro.vae.decode(latents))
+
+
+def test_half_precision_keeps_the_contracts_types(micro: Checkpoint) -> None:
+    facts = model_facts(micro.config)
+    specs = graph_specs(facts, "bfloat16")
+    dims = dimensions(facts, batch=2, branches=1, video_frames=2, height=16, width=24, text_tokens=4)
+    import copy
+
+    for name in ("text_encoder", "text_kv", "embed", "block_00", "head"):
+        module = copy.deepcopy(graph_modules(micro)[name]).to(torch.bfloat16)
+        inputs = [torch.zeros(t.sized(dims), dtype=getattr(torch, t.dtype)) for t in specs[name].inputs]
+        outputs = module(*inputs)
+        for output, tensor in zip(
+            outputs if isinstance(outputs, tuple) else (outputs,), specs[name].outputs, strict=True
+        ):
+            assert output.dtype == getattr(torch, tensor.dtype), f"{name}.{tensor.name}"
+            assert output.shape == tensor.sized(dims), f"{name}.{tensor.name}"
+
+
+def test_a_part_shares_weights_and_leaves_the_whole_alone(micro: Checkpoint) -> None:
+    view = part(micro.model, "head")
+    assert set(view.state_dict()) == {name for name in micro.model.state_dict() if name.startswith("head.")}
+    assert view.head.table is micro.model.head.table
+    assert "blocks" in micro.model._modules
+
+
+def test_text_kv_holds_only_what_it_needs(micro: Checkpoint) -> None:
+    names = set(graph_modules(micro)["text_kv"].state_dict())
+    assert names == {
+        f"source.{layer}.{kind}"
+        for layer in ("text_in", "text_out", "blocks.0.cross.kv", "blocks.1.cross.kv")
+        for kind in ("weight", "bias")
+    }

@@ -1,0 +1,235 @@
+"""The TensorRT backend on stand-ins: buffers, arena, contexts, capture, and a whole generation."""
+
+import ctypes
+import gc
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend
+from stiv_deploy.runtime.bundle import Bundle
+from stiv_deploy.runtime.contract import dimensions
+from stiv_deploy.runtime.errors import BackendError, EngineError
+from stiv_deploy.runtime.pipeline import StivPipeline
+
+
+def decoder_arrays(batch: int = 1, frames: int = 4) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((batch, frames, 4, 4, 4)).astype(np.float32)
+
+
+def bind_decoder(backend: TensorRTBackend, latents: np.ndarray) -> tuple[Any, Any, Any]:
+    source = backend.upload(latents)
+    target = backend.empty((latents.shape[0], latents.shape[1], 3, 8, 8), "float32")
+    return source, target, backend.bind("decoder", {"latents": source}, {"video": target})
+
+
+def test_whole_generation_equals_onnxruntime(folder: Path, stand_ins: SimpleNamespace) -> None:
+    """Every binding, view, in-place step and copy of a real request, against the other backend."""
+    arguments: dict[str, Any] = {"prompt": "digit three moving left", "num_inference_steps": 3, "seed": 4}
+    backend, trt = stand_ins.open(folder)
+    with backend:
+        ours = StivPipeline(Bundle.open(folder), backend)(**arguments)
+    with OnnxRuntimeBackend(Bundle.open(folder)) as reference:
+        theirs = StivPipeline(Bundle.open(folder), reference)(**arguments)
+    np.testing.assert_array_equal(ours.latents, theirs.latents)
+    np.testing.assert_array_equal(ours.frames, theirs.frames)
+    assert {engine.graph for engine in trt.loaded} >= {"embed", "head", "step", "decoder", "block_01"}
+
+
+def test_engines_are_loaded_on_first_use_and_once(folder: Path, stand_ins: SimpleNamespace) -> None:
+    backend, trt = stand_ins.open(folder)
+    assert not trt.loaded
+    latents = decoder_arrays()
+    for _ in range(2):
+        bind_decoder(backend, latents)
+    assert [engine.graph for engine in trt.loaded] == ["decoder"]
+
+
+def test_one_arena_serves_all_contexts_and_is_as_large_as_the_largest(folder: Path, stand_ins: SimpleNamespace) -> None:
+    cudart = stand_ins.cudart()
+    backend, trt = stand_ins.open(folder, cudart)
+    _, _, decode = bind_decoder(backend, decoder_arrays())
+    decode()
+    small = backend._arena.memory
+    assert small is not None
+    assert small.size == stand_ins.scratch_of("decoder")
+    dims = dimensions(
+        backend._bundle.manifest.model, batch=1, branches=1, video_frames=4, height=8, width=8, text_tokens=5
+    )
+    spec = backend._bundle.manifest.graphs["head"].spec
+    buffers = {t.name: backend.empty(t.sized(dims), t.dtype) for t in (*spec.inputs, *spec.outputs)}
+    for buffer in buffers.values():
+        backend.write(buffer, np.zeros(buffer.shape, np.float32))
+    head = backend.bind("head", {t.name: buffers[t.name] for t in spec.inputs}, {"velocity": buffers["velocity"]})
+    old = small.address
+    del small
+    gc.collect()
+    assert old not in cudart.memory, "the outgrown arena is freed"
+    for call in (decode, head, decode):  # the earlier binding must have moved to the new arena
+        call()
+    arena = backend._arena.memory
+    assert arena is not None
+    assert arena.size == stand_ins.scratch_of("head")
+    assert {c.memory for engine in trt.loaded for c in engine.contexts} == {(arena.address, arena.size)}
+
+
+def test_contexts_own_no_device_memory(folder: Path, stand_ins: SimpleNamespace) -> None:
+    backend, trt = stand_ins.open(folder)
+    bind_decoder(backend, decoder_arrays())
+    assert trt.context_settings == ["user managed"]
+
+
+def test_rtx_contexts_share_one_cache_of_compiled_kernels(
+    own_bundle: Path, monkeypatch: pytest.MonkeyPatch, stand_ins: SimpleNamespace
+) -> None:
+    monkeypatch.setattr(stand_ins.trt, "IRuntimeCache", object, raising=False)
+    backend, trt = stand_ins.open(stand_ins.add_engines(own_bundle, backend="tensorrt-rtx"), flavour="tensorrt-rtx")
+    kept = [bind_decoder(backend, decoder_arrays()) for _ in range(2)]
+    assert [(how.strategy, how.cache) for how in trt.context_settings] == [("user managed", "kernels")] * 2
+    assert trt.caches == 1
+    assert len(kept) == 2
+
+
+def test_context_of_a_dead_binding_is_reused_and_a_live_one_is_not(folder: Path, stand_ins: SimpleNamespace) -> None:
+    backend, trt = stand_ins.open(folder)
+    first, second = bind_decoder(backend, decoder_arrays()), bind_decoder(backend, 2 * decoder_arrays())
+    assert len(trt.loaded[0].contexts) == 2
+    del first
+    gc.collect()
+    other = decoder_arrays(batch=2)
+    third = bind_decoder(backend, other)
+    assert len(trt.loaded[0].contexts) == 2
+    third[2]()
+    assert backend.read(third[1]).shape == (2, 4, 3, 8, 8)
+    second[2]()
+    np.testing.assert_array_equal(backend.read(second[1])[..., ::2, ::2], 2 * decoder_arrays()[:, :, :3])
+
+
+def test_captured_calls_replay_on_new_data(folder: Path, stand_ins: SimpleNamespace) -> None:
+    backend, trt = stand_ins.open(folder)
+    source, target, call = bind_decoder(backend, decoder_arrays())
+    replay = backend.capture([call])
+    backend.write(source, 3 * decoder_arrays())
+    runs = trt.loaded[0].contexts[0].runs
+    replay()
+    assert trt.loaded[0].contexts[0].runs == runs + 1
+    np.testing.assert_array_equal(backend.read(target)[..., ::2, ::2], 3 * decoder_arrays()[:, :, :3])
+
+
+def test_views_that_are_not_aligned_are_copied(folder: Path, stand_ins: SimpleNamespace) -> None:
+    """``setTensorAddress`` demands 256 bytes; rows of a stacked tensor need not have them. Also when captured."""
+    backend, _ = stand_ins.open(folder)
+    latents = np.stack([decoder_arrays(frames=1), 2 * decoder_arrays(frames=1)])
+    source, target = backend.upload(latents), backend.empty((2, 1, 1, 3, 8, 8), "float32")
+    offset = 16  # bytes
+    odd = type(target)(target.address + offset, (1, 1, 3, 8, 8), "float32", target.owner)
+    call = backend.bind("decoder", {"latents": source[1]}, {"video": odd})
+    shifted = type(source)(source.address + offset, (1, 1, 4, 4, 4), "float32", source.owner)
+    other = backend.bind("decoder", {"latents": shifted}, {"video": target[0]})
+    expected = np.ravel(latents)[offset // 4 :][:64].reshape(1, 1, 4, 4, 4)
+    for replay in (call, backend.capture([call])):
+        replay()
+        np.testing.assert_array_equal(backend.read(odd)[..., ::2, ::2], latents[1, :, :, :3])
+    for replay in (other, backend.capture([other])):
+        replay()
+        np.testing.assert_array_equal(backend.read(target[0])[..., ::2, ::2], expected[:, :, :3])
+
+
+def test_fault_while_capturing_ends_the_capture(folder: Path, stand_ins: SimpleNamespace) -> None:
+    backend, trt = stand_ins.open(folder)
+    _, _, call = bind_decoder(backend, decoder_arrays())
+    runs = iter((None, BackendError("broken")))
+
+    def breaks() -> None:
+        fault = next(runs)
+        if fault is not None:
+            raise fault
+
+    with pytest.raises(BackendError, match="broken"):
+        backend.capture([call, breaks])
+    assert trt.cudart.captured is None
+    backend.synchronize()
+
+
+def test_bfloat16_is_read_as_float32(folder: Path, stand_ins: SimpleNamespace) -> None:
+    backend, _ = stand_ins.open(folder)
+    buffer = backend.empty((2, 2), "bfloat16")
+    raw = np.array([[0x3F80, 0xC000], [0x0000, 0x4049]], np.uint16)  # 1, -2, 0, 3.140625
+    ctypes.memmove(buffer.address, raw.ctypes.data, raw.nbytes)
+    np.testing.assert_array_equal(backend.read(buffer), np.array([[1, -2], [0, 3.140625]], np.float32))
+
+
+def test_memory_is_freed_with_the_last_view(folder: Path, stand_ins: SimpleNamespace) -> None:
+    cudart = stand_ins.cudart()
+    backend, _ = stand_ins.open(folder, cudart)
+    buffer = backend.empty((3, 5), "float32")
+    address, row = buffer.address, buffer[1]
+    del buffer
+    gc.collect()
+    assert address in cudart.memory
+    del row
+    gc.collect()
+    assert address not in cudart.memory
+
+
+def test_close_releases_everything_and_may_be_repeated(folder: Path, stand_ins: SimpleNamespace) -> None:
+    cudart = stand_ins.cudart()
+    backend, _ = stand_ins.open(folder, cudart)
+    bound = bind_decoder(backend, decoder_arrays())
+    bound[2]()
+    del bound
+    backend.close()
+    backend.close()
+    gc.collect()
+    assert not cudart.streams
+    assert not cudart.memory
+
+
+def test_out_of_memory_is_one_line(folder: Path, stand_ins: SimpleNamespace) -> None:
+    backend, _ = stand_ins.open(folder, stand_ins.cudart(limit=1000))
+    with pytest.raises(BackendError, match="cudaMalloc failed: cudaErrorMemoryAllocation .out of memory"):
+        backend.empty((1000,), "float32")
+
+
+def test_failed_launch_is_an_error(folder: Path, stand_ins: SimpleNamespace) -> None:
+    backend, trt = stand_ins.open(folder)
+    _, _, call = bind_decoder(backend, decoder_arrays())
+    trt.launches = False
+    with pytest.raises(BackendError, match="graph decoder: the engine could not be launched"):
+        call()
+
+
+def test_shape_outside_the_buckets(folder: Path, stand_ins: SimpleNamespace) -> None:
+    backend, _ = stand_ins.open(folder)
+    with pytest.raises(
+        EngineError, match=r"graph decoder has engines for the buckets small, not for latents 9x4x4x4x4"
+    ):
+        bind_decoder(backend, decoder_arrays(batch=9))
+
+
+def test_profile_of_the_engine_that_allows_the_shapes(folder: Path, stand_ins: SimpleNamespace) -> None:
+    """An engine of several buckets has a profile for each; the first that fits is selected."""
+    backend, trt = stand_ins.open(folder)
+    small, large = (1, 4, 4, 4, 4), (1, 6, 4, 6, 6)
+    trt.profiles["decoder"] = [{"latents": (small, small, small)}, {"latents": (small, small, large)}]
+    bound = [bind_decoder(backend, decoder_arrays(frames=frames)) for frames in (4, 5)]
+    assert [context.profile for context in trt.loaded[0].contexts] == [0, 1]
+    assert len(bound) == 2
+
+
+def test_no_profile_of_the_engine_allows_the_shapes(folder: Path, stand_ins: SimpleNamespace) -> None:
+    backend, trt = stand_ins.open(folder)
+    trt.profiles["decoder"] = [{"latents": ((1, 1, 4, 4, 4),) * 3}]
+    with pytest.raises(EngineError, match=r"no optimization profile allows .* run: stiv build"):
+        bind_decoder(backend, decoder_arrays())
+
+
+def test_engine_with_other_tensors(folder: Path, stand_ins: SimpleNamespace) -> None:
+    backend, _ = stand_ins.open(folder)
+    buffer = backend.upload(decoder_arrays())
+    with pytest.raises(EngineError, match=r"graph decoder: the engine has tensors \['latents', 'video'\], bound are"):
+        backend.bind("decoder", {"latents": buffer}, {"movie": buffer})

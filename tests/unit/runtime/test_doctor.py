@@ -1,0 +1,116 @@
+"""``stiv doctor``: it reports whatever is there, and outlives whatever is not."""
+
+import json
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from typer.testing import CliRunner
+
+from stiv_deploy.runtime import doctor
+from stiv_deploy.runtime.cli import doctor as doctor_command
+
+app = typer.Typer()
+app.command()(doctor_command)
+run = CliRunner().invoke
+
+ALL = doctor.DEPENDENCIES
+QUICK = (doctor.Dependency("numpy", "numpy", ""), doctor.Dependency("nonsense", "no-such-thing", "rtx"))
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at two dependencies instead of importing all."""
+    monkeypatch.setattr(doctor, "DEPENDENCIES", QUICK)
+
+
+@pytest.fixture
+def fake_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts an ``nvidia-smi`` of the given shell code first on the path."""
+
+    def make(code: str) -> None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{code}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    return make
+
+
+def test_report_as_json() -> None:
+    result = run(app, ["--json"])
+    report = doctor.Report.model_validate(json.loads(result.stdout))
+    assert result.exit_code == 0
+    assert report.python == ".".join(map(str, sys.version_info[:3]))
+    assert report.mp4
+    assert report.memory_gib is not None
+    assert report.memory_gib > 0
+    states = {backend.name: backend for backend in report.backends}
+    assert states["onnxruntime"].works
+    assert all(backend.works or len(backend.reason) > 10 for backend in report.backends)
+    assert {"onnxruntime-cuda", "tensorrt", "tensorrt-rtx"} <= set(states)
+
+
+def test_report_as_text_names_the_remedy() -> None:
+    result = run(app, [], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert "not installed; run: pip install 'stiv-deploy[rtx]'" in result.stdout
+    assert "onnxruntime" in result.stdout
+
+
+def test_missing_base_package_is_sick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "DEPENDENCIES", (doctor.Dependency("nonsense", "no-such-thing", ""),))
+    assert run(app, ["--json"]).exit_code == 1
+
+
+def test_missing_encoder_is_sick(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> str:
+        raise RuntimeError("no\n such encoder")
+
+    monkeypatch.setattr(doctor, "mp4_encoder", broken)
+    result = run(app, ["--json"])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["mp4_problem"] == "RuntimeError: no such encoder"
+
+
+def test_no_working_backend_is_sick(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stiv_deploy.runtime import backends
+
+    monkeypatch.setattr(backends, "available", lambda: {"onnxruntime": "broken here"})
+    result = run(app, ["--json"])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["backends"] == [{"name": "onnxruntime", "works": False, "reason": "broken here"}]
+
+
+def test_installed_but_broken_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numpy is installed; that its module cannot be imported is the news."""
+    package = doctor.check_package(doctor.Dependency("nonsense", "numpy", ""))
+    assert package.version is not None
+    assert package.problem is not None
+    assert "No module named 'nonsense'" in package.problem
+
+
+def test_gpu_listing(fake_nvidia_smi: Callable[[str], None]) -> None:
+    fake_nvidia_smi("echo 'NVIDIA L4, 23034 MiB, 8.9, 580.1'")
+    report = doctor.examine()
+    assert report.gpus == ["NVIDIA L4, 23034 MiB, 8.9, 580.1"]
+    assert report.gpu_problem is None
+
+
+def test_driver_that_does_not_answer(fake_nvidia_smi: Callable[[str], None]) -> None:
+    fake_nvidia_smi("echo 'cannot talk to the driver' >&2; exit 9")
+    report = doctor.examine()
+    assert report.gpus == []
+    assert report.gpu_problem == "RuntimeError: cannot talk to the driver"
+
+
+def test_every_dependency_is_declared_in_its_extra(root: Path) -> None:
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    declared = {"": project["dependencies"], **project["optional-dependencies"]}
+    for dependency in ALL:
+        names = {canonicalize_name(Requirement(text).name) for text in declared[dependency.extra]}
+        assert canonicalize_name(dependency.distribution) in names

@@ -1,0 +1,265 @@
+import math
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stiv_deploy.runtime import Bundle, BundleError, Cancelled, RequestError, StivPipeline
+from stiv_deploy.runtime.request import draw_noise
+
+PROMPT = "digit three moving left"
+RED = np.zeros((8, 8, 3), dtype=np.uint8)
+RED[..., 0] = 255
+GREY = np.full((8, 8, 3), 51, dtype=np.uint8)
+
+
+@pytest.fixture
+def pipe(bundle_path: Path) -> Iterator[StivPipeline]:
+    with StivPipeline.from_bundle(bundle_path, "onnxruntime", threads=1) as pipe:
+        yield pipe
+
+
+def test_defaults_come_from_the_bundle(pipe: StivPipeline) -> None:
+    steps: list[int] = []
+    out = pipe(PROMPT, seed=1, callback_on_step_end=lambda _pipe, step, _time, _values: steps.append(step))
+    assert isinstance(out.frames, np.ndarray)
+    assert out.frames.shape == (1, 4, 8, 8, 3)
+    assert out.frames.dtype == np.uint8
+    assert out.latents.shape == (1, 4, 4, 4, 4)
+    assert out.latents.dtype == np.float32
+    assert out.seeds == [1]
+    assert steps == [0, 1, 2, 3]
+
+
+def test_frames_are_the_decoded_latents(pipe: StivPipeline) -> None:
+    out = pipe(PROMPT, seed=1)
+    pixels = np.clip(np.rint((out.latents[:, :, :3] + 1) * 127.5), 0, 255)  # (1, T, 3, h, w)
+    wanted = pixels.repeat(2, axis=-2).repeat(2, axis=-1).transpose(0, 1, 3, 4, 2)
+    assert np.abs(np.asarray(out.frames, dtype=np.float64) - wanted).max() <= 1  # one fp32 rounding may cross a half
+
+
+def test_same_seed_same_video_and_another_seed_another(pipe: StivPipeline) -> None:
+    first, second, other = (pipe(PROMPT, seed=seed).latents for seed in (5, 5, 6))
+    np.testing.assert_array_equal(first, second)
+    assert not np.array_equal(first, other)
+
+
+def test_batched_prompts_equal_single_runs(pipe: StivPipeline) -> None:
+    prompts = ["digit three", "moving left", "right", "digit", "left left"]  # two batches of a bundle that takes three
+    together = pipe(prompts, seed=10, image=RED)
+    assert together.seeds == [10, 11, 12, 13, 14]
+    for index, prompt in enumerate(prompts):
+        alone = pipe(prompt, seed=10 + index, image=RED)
+        np.testing.assert_allclose(together.latents[index], alone.latents[0], rtol=0, atol=1e-5)
+
+
+def test_videos_per_prompt_stand_next_to_each_other(pipe: StivPipeline) -> None:
+    out = pipe(["digit three", "left"], seed=3, num_videos_per_prompt=2)
+    assert out.seeds == [3, 4, 5, 6]
+    np.testing.assert_allclose(out.latents[1], pipe("digit three", seed=4).latents[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(out.latents[2], pipe("left", seed=5).latents[0], rtol=0, atol=1e-5)
+
+
+def test_noise_is_philox_of_the_samples_own_seed() -> None:
+    noise = draw_noise([7, 8], (2, 3))
+    single = np.random.Generator(np.random.Philox(8)).standard_normal((2, 3), dtype=np.float32)
+    np.testing.assert_array_equal(noise[1], single)
+
+
+def test_generator_draws_the_seed(pipe: StivPipeline) -> None:
+    first = pipe(PROMPT, generator=np.random.default_rng(1))
+    again = pipe(PROMPT, generator=np.random.default_rng(1))
+    assert first.seeds == again.seeds
+    np.testing.assert_array_equal(pipe(PROMPT, seed=first.seeds[0]).latents, first.latents)
+    assert pipe(PROMPT).seeds != pipe(PROMPT).seeds
+
+
+@pytest.mark.parametrize("mode", ["none", "jit", "sit"])
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_given_frames_come_out_as_they_went_in(pipe: StivPipeline, mode: str, solver: str) -> None:
+    out = pipe(PROMPT, image={0: RED, -1: GREY}, seed=0, guidance_mode=mode, solver=solver)
+    assert isinstance(out.frames, np.ndarray)
+    np.testing.assert_array_equal(out.frames[0, 0], RED)
+    np.testing.assert_array_equal(out.frames[0, 3], GREY)
+    np.testing.assert_array_equal(out.latents[0, 0, :3, 0, 0], [1, -1, -1])
+    assert not np.array_equal(out.frames[0, 1], RED)
+
+
+def test_prompt_negative_prompt_scales_and_shift_all_matter(pipe: StivPipeline) -> None:
+    def latents(prompt: str = PROMPT, **options: Any) -> np.ndarray:
+        return pipe(prompt, seed=0, **options).latents
+
+    base = latents()
+    changes: list[Mapping[str, Any]] = [
+        {"prompt": "right"},
+        {"negative_prompt": "right right"},
+        {"guidance_scale": 5.0},
+        {"guidance_mode": "none"},
+        {"guidance_mode": "sit"},
+        {"guidance_renorm": False},
+        {"solver": "heun"},
+        {"time_shift": 3.0},
+        {"num_inference_steps": 5},
+        {"image": RED},
+    ]
+    for change in changes:
+        assert not np.array_equal(latents(**change), base), change
+    sit = latents(guidance_mode="sit")
+    assert not np.array_equal(latents(guidance_mode="sit", image_guidance_scale=4.0), sit)
+
+
+def test_unknown_words_and_empty_and_long_prompts_are_fine(pipe: StivPipeline) -> None:
+    for prompt in ("zebra", "", "digit " * 50):
+        assert pipe(prompt, num_inference_steps=1).latents.shape == (1, 4, 4, 4, 4)
+
+
+def test_other_sizes_within_the_bucket(pipe: StivPipeline) -> None:
+    out = pipe(PROMPT, num_frames=6, height=4, width=12, num_inference_steps=1)
+    assert np.asarray(out.frames).shape == (1, 6, 4, 12, 3)
+
+
+def test_output_types(pipe: StivPipeline) -> None:
+    array = pipe(["digit", "left"], seed=0)
+    pictures = pipe(["digit", "left"], seed=0, output_type="pil").frames
+    assert isinstance(pictures, list)
+    assert isinstance(pictures[1][3], Image.Image)
+    np.testing.assert_array_equal(
+        np.stack([[np.asarray(frame) for frame in video] for video in pictures]), array.frames
+    )
+    latent = pipe(["digit", "left"], seed=0, output_type="latent")
+    assert latent.frames is None
+    assert latent.timings["decode"] == 0
+    np.testing.assert_array_equal(latent.latents, array.latents)
+
+
+def test_callback_may_look_at_latents(pipe: StivPipeline) -> None:
+    seen: list[Any] = []
+
+    def callback(owner: StivPipeline, step: int, time: float, values: Mapping[str, Any]) -> None:
+        assert owner is pipe
+        assert set(values) == {"latents", "total"}
+        seen.append((step, time, values["total"], values["latents"]))
+
+    out = pipe(["digit"] * 4, seed=0, num_inference_steps=2, callback_on_step_end=callback)  # batches of two and two
+    assert [entry[:3] for entry in seen] == [(0, 0.5, 4), (1, 1.0, 4), (2, 0.5, 4), (3, 1.0, 4)]
+    np.testing.assert_array_equal(np.concatenate([seen[1][3], seen[3][3]]), out.latents)
+
+
+def test_cancel_stops_between_steps(pipe: StivPipeline) -> None:
+    cancel = threading.Event()
+
+    def callback(_pipe: StivPipeline, step: int, _time: float, _values: Mapping[str, Any]) -> None:
+        if step == 1:
+            cancel.set()
+
+    with pytest.raises(Cancelled, match="cancelled after 2 of 4 steps"):
+        pipe(PROMPT, callback_on_step_end=callback, cancel=cancel)
+    assert pipe(PROMPT).frames is not None
+
+
+def test_timings_add_up(pipe: StivPipeline) -> None:
+    cold, warm = pipe(PROMPT, image=RED).timings, pipe(PROMPT, image=RED).timings
+    phases = ("load", "text", "encode", "denoise", "decode")
+    assert cold["load"] > warm["load"]
+    assert sum(warm[name] for name in phases) <= warm["total"]
+    assert 0 < warm["graphs"] < warm["total"]
+    assert all(warm[name] > 0 for name in phases)
+
+
+def test_buffers_are_kept_for_the_last_sizes_only(pipe: StivPipeline) -> None:
+    pipe(PROMPT)
+    state = next(iter(pipe._states.values()))
+    pipe(PROMPT, num_inference_steps=2, seed=9)
+    assert list(pipe._states.values()) == [state]
+    for frames in (1, 2, 3):
+        pipe(PROMPT, num_frames=frames)
+    assert len(pipe._states) == 2
+    assert state not in pipe._states.values()
+
+
+def test_closing_frees_everything(bundle_path: Path) -> None:
+    pipe = StivPipeline.from_bundle(bundle_path, "onnxruntime")
+    pipe(PROMPT)
+    pipe.close()
+    assert not pipe._states
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": []}, "no prompt given"),
+        ({"prompt": ["digit", 3]}, "a prompt must be a string, got 3"),
+        ({"prompt": ["a", "b"], "negative_prompt": ["x"]}, "1 negative prompts for 2 prompts"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number, got 2.5"),
+        ({"guidance_scale": math.nan}, "guidance_scale must be a finite number, got nan"),
+        ({"guidance_scale": "high"}, "guidance_scale must be a finite number, got 'high'"),
+        ({"image_guidance_scale": -math.inf}, "image_guidance_scale must be a finite number"),
+        ({"time_shift": 0}, "time_shift must be positive"),
+        ({"guidance_mode": "cfg"}, "unknown guidance_mode 'cfg'; there are: none, jit, sit"),
+        ({"solver": "rk4"}, "unknown solver 'rk4'; there are: euler, heun"),
+        ({"output_type": "mp4"}, "unknown output_type 'mp4'; there are: np, pil, latent"),
+        ({"num_frames": 7}, "frames is 7; this bundle takes 1 to 6"),
+        ({"num_frames": 0}, "frames is 0; this bundle takes 1 to 6"),
+        ({"num_frames": "all"}, "num_frames must be a whole number, got 'all'"),
+        ({"height": 9}, "height is 9; this bundle takes 4 to 12 in multiples of 2"),
+        ({"width": 64}, "width is 64; this bundle takes 4 to 12 in multiples of 2"),
+        ({"seed": -1}, "seed must be from 0 to"),
+        ({"seed": 2**63}, "seed must be from 0 to"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"seed": 1, "generator": np.random.default_rng()}, "give either seed or generator"),
+        ({"num_videos_per_prompt": 0}, "num_videos_per_prompt must be at least 1, got 0"),
+        ({"image": GREY[:4]}, r"the image is 8x4 \(width x height\), the video is 8x8"),
+        ({"image": {4: GREY}}, "image for frame 4, but the video has frames 0 to 3"),
+        ({"image": "nowhere.png"}, "nowhere.png"),
+    ],
+)
+def test_bad_request_is_refused_before_anything_runs(
+    pipe: StivPipeline, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(pipe.backend, "bind", lambda *_: pytest.fail("something was computed"))
+    with pytest.raises(RequestError, match=message) as caught:
+        pipe(**{"prompt": PROMPT, **options})
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_resizing_is_offered(pipe: StivPipeline) -> None:
+    out = pipe(PROMPT, image=np.full((16, 32, 3), 51, dtype=np.uint8), resize=True, num_inference_steps=1)
+    np.testing.assert_array_equal(np.asarray(out.frames)[0, 0], GREY)
+
+
+def test_corrupt_tokenizer(own_bundle: Path) -> None:
+    path = own_bundle / "tokenizer.json"
+    path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(BundleError, match=f"{re.escape(str(path))}: damaged"):
+        StivPipeline.from_bundle(own_bundle)
+
+
+def test_image_encoder_gets_at_least_the_smallest_clip(toy_bundle: Bundle, bundle_path: Path) -> None:
+    """Engines are built for the bucket's sizes only, so one image is encoded as a clip of the smallest size."""
+    few = toy_bundle.manifest.buckets[0].model_copy(
+        update={"frames": toy_bundle.manifest.buckets[0].frames.model_copy(update={"min": 3})}
+    )
+    narrow = Bundle(bundle_path, toy_bundle.manifest.model_copy(update={"buckets": (few,)}))
+    from stiv_deploy.runtime import open_backend
+
+    shapes: list[tuple[int, ...]] = []
+    with StivPipeline(narrow, open_backend("onnxruntime", narrow)) as pipe:
+        bind = pipe.backend.bind
+
+        def spied(graph: str, inputs: Any, outputs: Any) -> Any:
+            if graph == "image_encoder":
+                shapes.append(inputs["video"].shape)
+            return bind(graph, inputs, outputs)
+
+        pipe.backend.bind = spied  # type: ignore[method-assign]
+        out = pipe(PROMPT, image={1: RED}, num_inference_steps=1)
+    assert shapes == [(1, 3, 3, 8, 8)]
+    np.testing.assert_array_equal(np.asarray(out.frames)[0, 1], RED)
+    assert not np.array_equal(np.asarray(out.frames)[0, 0], RED)
