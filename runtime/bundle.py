@@ -108,6 +108,13 @@ def _describe(sizes: Iterable[Range], multiple: int) -> str:
     return " or ".join(ranges) + (f" in multiples of {multiple}" if multiple > 1 else "")
 
 
+def _readable_sha256(path: Path) -> str:
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror}); {AGAIN}") from None
+
+
 class Bundle:
     """An opened bundle: its manifest and the paths of its files. Open with :meth:`open`."""
 
@@ -156,7 +163,7 @@ class Bundle:
         self._check_present(record)
         path = self._path(record)
         if record.path not in self._verified:
-            if sha256(path) != record.sha256:
+            if _readable_sha256(path) != record.sha256:
                 raise BundleError(f"{path}: damaged (its SHA-256 differs from the manifest's); {AGAIN}")
             self._verified.add(record.path)
         return path

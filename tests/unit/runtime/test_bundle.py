@@ -112,6 +112,16 @@ def test_changed_byte_is_found_before_first_use(own_bundle: Path, name: str) -> 
     one_line(caught)
 
 
+def test_unreadable_file(bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Path) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("stiv_deploy.runtime.bundle.sha256", fail)
+    with pytest.raises(BundleError, match=r"head.onnx: cannot be read \(Permission denied\)") as caught:
+        Bundle.open(bundle_path).graph_file("head")
+    one_line(caught)
+
+
 def test_a_file_is_hashed_once(bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy_bundle = Bundle.open(bundle_path)
     toy_bundle.graph_file("head")
