@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## Shipped checkpoint -> bundle -> RTX engines -> parity -> videos, all in out/demo
-	@$(BIN)/python -m stiv_deploy.export.demo --out out/demo
+	@$(BIN)/stiv demo --out out/demo
 
 test: $(STAMP) ## All tests, fast ones first, with the reasons of the skipped
 	@$(BIN)/python -m pytest -q -rs

@@ -22,8 +22,8 @@ def as_image(picture: Video) -> np.ndarray:
 class BundleSource:
     """:class:`sources.Source` over :class:`StivPipeline`."""
 
-    def __init__(self, path: Path, backend: str) -> None:
-        self.path, self.pipeline = path, StivPipeline.from_bundle(path, backend)
+    def __init__(self, path: Path, backend: str, threads: int) -> None:
+        self.path, self.pipeline = path, StivPipeline.from_bundle(path, backend, threads)
         self.frames = self.pipeline.bundle.manifest.sampling.frames
 
     def describe(self) -> dict[str, str]:
@@ -50,6 +50,7 @@ class BundleSource:
                 image_guidance_scale=settings.image_scale,
                 guidance_mode=settings.mode,
                 guidance_renorm=settings.renorm,
+                time_shift=settings.time_shift,
                 solver="euler",
                 seed=seed,
             )

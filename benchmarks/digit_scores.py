@@ -15,6 +15,7 @@ import platform
 import shlex
 import sys
 import time
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,9 @@ import typer
 from scorers import Judgement, brightness, judge, percentages
 from sources import Settings, Source, Video, open_source
 
+from stiv_deploy.runtime.errors import StivError
 from stiv_deploy.stiv_ref.data.moving_digits import MovingDigits
+from stiv_deploy.stiv_ref.errors import StivRefError
 from stiv_deploy.stiv_ref.plots import Row, contact_sheet
 from stiv_deploy.stiv_ref.samples import Requests, balanced_requests, real_clips
 
@@ -90,20 +93,20 @@ class Experiment:
 
 
 def measure(
-    source: Source, requests: Requests, scales: list[float], steps: int, batch: int
+    source: Source, requests: Requests, scales: list[float], base: Settings, batch: int
 ) -> tuple[Experiment, Result]:
-    """All runs; returns them and the row of the best T2V scale."""
+    """All runs, varying ``base``; returns them and the row of the best T2V scale."""
     experiment = Experiment(source, requests, batch)
     moving = source.frames > 1
     task = "t2v" if moving else "t2i"
-    rows = [experiment.run(task, Settings(steps=steps, scale=scale)) for scale in scales]
+    rows = [experiment.run(task, replace(base, scale=scale)) for scale in scales]
     best = max(rows, key=lambda row: (row["both" if moving else "digit"], -row["scale"]))
-    experiment.run(task, Settings(steps=steps, scale=best["scale"], renorm=False))
-    experiment.run(task, Settings(steps=steps, scale=1.0, mode="none", renorm=False))
+    experiment.run(task, replace(base, scale=best["scale"], renorm=False))
+    experiment.run(task, replace(base, scale=1.0, mode="none", renorm=False))
     if moving:
         real = real_clips(requests, source.frames).numpy()
-        experiment.run("ti2v", Settings(steps=steps, scale=best["scale"]), real)
-        experiment.run("ti2v", Settings(steps=steps, scale=best["scale"], mode="sit"), real)
+        experiment.run("ti2v", replace(base, scale=best["scale"]), real)
+        experiment.run("ti2v", replace(base, scale=best["scale"], mode="sit"), real)
     return experiment, best
 
 
@@ -115,7 +118,9 @@ def markdown(report: Result) -> str:
         f"`{report['command']}`",
         "",
         ", ".join(f"{key}: {value}" for key, value in report["source"].items())
-        + f"; {report['samples']} balanced prompts, {report['steps']} Euler steps; {report['cpu']}.",
+        + f"; {report['samples']} balanced prompts, {report['steps']} Euler steps"
+        + (f", time shift {report['time_shift']}" if report["time_shift"] else "")
+        + f"; {report['cpu']}.",
         "",
         "| what | mode | scale | renorm | digit % | direction % | both % | first frame PSNR | other frames PSNR |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -168,17 +173,20 @@ def main(
     steps: Annotated[int, typer.Option(min=1)] = 30,
     batch: Annotated[int, typer.Option(min=1, help="Clips generated at once.")] = 20,
     recipe: Annotated[Path | None, typer.Option(help="Recipe of a training's state.")] = None,
-    backend: Annotated[str, typer.Option(help="Runtime backend, for a bundle.")] = "ort-cpu",
+    backend: Annotated[str, typer.Option(help="Runtime backend, for a bundle.")] = "onnxruntime",
     threads: Annotated[int, typer.Option(min=1)] = 1,
+    time_shift: Annotated[
+        float | None, typer.Option(help="Of the sampling times; by default the checkpoint's.")
+    ] = None,
 ) -> None:
     """Measure digit and direction scores of SOURCE."""
     torch.set_num_threads(threads)
     values = [float(scale) for scale in scales.split(",")]
-    opened = open_source(source, recipe, backend)
+    opened = open_source(source, recipe, backend, threads)
     requests = balanced_requests(samples, moving=opened.frames > 1)
     scorers = validate(opened)
     typer.echo(json.dumps(scorers), err=True)
-    experiment, best = measure(opened, requests, values, steps, batch)
+    experiment, best = measure(opened, requests, values, Settings(steps=steps, scale=1.0, time_shift=time_shift), batch)
     report: Result = {
         "command": f"python {shlex.join(sys.argv)}",
         "date": date.today().isoformat(),
@@ -187,6 +195,7 @@ def main(
         "source": opened.describe(),
         "samples": samples,
         "steps": steps,
+        "time_shift": time_shift,
         "scorers": scorers,
         "best": best,
         "rows": experiment.rows,
@@ -200,4 +209,10 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False)
+    app.command()(main)
+    try:
+        app(standalone_mode=False)
+    except (StivRefError, StivError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)

@@ -21,13 +21,14 @@ Video = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """One sampling setting, for either kind of source."""
+    """One sampling setting, for either kind of source; ``time_shift`` ``None`` is the checkpoint's own."""
 
     steps: int
     scale: float
     mode: str = "jit"
     renorm: bool = True
     image_scale: float = 1.5
+    time_shift: float | None = None
 
 
 class Source(Protocol):
@@ -72,13 +73,14 @@ class ReferenceSource:
         """As :class:`Source` says, with the reference sampler."""
         from stiv_deploy.stiv_ref.samples import generate
 
+        own_shift = self.checkpoint.config.sampling.time_shift
         chosen = SamplingSettings(
             steps=settings.steps,
             guidance_mode=GuidanceMode(settings.mode),
             guidance_scale=settings.scale,
             image_scale=settings.image_scale,
             renorm=settings.renorm,
-            time_shift=self.checkpoint.config.sampling.time_shift,
+            time_shift=own_shift if settings.time_shift is None else settings.time_shift,
         )
         first = None if first_frames is None else torch.from_numpy(first_frames)
         return generate(self.checkpoint, prompts, seeds, chosen, frames=self.frames, first_frames=first).numpy()
@@ -101,7 +103,7 @@ def from_state(state: Path, recipe_path: Path) -> ReferenceSource:
     return ReferenceSource(finished(run, recipe), what)
 
 
-def open_source(path: Path, recipe: Path | None, backend: str) -> Source:
+def open_source(path: Path, recipe: Path | None, backend: str, threads: int) -> Source:
     """The source behind ``path``: a checkpoint folder, a bundle folder, or a training state with its ``recipe``."""
     if path.suffix == ".safetensors":
         if recipe is None:
@@ -110,6 +112,6 @@ def open_source(path: Path, recipe: Path | None, backend: str) -> Source:
     if (path / "manifest.json").is_file():
         from bundle_source import BundleSource
 
-        return BundleSource(path, backend)
+        return BundleSource(path, backend, threads)
     what = {"checkpoint": str(path), "model_sha256": digest(path / "model.safetensors")} if path.is_dir() else {}
     return ReferenceSource(load_checkpoint(path), what)

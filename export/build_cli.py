@@ -30,7 +30,8 @@ def _with_progress(job: "EngineBuild") -> "list[BuiltEngine]":
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("engines", total=len(job.graphs))
 
         def report(engine: "BuiltEngine") -> None:

@@ -48,6 +48,7 @@ def export_bundle(
     """
     refuse_bad_target(out)
     checkpoint = load_checkpoint(checkpoint_path)
+    validate_vocabulary(checkpoint, checkpoint_path)
     facts = model_facts(checkpoint.config)
     chosen = tuple(buckets or (default_bucket(checkpoint.config.sampling, facts),))
     for bucket in chosen:
@@ -73,8 +74,9 @@ def refuse_bad_target(out: Path) -> None:
     """Raise :class:`OutputError` if ``out`` is something that a bundle must not replace."""
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: this is a file; a bundle is a folder, choose another --out")
-    ancestor = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    if not ancestor.is_dir() or not os.access(ancestor.parent if ancestor == out.absolute() else ancestor, os.W_OK):
+    target = out.resolve()
+    ancestor = next(folder for folder in target.parents if folder.exists())  # the bundle is renamed into its parent
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
         raise OutputError(
             f"{out}: cannot be written, {ancestor} is not a folder that takes files; choose another --out"
         )
@@ -93,11 +95,21 @@ def _is_bundle(folder: Path) -> bool:
 def written_folder(out: Path) -> Iterator[Path]:
     """Yield the temporary folder that becomes ``out``; :class:`OutputError` if it cannot be made or written."""
     try:
-        with replaced_folder(out.absolute()) as folder:
+        with replaced_folder(out.resolve()) as folder:
             (folder / GRAPH_FOLDER).mkdir()
             yield folder
     except OSError as error:
         raise OutputError(f"{out}: cannot be written ({error.strerror or error}); choose another --out") from error
+
+
+def validate_vocabulary(checkpoint: Checkpoint, path: Path) -> None:
+    """Raise :class:`ExportError` if the tokenizer can give token ids that the text encoder has no embedding for."""
+    words, known = checkpoint.tokenizer.get_vocab_size(), checkpoint.config.text.vocabulary
+    if words > known:
+        raise ExportError(
+            f"{path}: tokenizer.json has {words} tokens, the text encoder {known}; use the tokenizer that it was "
+            "trained with"
+        )
 
 
 def default_bucket(sampling: CheckpointDefaults, facts: ModelFacts) -> Bucket:

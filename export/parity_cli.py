@@ -44,7 +44,8 @@ def parity(
         record_rows(opened, report)
     if json_file is not None:
         write_json(json_file, report)
-    console.print(parity_table(report))
+    for name in backends:
+        console.print(parity_table(report, name))
     console.print(video_table(report))
     failed = [f"{row.level} {row.name} on {row.backend}" for row in report.rows if not row.passed]
     failed += [f"{gate.name} on {gate.backend}" for gate in report.video if not gate.passed]
@@ -54,23 +55,21 @@ def parity(
     console.print(f"parity passed: {len(report.rows)} rows, {len(report.video)} video gates")
 
 
-def parity_table(report: "ParityReport") -> Any:
-    """The rows as a table for a terminal."""
+def parity_table(report: "ParityReport", backend: str) -> Any:
+    """The rows of one backend as a table that fits a terminal of 80 columns."""
     from rich.box import SIMPLE
     from rich.table import Table
 
-    table = Table("level", "name", "backend", title=f"Parity with the float64 reference, {_precisions(report)}", box=SIMPLE)
-    for name in ("rel L2", "plain torch", "gate", "max abs", "pass"):
-        table.add_column(name, justify="right")
-    for row, yardstick in zip(report.rows, report.yardsticks, strict=True):
-        values = (row.rel_l2, yardstick, row.gate, row.max_abs)
-        numbers = (f"{value:.1e}" for value in values)
-        table.add_row(row.level, row.name, row.backend, *numbers, "yes" if row.passed else "NO")
+    pairs = [pair for pair in zip(report.rows, report.yardsticks, strict=True) if pair[0].backend == backend]
+    table = Table(title=f"{backend}, {pairs[0][0].precision}: relative L2 error against the float64 reference", box=SIMPLE)
+    for name in ("level", "name"):
+        table.add_column(name, no_wrap=True)
+    for name in ("error", "torch", "gate", "pass"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row, yardstick in pairs:
+        numbers = (f"{value:.1e}" for value in (row.rel_l2, yardstick, row.gate))
+        table.add_row(row.level, row.name, *numbers, "yes" if row.passed else "NO")
     return table
-
-
-def _precisions(report: "ParityReport") -> str:
-    return ", ".join(dict.fromkeys(row.precision for row in report.rows))
 
 
 def video_table(report: "ParityReport") -> Any:

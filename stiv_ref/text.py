@@ -14,6 +14,7 @@ from pydantic import Field
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
+from stiv_deploy.stiv_ref.block import stateless_norm
 from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.errors import CheckpointError
 from stiv_deploy.stiv_ref.model import additive_mask
@@ -40,7 +41,11 @@ class TextConfig(FrozenConfig):
 
 
 class TextLayer(nn.Module):
-    """Pre-norm transformer layer with padding mask."""
+    """Transformer layer with padding mask and norms on both sides of attention and FFN, as in the video blocks.
+
+    The norms behind keep every layer's contribution at unit size. Without them the layers outgrow the embeddings while
+    they learn the words of the first stage, and words that appear in a later stage no longer make a difference.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -58,8 +63,8 @@ class TextLayer(nn.Module):
         qkv = self.qkv(self.norm(x)).reshape(batch, length, 3, self.heads, width // self.heads)
         q, k, v = (part.squeeze(0) for part in qkv.permute(2, 0, 3, 1, 4).chunk(3))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, L, Dh)
-        x = x + self.out(y.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(F.gelu(self.up(self.ffn_norm(x)), approximate="tanh"))
+        x = x + stateless_norm(self.out(y.transpose(1, 2).reshape(batch, length, width)))
+        return x + stateless_norm(self.down(F.gelu(self.up(self.ffn_norm(x)), approximate="tanh")))
 
 
 class TextEncoder(nn.Module):
@@ -74,12 +79,12 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.width)
 
     def initialize(self, generator: torch.Generator | None = None) -> "TextEncoder":
-        """Initialize for training."""
-        for parameter in self.parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=generator)
+        """Initialize for training: embeddings of unit size, so that every word is heard from the start."""
+        nn.init.normal_(self.tokens.weight, generator=generator)
+        nn.init.normal_(self.positions, std=0.5, generator=generator)
         for module in self.modules():
             if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5, generator=generator)
                 nn.init.zeros_(module.bias)
         return self
 

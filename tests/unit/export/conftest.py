@@ -5,16 +5,22 @@ An untrained model would hide mistakes: its temporal gates and its velocity are 
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 import torch
+from torch import nn
+
+from stiv_deploy.runtime.contract import GraphSpec, graph_specs
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, CheckpointConfig, SamplingDefaults, save_checkpoint
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.data.moving_digits import WORDS
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.text import TextConfig, TextEncoder, word_tokenizer
 from stiv_deploy.stiv_ref.vae import Vae, VaeConfig
-from torch import nn
+
+if TYPE_CHECKING:
+    from stiv_deploy.export.onnx_from_module import Template
 
 MAX_TOKENS = 8
 MICRO = StivConfig(
@@ -31,6 +37,24 @@ def randomized(module: nn.Module, seed: int) -> None:
             spread = tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 0.1
             center = 1.0 if name.endswith("norm.weight") or name == "scale" else 0.0
             tensor.copy_(center + spread * noise)
+
+
+class TracedGraph(NamedTuple):
+    """A graph's template with the module that it came from and its contract."""
+
+    template: "Template"
+    module: nn.Module
+    spec: GraphSpec
+
+
+def traced_graph(checkpoint: Checkpoint, name: str) -> TracedGraph:
+    """Trace one float32 graph of a checkpoint."""
+    from stiv_deploy.export.graphs import graph_modules, model_facts
+    from stiv_deploy.export.onnx_from_module import trace
+
+    facts = model_facts(checkpoint.config)
+    spec, module = graph_specs(facts, "float32")[name], graph_modules(checkpoint)[name]
+    return TracedGraph(trace(module, name, spec, facts), module, spec)
 
 
 def random_checkpoint(config: StivConfig, vae: VaeConfig | None = None) -> Checkpoint:
@@ -81,3 +105,9 @@ def micro_bundle(micro_path: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     from stiv_deploy.export.bundle_from_checkpoint import export_bundle
 
     return export_bundle(micro_path, tmp_path_factory.mktemp("micro") / "bundle", check=False)
+
+
+@pytest.fixture(scope="session")
+def head(micro: Checkpoint) -> TracedGraph:
+    """The smallest graph with a linear, traced once."""
+    return traced_graph(micro, "head")

@@ -1,8 +1,10 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
 from stiv_deploy.export.cli import parse_precision, parse_range
 from stiv_deploy.export.errors import ExportError
 from stiv_deploy.runtime.manifest import Range
@@ -43,11 +45,18 @@ def test_importing_the_command_needs_nothing_heavy() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_writes_a_bundle_and_is_quiet(micro_path: Path, tmp_path: Path) -> None:
+def test_the_command_is_quiet_and_writes_the_same_bytes_in_any_process(
+    micro_path: Path, micro_bundle: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "bundle"
-    arguments = [micro_path, "--out", out, "--precision", "fp16", "--frames", "1:2:3", "--no-check"]
-    done = subprocess.run([sys.executable, "-c", COMMAND, *arguments], capture_output=True, text=True, check=True)
+    arguments = [micro_path, "--out", out, "--precision", "FP32", "--frames", "1:4:8", "--no-check"]
+    environment = os.environ | {"PYTHONHASHSEED": "12345"}
+    command = [sys.executable, "-c", COMMAND, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
     assert done.stdout.startswith(f"{out}: 9 graphs, ")
-    assert "float16, not compared with the reference" in done.stdout
+    assert "float32, not compared with the reference" in done.stdout
     assert done.stderr.strip() == "", "no warnings of the exporter"
-    assert (out / "manifest.json").is_file()
+    files = sorted(path.relative_to(micro_bundle) for path in micro_bundle.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file())
+    for file in files:
+        assert (out / file).read_bytes() == (micro_bundle / file).read_bytes(), file

@@ -1,13 +1,15 @@
+import copy
 import inspect
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from stiv_deploy.export.graphs import graph_modules, model_facts, part
 from stiv_deploy.runtime.contract import dimensions, graph_specs
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.model import additive_mask
-from torch import Tensor, nn
 
 
 def test_forward_takes_the_contracts_inputs_in_order(micro: Checkpoint) -> None:
@@ -75,8 +77,6 @@ def test_half_precision_keeps_the_contracts_types(micro: Checkpoint) -> None:
     facts = model_facts(micro.config)
     specs = graph_specs(facts, "bfloat16")
     dims = dimensions(facts, batch=2, branches=1, video_frames=2, height=16, width=24, text_tokens=4)
-    import copy
-
     for name in ("text_encoder", "text_kv", "embed", "block_00", "head"):
         module = copy.deepcopy(graph_modules(micro)[name]).to(torch.bfloat16)
         inputs = [torch.zeros(t.sized(dims), dtype=getattr(torch, t.dtype)) for t in specs[name].inputs]

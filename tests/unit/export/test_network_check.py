@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+
 from stiv_deploy.export.bundle_from_checkpoint import default_bucket, require_passed
 from stiv_deploy.export.errors import CheckError
 from stiv_deploy.export.graphs import graph_modules, model_facts
@@ -18,11 +20,10 @@ from stiv_deploy.export.network_check import (
     executable,
     relative_error,
 )
-from stiv_deploy.export.onnx_from_module import parameters_of, trace, write_graph
+from stiv_deploy.export.onnx_from_module import Template, parameters_of, write_graph
 from stiv_deploy.runtime.contract import MASKED, GraphSpec, graph_specs
 from stiv_deploy.runtime.manifest import Range
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
-from torch import nn
 
 
 @given(multiple=st.integers(1, 16), low=st.integers(1, 30), more=st.integers(0, 60), share=st.floats(0, 1))
@@ -73,11 +74,13 @@ def test_relative_error() -> None:
 
 
 @pytest.fixture(scope="module")
-def head(micro: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module, GraphSpec]:
-    facts = model_facts(micro.config)
-    module, spec = graph_modules(micro)["head"], graph_specs(facts, "float32")["head"]
+def written(
+    head: tuple[Template, nn.Module, GraphSpec], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, nn.Module, GraphSpec]:
+    """File, module and contract of the ``head`` graph."""
+    template, module, spec = head
     folder = tmp_path_factory.mktemp("head")
-    write_graph(trace(module, "head", spec, facts), parameters_of(module), folder, "head")
+    write_graph(template, parameters_of(module), folder, "head")
     return folder / "head.onnx", module, spec
 
 
@@ -86,16 +89,16 @@ def sizes_of(micro: Checkpoint) -> dict[str, dict[str, int]]:
     return check_sizes(default_bucket(micro.config.sampling, facts), facts)
 
 
-def test_a_right_graph_passes(micro: Checkpoint, head: tuple[Path, nn.Module, GraphSpec]) -> None:
-    path, module, spec = head
+def test_a_right_graph_passes(micro: Checkpoint, written: tuple[Path, nn.Module, GraphSpec]) -> None:
+    path, module, spec = written
     rows = list(check_graph("head", path, spec, module, module, sizes_of(micro), 19))
     assert [row.size for row in rows] == ["min", "typical", "max", "odd"]
     assert all(row.passed and row.rel_l2 is not None and 0 < row.rel_l2 < row.gate for row in rows)
     require_passed(iter(rows))
 
 
-def test_another_models_graph_fails(micro: Checkpoint, head: tuple[Path, nn.Module, GraphSpec]) -> None:
-    path, module, spec = head
+def test_another_models_graph_fails(micro: Checkpoint, written: tuple[Path, nn.Module, GraphSpec]) -> None:
+    path, module, spec = written
     other = copy.deepcopy(module)
     with torch.no_grad():
         other.source.head.out.weight *= 1.0001
@@ -106,10 +109,10 @@ def test_another_models_graph_fails(micro: Checkpoint, head: tuple[Path, nn.Modu
 
 
 def test_half_precision_is_gated_by_torchs_own_error(
-    micro: Checkpoint, head: tuple[Path, nn.Module, GraphSpec]
+    micro: Checkpoint, written: tuple[Path, nn.Module, GraphSpec]
 ) -> None:
     """A float32 graph in place of a half one passes (it is better); the yardstick is half torch, not float32's gate."""
-    path, module, spec = head
+    path, module, spec = written
     half = copy.deepcopy(module).half()
     half_spec = graph_specs(model_facts(micro.config), "float16")["head"]
     assert executable(half_spec)

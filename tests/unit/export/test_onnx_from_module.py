@@ -1,6 +1,5 @@
 import copy
-import os
-import subprocess
+import hashlib
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,6 +9,8 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from torch import nn
+
 from stiv_deploy.export import onnx_from_module
 from stiv_deploy.export.errors import ExportError
 from stiv_deploy.export.graphs import graph_modules, model_facts
@@ -25,19 +26,8 @@ from stiv_deploy.export.passes import NAME_SCOPES
 from stiv_deploy.runtime.contract import GraphSpec, graph_specs
 from stiv_deploy.runtime.manifest import MANIFEST, Manifest
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
-from torch import nn
 
-
-def traced(checkpoint: Checkpoint, name: str) -> tuple[Template, nn.Module, GraphSpec]:
-    facts = model_facts(checkpoint.config)
-    spec, module = graph_specs(facts, "float32")[name], graph_modules(checkpoint)[name]
-    return trace(module, name, spec, facts), module, spec
-
-
-@pytest.fixture(scope="module")
-def head(micro: Checkpoint) -> tuple[Template, nn.Module, GraphSpec]:
-    """The smallest graph with a linear, traced once."""
-    return traced(micro, "head")
+TracedGraph = tuple[Template, nn.Module, GraphSpec]
 
 
 def stored_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -45,9 +35,7 @@ def stored_tensors(path: Path) -> dict[str, np.ndarray]:
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
-def test_weights_keep_their_names_and_lie_transposed(
-    head: tuple[Template, nn.Module, GraphSpec], micro: Checkpoint, tmp_path: Path
-) -> None:
+def test_weights_keep_their_names_and_lie_transposed(head: TracedGraph, micro: Checkpoint, tmp_path: Path) -> None:
     template, module, _ = head
     write_graph(template, parameters_of(module), tmp_path, "head")
     stored = stored_tensors(tmp_path / "head.onnx")
@@ -57,31 +45,27 @@ def test_weights_keep_their_names_and_lie_transposed(
     assert template.transposed == {"head.out.weight"}
 
 
-def test_records_describe_the_files(head: tuple[Template, nn.Module, GraphSpec], tmp_path: Path) -> None:
+def test_records_describe_the_files(head: TracedGraph, tmp_path: Path) -> None:
     template, module, _ = head
     written = write_graph(template, parameters_of(module), tmp_path, "head")
     assert {path.name for path in tmp_path.iterdir()} == {"head.onnx", "head.onnx.data"}
-    import hashlib
-
     assert written.data is not None
     for record in (written.file, written.data):
         content = (tmp_path / record.path).read_bytes()
         assert (record.sha256, record.bytes) == (hashlib.sha256(content).hexdigest(), len(content))
 
 
-def test_tracing_twice_gives_equal_bytes(
-    head: tuple[Template, nn.Module, GraphSpec], micro: Checkpoint, tmp_path: Path
-) -> None:
-    for folder, (template, module, _) in (("a", head), ("b", traced(micro, "head"))):
+def test_tracing_twice_gives_equal_bytes(head: TracedGraph, micro: Checkpoint, tmp_path: Path) -> None:
+    first, module, spec = head
+    second = trace(module, "head", spec, model_facts(micro.config))
+    for folder, template in (("a", first), ("b", second)):
         (tmp_path / folder).mkdir()
         write_graph(template, parameters_of(module), tmp_path / folder, "head")
     for name in ("head.onnx", "head.onnx.data"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_large_tensors_start_at_pages(
-    tmp_path: Path, head: tuple[Template, nn.Module, GraphSpec], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_tensors_start_at_pages(tmp_path: Path, head: TracedGraph, monkeypatch: pytest.MonkeyPatch) -> None:
     template, module, _ = head
     monkeypatch.setattr(onnx_from_module, "LARGE", 1024)
     write_graph(template, parameters_of(module), tmp_path, "head")
@@ -99,7 +83,7 @@ def test_large_tensors_start_at_pages(
 
 
 def test_too_many_weights_for_one_file_are_refused(
-    head: tuple[Template, nn.Module, GraphSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    head: TracedGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     template, module, _ = head
     monkeypatch.setattr(onnx_from_module, "DATA_LIMIT", 1000)
@@ -107,7 +91,7 @@ def test_too_many_weights_for_one_file_are_refused(
         write_graph(template, parameters_of(module), tmp_path, "head")
 
 
-def test_structure_faults_name_the_misfit(head: tuple[Template, nn.Module, GraphSpec], tmp_path: Path) -> None:
+def test_structure_faults_name_the_misfit(head: TracedGraph, tmp_path: Path) -> None:
     template, module, spec = head
     write_graph(template, parameters_of(module), tmp_path, "head")
     path = tmp_path / "head.onnx"
@@ -122,16 +106,14 @@ def test_structure_faults_name_the_misfit(head: tuple[Template, nn.Module, Graph
     assert structure_faults(path, spec)
 
 
-def test_a_missing_weight_file_is_a_structure_fault(
-    head: tuple[Template, nn.Module, GraphSpec], tmp_path: Path
-) -> None:
+def test_a_missing_weight_file_is_a_structure_fault(head: TracedGraph, tmp_path: Path) -> None:
     template, module, spec = head
     write_graph(template, parameters_of(module), tmp_path, "head")
     (tmp_path / "head.onnx.data").unlink()
     assert structure_faults(tmp_path / "head.onnx", spec)
 
 
-def test_topology_ignores_weights_only(head: tuple[Template, nn.Module, GraphSpec], tmp_path: Path) -> None:
+def test_topology_ignores_weights_only(head: TracedGraph, tmp_path: Path) -> None:
     template, module, _ = head
     other = {name: tensor + 1 for name, tensor in parameters_of(module).items()}
     first = write_graph(template, parameters_of(module), tmp_path, "first")
@@ -216,21 +198,6 @@ def test_blocks_share_one_topology(micro_bundle: Path) -> None:
     assert len({record.topology for record in blocks}) == 1
     assert len({record.data.sha256 for record in blocks if record.data}) == len(blocks) == 2
     assert len({record.topology for record in manifest.graphs.values()}) == len(manifest.graphs) - 1
-
-
-@pytest.mark.slow
-def test_another_process_writes_the_same_bundle(micro_path: Path, micro_bundle: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from stiv_deploy.export.bundle_from_checkpoint import export_bundle\n"
-        "export_bundle(Path(sys.argv[1]), Path(sys.argv[2]), check=False)"
-    )
-    out = tmp_path / "again"
-    environment = os.environ | {"PYTHONHASHSEED": "12345"}
-    subprocess.run([sys.executable, "-c", code, micro_path, out], check=True, cwd=tmp_path, env=environment)
-    files = sorted(path.relative_to(micro_bundle) for path in micro_bundle.rglob("*") if path.is_file())
-    assert files == sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file())
-    for file in files:
-        assert (out / file).read_bytes() == (micro_bundle / file).read_bytes(), file
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stiv_deploy.export import passes
 from stiv_deploy.runtime.contract import GraphSpec, TensorSpec
 

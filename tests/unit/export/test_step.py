@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from stiv_deploy.export.graphs import StepGraph
 from stiv_deploy.stiv_ref.conditioning import noise_frames, replace_frames
 from stiv_deploy.stiv_ref.flow import schedule
@@ -13,7 +15,6 @@ from stiv_deploy.stiv_ref.guidance import GuidanceMode, cfg_renorm, jit_cfg, sit
 from stiv_deploy.stiv_ref.model import TextKV
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, Solver, sample
 from stiv_deploy.stiv_ref.text import TextStates
-from torch import Tensor
 
 STEP = StepGraph()
 SHAPE = (2, 3, 4, 2, 5)  # (B, T, C, h, w)
@@ -129,8 +130,9 @@ def test_all_frames_given_stay_finite() -> None:
     t = tensors(3, 2, torch.float32)
     mask = torch.ones(2, 3, dtype=torch.bool)
     outputs = STEP(
-        t["velocity"], t["latents"], t["clean"], t["noise"], mask, torch.stack([mask, ~mask]), torch.tensor([4.0, -3.0]),
-        t["previous"], torch.tensor([1.0, 0.0]), scalar(0.1, torch.float32), scalar(0.2, torch.float32), torch.ones(1),
+        t["velocity"], t["latents"], t["clean"], t["noise"], mask, torch.stack([mask, ~mask]),
+        torch.tensor([4.0, -3.0]), t["previous"], torch.tensor([1.0, 0.0]), scalar(0.1, torch.float32),
+        scalar(0.2, torch.float32), torch.ones(1),
     )  # fmt: skip
     assert all(bool(output.isfinite().all()) for output in outputs)
     assert torch.equal(outputs[0], t["clean"])

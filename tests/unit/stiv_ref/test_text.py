@@ -77,8 +77,13 @@ def test_order_matters(encoder: TextEncoder) -> None:
     assert (first - second).abs().max() > 1e-3
 
 
-def test_layer_equals_plain_attention(encoder: TextEncoder) -> None:
-    """One layer against explicit softmax over the real tokens only, head by head."""
+def norm(x: torch.Tensor) -> torch.Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def test_layer_equals_its_formula(encoder: TextEncoder) -> None:
+    """One layer against explicit softmax over the real tokens only, head by head; every branch ends in a norm."""
     layer = encoder.layers[0]
     x = torch.randn(1, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     mask = torch.tensor([0, 0, 0, -1e4, -1e4], dtype=torch.float64).reshape(1, 1, 1, 5)
@@ -88,7 +93,28 @@ def test_layer_equals_plain_attention(encoder: TextEncoder) -> None:
         part = slice(4 * head, 4 * head + 4)
         weights = (q[:, part] @ k[:3, part].T / 2).exp()
         heads.append(weights / weights.sum(-1, keepdim=True) @ v[:3, part])
-    y = x + layer.out(torch.cat(heads, -1))
+    y = x + norm(layer.out(torch.cat(heads, -1)))
     hidden = layer.up(layer.ffn_norm(y))
     gelu = 0.5 * hidden * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (hidden + 0.044715 * hidden**3)))
-    torch.testing.assert_close(layer(x, mask), y + layer.down(gelu), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(layer(x, mask), y + norm(layer.down(gelu)), rtol=1e-9, atol=1e-9)
+
+
+def test_large_layers_do_not_drown_a_word(encoder: TextEncoder) -> None:
+    """A layer that grew, saying the same for every word, leaves a word heard (without norms it is lost 1000-fold)."""
+    ids, mask = tokenize(word_tokenizer(WORDS, 6), ["digit three moving", "digit three digit"])
+
+    def distance() -> float:
+        states = encoder(ids, mask).states
+        return (states[0, 2] - states[1, 2]).norm().item() / states[0, 2].norm().item()
+
+    before = distance()
+    for layer in encoder.layers:
+        layer.down.bias.add_(1000 * torch.linspace(-1, 1, 12) ** 3)
+    assert distance() > 0.3 * before > 0.01
+
+
+def test_words_start_at_unit_size_and_seeded(encoder: TextEncoder) -> None:
+    again = TextEncoder(encoder.config).initialize(torch.Generator().manual_seed(0)).double()
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), again.parameters(), strict=True))
+    large = TextEncoder(TextConfig(vocabulary=500, width=96)).initialize(torch.Generator().manual_seed(0))
+    assert abs(large.tokens.weight.std().item() - 1) < 0.02  # 48000 draws: five standard deviations of their spread

@@ -215,9 +215,7 @@ def test_loss_falls_on_a_tiny_set(recipe: Recipe) -> None:
     for step in range(150):
         optimize(run, recipe, data)  # type: ignore[arg-type]
         run.step = step + 1
-    after = fixed_loss()
-    print(after)
-    assert after < 0.5 * before
+    assert fixed_loss() < 0.5 * before
 
 
 def test_the_video_model_starts_as_the_image_model_frame_by_frame(recipe: Recipe) -> None:

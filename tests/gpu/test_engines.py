@@ -1,0 +1,122 @@
+"""Real engines on a real GPU: every graph, a whole generation and CUDA graph replay, against ONNX Runtime."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stiv_deploy.export.build import BuildRequest, EngineBuild
+from stiv_deploy.runtime.backends.base import Backend, Buffer, Call
+from stiv_deploy.runtime.backends.cuda import Cuda
+from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend, unavailable_reason
+from stiv_deploy.runtime.bundle import Bundle
+from stiv_deploy.runtime.manifest import PORTABLE
+from stiv_deploy.runtime.pipeline import StivPipeline
+from stiv_deploy.runtime.tensorrt_library import FLAVOURS, Flavour, import_tensorrt, targets
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+BLOCK_GATE = 1e-5
+"""Relative L2 error of a float32 graph: the project's promise for ONNX Runtime against torch, asked of engines too."""
+RUN_GATE = 1e-4
+"""The same for latents after a few steps, each of which adds its own rounding to the last one's."""
+
+
+@pytest.fixture(scope="module", params=FLAVOURS)
+def flavour(request: pytest.FixtureRequest) -> Flavour:
+    reason = unavailable_reason(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def built(flavour: Flavour, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A copy of the bundle with engines for this GPU; portable ones where RTX does not list its SM."""
+    folder = tmp_path_factory.mktemp(flavour) / "bundle"
+    shutil.copytree(bundle, folder)
+    known, here = targets(import_tensorrt(flavour)), Cuda().device.sm
+    sm = PORTABLE if known and here not in known else here
+    request = BuildRequest(backend=flavour, sm=sm, cache=folder.parent / "cache")
+    EngineBuild(Bundle.open(folder), request).run(lambda engine: None)
+    return Bundle.open(folder)
+
+
+@pytest.fixture
+def backend(built: Bundle, flavour: Flavour) -> Iterator[TensorRTBackend]:
+    with TensorRTBackend(built, flavour) as opened:
+        yield opened
+
+
+def bind(backend: Backend, bundle: Bundle, graph: str, size: str) -> tuple[Call, dict[str, Buffer], dict[str, Buffer]]:
+    """Bind ``graph`` at a corner of the first bucket to inputs that depend on the graph and size only."""
+    manifest, generator = bundle.manifest, np.random.default_rng(len(graph))
+    spec, dims = manifest.graphs[graph].spec, manifest.buckets[0].dims(manifest.model, size)  # type: ignore[arg-type]
+    inputs = {}
+    for tensor in spec.inputs:
+        shape = tensor.sized(dims)
+        values: dict[str, Any] = {
+            "int64": lambda shape=shape: np.ones(shape, np.int64),
+            "bool": lambda shape=shape: generator.random(shape) < 0.5,
+        }
+        make = values.get(tensor.dtype, lambda shape=shape: generator.standard_normal(shape, np.float32))
+        inputs[tensor.name] = backend.upload(make())
+    outputs = {tensor.name: backend.empty(tensor.sized(dims), tensor.dtype) for tensor in spec.outputs}
+    return backend.bind(graph, inputs, outputs), inputs, outputs
+
+
+def rel_l2(found: np.ndarray, wanted: np.ndarray) -> float:
+    wanted = wanted.astype(np.float64)
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+@pytest.mark.parametrize("size", ["min", "typical", "max"])
+def test_every_graph(backend: TensorRTBackend, built: Bundle, size: str) -> None:
+    errors = {}
+    with OnnxRuntimeBackend(built) as reference:
+        for graph in built.manifest.graphs:
+            call, _, found = bind(backend, built, graph, size)
+            call()
+            wanted_call, _, wanted = bind(reference, built, graph, size)
+            wanted_call()
+            errors[graph] = max(rel_l2(backend.read(found[name]), reference.read(wanted[name])) for name in wanted)
+    assert {graph: error for graph, error in errors.items() if not error <= BLOCK_GATE} == {}
+
+
+def test_generation(backend: TensorRTBackend, built: Bundle) -> None:
+    arguments: dict[str, Any] = {"prompt": "digit three moving left", "num_inference_steps": 3, "seed": 1}
+    found = StivPipeline(built, backend)(**arguments)
+    with OnnxRuntimeBackend(built) as reference:
+        wanted = StivPipeline(built, reference)(**arguments)
+    assert rel_l2(found.latents, wanted.latents) <= RUN_GATE
+
+
+def test_generation_twice_is_bit_equal(backend: TensorRTBackend, built: Bundle) -> None:
+    pipe = StivPipeline(built, backend)
+    first, second = (pipe(prompt="digit three moving left", num_inference_steps=2, seed=1) for _ in range(2))
+    np.testing.assert_array_equal(first.latents, second.latents)
+
+
+def test_cuda_graph_replay_equals_the_call(backend: TensorRTBackend, built: Bundle) -> None:
+    call, inputs, outputs = bind(backend, built, "head", "typical")
+    replay = backend.capture([call])
+    x = inputs["x"]
+    backend.write(x, np.random.default_rng(9).standard_normal(x.shape, np.float32))
+    call()
+    expected = backend.read(outputs["velocity"])
+    backend.write(outputs["velocity"], np.zeros_like(expected))
+    replay()
+    np.testing.assert_array_equal(backend.read(outputs["velocity"]), expected)
+
+
+def test_arena_is_shared(backend: TensorRTBackend, built: Bundle) -> None:
+    """All graphs at their largest: the arena is what the greediest needs, not the sum."""
+    needs = []
+    for graph in built.manifest.graphs:
+        bind(backend, built, graph, "max")
+        needs.append(backend._arena.memory.size if backend._arena.memory else 0)
+    assert needs == sorted(needs)
+    assert needs[-1] < sum(dict.fromkeys(needs))
