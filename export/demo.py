@@ -1,4 +1,4 @@
-"""``stiv demo``, which ``make demo`` runs: the whole chain on one machine, from the shipped checkpoint to videos and a report with pictures.
+"""``stiv demo``, which ``make demo`` runs: from the shipped checkpoint to videos and a report with pictures.
 
 Export, RTX engines for one GPU architecture, the parity ladder, one text-to-video and one image-to-video clip; all of
 it lands in one folder, and the report says what was run and what came out.
@@ -183,4 +183,3 @@ def demo(
         run.console.print(f"  {path}", highlight=False)
     if not run.parity.passed:
         raise typer.Exit(1)
-

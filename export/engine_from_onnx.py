@@ -66,16 +66,15 @@ def decompose_fp32_attention(trt: Any, network: Any) -> int:
 
 def add_profiles(builder: Any, config: Any, network: Any, profiles: tuple[Profile, ...]) -> None:
     """Add one optimization profile per bucket; :class:`EngineError` if inputs differ from the profiles' names."""
-    inputs = {tensor.name: tensor for tensor in (network.get_input(index) for index in range(network.num_inputs))}
+    inputs = {network.get_input(index).name for index in range(network.num_inputs)}
     for values in profiles:
-        if inputs.keys() != values.keys():
+        if inputs != values.keys():
             raise EngineError(
                 f"the graph's inputs are {sorted(inputs)}, the contract's {sorted(values)}; export the bundle again"
             )
         profile = builder.create_optimization_profile()
         for name, (low, typical, high) in values.items():
-            if -1 in tuple(inputs[name].shape):
-                profile.set_shape(name, low, typical, high)
+            profile.set_shape(name, low, typical, high)
         config.add_optimization_profile(profile)
 
 

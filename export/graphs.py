@@ -110,13 +110,26 @@ class EmbedGraph(nn.Module):
 
     def __init__(self, model: Stiv) -> None:
         super().__init__()
-        self.source = part(model, "patch", "singleton", "modulation")
+        positions = ["frame_position"] * model.config.temporal
+        self.source = part(model, "patch", *positions, "singleton", "modulation")
 
     def forward(
-        self, model_input: Tensor, timestep: Tensor, micro: Tensor, pooled: Tensor
+        self,
+        model_input: Tensor,
+        timestep: Tensor,
+        micro: Tensor,
+        pooled: Tensor,
+        temporal_cos: Tensor | None = None,
+        temporal_sin: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, C, h, w], [B], [B, 6], [B, Dt] -> [B, T', S, D], [B, 6, D], [B, D]."""
-        embedded = self.source.embed(model_input, timestep, micro, pooled)
+        """[B, T, C, h, w], [B], [B, 6], [B, Dt], 2 x [T', Dh/2] -> [B, T', S, D], [B, 6, D], [B, D].
+
+        Image models have no temporal tables.
+        """
+        if temporal_cos is None or temporal_sin is None:
+            temporal_cos = temporal_sin = timestep  # not looked at
+        cos, sin = (table.to(pooled.dtype) for table in (temporal_cos, temporal_sin))
+        embedded = self.source.embed(model_input, timestep, micro, pooled, RopeTables(cos, sin, cos, sin))
         return embedded.x, embedded.modulation, embedded.condition
 
 

@@ -75,7 +75,7 @@ class Oracle:
 
     @torch.no_grad()
     def run(self, graph: str, inputs: Mapping[str, Tensor]) -> Tensors:
-        """Outputs of ``graph``; floating inputs are cast to this oracle's dtype, in ``HOST_GRAPHS`` to at least fp32."""
+        """Outputs of ``graph``; floating inputs are cast to this oracle's dtype (``HOST_GRAPHS``: at least fp32)."""
         dtype = torch.promote_types(self.dtype, torch.float32) if graph in HOST_GRAPHS else self.dtype
         return self.graphs[graph](
             {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
@@ -115,13 +115,16 @@ class Oracle:
         wide = torch.promote_types(self.dtype, torch.float32)
         timestep, micro = (inputs[name].to(wide) for name in ("timestep", "micro"))
         pooled = inputs["pooled"].to(self.dtype)
-        return self.model.embed(inputs["model_input"], timestep, micro, pooled)._asdict()
+        return self.model.embed(inputs["model_input"], timestep, micro, pooled, self._rope(inputs))._asdict()
+
+    def _rope(self, inputs: Mapping[str, Tensor]) -> RopeTables:
+        """The tables that a graph got, in this dtype; those it has no use for are empty."""
+        return RopeTables(*(inputs.get(name, torch.empty(0)).to(self.dtype) for name in RopeTables._fields))
 
     def _block(self, index: int) -> GraphFunction:
         def run(inputs: Mapping[str, Tensor]) -> Tensors:
-            rope = RopeTables(*(inputs.get(name, torch.empty(0)) for name in RopeTables._fields))
             given = (inputs[name] for name in ("x", "modulation", "text_k", "text_v", "text_mask"))
-            return {"x_out": self.model.blocks[index](*given, rope)}
+            return {"x_out": self.model.blocks[index](*given, self._rope(inputs))}
 
         return run
 

@@ -236,6 +236,7 @@ def probe(oracle: Oracle, request: Request, blocks: int) -> Iterator[tuple[str, 
         "timestep": timestep,
         "micro": inputs.micro.repeat(count, 1),
         "pooled": text["pooled"],
+        **oracle.rope(latents),
     }
     yield "embed", embed
     state = oracle.run("embed", embed)

@@ -61,7 +61,9 @@ def parity_table(report: "ParityReport", backend: str) -> Any:
     from rich.table import Table
 
     pairs = [pair for pair in zip(report.rows, report.yardsticks, strict=True) if pair[0].backend == backend]
-    table = Table(title=f"{backend}, {pairs[0][0].precision}: relative L2 error against the float64 reference", box=SIMPLE)
+    table = Table(
+        title=f"{backend}, {pairs[0][0].precision}: relative L2 error against the float64 reference", box=SIMPLE
+    )
     for name in ("level", "name"):
         table.add_column(name, no_wrap=True)
     for name in ("error", "torch", "gate", "pass"):
@@ -82,4 +84,3 @@ def video_table(report: "ParityReport") -> Any:
         passed = "yes" if gate.passed else "NO"
         table.add_row(gate.name, gate.backend, f"{gate.value:.4f}", f"{gate.gate:.2f}", passed)
     return table
-

@@ -62,7 +62,9 @@ def report_json(report: ParityReport) -> dict[str, Any]:
         for row, yardstick in zip(report.rows, report.yardsticks, strict=True)
     ]
     video = [
-        plain({"name": gate.name, "backend": gate.backend, "value": gate.value, "gate": gate.gate, "passed": gate.passed})
+        plain(
+            {"name": gate.name, "backend": gate.backend, "value": gate.value, "gate": gate.gate, "passed": gate.passed}
+        )
         for gate in report.video
     ]
     return {"passed": report.passed, "rows": rows, "video": video}

@@ -1,4 +1,4 @@
-"""The requests that the parity ladder runs: real prompts and a real first frame of the kind the model was trained on."""
+"""The requests that the parity ladder runs: real prompts, and a first frame of the kind the model was trained on."""
 
 from dataclasses import dataclass, replace
 

@@ -140,6 +140,7 @@ def graph_specs(model: ModelFacts, precision: Precision) -> dict[str, GraphSpec]
     condition = device("condition", "model_batch", model.width)
     modulation = device("modulation", "model_batch", 6, model.width)
     video = host("video", "batch", "video_frames", 3, "height", "width")
+    temporal = [host("temporal_cos", "token_frames", half), host("temporal_sin", "token_frames", half)] * model.temporal
     all_heads = (model.blocks, "model_batch", model.heads, *text)
     block = graph(
         [
@@ -150,10 +151,7 @@ def graph_specs(model: ModelFacts, precision: Precision) -> dict[str, GraphSpec]
             host("text_mask", "model_batch", 1, 1, "text_tokens"),
             host("spatial_cos", "tokens", half),
             host("spatial_sin", "tokens", half),
-            *(
-                [host("temporal_cos", "token_frames", half), host("temporal_sin", "token_frames", half)]
-                * model.temporal
-            ),
+            *temporal,
         ],
         [device("x_out", *tokens)],
     )
@@ -164,7 +162,13 @@ def graph_specs(model: ModelFacts, precision: Precision) -> dict[str, GraphSpec]
         "text_kv": graph([states], [device("text_k", *all_heads), device("text_v", *all_heads)]),
         "image_encoder": graph([video], [host("latents", "batch", *latent_size)]),
         "embed": graph(
-            [model_input, host("timestep", "model_batch"), host("micro", "model_batch", MICRO_VALUES), pooled],
+            [
+                model_input,
+                host("timestep", "model_batch"),
+                host("micro", "model_batch", MICRO_VALUES),
+                pooled,
+                *temporal,
+            ],
             [device("x", *tokens), modulation, condition],
         ),
         **dict.fromkeys(block_names(model.blocks), block),

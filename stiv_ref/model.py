@@ -111,12 +111,19 @@ class Head(nn.Module):
 
 
 class Stiv(nn.Module):
-    """STIV as text-to-video, or as text-to-image when ``config.temporal`` is false (T = 1)."""
+    """STIV as text-to-video, or as text-to-image when ``config.temporal`` is false (T = 1).
+
+    The tokens of a frame get its absolute position, a projection of the temporal RoPE table that starts at zero. RoPE
+    alone tells frames apart by distance only: in pure noise they all look alike, none can know that it is the first,
+    and a caption's direction of motion cannot be used at the times when it decides (measured: benchmarks/results).
+    """
 
     def __init__(self, config: StivConfig) -> None:
         super().__init__()
         self.config = config
         self.patch = nn.Linear(config.patch_values, config.width)
+        if config.temporal:
+            self.frame_position = nn.Linear(config.head_dim, config.width, bias=False)
         self.singleton = SingletonCondition(config)
         self.modulation = nn.Linear(config.width, MODULATIONS * config.width)
         self.text_in = nn.Linear(config.text_width, config.width)
@@ -129,11 +136,14 @@ class Stiv(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.normal_(self.modulation.weight, std=0.02, generator=generator)
         for table in [*(block.table for block in cast("Iterable[StivBlock]", self.blocks)), self.head.table]:
             nn.init.normal_(table, std=self.config.width**-0.5, generator=generator)
         nn.init.zeros_(self.head.out.weight)
+        if self.config.temporal:
+            nn.init.zeros_(self.frame_position.weight)
         return self
 
     def token_grid(self, latents_shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -179,9 +189,12 @@ class Stiv(nn.Module):
         pairs = [block.cross.text_kv(text) for block in cast("Iterable[StivBlock]", self.blocks)]
         return TextKV(torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs]))
 
-    def embed(self, latents: Tensor, timestep: Tensor, micro: Tensor, pooled: Tensor) -> Embedded:
+    def embed(self, latents: Tensor, timestep: Tensor, micro: Tensor, pooled: Tensor, rope: RopeTables) -> Embedded:
         """Tokens and conditions of one step: latents [B, T, C, h, w], timestep [B], micro [B, 6], pooled [B, Dt]."""
         x = self.patch(self.patchify(latents).to(self.patch.weight.dtype))
+        if self.config.temporal:
+            position = torch.cat((rope.temporal_cos, rope.temporal_sin), dim=-1)  # (T', Dh)
+            x = x + self.frame_position(position).unsqueeze(1)
         condition = self.singleton(timestep, micro, pooled)
         modulation = self.modulation(F.silu(condition)).unflatten(1, (MODULATIONS, self.config.width))
         return Embedded(x, modulation, condition)
@@ -206,7 +219,7 @@ class Stiv(nn.Module):
         text_k, text_v = self.text_kv(text_states) if text_kv is None else text_kv
         mask = additive_mask(token_mask).to(text_k.dtype)
         rope = self.rope_tables(latents.shape)
-        x, modulation, condition = self.embed(latents, timestep, micro, pooled)
+        x, modulation, condition = self.embed(latents, timestep, micro, pooled, rope)
         for block, k, v in zip(self.blocks, text_k, text_v, strict=True):
             x = block(x, modulation, k, v, mask, rope)
         return self.unpatchify(self.head(x, condition), latents.shape)

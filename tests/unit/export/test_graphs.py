@@ -35,8 +35,9 @@ def run_graphs(
     timestep = torch.linspace(0.1, 0.9, len(latents))
     states, pooled = modules["text_encoder"](ids, mask)
     text_k, text_v = modules["text_kv"](states)
-    x, modulation, condition = modules["embed"](latents, timestep, micro, pooled)
     rope = checkpoint.model.rope_tables(latents.shape)
+    temporal = rope[2:] if checkpoint.config.model.temporal else ()
+    x, modulation, condition = modules["embed"](latents, timestep, micro, pooled, *temporal)
     tables = rope if checkpoint.config.model.temporal else rope[:2]
     for index in range(checkpoint.config.model.blocks):
         block = modules[f"block_{index:02d}"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_a_report_passes_only_if_every_row_and_video_gate_does(
     assert report.passed is expected
 
 
-def test_json_has_the_promised_fields_and_is_strict_json(tmp_path) -> None:
+def test_json_has_the_promised_fields_and_is_strict_json(tmp_path: Path) -> None:
     report = ParityReport((row(math.nan, False),), (1e-7,), (VideoGate("motion", "onnxruntime", math.inf, 0.9),))
     write_json(tmp_path / "parity.json", report)
 
@@ -72,7 +73,7 @@ def test_json_has_the_promised_fields_and_is_strict_json(tmp_path) -> None:
     assert only["rel_l2"] is None
 
 
-def test_a_json_target_is_checked_before_the_run(tmp_path) -> None:
+def test_a_json_target_is_checked_before_the_run(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing" / "parity.json"):
         with pytest.raises(OutputError, match="cannot be written"):
             check_json_target(path)

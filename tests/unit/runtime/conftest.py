@@ -83,8 +83,9 @@ IMAGE_ENCODER = """g (float[B,F,3,H,W] video) => (float[B,F,4,h,w] latents)
     shape = Concat <axis=0> (rows, rest)
     latents = Reshape (four, shape)
 }"""
-EMBED = """g (float[M,T,4,h,w] model_input, float[M] timestep, float[M,6] micro, float[M,4] pooled)
-    => (float[M,T,S,4] x, float[M,6,4] modulation, float[M,4] condition)
+EMBED = """g (float[M,T,4,h,w] model_input, float[M] timestep, float[M,6] micro, float[M,4] pooled,
+    float[T,2] temporal_cos, float[T,2] temporal_sin) =>
+    (float[M,T,S,4] x, float[M,6,4] modulation, float[M,4] condition)
 {
     last = Transpose <perm=[0, 1, 3, 4, 2]> (model_input)
     shape = Constant <value_ints=[0, 0, -1, 4]> ()

@@ -167,6 +167,9 @@ def forward(model: torch.nn.Module, latents: Array, timestep: float, micro: Arra
     pairs = config.width // config.heads // 2
     space = angles_2d(grid, config.base_grid, pairs, config.rope_theta)
     time = angles_1d(len(x), config.base_frames, pairs, config.rope_theta)
+    if config.temporal:  # the absolute frame position: a projection of the temporal table's cosines and sines
+        position = np.concatenate((np.cos(time), np.sin(time)), -1) @ values["frame_position.weight"].T
+        x = x + position[:, None]
     for index in range(config.blocks):
         x = block(part(values, f"blocks.{index}"), config.heads, x, modulation, states, space, time)
     shift, scale = condition + values["head.table"]

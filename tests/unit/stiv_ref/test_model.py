@@ -184,12 +184,25 @@ def test_temporal_attention_does_not_mix_positions_and_is_not_causal(random_mode
 
 def test_image_model_is_the_video_model_of_one_frame_without_its_temporal_branch(random_model: ModelFactory) -> None:
     video = random_model(seed=3)
+    video.frame_position.weight.zero_()
     for block in video.blocks:
         block.temporal_gate.zero_()
     image = random_model(temporal=False)
     image.load_state_dict({name: video.state_dict()[name] for name in image.state_dict()})
     arguments = inputs(video, frames=1)
     assert torch.equal(video(*arguments), image(*arguments))
+
+
+def test_frames_of_equal_content_are_told_apart_by_their_position(random_model: ModelFactory) -> None:
+    """RoPE alone cannot: attention over equal values gives that value whatever the weights."""
+    model = random_model(seed=2)
+    arguments = inputs(model)
+    arguments[0] = arguments[0][:, :1].expand(-1, 3, -1, -1, -1)
+    out = model(*arguments)
+    assert min((out[:, a] - out[:, b]).abs().max() for a, b in ((0, 1), (0, 2), (1, 2))) > 1e-2
+    model.frame_position.weight.zero_()
+    out = model(*arguments)
+    torch.testing.assert_close(out, out[:, :1].expand_as(out), rtol=0, atol=1e-9)
 
 
 def test_text_kv_can_be_reused(random_model: ModelFactory) -> None:

@@ -176,6 +176,20 @@ def test_memory_is_freed_with_the_last_view(folder: Path, stand_ins: SimpleNames
     assert address not in cudart.memory
 
 
+def test_binding_keeps_its_buffers_alive(folder: Path, stand_ins: SimpleNamespace) -> None:
+    cudart = stand_ins.cudart()
+    backend, _ = stand_ins.open(folder, cudart)
+    source, target, call = bind_decoder(backend, decoder_arrays())
+    addresses = {source.address, target.address}
+    del source, target
+    gc.collect()
+    assert addresses <= cudart.memory.keys()
+    call()
+    del call
+    gc.collect()
+    assert not addresses & cudart.memory.keys()
+
+
 def test_close_releases_everything_and_may_be_repeated(folder: Path, stand_ins: SimpleNamespace) -> None:
     cudart = stand_ins.cudart()
     backend, _ = stand_ins.open(folder, cudart)
