@@ -66,7 +66,8 @@ def _export_with_progress(checkpoint: Path, out: Path, precision: str, given: di
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("loading", total=None)
 
         def show(text: str, done: int, total: int) -> None:

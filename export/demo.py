@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import typer
@@ -114,7 +114,7 @@ def generate_stage(run: DemoRun) -> None:
     ):
         rate = pipe.bundle.manifest.sampling.frames_per_second
         for name, request in requests.items():
-            frames = pipe(seed=SEED, **request).frames[0]
+            (frames,) = cast("np.ndarray", pipe(seed=SEED, **request).frames)
             write_video(run.out / f"{name}.mp4", frames, rate, UPSCALE)
             write_video(run.out / f"{name}.gif", frames, rate, UPSCALE)
             contact_sheet([frames], [request["prompt"]], UPSCALE // 2).save(run.out / f"{name}.png")

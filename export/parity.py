@@ -188,10 +188,9 @@ class _Ladder:
         denoiser = Denoiser(self.backend, self.manifest, self.dims(request))
         denoiser.set_text(request.token_ids.numpy(), request.token_mask.numpy())
         denoiser.set_micro(request.inputs.micro.repeat(request.branches, 1).numpy())
-        arrays = (request.inputs.noise, request.inputs.clean, request.inputs.frame_mask)
-        latents = torch.from_numpy(
-            Sampler(denoiser).run(*(array.numpy() for array in arrays), request.runtime_settings())
-        )
+        noise, clean, mask = (tensor.numpy() for tensor in request.inputs[:3])
+        result = Sampler(denoiser).run(noise, clean, mask, request.runtime_settings())
+        latents = torch.from_numpy(result)
         self.add("free_run", request.name, latents, plain, truth)
         self.gate_video(request, latents, truth)
 

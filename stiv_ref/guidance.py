@@ -29,9 +29,7 @@ def sit_cfg(
     conditional: Tensor, image_only: Tensor, unconditional: Tensor, text_scale: float, image_scale: float
 ) -> Tensor:
     """SIT-CFG: ``F(0, 0) + s_i * (F(0, image) - F(0, 0)) + s_t * (F(text, image) - F(0, image))``."""
-    return (
-        unconditional + image_scale * (image_only - unconditional) + text_scale * (conditional - image_only)
-    )
+    return unconditional + image_scale * (image_only - unconditional) + text_scale * (conditional - image_only)
 
 
 def cfg_renorm(guided: Tensor, conditional: Tensor, frame_mask: Tensor) -> Tensor:

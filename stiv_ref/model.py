@@ -80,10 +80,7 @@ class SingletonCondition(nn.Module):
         super().__init__()
         self.timestep = ScalarEmbedder(1, config.frequency_width, config.width)
         self.micro = nn.ModuleDict(
-            {
-                name: ScalarEmbedder(count, config.frequency_width, config.width)
-                for name, count in MICRO_GROUPS.items()
-            }
+            {name: ScalarEmbedder(count, config.frequency_width, config.width) for name, count in MICRO_GROUPS.items()}
         )
         self.pooled = nn.Linear(config.text_width, config.width)
 

@@ -110,9 +110,7 @@ def guided_velocity(
 
 
 @torch.no_grad()
-def sample(
-    model: Stiv, inputs: SamplingInputs, settings: SamplingSettings, observer: Observer | None = None
-) -> Tensor:
+def sample(model: Stiv, inputs: SamplingInputs, settings: SamplingSettings, observer: Observer | None = None) -> Tensor:
     """Generate latents [B, T, C, h, w]; the given frames come out bit-equal to ``inputs.clean``."""
     noise, clean, frame_mask = inputs.noise, inputs.clean, inputs.frame_mask
     velocity = guided_velocity(model, inputs, settings)
