@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stiv_deploy.runtime.contract import ModelFacts, Precision, block_names
 from stiv_deploy.stiv_ref.block import RopeTables, StivBlock
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, CheckpointConfig
+from stiv_deploy.stiv_ref.guidance import NORM_FLOOR
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.text import TextEncoder
 from stiv_deploy.stiv_ref.vae import Vae
@@ -105,12 +106,25 @@ class DecoderGraph(nn.Module):
         return self.source.decode(latents)
 
 
+def rope_of(
+    dtype: torch.dtype,
+    spatial_cos: Tensor,
+    spatial_sin: Tensor,
+    temporal_cos: Tensor | None,
+    temporal_sin: Tensor | None,
+) -> RopeTables:
+    """The tables in ``dtype``; the spatial ones stand in for the temporal ones of image models, which never look."""
+    if temporal_cos is None or temporal_sin is None:
+        temporal_cos, temporal_sin = spatial_cos, spatial_sin
+    return RopeTables(*(table.to(dtype) for table in (spatial_cos, spatial_sin, temporal_cos, temporal_sin)))
+
+
 class EmbedGraph(nn.Module):
     """``embed``: model input, timestep, micro-conditions, pooled text -> tokens, modulation, condition."""
 
     def __init__(self, model: Stiv) -> None:
         super().__init__()
-        positions = ["frame_position"] * model.config.temporal
+        positions = ["token_position", *["frame_position"] * model.config.temporal]
         self.source = part(model, "patch", *positions, "singleton", "modulation")
 
     def forward(
@@ -119,17 +133,17 @@ class EmbedGraph(nn.Module):
         timestep: Tensor,
         micro: Tensor,
         pooled: Tensor,
+        spatial_cos: Tensor,
+        spatial_sin: Tensor,
         temporal_cos: Tensor | None = None,
         temporal_sin: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, C, h, w], [B], [B, 6], [B, Dt], 2 x [T', Dh/2] -> [B, T', S, D], [B, 6, D], [B, D].
+        """[B, T, C, h, w], [B], [B, 6], [B, Dt], 2 x [S, Dh/2], 2 x [T', Dh/2] -> [B, T', S, D], [B, 6, D], [B, D].
 
         Image models have no temporal tables.
         """
-        if temporal_cos is None or temporal_sin is None:
-            temporal_cos = temporal_sin = timestep  # not looked at
-        cos, sin = (table.to(pooled.dtype) for table in (temporal_cos, temporal_sin))
-        embedded = self.source.embed(model_input, timestep, micro, pooled, RopeTables(cos, sin, cos, sin))
+        rope = rope_of(pooled.dtype, spatial_cos, spatial_sin, temporal_cos, temporal_sin)
+        embedded = self.source.embed(model_input, timestep, micro, pooled, rope)
         return embedded.x, embedded.modulation, embedded.condition
 
 
@@ -153,9 +167,7 @@ class BlockGraph(nn.Module):
         temporal_sin: Tensor | None = None,
     ) -> Tensor:
         """[B, T', S, D] -> [B, T', S, D]; see the contract for the rest. Image models have no temporal tables."""
-        if temporal_cos is None or temporal_sin is None:
-            temporal_cos, temporal_sin = spatial_cos, spatial_sin  # not looked at
-        tables = RopeTables(*(table.to(x.dtype) for table in (spatial_cos, spatial_sin, temporal_cos, temporal_sin)))
+        tables = rope_of(x.dtype, spatial_cos, spatial_sin, temporal_cos, temporal_sin)
         return self.source(x, modulation, text_k, text_v, text_mask.to(x.dtype), tables)
 
 
@@ -200,7 +212,7 @@ class StepGraph(nn.Module):
         """
         given = frame_mask[:, :, None, None, None]  # (B, T, 1, 1, 1)
         guided = (branch_weights[:, None, None, None, None, None] * velocity).sum(0)
-        ratio = _norm(velocity[0], given) / _norm(guided, given).clamp_min(torch.finfo(torch.float32).tiny)
+        ratio = _norm(velocity[0], given) / _norm(guided, given).clamp_min(NORM_FLOOR)
         guided = guided * torch.where(renorm > 0, ratio, 1.0)
 
         first, second = solver_weights.chunk(2)

@@ -18,8 +18,7 @@ FLOAT32_GATE = 1e-5
 
 Both round at u = 6e-8 and differ in the order of their sums. Rounding errors of a sum of n terms grow as sqrt(n) * u
 when they are random: 4e-6 for n = 4608, the widest sum (FFN of the 1152-wide model). A graph chains a few such sums,
-and norms bring each back to unit size. In ``embed``, sinusoids of angles up to 1000 turn the last bit of a frequency
-into 1000 * u = 6e-5 in the few fastest features, 4e-6 of the whole. A wrong axis, table or epsilon gives 1e-3 and more.
+and norms bring each back to unit size. A wrong axis, table or epsilon gives 1e-3 and more.
 """
 HALF_FACTOR = 2.0
 """A half-precision graph may have twice the error of plain torch in the same precision, both against float32."""

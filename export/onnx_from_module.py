@@ -16,6 +16,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
+from onnxscript import opset23
 from torch import Tensor, nn
 
 from stiv_deploy.export import passes
@@ -75,9 +76,23 @@ def trace(module: nn.Module, name: str, spec: GraphSpec, facts: ModelFacts) -> T
             # The token count of `head` is rows * columns, which no Dim can say: assert it instead of refusing.
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-        exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            custom_translation_table={torch.ops.aten.scalar_tensor.default: _scalar},
+            optimize=False,
+            verbose=False,
+        )
     assert exported is not None
     return _finished(exported.model, name, spec, set(module.state_dict()))
+
+
+def _scalar(value: Any, dtype: int = ir.DataType.FLOAT, **_: object) -> Any:
+    """A scalar constant in its own type: the exporter's translation rounds it to float32 first, float64 or not."""
+    if isinstance(value, int | float):
+        return opset23.Constant(value=ir.to_proto(ir.tensor(value, dtype=ir.DataType(dtype))))
+    return opset23.Cast(value, to=dtype)
 
 
 def _finished(model: ir.Model, name: str, spec: GraphSpec, state: set[str]) -> Template:

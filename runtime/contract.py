@@ -140,6 +140,7 @@ def graph_specs(model: ModelFacts, precision: Precision) -> dict[str, GraphSpec]
     condition = device("condition", "model_batch", model.width)
     modulation = device("modulation", "model_batch", 6, model.width)
     video = host("video", "batch", "video_frames", 3, "height", "width")
+    spatial = [host("spatial_cos", "tokens", half), host("spatial_sin", "tokens", half)]
     temporal = [host("temporal_cos", "token_frames", half), host("temporal_sin", "token_frames", half)] * model.temporal
     all_heads = (model.blocks, "model_batch", model.heads, *text)
     block = graph(
@@ -149,8 +150,7 @@ def graph_specs(model: ModelFacts, precision: Precision) -> dict[str, GraphSpec]
             device("text_k", "model_batch", model.heads, *text),
             device("text_v", "model_batch", model.heads, *text),
             host("text_mask", "model_batch", 1, 1, "text_tokens"),
-            host("spatial_cos", "tokens", half),
-            host("spatial_sin", "tokens", half),
+            *spatial,
             *temporal,
         ],
         [device("x_out", *tokens)],
@@ -167,6 +167,7 @@ def graph_specs(model: ModelFacts, precision: Precision) -> dict[str, GraphSpec]
                 host("timestep", "model_batch"),
                 host("micro", "model_batch", MICRO_VALUES),
                 pooled,
+                *spatial,
                 *temporal,
             ],
             [device("x", *tokens), modulation, condition],

@@ -5,8 +5,10 @@ Branches are ordered from most to least conditioned. Every rule is a weighted su
 
 from enum import StrEnum
 
-import torch
 from torch import Tensor
+
+NORM_FLOOR = 1e-12
+"""Smallest norm that CFG-Renorm divides by: small enough to change nothing, large enough not to overflow."""
 
 
 class GuidanceMode(StrEnum):
@@ -43,5 +45,4 @@ def cfg_renorm(guided: Tensor, conditional: Tensor, frame_mask: Tensor) -> Tenso
     def norm(velocity: Tensor) -> Tensor:
         return (velocity.square() * weight).sum(dim=(1, 2, 3, 4), keepdim=True).sqrt()
 
-    tiny = torch.finfo(guided.dtype).tiny
-    return guided * (norm(conditional) / norm(guided).clamp_min(tiny))
+    return guided * (norm(conditional) / norm(guided).clamp_min(NORM_FLOOR))

@@ -110,15 +110,16 @@ class Head(nn.Module):
 class Stiv(nn.Module):
     """STIV as text-to-video, or as text-to-image when ``config.temporal`` is false (T = 1).
 
-    The tokens of a frame get its absolute position, a projection of the temporal RoPE table that starts at zero. RoPE
-    alone tells frames apart by distance only: in pure noise they all look alike, none can know that it is the first,
-    and a caption's direction of motion cannot be used at the times when it decides (measured: benchmarks/results).
+    Tokens get their absolute place, as in PixArt-alpha, by projections of the two RoPE tables that start at zero. RoPE
+    alone tells tokens apart by distance only: in pure noise all frames look alike and so do left and right, so that a
+    caption's direction of motion cannot be used at the times when it decides (measured: benchmarks/results).
     """
 
     def __init__(self, config: StivConfig) -> None:
         super().__init__()
         self.config = config
         self.patch = nn.Linear(config.patch_values, config.width)
+        self.token_position = nn.Linear(config.head_dim, config.width, bias=False)
         if config.temporal:
             self.frame_position = nn.Linear(config.head_dim, config.width, bias=False)
         self.singleton = SingletonCondition(config)
@@ -139,6 +140,7 @@ class Stiv(nn.Module):
         for table in [*(block.table for block in cast("Iterable[StivBlock]", self.blocks)), self.head.table]:
             nn.init.normal_(table, std=self.config.width**-0.5, generator=generator)
         nn.init.zeros_(self.head.out.weight)
+        nn.init.zeros_(self.token_position.weight)
         if self.config.temporal:
             nn.init.zeros_(self.frame_position.weight)
         return self
@@ -189,6 +191,7 @@ class Stiv(nn.Module):
     def embed(self, latents: Tensor, timestep: Tensor, micro: Tensor, pooled: Tensor, rope: RopeTables) -> Embedded:
         """Tokens and conditions of one step: latents [B, T, C, h, w], timestep [B], micro [B, 6], pooled [B, Dt]."""
         x = self.patch(self.patchify(latents).to(self.patch.weight.dtype))
+        x = x + self.token_position(torch.cat((rope.spatial_cos, rope.spatial_sin), dim=-1))  # (S, D)
         if self.config.temporal:
             position = torch.cat((rope.temporal_cos, rope.temporal_sin), dim=-1)  # (T', Dh)
             x = x + self.frame_position(position).unsqueeze(1)

@@ -68,7 +68,11 @@ class TextLayer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Small trainable text encoder; T5 or CLIP fill the same call."""
+    """Small trainable text encoder; T5 or CLIP fill the same call.
+
+    It pools the mean of the states, not the last one as CLIP does: attention trained on still captions looks at their
+    one informative word only, and words of later stages would not reach the last state.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -95,8 +99,8 @@ class TextEncoder(nn.Module):
         for layer in self.layers:
             x = layer(x, mask)
         states = self.norm(x)
-        last = token_mask - F.pad(token_mask[:, 1:], (0, 1))  # 1 at the last real token
-        return TextStates(states, token_mask, (states * last.unsqueeze(-1).to(states.dtype)).sum(1))
+        weight = (token_mask / token_mask.sum(dim=1, keepdim=True)).unsqueeze(-1).to(states.dtype)
+        return TextStates(states, token_mask, (states * weight).sum(1))
 
 
 def word_tokenizer(words: Sequence[str], max_tokens: int) -> Tokenizer:

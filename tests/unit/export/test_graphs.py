@@ -36,9 +36,8 @@ def run_graphs(
     states, pooled = modules["text_encoder"](ids, mask)
     text_k, text_v = modules["text_kv"](states)
     rope = checkpoint.model.rope_tables(latents.shape)
-    temporal = rope[2:] if checkpoint.config.model.temporal else ()
-    x, modulation, condition = modules["embed"](latents, timestep, micro, pooled, *temporal)
     tables = rope if checkpoint.config.model.temporal else rope[:2]
+    x, modulation, condition = modules["embed"](latents, timestep, micro, pooled, *tables)
     for index in range(checkpoint.config.model.blocks):
         block = modules[f"block_{index:02d}"]
         x = block(x, modulation, text_k[index], text_v[index], additive_mask(mask), *tables)

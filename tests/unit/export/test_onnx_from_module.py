@@ -1,5 +1,6 @@
 import copy
 import hashlib
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -170,6 +171,14 @@ def test_nothing_of_this_machine_is_in_the_files(micro_bundle: Path, root: Path)
     for path in (micro_bundle / "onnx").glob("*.onnx"):
         content = path.read_bytes()
         assert not [place for place in places if place.encode() in content], path.name
+
+
+@pytest.mark.slow
+def test_sinusoids_have_the_references_frequencies_to_the_bit(micro_bundle: Path) -> None:
+    """The exporter rounds scalars to float32 even beside float64 tensors, which moved them by four units."""
+    wanted = np.exp(np.arange(8) * (-math.log(10_000) / 8)).astype(np.float32)
+    stored = [numpy_helper.to_array(tensor) for tensor in graphs_of(micro_bundle)["embed"].graph.initializer]
+    assert any(np.array_equal(tensor, wanted) for tensor in stored if tensor.shape == wanted.shape)
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ IMAGE_ENCODER = """g (float[B,F,3,H,W] video) => (float[B,F,4,h,w] latents)
     latents = Reshape (four, shape)
 }"""
 EMBED = """g (float[M,T,4,h,w] model_input, float[M] timestep, float[M,6] micro, float[M,4] pooled,
-    float[T,2] temporal_cos, float[T,2] temporal_sin) =>
+    float[S,2] spatial_cos, float[S,2] spatial_sin, float[T,2] temporal_cos, float[T,2] temporal_sin) =>
     (float[M,T,S,4] x, float[M,6,4] modulation, float[M,4] condition)
 {
     last = Transpose <perm=[0, 1, 3, 4, 2]> (model_input)

@@ -167,9 +167,10 @@ def forward(model: torch.nn.Module, latents: Array, timestep: float, micro: Arra
     pairs = config.width // config.heads // 2
     space = angles_2d(grid, config.base_grid, pairs, config.rope_theta)
     time = angles_1d(len(x), config.base_frames, pairs, config.rope_theta)
-    if config.temporal:  # the absolute frame position: a projection of the temporal table's cosines and sines
-        position = np.concatenate((np.cos(time), np.sin(time)), -1) @ values["frame_position.weight"].T
-        x = x + position[:, None]
+    # absolute places: projections of the tables' cosines and sines
+    x = x + np.concatenate((np.cos(space), np.sin(space)), -1) @ values["token_position.weight"].T
+    if config.temporal:
+        x = x + (np.concatenate((np.cos(time), np.sin(time)), -1) @ values["frame_position.weight"].T)[:, None]
     for index in range(config.blocks):
         x = block(part(values, f"blocks.{index}"), config.heads, x, modulation, states, space, time)
     shift, scale = condition + values["head.table"]

@@ -75,3 +75,8 @@ def test_renorm_ignores_given_frames() -> None:
 def test_renorm_of_zero_velocity_is_finite() -> None:
     zero = torch.zeros(1, 2, 1, 1, 1)
     assert torch.equal(cfg_renorm(zero, zero + 1, torch.zeros(1, 2, dtype=torch.bool)), zero)
+
+
+def test_renorm_of_a_zero_velocity_is_zero() -> None:
+    conditional, mask = torch.full((1, 2, 4, 8, 8), 9.0), torch.zeros(1, 2, dtype=torch.bool)
+    assert torch.equal(cfg_renorm(torch.zeros_like(conditional), conditional, mask), torch.zeros_like(conditional))
