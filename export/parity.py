@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stiv_deploy.export.graphs import torch_dtype
 from stiv_deploy.export.oracle import Oracle, Tensors
 from stiv_deploy.export.parity_requests import Request, parity_requests
 from stiv_deploy.runtime.backends import open_backend
@@ -30,7 +31,6 @@ from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.sampler import sample
 
 UNIT_ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-TORCH_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FLOAT32_CAPS = {"op": 1e-5, "block": 1e-5, "step": 1e-4, "teacher_forced": 1e-4}
 FACTORS = {"op": 2.0, "block": 2.0, "step": 2.0, "teacher_forced": 2.0, "free_run": 4.0}
 FLOOR = 4.0
@@ -87,7 +87,7 @@ class _Ladder:
         self.manifest = bundle.manifest
         self.precision = bundle.manifest.precision
         self.truth = Oracle(checkpoint, torch.float64)
-        self.plain = Oracle(checkpoint, TORCH_TYPES[self.precision])
+        self.plain = Oracle(checkpoint, torch_dtype(self.precision))
         self.rows: list[ParityRow] = []
         self.yardsticks: list[float] = []
         self.video: list[VideoGate] = []
@@ -185,9 +185,7 @@ class _Ladder:
         self.progress(f"{self.backend.name}: {request.name}, free run")
         truth = sample(self.truth.boundary, self.truth.sampling_inputs(request), request.settings)
         plain = sample(self.plain.boundary, self.plain.sampling_inputs(request), request.settings)
-        denoiser = Denoiser(self.backend, self.manifest, self.dims(request))
-        denoiser.set_text(request.token_ids.numpy(), request.token_mask.numpy())
-        denoiser.set_micro(request.inputs.micro.repeat(request.branches, 1).numpy())
+        denoiser = prepared_denoiser(self.backend, self.bundle, self.dims(request), request)
         noise, clean, mask = (tensor.numpy() for tensor in request.inputs[:3])
         result = Sampler(denoiser).run(noise, clean, mask, request.runtime_settings())
         latents = torch.from_numpy(result)
@@ -268,15 +266,21 @@ def probe(oracle: Oracle, request: Request, blocks: int) -> Iterator[tuple[str, 
     yield "decoder", {"latents": latents}
 
 
+def prepared_denoiser(backend: Backend, bundle: Bundle, dims: dict[str, int], request: Request) -> Denoiser:
+    """A denoiser that holds the text and micro-conditions of ``request``."""
+    denoiser = Denoiser(backend, bundle.manifest, dims)
+    denoiser.set_text(request.token_ids.numpy(), request.token_mask.numpy())
+    denoiser.set_micro(request.inputs.micro.repeat(request.branches, 1).numpy())
+    return denoiser
+
+
 class TeacherForced:
     """Guided velocity of the bundle at latents that someone else gives: one model call and one ``step``."""
 
     def __init__(self, backend: Backend, bundle: Bundle, dims: dict[str, int], request: Request) -> None:
         self.backend = backend
         self.times = request.times()
-        self.denoiser = Denoiser(backend, bundle.manifest, dims)
-        self.denoiser.set_text(request.token_ids.numpy(), request.token_mask.numpy())
-        self.denoiser.set_micro(request.inputs.micro.repeat(request.branches, 1).numpy())
+        self.denoiser = prepared_denoiser(backend, bundle, dims, request)
         spec = self.denoiser.specs["step"]
         tensors = (*spec.inputs, *spec.outputs)
         self.buffers = {tensor.name: backend.empty(tensor.sized(dims), tensor.dtype) for tensor in tensors}
