@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stiv_deploy.export.bundle_from_checkpoint import checkpoint_hash
 from stiv_deploy.export.parity import ParityReport
 from stiv_deploy.runtime.backends import BACKENDS, available
 from stiv_deploy.runtime.bundle import Bundle, write_manifest
 from stiv_deploy.runtime.errors import BackendError, BundleError, OutputError
 from stiv_deploy.runtime.media import written_whole
-from stiv_deploy.stiv_ref.checkpoint import Checkpoint, load_checkpoint
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint, checkpoint_hash, load_checkpoint
 
 
 def opened_pair(bundle: Path, checkpoint: Path | None, folder: Path) -> tuple[Bundle, Checkpoint]:

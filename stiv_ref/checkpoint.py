@@ -4,6 +4,7 @@
 ``vae.safetensors`` and ``tokenizer.json``.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,8 @@ from stiv_deploy.stiv_ref.errors import CheckpointError
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.text import TextConfig, TextEncoder, load_tokenizer
 from stiv_deploy.stiv_ref.vae import Vae, VaeConfig
+
+CHECKPOINT_FILES = ("config.json", "model.safetensors", "text_encoder.safetensors", "vae.safetensors", "tokenizer.json")
 
 
 class SamplingDefaults(FrozenConfig):
@@ -137,3 +140,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
     model, text_encoder, vae = modules
     tokenizer = load_tokenizer(path / "tokenizer.json")
     return Checkpoint(config=config, model=model, text_encoder=text_encoder, vae=vae, tokenizer=tokenizer)
+
+
+def checkpoint_hash(path: Path) -> str:
+    """SHA-256 (hex) over the lines ``<sha256> <name>`` of the checkpoint's files."""
+    digest = hashlib.sha256()
+    for name in CHECKPOINT_FILES:
+        with (path / name).open("rb") as file:
+            digest.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()} {name}\n".encode())
+    return digest.hexdigest()

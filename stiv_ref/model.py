@@ -110,9 +110,9 @@ class Head(nn.Module):
 class Stiv(nn.Module):
     """STIV as text-to-video, or as text-to-image when ``config.temporal`` is false (T = 1).
 
-    Tokens get their absolute place, as in PixArt-alpha, by projections of the two RoPE tables that start at zero. RoPE
-    alone tells tokens apart by distance only: in pure noise all frames look alike and so do left and right, so that a
-    caption's direction of motion cannot be used at the times when it decides (measured: benchmarks/results).
+    Tokens get their absolute place, as in PixArt-alpha, here by projections of the two RoPE tables that start as random
+    features of unit variance. RoPE alone tells tokens apart by distance only: in pure noise all frames look alike and
+    so do left and right, so that a caption's direction of motion cannot be used at the times when it decides.
     """
 
     def __init__(self, config: StivConfig) -> None:
@@ -140,9 +140,10 @@ class Stiv(nn.Module):
         for table in [*(block.table for block in cast("Iterable[StivBlock]", self.blocks)), self.head.table]:
             nn.init.normal_(table, std=self.config.width**-0.5, generator=generator)
         nn.init.zeros_(self.head.out.weight)
-        nn.init.zeros_(self.token_position.weight)
+        unit = (self.config.head_dim / 2) ** -0.5  # cosines and sines of head_dim / 2 angles: their squares sum to that
+        nn.init.normal_(self.token_position.weight, std=unit, generator=generator)
         if self.config.temporal:
-            nn.init.zeros_(self.frame_position.weight)
+            nn.init.normal_(self.frame_position.weight, std=unit, generator=generator)
         return self
 
     def token_grid(self, latents_shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -68,7 +68,7 @@ def stage_model(recipe: Recipe, stage: Stage) -> Stiv:
 
 
 def carry_over(source: Stiv, target: Stiv) -> None:
-    """Copy all weights of ``source`` into ``target``; new temporal attention keeps its own, gated to zero."""
+    """Copy all weights of ``source`` into ``target``, which keeps its own temporal attention and places."""
     target.load_state_dict({**target.state_dict(), **source.state_dict()})
 
 

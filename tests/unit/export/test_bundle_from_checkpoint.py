@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from stiv_deploy.export import bundle_from_checkpoint
 from stiv_deploy.export.bundle_from_checkpoint import (
     buckets_for,
-    checkpoint_hash,
     default_bucket,
     export_bundle,
     refuse_bad_target,
@@ -24,7 +23,7 @@ from stiv_deploy.export.onnx_from_module import structure_faults
 from stiv_deploy.runtime.contract import graph_specs
 from stiv_deploy.runtime.errors import OutputError
 from stiv_deploy.runtime.manifest import MANIFEST, Bucket, Manifest, Range
-from stiv_deploy.stiv_ref.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint, checkpoint_hash, load_checkpoint, save_checkpoint
 from stiv_deploy.stiv_ref.checkpoint import SamplingDefaults as CheckpointDefaults
 from stiv_deploy.stiv_ref.config import CONFIGS, StivConfig
 from stiv_deploy.stiv_ref.errors import CheckpointError

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stiv_deploy.stiv_ref.block import CrossAttention, SelfAttention
-from stiv_deploy.stiv_ref.config import StivConfig
+from stiv_deploy.stiv_ref.config import CONFIGS, StivConfig
 from stiv_deploy.stiv_ref.model import Stiv, additive_mask, sinusoidal
 from stiv_deploy.stiv_ref.rope import temporal_table
 
@@ -203,6 +203,15 @@ def test_frames_of_equal_content_are_told_apart_by_their_position(random_model: 
     model.frame_position.weight.zero_()
     out = model(*arguments)
     torch.testing.assert_close(out, out[:, :1].expand_as(out), rtol=0, atol=1e-9)
+
+
+def test_places_start_as_features_of_unit_variance() -> None:
+    """Not at zero: what a frame's place means could then not be learned together with what it matters for."""
+    model = Stiv(CONFIGS["tiny"]).initialize(torch.Generator().manual_seed(0))
+    rope = model.rope_tables((1, 8, 4, 8, 8))
+    for project, cos, sin in ((model.token_position, *rope[:2]), (model.frame_position, *rope[2:])):
+        places = project(torch.cat((cos, sin), dim=-1))
+        assert 0.9 < places.square().mean().item() < 1.1
 
 
 def test_text_kv_can_be_reused(random_model: ModelFactory) -> None:
