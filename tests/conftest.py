@@ -1,6 +1,7 @@
 """Shared by all tests: the shipped checkpoint, its bundle, and the order of the tests."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,12 @@ def no_gpu_reason() -> str | None:
     except Exception as error:
         return f"no usable CUDA driver: {error}"
     return None
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C through, here and in processes that tests start: a shell's background jobs begin with it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
