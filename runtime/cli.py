@@ -191,12 +191,15 @@ def _size(count: int) -> str:
 
 
 def print_bundle(report: "BundleReport", console: "Console") -> None:
-    """Bundle as text: facts, buckets, graphs, engines, parity."""
+    """Bundle as text: facts, buckets, graphs, layers in 8 bits, engines, parity."""
+    from stiv_deploy.runtime.inspection import plan_rows, precision_text
+
     manifest = report.manifest
     model, sampling = manifest.model, manifest.sampling
     tools = ", ".join(f"{name} {version}" for name, version in manifest.tools.items())
     console.print(
-        f"{report.path}: model {model.name}, {manifest.precision}, opset {manifest.opset}, {_size(report.bytes)}\n"
+        f"{report.path}: model {model.name}, {precision_text(manifest)}, opset {manifest.opset}, "
+        f"{_size(report.bytes)}\n"
         f"{model.blocks} blocks of width {model.width}, {model.heads} heads, patch {model.patch[0]}x{model.patch[1]}\n"
         f"defaults: {sampling.frames} frames of {sampling.width}x{sampling.height}, {sampling.frames_per_second} fps, "
         f"{sampling.steps} {sampling.solver} steps, guidance {sampling.guidance_mode} {sampling.guidance_scale}\n"
@@ -227,6 +230,9 @@ def print_bundle(report: "BundleReport", console: "Console") -> None:
             for name, graph in manifest.graphs.items()
         ),
     )
+    if manifest.quantization is not None:
+        title = f"Precision plan (scales {manifest.quantization.scales[:12]})"
+        print_table(console, title, ("layer", "layers", "precision"), plan_rows(manifest.quantization))
     print_engine_records(report, console)
     print_parity(report, console)
 

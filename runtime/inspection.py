@@ -1,5 +1,6 @@
 """What ``stiv inspect`` reports about a bundle, an ONNX graph or an engine, read without running any of them."""
 
+import re
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -9,8 +10,9 @@ from pydantic import BaseModel
 
 from stiv_deploy.runtime.bundle import Bundle, read_manifest, sha256
 from stiv_deploy.runtime.errors import BundleError, EngineError, RequestError, StivError
-from stiv_deploy.runtime.manifest import MANIFEST, EngineRecord, Manifest
+from stiv_deploy.runtime.manifest import MANIFEST, EngineRecord, Manifest, QuantizationRecord
 
+BLOCK, ANY_BLOCK = re.compile(r"block_\d+\.|blocks\.\d+\."), "block_*."
 ENGINE_NOTE = "tensors and layers can be listed only on a GPU of the engine's architecture, by loading it"
 
 
@@ -80,6 +82,21 @@ def inspect_bundle(folder: Path) -> BundleReport:
     bundle = Bundle.open(folder)
     files = (file for file in folder.rglob("*") if file.is_file())
     return BundleReport(path=str(folder), bytes=sum(file.stat().st_size for file in files), manifest=bundle.manifest)
+
+
+def precision_text(manifest: Manifest) -> str:
+    """``float16``, or ``float16, fp8 in 48 of 76 layers``."""
+    record = manifest.quantization
+    if record is None:
+        return manifest.precision
+    quantized = sum(choice != "high" for choice in record.layers.values())
+    return f"{manifest.precision}, {record.format} in {quantized} of {len(record.layers)} layers"
+
+
+def plan_rows(record: QuantizationRecord) -> list[tuple[str, str, str]]:
+    """The plan for people: layer, number of layers with its choice, choice. What blocks have in common is one row."""
+    counts = Counter((BLOCK.sub(ANY_BLOCK, layer), choice) for layer, choice in record.layers.items())
+    return [(layer, str(count), choice) for (layer, choice), count in counts.items()]
 
 
 def _tensor(value: Any, dtype_name: Any) -> TensorReport:

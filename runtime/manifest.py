@@ -104,7 +104,10 @@ class EngineRecord(Frozen):
 
 
 class ParityRow(Frozen):
-    """One comparison with the oracle: ``level`` is op, block, step, teacher_forced or free_run."""
+    """One comparison with the oracle: ``level`` is op, block, step, teacher_forced or free_run.
+
+    With ``direct_`` in front of it the comparison is with the fake-quantized reference.
+    """
 
     level: str
     name: str
@@ -114,6 +117,18 @@ class ParityRow(Frozen):
     max_abs: float
     gate: float
     passed: bool
+
+
+class QuantizationRecord(Frozen):
+    """How a bundle was quantized; ``precision`` of the manifest is the type of everything else.
+
+    ``scales`` is the SHA-256 of the scale file, ``layers`` the whole plan: layer (``block_00.spatial.qkv``) to ``fp8``
+    (E4M3), ``int8`` or ``high``.
+    """
+
+    format: Literal["fp8", "int8"]
+    scales: str
+    layers: dict[str, Literal["fp8", "int8", "high"]]
 
 
 class Manifest(Frozen):
@@ -130,8 +145,8 @@ class Manifest(Frozen):
     tokenizer: FileRecord
     checkpoint: str
     """SHA-256 over the checkpoint's files."""
-    scales: str | None = None
-    """SHA-256 of the quantization scale file, where one was used."""
+    quantization: QuantizationRecord | None = None
+    """Which layers run in 8 bits; None where none does."""
     tools: dict[str, str]
     """Versions of the tools that made the bundle."""
     parity: tuple[ParityRow, ...] = ()

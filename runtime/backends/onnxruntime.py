@@ -16,8 +16,9 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from stiv_deploy.runtime.backends.base import ITEM_BYTES, Backend, Buffer, Call
+from stiv_deploy.runtime.backends.onnxruntime_int8 import keep_products_exact
 from stiv_deploy.runtime.bundle import AGAIN, Bundle
-from stiv_deploy.runtime.contract import DType
+from stiv_deploy.runtime.contract import DType, Precision
 from stiv_deploy.runtime.errors import BackendError, BundleError, StivError
 
 THREADS_VARIABLE = "STIV_THREADS"
@@ -34,6 +35,7 @@ DAMAGED = (
     ort_errors.InvalidArgument,
 )
 Device = Literal["cpu", "cuda"]
+Format = Literal["fp8", "int8"]
 PROVIDERS: dict[Device, list[Any]] = {
     "cpu": ["CPUExecutionProvider"],
     # TF32 would quietly give a float32 bundle 10-bit mantissas.
@@ -73,9 +75,25 @@ def _share_arena() -> None:
     ort.create_and_register_allocator(memory, ort.OrtArenaCfg(unlimited, same_as_requested, default, default))
 
 
-def session_options(threads: int) -> ort.SessionOptions:
+def set_quantization(options: ort.SessionOptions, quantization: Format | None, precision: Precision) -> None:
+    """Options that a quantized graph needs, by its 8-bit format and the type of everything else.
+
+    INT8 among float32 becomes integer products. FP8 is simulated, as is INT8 among half precision, for which ONNX
+    Runtime (1.31) has no kernels: there its own handling of Q/DQ would move FP8 into operators that cannot take it, so
+    that the graph does not load, and would dequantize the weights in every call instead of once.
+    """
+    if quantization == "int8" and precision == "float32":
+        keep_products_exact(options)
+    elif quantization is not None:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+
+
+def session_options(
+    threads: int, quantization: Format | None = None, precision: Precision = "float32"
+) -> ort.SessionOptions:
     """Options of all sessions: ``threads`` CPU threads (0: all cores), quiet, memory kept from growing with shapes."""
     options = ort.SessionOptions()
+    set_quantization(options, quantization, precision)
     options.log_severity_level = ERRORS_ONLY
     options.enable_mem_pattern = False  # caches a plan for every shape ever seen
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
@@ -138,7 +156,10 @@ class OnnxRuntimeBackend(Backend):
         self._bundle = bundle
         self._where: Device = device
         _share_arena()
-        self._options = session_options(thread_count(threads))
+        record = bundle.manifest.quantization
+        self._options = session_options(
+            thread_count(threads), None if record is None else record.format, bundle.manifest.precision
+        )
         self._sessions: dict[str, ort.InferenceSession] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Buffer:
@@ -190,10 +211,11 @@ class OnnxRuntimeBackend(Backend):
                 str(path), self._options, providers=PROVIDERS[self._where], enable_fallback=0
             )
         except ort_errors.NotImplemented as error:
-            precision = self._bundle.manifest.precision
+            manifest = self._bundle.manifest
+            option = "--precision" if manifest.quantization is None else "--activations"
             raise BackendError(
-                f"{path}: {self.name} cannot run this {precision} graph ({_first_line(error)}); "
-                "export with '--precision float32', or use another backend"
+                f"{path}: {self.name} cannot run this {manifest.precision} graph ({_first_line(error)}); "
+                f"export with '{option} float32', or use another backend"
             ) from None
         except DAMAGED as error:
             raise BundleError(

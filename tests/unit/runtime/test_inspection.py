@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from stiv_deploy.runtime.bundle import file_record, read_manifest, write_manifest
 from stiv_deploy.runtime.cli import inspect as inspect_command
 from stiv_deploy.runtime.errors import BundleError, EngineError, RequestError
-from stiv_deploy.runtime.inspection import EngineReport, inspect_path
-from stiv_deploy.runtime.manifest import EngineRecord, ParityRow
+from stiv_deploy.runtime.inspection import EngineReport, inspect_path, plan_rows, precision_text
+from stiv_deploy.runtime.manifest import EngineRecord, ParityRow, QuantizationRecord
 
 app = typer.Typer()
 app.command()(inspect_command)
@@ -134,3 +134,39 @@ def test_onnx_file_without_the_package_onnx(bundle_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(RequestError, match=r"needs onnx; run: pip install 'stiv-deploy\[export\]'"):
         inspect_path(bundle_path / "onnx" / "head.onnx")
+
+
+@pytest.fixture
+def quantized(own_bundle: Path) -> Path:
+    """The toy bundle with a plan in its manifest."""
+    layers = {"block_00.ffn.up": "fp8", "block_01.ffn.up": "fp8", "block_00.ffn.down": "high", "embed.patch": "high"}
+    record = QuantizationRecord(format="fp8", scales="ab" * 32, layers=layers)  # type: ignore[arg-type]
+    manifest = read_manifest(own_bundle)
+    write_manifest(own_bundle, manifest.model_copy(update={"quantization": record}))
+    return own_bundle
+
+
+def test_the_plan_is_shown(quantized: Path) -> None:
+    shown = show(quantized)
+    assert "float32, fp8 in 2 of 4 layers, opset" in shown
+    assert "Precision plan (scales abababababab)" in shown
+    rows = [line.split() for line in shown.splitlines()]
+    for row in (["block_*.ffn.up", "2", "fp8"], ["block_*.ffn.down", "1", "high"], ["embed.patch", "1", "high"]):
+        assert row in rows
+    values = json.loads(show(quantized, "--json"))
+    assert values["manifest"]["quantization"]["layers"]["block_01.ffn.up"] == "fp8"
+
+
+def test_plans_of_mixed_blocks_are_told_apart() -> None:
+    layers = {"block_00.ffn.up": "int8", "block_01.ffn.up": "high", "text_kv.blocks.0.cross.kv": "int8"}
+    record = QuantizationRecord(format="int8", scales="", layers=layers)  # type: ignore[arg-type]
+    assert plan_rows(record) == [
+        ("block_*.ffn.up", "1", "int8"),
+        ("block_*.ffn.up", "1", "high"),
+        ("text_kv.block_*.cross.kv", "1", "int8"),
+    ]
+
+
+def test_bundles_without_8_bits_have_no_plan(own_bundle: Path) -> None:
+    assert "Precision plan" not in show(own_bundle)
+    assert precision_text(read_manifest(own_bundle)) == "float32"

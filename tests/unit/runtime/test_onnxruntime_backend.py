@@ -3,6 +3,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -10,9 +11,10 @@ from onnx import parser
 
 from stiv_deploy.runtime.backends import onnxruntime as module
 from stiv_deploy.runtime.backends.base import Buffer
-from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend, thread_count
-from stiv_deploy.runtime.bundle import Bundle, file_record, read_manifest
+from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend, session_options, thread_count
+from stiv_deploy.runtime.bundle import Bundle, file_record, read_manifest, write_manifest
 from stiv_deploy.runtime.errors import BackendError, BundleError, StivError
+from stiv_deploy.runtime.manifest import QuantizationRecord
 
 
 @pytest.fixture
@@ -153,6 +155,10 @@ def test_unsupported_precision_names_another(own_bundle: Path) -> None:
     toy_bundle = replace_graph(own_bundle, "head", onnx.ModelProto.SerializeToString(model))
     with pytest.raises(BackendError, match="onnxruntime cannot run this float32 graph .*--precision float32"):
         OnnxRuntimeBackend(toy_bundle).bind("head", {}, {})
+    record = QuantizationRecord(format="int8", scales="", layers={})
+    quantized = Bundle(own_bundle, toy_bundle.manifest.model_copy(update={"quantization": record}))
+    with pytest.raises(BackendError, match="onnxruntime cannot run this float32 graph .*--activations float32"):
+        OnnxRuntimeBackend(quantized).bind("head", {}, {})
 
 
 def test_failure_inside_a_graph_is_one_line(backend: OnnxRuntimeBackend) -> None:
@@ -183,3 +189,63 @@ def test_another_thread_count_in_the_same_process_still_runs(toy_bundle: Bundle)
     for threads in (1, 2, 1):
         call, _, _ = bind_text(OnnxRuntimeBackend(toy_bundle, threads=threads), 1, 2)
         call()
+
+
+FAKE_FP8 = """
+<ir_version: 10, opset_import: ["": 23]>
+g (float[M,4] x) => (float[M,3] y) <
+    float scale = {0.03125}, float8e4m3fn zero, float8e4m3fn weight
+> {
+    q = QuantizeLinear (x, scale, zero)
+    d = DequantizeLinear (q, scale, zero)
+    w = DequantizeLinear (weight, scale)
+    shape = Constant <value_ints=[-1, 2, 2]> ()
+    r = Reshape (d, shape)
+    t = Transpose <perm=[0, 2, 1]> (r)
+    back = Constant <value_ints=[-1, 4]> ()
+    s = Reshape (t, back)
+    y = MatMul (s, w)
+}"""
+
+
+def fp8_graph(path: Path) -> None:
+    model = parser.parse_model(FAKE_FP8.replace(", float8e4m3fn zero, float8e4m3fn weight", ""))
+    kind = onnx.TensorProto.FLOAT8E4M3FN
+    one = 0x38  # sign 0, exponent 7 (bias 7), mantissa 0
+    weight = onnx.helper.make_tensor("weight", kind, [4, 3], bytes([one] * 12), raw=True)
+    model.graph.initializer.extend([onnx.helper.make_tensor("zero", kind, [], b"\0", raw=True), weight])
+    onnx.save(model, path)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_fp8_graphs_load(tmp_path: Path, precision: Any) -> None:
+    """By default, ONNX Runtime makes products of them that it has no kernels for."""
+    fp8_graph(tmp_path / "g.onnx")
+    with pytest.raises(Exception, match="float8e4m3fn"):
+        ort.InferenceSession(tmp_path / "g.onnx", session_options(1), providers=["CPUExecutionProvider"])
+    options = session_options(1, "fp8", precision)
+    session = ort.InferenceSession(tmp_path / "g.onnx", options, providers=["CPUExecutionProvider"])
+    x = np.array([[1.0, 2.0, 3.0, 4.03]], dtype=np.float32)  # 4.03 / scale = 128.96: codes there are 16 apart
+    (y,) = session.run(None, {"x": x})
+    np.testing.assert_array_equal(y, np.full((1, 3), 10 * 0.03125, dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "precision", "kept"),
+    [(None, "float16", False), ("fp8", "float32", True), ("int8", "float16", True), ("int8", "float32", False)],
+)
+def test_integer_products_are_made_where_there_are_kernels(quantization: Any, precision: Any, kept: bool) -> None:
+    options = session_options(1, quantization, precision)
+    try:
+        value = options.get_session_config_entry("session.disable_quant_qdq")
+    except RuntimeError:
+        value = "0"
+    assert (value == "1") == kept
+
+
+def test_the_backend_reads_the_manifest(own_bundle: Path) -> None:
+    manifest = read_manifest(own_bundle)
+    record = QuantizationRecord(format="fp8", scales="", layers={})
+    write_manifest(own_bundle, manifest.model_copy(update={"quantization": record}))
+    backend = OnnxRuntimeBackend(Bundle.open(own_bundle))
+    assert backend._options.get_session_config_entry("session.disable_quant_qdq") == "1"
