@@ -13,13 +13,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
-LINTED := export runtime stiv_ref tests $(wildcard benchmarks)
+LINTED := calibration export runtime stiv_ref tests $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint wheel clean
+.PHONY: help setup demo demo-fp8 test test-fast lint wheel clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv with everything installed; again only when the dependencies change
 
@@ -31,12 +31,15 @@ $(STAMP): pyproject.toml constraints.txt
 		"taking the default torch (set TORCH_INDEX to PyTorch's CPU index for a smaller download)"
 	@echo "Installing $(TORCH)"
 	@$(PIP) install -qq $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
-	@echo "Installing stiv-deploy[export,dev$(RTX)]"
-	@$(PIP) install -qq --constraint constraints.txt --editable ".[export,dev$(RTX)]"
+	@echo "Installing stiv-deploy[calibration,export,dev$(RTX)]"
+	@$(PIP) install -qq --constraint constraints.txt --editable ".[calibration,export,dev$(RTX)]"
 	@touch $@
 
 demo: $(STAMP) ## Shipped checkpoint -> bundle -> RTX engines -> parity -> videos, all in out/demo
 	@$(BIN)/stiv demo --out out/demo
+
+demo-fp8: $(STAMP) ## The same in FP8: calibrate, export, build, fusion audit, parity, videos, all in out/demo-fp8
+	@$(BIN)/stiv demo --precision fp8 --out out/demo-fp8
 
 test: $(STAMP) ## All tests, fast ones first, with the reasons of the skipped
 	@$(BIN)/python -m pytest -q -rs
@@ -52,7 +55,7 @@ lint: $(STAMP) build/typing ## ruff and mypy
 # mypy finds stiv_deploy.X under this folder, see [tool.mypy].
 build/typing: pyproject.toml
 	@mkdir -p $@/stiv_deploy
-	@for folder in export runtime stiv_ref; do ln -sfn ../../../$$folder $@/stiv_deploy/$$folder; done
+	@for folder in calibration export runtime stiv_ref; do ln -sfn ../../../$$folder $@/stiv_deploy/$$folder; done
 	@touch $@
 
 wheel: $(STAMP) ## Build dist/*.whl
@@ -61,4 +64,4 @@ wheel: $(STAMP) ## Build dist/*.whl
 
 clean: ## Remove what was built; keeps .venv, runs and out
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find export runtime stiv_ref tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find calibration export runtime stiv_ref tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,9 +15,13 @@ from types import ModuleType
 REF = {"torch", "safetensors", "sklearn", "scipy", "matplotlib"}
 EXPORT = {"onnx", "onnxscript", "onnx_ir"}
 GPU = {"tensorrt", "tensorrt_bindings", "tensorrt_rtx", "tensorrt_rtx_bindings", "cuda"}
-TOOLS = {"pytest", "hypothesis", "psutil"}
+TOOLS = {"pytest", "hypothesis", "psutil", "modelopt"}
 BLOCKED = {"base": REF | EXPORT | GPU | TOOLS, "ref": EXPORT | GPU | TOOLS, "export": GPU | TOOLS}
-PACKAGES = {"base": ["runtime"], "ref": ["runtime", "stiv_ref"], "export": ["runtime", "stiv_ref", "export"]}
+PACKAGES = {
+    "base": ["runtime"],
+    "ref": ["runtime", "stiv_ref"],
+    "export": ["runtime", "stiv_ref", "calibration", "export"],
+}
 
 
 class Blocker(MetaPathFinder):

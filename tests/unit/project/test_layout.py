@@ -12,8 +12,13 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[3]
-PACKAGES = ("export", "runtime", "stiv_ref")
-OURS = {"stiv_ref": {"stiv_ref"}, "runtime": {"runtime"}, "export": {"export", "runtime", "stiv_ref"}}
+PACKAGES = ("calibration", "export", "runtime", "stiv_ref")
+OURS = {
+    "stiv_ref": {"stiv_ref"},
+    "calibration": {"calibration", "stiv_ref"},
+    "runtime": {"runtime"},
+    "export": {"calibration", "export", "runtime", "stiv_ref"},
+}
 FOREIGN_TO_RUNTIME = {"torch", "torchvision", "safetensors", "sklearn", "scipy", "matplotlib", "onnx", "onnxscript"}
 # doctor and inspect look at packages; they do so inside functions and work without them.
 ALLOWED = {("runtime/inspection.py", "onnx")}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-PACKAGES = ("export", "runtime", "stiv_ref")
+PACKAGES = ("calibration", "export", "runtime", "stiv_ref")
 OFFLINE = ("NewConnectionError", "ConnectTimeoutError", "Temporary failure in name resolution", "ProxyError")
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,201 @@
+"""Calibration runs: the reference sampler drives the observed model through what it will really be fed.
+
+A run is a list of units, one batch of prompts with a task, a guidance mode and seeds. After every unit the statistics
+are saved beside the scale file, so that a run can be stopped and goes on to the same ranges, bit by bit.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from stiv_deploy.calibration.errors import CalibrationError
+from stiv_deploy.calibration.observers import REQUEST, Clock, Statistic, band_of
+from stiv_deploy.calibration.quantize import observed
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+from stiv_deploy.stiv_ref.config import FrozenConfig
+from stiv_deploy.stiv_ref.guidance import GuidanceMode
+from stiv_deploy.stiv_ref.model import Stiv
+from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, sample
+from stiv_deploy.stiv_ref.samples import seeded_noise, settings_of
+from stiv_deploy.stiv_ref.text import TextStates, tokenize
+
+STATE = "stiv-calibration-state"
+Task = Literal["t2v", "ti2v"]
+Calibrator = Literal["max", "percentile"]
+Statistics = dict[str, Statistic]
+"""Statistics by ``<layer>.<operand>``."""
+
+
+class CalibrationSettings(FrozenConfig):
+    """What a calibration run samples. Guidance scales and time shift are the checkpoint's own."""
+
+    samples: int = Field(default=40, gt=0)
+    steps: int = Field(default=15, gt=0)
+    batch: int = Field(default=5, gt=0)
+    seed: int = Field(default=0, ge=0)
+    calibrator: Calibrator = "max"
+    percentile: float = Field(default=99.99, gt=0, le=100)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What is asked for: prompts, and images fp32 [N, 3, H, W] in [-1, 1] (none for a model without image-to-video)."""
+
+    prompts: list[str]
+    images: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One batch of a run: positions of its samples, which are also their seeds above the run's seed."""
+
+    task: Task
+    guidance: GuidanceMode
+    samples: range
+
+
+def units(settings: CalibrationSettings, *, image_to_video: bool) -> list[Unit]:
+    """The units of a run: tasks in turn, JIT guidance, and SIT in every second image-to-video batch."""
+    found = []
+    for index, start in enumerate(range(0, settings.samples, settings.batch)):
+        given = image_to_video and index % 2 == 1
+        found.append(
+            Unit(
+                task="ti2v" if given else "t2v",
+                guidance=GuidanceMode.SIT if given and index % 4 == 3 else GuidanceMode.JIT,
+                samples=range(start, min(start + settings.batch, settings.samples)),
+            )
+        )
+    return found
+
+
+@torch.no_grad()
+def sampling_inputs(
+    checkpoint: Checkpoint, prompts: Sequence[str], seeds: Sequence[int], images: Tensor | None
+) -> SamplingInputs:
+    """Inputs of a sampling run at the checkpoint's own size; ``images`` [B, 3, H, W] are given first frames."""
+    defaults, vae = checkpoint.config.sampling, checkpoint.vae
+    frames = defaults.frames if checkpoint.config.model.temporal else 1
+    grid = (defaults.height // vae.config.spatial_factor, defaults.width // vae.config.spatial_factor)
+    noise = seeded_noise(seeds, (frames // vae.config.temporal_factor, vae.config.latent_channels, *grid))
+    clean, mask = torch.zeros_like(noise), torch.zeros(noise.shape[:2], dtype=torch.bool)
+    if images is not None:
+        clean[:, :1], mask[:, 0] = vae.encode(images.unsqueeze(1)), True
+    micro = torch.tensor([[defaults.height, defaults.width, 0, 0, 1, frames]], dtype=torch.float32)
+
+    def encoded(texts: Sequence[str]) -> TextStates:
+        states: TextStates = checkpoint.text_encoder(*tokenize(checkpoint.tokenizer, texts))
+        return states
+
+    text, null = encoded(prompts), encoded([""] * len(noise))
+    return SamplingInputs(noise, clean, mask, text, null, micro.repeat(len(noise), 1))
+
+
+def unit_inputs(checkpoint: Checkpoint, material: Material, unit: Unit, seed: int) -> SamplingInputs:
+    """Inputs of ``unit``: prompts and images in turn, every sample with a seed of its own."""
+    prompts = [material.prompts[index % len(material.prompts)] for index in unit.samples]
+    images = None
+    if unit.task == "ti2v":
+        assert material.images is not None
+        images = material.images[[index % len(material.images) for index in unit.samples]]
+    return sampling_inputs(checkpoint, prompts, [seed + index for index in unit.samples], images)
+
+
+def unit_settings(checkpoint: Checkpoint, unit: Unit, steps: int) -> SamplingSettings:
+    """The checkpoint's sampling settings with the unit's guidance mode and ``steps``."""
+    own = settings_of(checkpoint)
+    return SamplingSettings(
+        steps=steps,
+        guidance_mode=unit.guidance,
+        guidance_scale=own.guidance_scale,
+        image_scale=own.image_scale,
+        time_shift=own.time_shift,
+    )
+
+
+def observed_model(model: Stiv, histogram: bool) -> tuple[Stiv, Clock, Statistics]:
+    """A copy of ``model`` that fills statistics of every operand, in the clock's row; calls set the clock's time."""
+    clock, statistics = Clock(), {}
+
+    def statistic(name: str) -> Statistic:
+        statistics[name] = Statistic(clock, histogram)
+        return statistics[name]
+
+    copied = observed(model, statistic)
+
+    def set_time(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        clock.row = band_of(float(given[1][0]))
+
+    copied.register_forward_pre_hook(set_time)
+    return copied, clock, statistics
+
+
+def save_state(path: Path, statistics: Statistics, fingerprint: str, done: int) -> None:
+    """Write statistics after ``done`` units, under a temporary name first."""
+    tensors = {f"{name}.amax": each.amax for name, each in statistics.items()}
+    tensors |= {f"{name}.counts": each.counts for name, each in statistics.items()}
+    temporary = path.with_name(f"{path.name}.new")
+    save_file(tensors, temporary, {STATE: json.dumps({"fingerprint": fingerprint, "done": done})})
+    temporary.rename(path)
+
+
+def load_state(path: Path, statistics: Statistics, fingerprint: str) -> int:
+    """Fill ``statistics`` from a saved state; return how many units it has, 0 if there is none.
+
+    Raises :class:`CalibrationError` if it is of another run or damaged.
+    """
+    if not path.exists():
+        return 0
+    remedy = "delete it to start anew, or choose another --out"
+    try:
+        with safe_open(path, "pt") as file:
+            position = json.loads((file.metadata() or {})[STATE])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CalibrationError(f"{path}: not a readable calibration state ({error}); {remedy}") from None
+    if position["fingerprint"] != fingerprint:
+        raise CalibrationError(f"{path}: a calibration with other settings was stopped here; {remedy}")
+    for name, statistic in statistics.items():
+        statistic.amax, statistic.counts = tensors[f"{name}.amax"], tensors[f"{name}.counts"]
+    return int(position["done"])
+
+
+def check_finite(statistics: Statistics) -> None:
+    """:class:`CalibrationError` naming the first layer that has seen values that are not finite."""
+    for name, statistic in statistics.items():
+        if not torch.isfinite(statistic.amax).all():
+            raise CalibrationError(f"{name}: the model computes values that are not finite; check the checkpoint")
+
+
+def collect(
+    checkpoint: Checkpoint,
+    material: Material,
+    settings: CalibrationSettings,
+    state: Path,
+    fingerprint: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Statistics:
+    """Run all units that ``state`` has not yet and return the statistics of all.
+
+    ``fingerprint`` tells runs apart that must not be mixed. ``progress`` is told units done and in all.
+    """
+    model, clock, statistics = observed_model(checkpoint.model, settings.calibrator == "percentile")
+    plan = units(settings, image_to_video=material.images is not None)
+    done = load_state(state, statistics, fingerprint)
+    progress(done, len(plan))
+    for index, unit in enumerate(plan[done:], start=done):
+        clock.row = REQUEST
+        inputs = unit_inputs(checkpoint, material, unit, settings.seed)
+        sample(model, inputs, unit_settings(checkpoint, unit, settings.steps))
+        check_finite(statistics)
+        save_state(state, statistics, fingerprint, index + 1)
+        progress(index + 1, len(plan))
+    return statistics

@@ -1,0 +1,82 @@
+"""What calibration asks for: prompts, and the first frames for image-to-video."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stiv_deploy.calibration.errors import CalibrationError
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+from stiv_deploy.stiv_ref.data.moving_digits import DIGIT_WORDS, DIRECTIONS, SIZE, WORDS
+from stiv_deploy.stiv_ref.samples import Requests, balanced_requests, real_clips
+from stiv_deploy.stiv_ref.text import END, PAD, UNKNOWN
+
+IMAGES = (".png", ".jpg", ".jpeg")
+
+
+def knows_moving_digits(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint's tokenizer has just the words of the moving digits."""
+    return set(checkpoint.tokenizer.get_vocab()) == {PAD, UNKNOWN, END, *WORDS}
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file that are not empty; :class:`CalibrationError` if there are none."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{path}: cannot be read ({error}); give a text file, one prompt a line") from None
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise CalibrationError(f"{path}: no prompts in it; give a text file, one prompt a line")
+    return prompts
+
+
+def default_requests(checkpoint: Checkpoint) -> Requests:
+    """All captions of the moving digits; :class:`CalibrationError` if the checkpoint knows other words."""
+    if not knows_moving_digits(checkpoint):
+        raise CalibrationError(
+            "this checkpoint was not trained on the moving digits, so there are no default prompts; give --prompts FILE"
+        )
+    moving = checkpoint.config.model.temporal
+    return balanced_requests(len(DIGIT_WORDS) * (len(DIRECTIONS) if moving else 1), moving=moving)
+
+
+def prompts_hash(prompts: list[str]) -> str:
+    """SHA-256 (hex) of prompts, in their order."""
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+
+
+def dataset_images(checkpoint: Checkpoint, seed: int) -> Tensor:
+    """First frames fp32 [40, 3, H, W] in [-1, 1] of training clips, one for each caption of the moving digits.
+
+    Raises :class:`CalibrationError` if the checkpoint was not trained on them.
+    """
+    defaults = checkpoint.config.sampling
+    if not knows_moving_digits(checkpoint) or (defaults.height, defaults.width) != (SIZE, SIZE):
+        raise CalibrationError(
+            "this checkpoint was not trained on the moving digits, so there are no default first frames; "
+            "give --images FOLDER"
+        )
+    return real_clips(default_requests(checkpoint), defaults.frames, split="train", seed=seed)[:, 0]
+
+
+def read_images(folder: Path, height: int, width: int) -> Tensor:
+    """All PNG and JPEG files of ``folder`` by name, fitted to the size: fp32 [N, 3, height, width] in [-1, 1].
+
+    Raises :class:`CalibrationError` if there is none or one cannot be read.
+    """
+    from PIL import Image, ImageOps
+
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGES)
+    if not paths:
+        raise CalibrationError(f"{folder}: no PNG or JPEG files in it; give a folder of first frames")
+    pixels = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                pixels.append(np.asarray(ImageOps.fit(image.convert("RGB"), (width, height))))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise CalibrationError(f"{path}: the image cannot be read ({error}); give a whole PNG or JPEG") from None
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1

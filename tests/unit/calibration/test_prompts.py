@@ -1,0 +1,91 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stiv_deploy.calibration.errors import CalibrationError
+from stiv_deploy.calibration.prompts import (
+    dataset_images,
+    default_requests,
+    prompts_hash,
+    read_images,
+    read_prompts,
+)
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+from stiv_deploy.stiv_ref.data.moving_digits import DIGIT_WORDS, DIRECTIONS, caption
+from stiv_deploy.stiv_ref.text import word_tokenizer
+
+
+def foreign(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with a tokenizer of other words."""
+    object.__setattr__(checkpoint, "tokenizer", word_tokenizer(["cat", "dog"], 8))
+    return checkpoint
+
+
+def test_default_prompts_are_all_training_captions(micro: Checkpoint, image_checkpoint: Checkpoint) -> None:
+    moving = {caption(digit, direction) for digit in range(len(DIGIT_WORDS)) for direction in DIRECTIONS}
+    assert set(default_requests(micro).prompts) == moving
+    assert len(default_requests(micro)) == 40
+    assert set(default_requests(image_checkpoint).prompts) == {caption(digit, None) for digit in range(10)}
+
+
+def test_default_images_are_training_frames_of_the_captions_digits(micro: Checkpoint) -> None:
+    images = dataset_images(micro, 0)
+    assert images.shape == (40, 3, 32, 32)
+    assert images.min() == -1
+    assert images.max() <= 1
+    assert torch.equal(images, dataset_images(micro, 0))
+    assert not torch.equal(images, dataset_images(micro, 1))
+
+
+def test_other_checkpoints_need_prompts_and_images(make_checkpoint: Callable[[], Checkpoint]) -> None:
+    checkpoint = foreign(make_checkpoint())
+    with pytest.raises(CalibrationError, match="no default prompts; give --prompts FILE"):
+        default_requests(checkpoint)
+    with pytest.raises(CalibrationError, match="no default first frames; give --images FOLDER"):
+        dataset_images(checkpoint, 0)
+
+
+def test_prompts_are_lines_that_are_not_empty(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\n\n  ein Häuschen \r\n", encoding="utf-8")
+    assert read_prompts(file) == ["a cat", "ein Häuschen"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\n \n", "no prompts in it"), (b"\xff\xfe\xfa", "cannot be read"), (None, "cannot be read")],
+)
+def test_bad_prompt_files(tmp_path: Path, content: bytes | None, message: str) -> None:
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(CalibrationError, match=message):
+        read_prompts(file)
+
+
+def test_the_hash_is_that_of_the_prompts_in_their_order() -> None:
+    hashes = {prompts_hash(prompts) for prompts in (["a", "b"], ["b", "a"], ["a"], ["a", "b", ""])}
+    assert len(hashes) == 4
+    assert all(len(each) == 64 for each in hashes)
+
+
+def test_images_are_read_by_name_and_fitted(tmp_path: Path) -> None:
+    for name, value, size in (("b.PNG", 255, (64, 64)), ("a.jpg", 0, (20, 40))):
+        Image.fromarray(np.full((*size, 3), value, np.uint8)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not an image")
+    images = read_images(tmp_path, 32, 48)
+    assert images.shape == (2, 3, 32, 48)
+    assert images[0].max() < -0.95
+    assert images[1].min() == 1
+
+
+def test_folders_without_readable_images(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="no PNG or JPEG files in it"):
+        read_images(tmp_path, 32, 32)
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(CalibrationError, match=r"torn\.png: the image cannot be read"):
+        read_images(tmp_path, 32, 32)
