@@ -1,34 +1,36 @@
 """A bundle from a checkpoint: every graph of the contract traced, written, checked, and described in the manifest."""
 
-import copy
 import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from stiv_deploy.export.errors import CheckError, ExportError
-from stiv_deploy.export.graphs import FLOAT32_GRAPHS, graph_modules, model_facts, torch_dtype
-from stiv_deploy.export.network_check import CheckRow, check_graph, check_sizes
-from stiv_deploy.export.onnx_from_module import OPSET, Template, parameters_of, structure_faults, trace, write_graph
-from stiv_deploy.runtime.contract import GraphSpec, ModelFacts, Precision, graph_specs
+from stiv_deploy.calibration.quantize import require_modelopt
+from stiv_deploy.export.errors import ExportError
+from stiv_deploy.export.graph_writer import GRAPH_FOLDER, GraphWriter, Progress
+from stiv_deploy.export.graphs import model_facts
+from stiv_deploy.export.onnx_from_module import OPSET
+from stiv_deploy.export.quantization import Quantization, check_quantization
+from stiv_deploy.runtime.contract import ModelFacts, Precision
 from stiv_deploy.runtime.errors import OutputError
-from stiv_deploy.runtime.manifest import MANIFEST, Bucket, FileRecord, GraphRecord, Manifest, Range, SamplingDefaults
-from stiv_deploy.stiv_ref.checkpoint import Checkpoint, CheckpointConfig, load_checkpoint, replaced_folder
+from stiv_deploy.runtime.manifest import MANIFEST, Bucket, FileRecord, Manifest, Range, SamplingDefaults
+from stiv_deploy.stiv_ref.checkpoint import (
+    Checkpoint,
+    CheckpointConfig,
+    checkpoint_hash,
+    load_checkpoint,
+    replaced_folder,
+)
 from stiv_deploy.stiv_ref.checkpoint import SamplingDefaults as CheckpointDefaults
 from stiv_deploy.stiv_ref.config import read_config
 
-CHECKPOINT_FILES = ("config.json", "model.safetensors", "text_encoder.safetensors", "vae.safetensors", "tokenizer.json")
-GRAPH_FOLDER = "onnx"
 TOOLS = ("stiv-deploy", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
-Progress = Callable[[str, int, int], None]
-"""Called before each piece of work with what it is, how many are done, and how many there are."""
 
 
 def export_bundle(
@@ -38,23 +40,31 @@ def export_bundle(
     buckets: Sequence[Bucket] | None = None,
     check: bool = True,
     progress: Progress = lambda text, done, total: None,
+    quantization: Quantization | None = None,
 ) -> Path:
     """Write the bundle of a checkpoint to the folder ``out`` and return its path.
 
     An existing bundle at ``out`` is replaced when the new one is complete, any other folder is refused. ``buckets``
     default to half to twice the checkpoint's own sizes. With ``check``, each graph is compared with the reference at
-    the sizes of every bucket; the structural checks always run. Raises :class:`CheckpointError`,
-    :class:`ExportError` (sizes that the model cannot take), :class:`OutputError`, or :class:`CheckError`.
+    the sizes of every bucket; the structural checks always run. With ``quantization``, layers run in 8 bits by its plan
+    and ``precision`` is the type of everything else. Raises :class:`CheckpointError`, :class:`CalibrationError` (scales
+    or plan of another model, or no ModelOpt for the comparison), :class:`ExportError` (sizes that the model cannot
+    take), :class:`OutputError`, or :class:`CheckError`.
     """
     refuse_bad_target(out)
     checkpoint = load_checkpoint(checkpoint_path)
     validate_vocabulary(checkpoint, checkpoint_path)
     facts = model_facts(checkpoint.config)
+    if quantization is not None:
+        if check and precision != "bfloat16":
+            require_modelopt()
+        check_quantization(quantization, checkpoint_path, checkpoint.config.model, checkpoint.model)
     chosen = tuple(buckets or (default_bucket(checkpoint.config.sampling, facts),))
     for bucket in chosen:
         validate_bucket(bucket, facts)
     with written_folder(out) as folder:
-        graphs = _export_graphs(checkpoint, folder / GRAPH_FOLDER, precision, chosen, check, progress)
+        writer = GraphWriter(checkpoint, folder / GRAPH_FOLDER, precision, quantization)
+        graphs = writer.write_all(chosen, check, progress)
         manifest = Manifest(
             precision=precision,
             opset=OPSET,
@@ -64,6 +74,7 @@ def export_bundle(
             graphs=graphs,
             tokenizer=_copy_tokenizer(checkpoint_path, folder),
             checkpoint=checkpoint_hash(checkpoint_path),
+            quantization=None if quantization is None else quantization.record(),
             tools=tool_versions(),
         )
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -159,94 +170,10 @@ def sampling_defaults(sampling: CheckpointDefaults, buckets: Sequence[Bucket]) -
     return SamplingDefaults(**values | size)
 
 
-def _export_graphs(
-    checkpoint: Checkpoint,
-    folder: Path,
-    precision: Precision,
-    buckets: Sequence[Bucket],
-    check: bool,
-    progress: Progress,
-) -> dict[str, GraphRecord]:
-    """Trace, write and check the graphs one after another; the blocks share one template."""
-    facts = model_facts(checkpoint.config)
-    specs = graph_specs(facts, precision)
-    modules = graph_modules(checkpoint)
-    records: dict[str, GraphRecord] = {}
-    checked: set[str] = set()
-    block: Template | None = None
-    for done, (name, reference) in enumerate(modules.items()):
-        progress(name, done, len(modules))
-        module = _in_precision(name, reference, precision)
-        is_block = name.startswith("block_")
-        template = (is_block and block) or trace(module, "block" if is_block else name, specs[name], facts)
-        block = template if is_block else None
-        record = write_checked(template, module, folder, name, specs[name])
-        if check:
-            sizes = _sizes(buckets, facts, everywhere=record.topology not in checked)
-            vocabulary = checkpoint.config.text.vocabulary
-            path = folder / f"{name}.onnx"
-            rows = check_graph(name, path, specs[name], reference, module, sizes, vocabulary)
-            require_passed(rows)
-            checked.add(record.topology)
-        records[name] = record
-    progress("manifest", len(modules), len(modules))
-    return records
-
-
-def _in_precision(name: str, reference: nn.Module, precision: Precision) -> nn.Module:
-    """``reference`` itself where the graph is float32, else a copy in the bundle's precision."""
-    if precision == "float32" or name in FLOAT32_GRAPHS:
-        return reference
-    return copy.deepcopy(reference).to(torch_dtype(precision))
-
-
-def write_checked(template: Template, module: nn.Module, folder: Path, name: str, spec: GraphSpec) -> GraphRecord:
-    """Write one graph into ``folder``, check its structure, and return its record, paths relative to the bundle."""
-    written = write_graph(template, parameters_of(module), folder, name)
-    faults = structure_faults(folder / f"{name}.onnx", spec)
-    if faults:
-        raise CheckError(f"graph {name} is not what the contract says: {faults[0]}; please report this")
-
-    def inside(record: FileRecord) -> FileRecord:
-        return record.model_copy(update={"path": f"{GRAPH_FOLDER}/{record.path}"})
-
-    data = inside(written.data) if written.data else None
-    return GraphRecord(file=inside(written.file), data=data, topology=written.topology, spec=spec)
-
-
-def _sizes(buckets: Sequence[Bucket], facts: ModelFacts, everywhere: bool) -> dict[str, dict[str, int]]:
-    """Sizes to check at. Where a graph of this topology was checked everywhere, one odd size proves the weights."""
-    sizes = {
-        f"{which} of bucket {bucket.name}": dims
-        for bucket in buckets
-        for which, dims in check_sizes(bucket, facts).items()
-    }
-    return sizes if everywhere else dict([next(item for item in sizes.items() if item[0].startswith("odd"))])
-
-
-def require_passed(rows: Iterator[CheckRow]) -> None:
-    """Raise :class:`CheckError` at the first row that failed."""
-    for row in rows:
-        if not row.passed:
-            raise CheckError(
-                f"graph {row.graph} differs from the reference at the {row.size}: relative L2 error {row.rel_l2:.1e}, "
-                f"at most {row.gate:.1e} allowed; check the versions of torch and onnxruntime"
-            )
-
-
 def _copy_tokenizer(checkpoint_path: Path, folder: Path) -> FileRecord:
     content = (checkpoint_path / "tokenizer.json").read_bytes()
     (folder / "tokenizer.json").write_bytes(content)
     return FileRecord(path="tokenizer.json", sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
-
-
-def checkpoint_hash(path: Path) -> str:
-    """SHA-256 (hex) over the lines ``<sha256> <name>`` of the checkpoint's files."""
-    digest = hashlib.sha256()
-    for name in CHECKPOINT_FILES:
-        with (path / name).open("rb") as file:
-            digest.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()} {name}\n".encode())
-    return digest.hexdigest()
 
 
 def tool_versions() -> dict[str, str]:

@@ -1,12 +1,18 @@
 """``stiv export``: a bundle from a checkpoint."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, Self, cast
 
 import typer
 
-PRECISIONS = {
+if TYPE_CHECKING:
+    from stiv_deploy.export.quantization import Quantization
+
+Precision = Literal["float32", "float16", "bfloat16"]
+Format = Literal["fp8", "int8"]
+PRECISIONS: dict[str, Precision] = {
     "float32": "float32",
     "fp32": "float32",
     "float16": "float16",
@@ -14,13 +20,23 @@ PRECISIONS = {
     "bfloat16": "bfloat16",
     "bf16": "bfloat16",
 }
+FORMATS = ("fp8", "int8")
+"""8-bit formats: a precision of the command, but not the type of a bundle's tensors, which is ``--activations``."""
+ACTIVATIONS = "float16"
 RANGE = "MIN:TYPICAL:MAX"
 
 
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, as written by 'stiv train'.")],
     out: Annotated[Path, typer.Option(help="Bundle folder to write; an existing bundle is replaced.")],
-    precision: Annotated[str, typer.Option(help="float32, float16 or bfloat16 (fp32, fp16, bf16).")] = "float32",
+    precision: Annotated[
+        str, typer.Option(help="float32, float16, bfloat16 (fp32, fp16, bf16), or 8 bits: fp8, int8.")
+    ] = "float32",
+    scales: Annotated[Path | None, typer.Option(help="Scale file of 'stiv calibrate', for fp8 and int8.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Precision plan for fp8 and int8. [default: the usual]")] = None,
+    activations: Annotated[
+        str | None, typer.Option(help="Type of what is not 8 bits, for fp8 and int8. [default: float16]")
+    ] = None,
     batch: Annotated[str | None, typer.Option(metavar=RANGE, help="Requests in one call. [default: 1:1:4]")] = None,
     frames: Annotated[str | None, typer.Option(metavar=RANGE, help="Frames. [default: from the checkpoint]")] = None,
     height: Annotated[str | None, typer.Option(metavar=RANGE, help="Height in pixels, likewise.")] = None,
@@ -31,19 +47,20 @@ def export(
 
     Sizes are ranges: what requests may ask for, and what engines are tuned for.
     """
+    from stiv_deploy.runtime.inspection import precision_text
     from stiv_deploy.runtime.manifest import MANIFEST, Manifest
 
     started = time.monotonic()
-    kind = parse_precision(precision)
+    request = ExportRequest.parse(checkpoint, precision, scales, plan, activations)
     ranges = {"batch": batch, "frames": frames, "height": height, "width": width}
     given = {name: parse_range(name, text) for name, text in ranges.items() if text is not None}
-    bundle = _export_with_progress(checkpoint, out, kind, given, not no_check)
+    bundle = _export_with_progress(request, out, given, not no_check)
     manifest = Manifest.model_validate_json((bundle / MANIFEST).read_text(encoding="utf-8"))
     files = [file for graph in manifest.graphs.values() for file in (graph.file, graph.data) if file]
     megabytes = sum(file.bytes for file in files) / 1e6
-    checked = "not compared with the reference" if no_check else _checked(kind)
+    checked = "not compared with the reference" if no_check else _checked(manifest.precision)
     typer.echo(
-        f"{bundle}: {len(manifest.graphs)} graphs, {megabytes:.1f} MB, {kind}, {checked}, "
+        f"{bundle}: {len(manifest.graphs)} graphs, {megabytes:.1f} MB, {precision_text(manifest)}, {checked}, "
         f"{time.monotonic() - started:.0f} s"
     )
 
@@ -54,7 +71,7 @@ def _checked(precision: str) -> str:
     return "all checked against the reference"
 
 
-def _export_with_progress(checkpoint: Path, out: Path, precision: str, given: dict, check: bool) -> Path:
+def _export_with_progress(request: "ExportRequest", out: Path, given: dict, check: bool) -> Path:
     """Run the export under a progress bar."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -75,18 +92,61 @@ def _export_with_progress(checkpoint: Path, out: Path, precision: str, given: di
 
         from stiv_deploy.export.bundle_from_checkpoint import buckets_for, export_bundle
 
-        buckets = buckets_for(checkpoint, given) if given else None
-        return export_bundle(checkpoint, out, precision, buckets, check, show)  # type: ignore[arg-type]
+        buckets = buckets_for(request.checkpoint, given) if given else None
+        quantization = request.quantization()
+        return export_bundle(request.checkpoint, out, request.precision, buckets, check, show, quantization)
 
 
-def parse_precision(text: str) -> str:
-    """A precision by its name or alias; :class:`ExportError` if there is none."""
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """What the options ask for: ``precision`` is the type of the bundle's tensors, ``format`` the 8-bit one, if any."""
+
+    checkpoint: Path
+    precision: Precision
+    format: Format | None = None
+    scales: Path | None = None
+    plan: Path | None = None
+
+    @classmethod
+    def parse(
+        cls, checkpoint: Path, precision: str, scales: Path | None, plan: Path | None, activations: str | None
+    ) -> Self:
+        """Check the options against each other; :class:`ExportError` if they do not go together."""
+        from stiv_deploy.export.errors import ExportError
+
+        if precision.lower() not in FORMATS:
+            for option, value in (("scales", scales), ("plan", plan), ("activations", activations)):
+                if value is not None:
+                    raise ExportError(f"--{option} is for --precision {' and '.join(FORMATS)}, not for {precision}")
+            return cls(checkpoint=checkpoint, precision=parse_precision(precision))
+        kind = cast(Format, precision.lower())
+        if scales is None:
+            raise ExportError(
+                f"--precision {kind} needs --scales FILE; make it with: "
+                f"stiv calibrate {checkpoint} --precision {kind} --out {kind}.safetensors"
+            )
+        high = parse_precision(activations or ACTIVATIONS, "activations")
+        return cls(checkpoint=checkpoint, precision=high, format=kind, scales=scales, plan=plan)
+
+    def quantization(self) -> "Quantization | None":
+        """Scales and plan, read and checked against the checkpoint."""
+        if self.format is None or self.scales is None:
+            return None
+        from stiv_deploy.export.quantization import load_quantization
+
+        return load_quantization(self.checkpoint, self.format, self.scales, self.plan)
+
+
+def parse_precision(text: str, option: str = "precision") -> Precision:
+    """The type of a bundle's tensors by its name or alias; :class:`ExportError` if there is none."""
     from stiv_deploy.export.errors import ExportError
 
     try:
         return PRECISIONS[text.lower()]
     except KeyError:
-        raise ExportError(f"--precision {text}: no such precision; use float32, float16 or bfloat16") from None
+        more = f", {' or '.join(FORMATS)}" if option == "precision" else ""
+        wanted = f"float32, float16{',' if more else ' or'} bfloat16{more}"
+        raise ExportError(f"--{option} {text}: no such precision; use {wanted}") from None
 
 
 def parse_range(name: str, text: str) -> object:

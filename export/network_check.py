@@ -10,7 +10,9 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from stiv_deploy.runtime.contract import MASKED, MAX_BRANCHES, GraphSpec, ModelFacts, TensorSpec, dimensions
+from stiv_deploy.calibration.layers import Format
+from stiv_deploy.runtime.backends.onnxruntime import set_quantization
+from stiv_deploy.runtime.contract import MASKED, MAX_BRANCHES, GraphSpec, ModelFacts, Precision, TensorSpec, dimensions
 from stiv_deploy.runtime.manifest import Bucket, Range
 
 FLOAT32_GATE = 1e-5
@@ -22,8 +24,18 @@ and norms bring each back to unit size. A wrong axis, table or epsilon gives 1e-
 """
 HALF_FACTOR = 2.0
 """A half-precision graph may have twice the error of plain torch in the same precision, both against float32."""
-UNIT_ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-"""Floor of the half-precision gate: two right results may still round each output value differently."""
+QUANTIZED_FACTOR = 1.1
+"""A quantized graph may have 1.1 times the error of the fake-quantized reference, both against float32.
+
+Both quantize the same tensors with the same scales; where their 16-bit values differ by a rounding, a few codes flip.
+"""
+_NAMES: dict[torch.dtype, Precision] = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+FLOOR = {torch.float32: FLOAT32_GATE, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+"""Floor of the gates, the unit roundoff of half precisions: two right results may round each value differently."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +119,12 @@ def executable(spec: GraphSpec) -> bool:
     return all(tensor.dtype != "bfloat16" for tensor in (*spec.inputs, *spec.outputs))
 
 
-def open_session(path: Path) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session on the CPU, with as many threads as torch uses, quiet."""
+def open_session(
+    path: Path, quantization: Format | None = None, precision: Precision = "float32"
+) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on the CPU, with as many threads as torch uses, quiet; else as the runtime opens it."""
     options = onnxruntime.SessionOptions()
+    set_quantization(options, quantization, precision)
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -132,29 +147,31 @@ def check_graph(
     exported: nn.Module,
     sizes: Mapping[str, dict[str, int]],
     vocabulary: int,
+    quantization: Format | None = None,
 ) -> Iterator[CheckRow]:
     """Run a written graph at every one of ``sizes`` and compare it with its module.
 
     ``reference`` is the module in float32; ``exported`` the one that was exported, in the bundle's precision (the same
-    object for a float32 graph). Gates: :data:`FLOAT32_GATE`; for half precision :data:`HALF_FACTOR` times the error of
-    ``exported`` in torch plus :data:`UNIT_ROUNDOFF`.
+    object for a float32 graph), fake-quantized where ``quantization`` says in which format the graph is quantized.
+    Gates: :data:`FLOOR`, plus the error of ``exported`` in torch times :data:`HALF_FACTOR` or
+    :data:`QUANTIZED_FACTOR` where it differs from ``reference``.
     """
     if not executable(spec):
         yield from (CheckRow(graph=name, size=size, rel_l2=None, gate=0.0, passed=True) for size in sizes)
         return
-    session = open_session(path)
-    half = None if exported is reference else next(exported.parameters()).dtype
+    dtype = _dtype(exported)
+    session = open_session(path, quantization, _NAMES[dtype])
+    factor = HALF_FACTOR if quantization is None else QUANTIZED_FACTOR
     for size, dims in sizes.items():
         inputs = draw_inputs(spec, dims, vocabulary)
         found = session.run(None, {key: tensor.numpy() for key, tensor in inputs.items()})
         wide = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in inputs.items()}
         wanted = _run(reference, wide)
         gates = [FLOAT32_GATE] * len(wanted)
-        if half is not None:
-            plain = _run(exported, inputs)
+        if exported is not reference:
             gates = [
-                HALF_FACTOR * relative_error(value.float(), oracle) + UNIT_ROUNDOFF[half]
-                for value, oracle in zip(plain, wanted, strict=True)
+                factor * relative_error(value.float(), oracle) + FLOOR[dtype]
+                for value, oracle in zip(_run(exported, inputs), wanted, strict=True)
             ]
         errors = [relative_error(value, oracle) for value, oracle in zip(found, wanted, strict=True)]
         worst = max(range(len(errors)), key=lambda index: errors[index] / gates[index])
@@ -165,6 +182,11 @@ def check_graph(
             gate=gates[worst],
             passed=errors[worst] <= gates[worst] and [v.shape for v in found] == [tuple(w.shape) for w in wanted],
         )
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    """Type of a module's parameters; float32 for one without."""
+    return next((parameter.dtype for parameter in module.parameters()), torch.float32)
 
 
 @torch.no_grad()

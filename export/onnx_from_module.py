@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ DTYPES = {
     torch.float16: ir.DataType.FLOAT16,
     torch.bfloat16: ir.DataType.BFLOAT16,
     torch.int64: ir.DataType.INT64,
+    torch.int8: ir.DataType.INT8,
+    torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
 }
 
 
@@ -190,7 +193,7 @@ def write_graph(template: Template, tensors: Mapping[str, Tensor], folder: Path,
 
 def _write_data(template: Template, tensors: Mapping[str, Tensor], path: Path) -> FileRecord:
     """Write the parameters one after another and point the template's initializers at them."""
-    needed = sum(tensors[name].nbytes for name in template.parameters)
+    needed = sum(_nbytes(template.model.graph.initializers[name]) for name in template.parameters)
     if needed >= DATA_LIMIT:
         raise ExportError(
             f"{path.name.removesuffix('.onnx.data')}: {needed / 2**30:.1f} GiB of weights, a graph can have less than "
@@ -211,8 +214,16 @@ def _write_data(template: Template, tensors: Mapping[str, Tensor], path: Path) -
     return FileRecord(path=path.name, sha256=digest.hexdigest(), bytes=offset)
 
 
+def _nbytes(value: ir.Value) -> int:
+    assert value.shape is not None, value.name
+    assert value.dtype is not None, value.name
+    return int(prod(value.shape.numpy()) * value.dtype.itemsize)
+
+
 def _point_at(value: ir.Value, tensor: Tensor, path: Path, offset: int) -> None:
-    assert value.shape == ir.Shape(tensor.shape), f"{value.name}: traced with another shape"
+    assert (value.shape, value.dtype) == (ir.Shape(tensor.shape), DTYPES[tensor.dtype]), (
+        f"{value.name}: other than traced"
+    )
     value.const_value = ir.ExternalTensor(
         location=path.name,
         offset=offset,

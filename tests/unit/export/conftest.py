@@ -12,7 +12,13 @@ import torch
 from torch import nn
 
 from stiv_deploy.runtime.contract import GraphSpec, graph_specs
-from stiv_deploy.stiv_ref.checkpoint import Checkpoint, CheckpointConfig, SamplingDefaults, save_checkpoint
+from stiv_deploy.stiv_ref.checkpoint import (
+    Checkpoint,
+    CheckpointConfig,
+    SamplingDefaults,
+    checkpoint_hash,
+    save_checkpoint,
+)
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.data.moving_digits import WORDS
 from stiv_deploy.stiv_ref.model import Stiv
@@ -21,6 +27,7 @@ from stiv_deploy.stiv_ref.vae import Vae, VaeConfig
 
 if TYPE_CHECKING:
     from stiv_deploy.export.onnx_from_module import Template
+    from stiv_deploy.export.quantization import Quantization
 
 MAX_TOKENS = 8
 MICRO = StivConfig(
@@ -105,6 +112,55 @@ def micro_bundle(micro_path: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     from stiv_deploy.export.bundle_from_checkpoint import export_bundle
 
     return export_bundle(micro_path, tmp_path_factory.mktemp("micro") / "bundle", check=False)
+
+
+@pytest.fixture(scope="session")
+def quantize(micro: Checkpoint, micro_path: Path) -> Callable[..., "Quantization"]:
+    """Makes quantizations of the small checkpoint: true weight ranges, 5 for every activation, the default plan.
+
+    ``checkpoint`` is the hash that the scales claim to be of; ``smooth`` names layers to smooth.
+    """
+    from stiv_deploy.calibration.layers import OPERANDS, Format, model_layers
+    from stiv_deploy.calibration.plan import PrecisionPlan, default_plan
+    from stiv_deploy.calibration.scales import Provenance, Scales
+    from stiv_deploy.export.quantization import Quantization
+
+    config = micro.config.model
+
+    def make(
+        quantization: Format,
+        plan: PrecisionPlan | None = None,
+        per_channel: bool | None = None,
+        checkpoint: str | None = None,
+        smooth: tuple[str, ...] = (),
+    ) -> Quantization:
+        amax: dict[str, torch.Tensor] = {}
+        channels = quantization == "int8" if per_channel is None else per_channel
+        for layer in model_layers(config):
+            if layer.kind == "attention":
+                amax |= {f"{layer.name}.{part}": torch.tensor(5.0) for part in OPERANDS}
+                continue
+            weight = micro.model.get_parameter(f"{layer.module}.weight")
+            if layer.name in smooth:
+                amax[f"{layer.name}.smooth"] = torch.linspace(0.5, 2.0, weight.shape[1])
+                weight = weight * amax[f"{layer.name}.smooth"]
+            amax[f"{layer.name}.input"] = torch.tensor(5.0)
+            amax[f"{layer.name}.weight"] = weight.abs().amax(1) if channels else weight.abs().max()
+        provenance = Provenance(
+            quantization=quantization,
+            checkpoint=checkpoint or checkpoint_hash(micro_path),
+            model=config,
+            recipe={},
+            prompts="",
+            tools={},
+        )
+        return Quantization(
+            scales=Scales(provenance=provenance, amax=amax),
+            plan=plan or default_plan(config, quantization),
+            sha256="0" * 64,
+        )
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stiv_deploy.export import bundle_from_checkpoint
+from stiv_deploy.export import bundle_from_checkpoint, graph_writer
 from stiv_deploy.export.bundle_from_checkpoint import (
     buckets_for,
     default_bucket,
@@ -38,7 +38,7 @@ def untraceable(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("the export began before its input was checked")
 
-    monkeypatch.setattr(bundle_from_checkpoint, "trace", refuse)
+    monkeypatch.setattr(graph_writer, "trace", refuse)
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -201,7 +201,7 @@ def test_a_failed_export_leaves_the_old_bundle(
         (tmp_path / ".bundle.partial" / "onnx" / "half.onnx").write_text("half")
         raise error
 
-    monkeypatch.setattr(bundle_from_checkpoint, "_export_graphs", interrupted)
+    monkeypatch.setattr(graph_writer.GraphWriter, "write_all", interrupted)
     with pytest.raises(OutputError if error is OSError else error):
         export_bundle(micro_path, out)
     assert leftovers(tmp_path) == ["bundle"]

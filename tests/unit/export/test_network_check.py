@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from stiv_deploy.export.bundle_from_checkpoint import default_bucket, require_passed
+from stiv_deploy.export.bundle_from_checkpoint import default_bucket
 from stiv_deploy.export.errors import CheckError
+from stiv_deploy.export.graph_writer import require_passed
 from stiv_deploy.export.graphs import graph_modules, model_facts
 from stiv_deploy.export.network_check import (
     CheckRow,

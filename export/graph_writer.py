@@ -1,0 +1,169 @@
+"""Every graph of a bundle: traced, written with its values, and checked, one after another."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stiv_deploy.export.errors import CheckError
+from stiv_deploy.export.graphs import FLOAT32_GRAPHS, Module, graph_modules, model_facts, torch_dtype
+from stiv_deploy.export.network_check import CheckRow, check_graph, check_sizes, executable
+from stiv_deploy.export.onnx_from_module import Template, structure_faults, trace, write_graph
+from stiv_deploy.export.quantization import LayerScheme, Quantization, StoredTensors, graph_scheme
+from stiv_deploy.export.quantized_graph import quantized_template
+from stiv_deploy.runtime.contract import GraphSpec, ModelFacts, Precision, graph_specs
+from stiv_deploy.runtime.manifest import Bucket, FileRecord, GraphRecord
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+
+GRAPH_FOLDER = "onnx"
+Progress = Callable[[str, int, int], None]
+"""Called before each piece of work with what it is, how many are done, and how many there are."""
+
+
+class GraphWriter:
+    """Writes the graphs of ``checkpoint`` into ``folder``, in ``precision`` and 8 bits where ``quantization`` says so.
+
+    The blocks share one trace, and blocks with equal plans one quantized template.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, folder: Path, precision: Precision, quantization: Quantization | None = None
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.folder = folder
+        self.dtype = torch_dtype(precision)
+        self.quantization = quantization
+        self.facts = model_facts(checkpoint.config)
+        self.specs = graph_specs(self.facts, precision)
+        self.modules = graph_modules(checkpoint)
+        self._templates: dict[tuple[str, tuple[LayerScheme, ...]], Template] = {}
+        self._checked: set[str] = set()
+        self._simulated: Mapping[str, nn.Module] | None = None
+
+    def write_all(self, buckets: Sequence[Bucket], check: bool, progress: Progress) -> dict[str, GraphRecord]:
+        """Write every graph and, with ``check``, compare it with the reference at the sizes of ``buckets``."""
+        records: dict[str, GraphRecord] = {}
+        for done, name in enumerate(self.modules):
+            progress(name, done, len(self.modules))
+            records[name] = self.write(name)
+            if check:
+                self.check(name, records[name].topology, buckets)
+        progress("manifest", len(self.modules), len(self.modules))
+        return records
+
+    def write(self, name: str) -> GraphRecord:
+        """Write one graph, check its structure, and return its record, paths relative to the bundle."""
+        scheme = self._scheme(name)
+        amax = None if self.quantization is None else self.quantization.scales.amax
+        tensors = StoredTensors(self.modules[name], name, self._dtype(name), scheme, amax)
+        return write_checked(self._template(name, scheme), tensors, self.folder, name, self.specs[name])
+
+    def check(self, name: str, topology: str, buckets: Sequence[Bucket]) -> None:
+        """Compare a written graph with the reference; raises :class:`CheckError` where it differs.
+
+        Bfloat16 graphs are not executed: ONNX Runtime has no such kernels on CPUs.
+        """
+        if not executable(self.specs[name]):
+            return
+        sizes = _sizes(buckets, self.facts, everywhere=topology not in self._checked)
+        quantization = self.quantization.format if self.quantization and self._scheme(name) else None
+        rows = check_graph(
+            name,
+            self.folder / f"{name}.onnx",
+            self.specs[name],
+            self.modules[name],
+            self._simulation(name) if quantization else self._in_precision(name),
+            sizes,
+            self.checkpoint.config.text.vocabulary,
+            quantization,
+        )
+        require_passed(rows)
+        self._checked.add(topology)
+
+    def _scheme(self, name: str) -> tuple[LayerScheme, ...]:
+        if self.quantization is None:
+            return ()
+        return graph_scheme(self.quantization, self.checkpoint.config.model, name)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return torch.float32 if name in FLOAT32_GRAPHS else self.dtype
+
+    def _template(self, name: str, scheme: tuple[LayerScheme, ...]) -> Template:
+        """The template of a graph, made when first asked for; blocks are one kind of graph."""
+        kind = "block" if name.startswith("block_") else name
+        if (kind, ()) not in self._templates:
+            traced = trace(self._in_precision(name), kind, self.specs[name], self.facts)
+            self._templates[kind, ()] = traced
+        if (kind, scheme) not in self._templates:
+            head_dim = self.checkpoint.config.model.head_dim
+            self._templates[kind, scheme] = quantized_template(self._templates[kind, ()], scheme, head_dim)
+        return self._templates[kind, scheme]
+
+    def _in_precision(self, name: str) -> nn.Module:
+        """The graph's module itself where it is float32, else a copy in the bundle's precision."""
+        return in_precision(self.modules[name], self._dtype(name))
+
+    def _simulation(self, name: str) -> nn.Module:
+        """The graph's module of the fake-quantized model, in the bundle's precision."""
+        if self._simulated is None:
+            from stiv_deploy.calibration.quantize import fake_quantized
+
+            assert self.quantization is not None
+            model = in_precision(self.checkpoint.model, self.dtype)
+            simulated = fake_quantized(model, self.quantization.scales, self.quantization.plan)
+            self._simulated = graph_modules(replace(self.checkpoint, model=simulated))
+        return self._simulated[name]
+
+
+def in_precision(module: Module, dtype: torch.dtype) -> Module:
+    """``module`` itself if it is of type ``dtype``, else a copy; the copy's parameters are never in float32 twice."""
+    state: list[Tensor] = [*module.parameters(), *module.buffers()]
+    if all(tensor.dtype == dtype or not tensor.is_floating_point() for tensor in state):
+        return module
+    cast = {
+        id(tensor): nn.Parameter(tensor.to(dtype), requires_grad=False)
+        if isinstance(tensor, nn.Parameter)
+        else tensor.to(dtype)
+        for tensor in state
+        if tensor.is_floating_point()
+    }
+    return copy.deepcopy(module, cast)  # what deepcopy finds in its memo it does not copy
+
+
+def write_checked(
+    template: Template, tensors: Mapping[str, Tensor], folder: Path, name: str, spec: GraphSpec
+) -> GraphRecord:
+    """Write one graph into ``folder``, check its structure, and return its record, paths relative to the bundle."""
+    written = write_graph(template, tensors, folder, name)
+    faults = structure_faults(folder / f"{name}.onnx", spec)
+    if faults:
+        raise CheckError(f"graph {name} is not what the contract says: {faults[0]}; please report this")
+
+    def inside(record: FileRecord) -> FileRecord:
+        return record.model_copy(update={"path": f"{GRAPH_FOLDER}/{record.path}"})
+
+    data = inside(written.data) if written.data else None
+    return GraphRecord(file=inside(written.file), data=data, topology=written.topology, spec=spec)
+
+
+def _sizes(buckets: Sequence[Bucket], facts: ModelFacts, everywhere: bool) -> dict[str, dict[str, int]]:
+    """Sizes to check at. Where a graph of this topology was checked everywhere, one odd size proves the weights."""
+    sizes = {
+        f"{which} of bucket {bucket.name}": dims
+        for bucket in buckets
+        for which, dims in check_sizes(bucket, facts).items()
+    }
+    return sizes if everywhere else dict([next(item for item in sizes.items() if item[0].startswith("odd"))])
+
+
+def require_passed(rows: Iterator[CheckRow]) -> None:
+    """Raise :class:`CheckError` at the first row that failed."""
+    for row in rows:
+        if not row.passed:
+            raise CheckError(
+                f"graph {row.graph} differs from the reference at the {row.size}: relative L2 error {row.rel_l2:.1e}, "
+                f"at most {row.gate:.1e} allowed; check the versions of torch and onnxruntime"
+            )

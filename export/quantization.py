@@ -1,0 +1,205 @@
+"""What a quantized bundle is made from: scales and plan, checked against their checkpoint, and the stored 8-bit values.
+
+Numbers are here, the graph that uses them is in :mod:`export.quantized_graph`; both go by the same names: in a graph,
+a layer has ``<module>.input_scale`` [], ``<module>.weight_scale`` [] or [out], its 8-bit ``<module>.weight`` and, with
+SmoothQuant, ``<module>.inverse_smooth`` [in]; attention has ``<module>.q_scale``, ``.k_scale`` and ``.v_scale`` [].
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from stiv_deploy.calibration.layers import LARGEST, OPERANDS, Format, Layer, model_layers
+from stiv_deploy.calibration.plan import PrecisionPlan, checked_plan, default_plan, load_plan
+from stiv_deploy.calibration.scales import Scales, check_fits, check_ranges, file_hash, load_scales, scale_of
+from stiv_deploy.export.errors import ExportError
+from stiv_deploy.export.onnx_from_module import parameters_of
+from stiv_deploy.runtime.manifest import QuantizationRecord
+from stiv_deploy.stiv_ref.checkpoint import CheckpointConfig, checkpoint_hash
+from stiv_deploy.stiv_ref.config import StivConfig, read_config
+from stiv_deploy.stiv_ref.errors import CheckpointError
+
+STORED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+"""Torch types of the 8-bit formats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """What to export in 8 bits: ranges, the plan, and the SHA-256 (hex) of the scale file."""
+
+    scales: Scales
+    plan: PrecisionPlan
+    sha256: str
+
+    @property
+    def format(self) -> Format:
+        """The 8-bit format."""
+        return self.plan.quantization
+
+    def record(self) -> QuantizationRecord:
+        """The manifest's entry."""
+        return QuantizationRecord(format=self.format, scales=self.sha256, layers=dict(self.plan.layers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerScheme:
+    """How one layer is written into its graph, all but the values: graphs with equal schemes share a template.
+
+    ``module`` is the layer's name inside the graph (``spatial.qkv``). ``input_like`` is the first layer of the graph
+    with the same input range: where both read the same tensor, unsmoothed, they share one quantize.
+    """
+
+    module: str
+    kind: Literal["linear", "attention"]
+    format: Format
+    per_channel: bool = False
+    smooth: bool = False
+    input_like: str = ""
+
+
+def load_quantization(checkpoint: Path, quantization: Format, scales: Path, plan: Path | None) -> Quantization:
+    """Read a scale file and a plan (None: the default) and check both against the checkpoint's folder.
+
+    Raises :class:`CalibrationError` or :class:`CheckpointError`, one line.
+    """
+    if not (checkpoint / "config.json").is_file():
+        raise CheckpointError(f"{checkpoint}: no checkpoint here (config.json is missing); train one with 'stiv train'")
+    config = read_config(CheckpointConfig, checkpoint / "config.json").model
+    loaded = load_scales(scales)
+    check_fits(loaded, _hash(checkpoint), quantization, str(scales))
+    chosen = default_plan(config, quantization) if plan is None else load_plan(plan, config, quantization)
+    return Quantization(scales=loaded, plan=chosen, sha256=file_hash(scales))
+
+
+def _hash(checkpoint: Path) -> str:
+    try:
+        return checkpoint_hash(checkpoint)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror}); give a whole checkpoint") from None
+
+
+def check_quantization(quantization: Quantization, checkpoint: Path, config: StivConfig, model: nn.Module) -> None:
+    """Raise :class:`CalibrationError` or :class:`ExportError` if ``quantization`` does not fit the model at hand."""
+    check_fits(quantization.scales, _hash(checkpoint), quantization.format, "the scales")
+    check_ranges(quantization.scales, "the scales")
+    checked_plan(quantization.plan, config, quantization.format, "the plan")
+    for layer in model_layers(config):
+        if layer.kind == "linear":
+            _check_shapes(quantization.scales.amax, layer, model.get_parameter(f"{layer.module}.weight"))
+        for part in OPERANDS if layer.kind == "attention" else ("input",):
+            _check_shape(quantization.scales.amax, f"{layer.name}.{part}", [()])
+
+
+def _check_shapes(amax: Mapping[str, Tensor], layer: Layer, weight: Tensor) -> None:
+    _check_shape(amax, f"{layer.name}.weight", [(), (weight.shape[0],)])
+    _check_shape(amax, f"{layer.name}.smooth", [(weight.shape[1],)])
+
+
+def _check_shape(amax: Mapping[str, Tensor], name: str, wanted: list[tuple[int, ...]]) -> None:
+    shape = tuple(amax[name].shape) if name in amax else wanted[0]
+    if shape not in wanted:
+        allowed = " or ".join(str(list(each)) for each in wanted)
+        raise ExportError(
+            f"the scales: {name} has shape {list(shape)}, the model wants {allowed}; run 'stiv calibrate' again"
+        )
+
+
+def graph_scheme(quantization: Quantization, config: StivConfig, graph: str) -> tuple[LayerScheme, ...]:
+    """Schemes of the layers of ``graph`` that run in 8 bits, in running order; empty for a graph without any."""
+    amax = quantization.scales.amax
+    first: dict[float, str] = {}
+    schemes = []
+    for layer in model_layers(config):
+        if layer.graph != graph or not quantization.plan.quantized(layer.name):
+            continue
+        scheme = LayerScheme(module=module_of(layer), kind=layer.kind, format=quantization.format)
+        if layer.kind == "linear":
+            scheme = replace(
+                scheme,
+                per_channel=amax[f"{layer.name}.weight"].dim() == 1,
+                smooth=f"{layer.name}.smooth" in amax,
+                input_like=first.setdefault(amax[f"{layer.name}.input"].item(), scheme.module),
+            )
+        schemes.append(scheme)
+    return tuple(schemes)
+
+
+def module_of(layer: Layer) -> str:
+    """The layer's name inside its graph: ``block_00.spatial.qkv`` -> ``spatial.qkv``."""
+    return layer.name.removeprefix(f"{layer.graph}.")
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """Parameters of a graph as they are stored, in torch's layout, each made when asked for and kept by nobody.
+
+    ``module`` is the graph module in float32; weights of the layers in ``scheme`` become 8 bits, everything else that
+    floats becomes ``dtype``. A block's weights are thus in memory once, plus one tensor. ``amax`` are all ranges.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        graph: str,
+        dtype: torch.dtype,
+        scheme: tuple[LayerScheme, ...] = (),
+        amax: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._dtype = dtype
+        self._parameters = parameters_of(module)
+        self._makers: dict[str, Callable[[], Tensor]] = {
+            name: partial(_cast, tensor, dtype) for name, tensor in self._parameters.items()
+        }
+        for layer in scheme:
+            prefix = f"{graph}.{layer.module}."
+            ranges = {
+                name.removeprefix(prefix): value for name, value in (amax or {}).items() if name.startswith(prefix)
+            }
+            made = self._attention(layer, ranges) if layer.kind == "attention" else self._linear(layer, ranges)
+            self._makers |= {f"{layer.module}.{name}": maker for name, maker in made.items()}
+
+    def _attention(self, layer: LayerScheme, ranges: Mapping[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
+        """Scales of the operands; that of the queries is for queries times the softmax scale."""
+        head_dim = self._parameters[f"{layer.module.rpartition('.')[0]}.q_norm.weight"].numel()
+        ranges = {**ranges, "q": ranges["q"] * head_dim**-0.5}
+        return {f"{part}_scale": partial(scale_of, ranges[part], layer.format, self._dtype) for part in OPERANDS}
+
+    def _linear(self, layer: LayerScheme, ranges: Mapping[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
+        weight_scale = scale_of(ranges["weight"], layer.format, self._dtype)
+        inverse = (1 / ranges["smooth"].double()).to(self._dtype) if layer.smooth else None
+        weight = self._parameters[f"{layer.module}.weight"]
+        makers: dict[str, Callable[[], Tensor]] = {
+            "input_scale": partial(scale_of, ranges["input"], layer.format, self._dtype),
+            "weight_scale": weight_scale.clone,
+            "weight": partial(quantized_weight, weight, weight_scale, layer.format, inverse),
+        }
+        return makers if inverse is None else makers | {"inverse_smooth": inverse.clone}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def quantized_weight(weight: Tensor, scale: Tensor, quantization: Format, inverse_smooth: Tensor | None) -> Tensor:
+    """``weight`` [out, in] in 8 bits with ``scale`` [] or [out], already rounded to the activations' type.
+
+    Symmetric and to nearest even. With SmoothQuant the weight is first divided by ``inverse_smooth`` [in] as stored,
+    so that the product with the smoothed input is that of the original layer.
+    """
+    wide = weight.float() if inverse_smooth is None else weight.float() / inverse_smooth.float()
+    largest = LARGEST[quantization]
+    scaled = (wide / scale.float().reshape(-1, 1)).clamp(-largest, largest)
+    return (scaled.round() if quantization == "int8" else scaled).to(STORED[quantization])
