@@ -22,6 +22,8 @@ from stiv_deploy.runtime.manifest import PORTABLE, Bucket, EngineRecord, FileRec
 from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour, import_tensorrt, targets
 
 AUTO = "auto"
+FP8_SM = 89
+"""The first compute capability whose tensor cores take FP8 (Ada; Hopper and Blackwell do too)."""
 Progress = Callable[["BuiltEngine"], None]
 
 
@@ -86,13 +88,27 @@ def _sm_of_gpu(trt: Any, flavour: Flavour, sm: str) -> str:
     return here
 
 
+def check_fp8(manifest: Manifest, graphs: Sequence[str], sm: str) -> None:
+    """:class:`BackendError` if one of ``graphs`` has FP8 layers and the GPU ``sm`` has no FP8 arithmetic."""
+    if manifest.quantization is None or sm == PORTABLE or int(sm) >= FP8_SM:
+        return
+    chosen = [name for name, choice in manifest.quantization.layers.items() if choice == "fp8"]
+    found = next((name for name in chosen if name.split(".")[0] in graphs), None)
+    if found is not None:
+        raise BackendError(
+            f"SM {sm} has no FP8 arithmetic (it begins with SM {FP8_SM}) and layer {found} of this bundle is FP8; "
+            "export with --precision int8, or build for another GPU"
+        )
+
+
 def choose_buckets(manifest: Manifest, names: Sequence[str]) -> list[Bucket]:
     """The buckets called ``names``, all if empty; :class:`EngineError` for an unknown one."""
     known = {bucket.name: bucket for bucket in manifest.buckets}
-    return [known[name] for name in _known(names, list(known), "bucket")]
+    return [known[name] for name in known_names(names, list(known), "bucket")]
 
 
-def _known(names: Sequence[str], known: Sequence[str], what: str) -> list[str]:
+def known_names(names: Sequence[str], known: Sequence[str], what: str) -> list[str]:
+    """``names``, all ``known`` ones if empty; :class:`EngineError` if one is not known."""
     unknown = [name for name in names if name not in known]
     if unknown:
         raise EngineError(f"unknown {what} {', '.join(unknown)}; the bundle has {', '.join(known)}")
@@ -118,7 +134,8 @@ class EngineBuild:
         self.version: str = trt.__version__
         self.sm = resolve_sm(trt, request.backend, request.sm)
         self.buckets = choose_buckets(bundle.manifest, request.buckets)
-        self.graphs = _known(request.graphs, list(bundle.manifest.graphs), "graph")
+        self.graphs = known_names(request.graphs, list(bundle.manifest.graphs), "graph")
+        check_fp8(bundle.manifest, self.graphs, self.sm)
         if not os.access(bundle.folder, os.W_OK):
             raise OutputError(
                 f"{bundle.folder}: engines cannot be written into this bundle; copy it to a folder you own"

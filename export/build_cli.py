@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 MIB = 2**20
 
 
-def _listed(values: list[str] | None) -> tuple[str, ...]:
+def listed(values: list[str] | None) -> tuple[str, ...]:
     """Options given repeatedly or as comma-separated lists, as one tuple without repeats."""
     names = [name.strip() for value in values or [] for name in value.split(",")]
     return tuple(dict.fromkeys(name for name in names if name))
 
 
-def _expanded(names: tuple[str, ...], known: "Sequence[str]") -> tuple[str, ...]:
+def expanded(names: tuple[str, ...], known: "Sequence[str]") -> tuple[str, ...]:
     """Replace the word ``blocks`` by the names of all blocks."""
     blocks = [name for name in known if name.startswith("block_")]
     return tuple(dict.fromkeys(each for name in names for each in (blocks if name == "blocks" else [name])))
@@ -98,8 +98,8 @@ def build(
     request = BuildRequest(
         backend=flavour,
         sm=sm.lower().removeprefix("sm"),
-        buckets=_listed(bucket),
-        graphs=_expanded(_listed(graphs), list(opened.manifest.graphs)),
+        buckets=listed(bucket),
+        graphs=expanded(listed(graphs), list(opened.manifest.graphs)),
         jobs=jobs or 0,
         cache=default_cache() if cache is None else cache,
         rebuild=rebuild,

@@ -15,17 +15,27 @@ NO_DRIVER = "cudaError 35"
 """Ahead-of-time builds complain of the missing driver and carry on; it is never why a build failed."""
 
 
+LAYER_FIELD = "LayerType: "
+"""Marks the one verbose message that lists the layers of a finished engine: its layer report."""
+
+
 def make_logger(trt: Any) -> Any:
-    """A TensorRT logger that keeps errors and warnings as ``(severity, message)`` in its ``messages``."""
+    """A TensorRT logger that keeps errors and warnings as ``(severity, message)`` in its ``messages``.
+
+    ``report`` collects the layer report, the only account of an engine's kernels that needs no GPU.
+    """
 
     class Collector(trt.ILogger):  # a class made late, as its base is known late
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.messages: list[tuple[str, str]] = []
+            self.report: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR, trt.ILogger.WARNING):
                 self.messages.append((severity.name, message))
+            elif LAYER_FIELD in message:
+                self.report.append(message)
 
     return Collector()
 
@@ -133,6 +143,8 @@ def build_engine(job: EngineJob) -> EngineResult:
         raise EngineError(last_error(logger.messages))
     seconds = time.perf_counter() - start
     Path(job.plan).write_bytes(plan)
+    if job.report is not None:
+        Path(job.report).write_text("\n".join(logger.report), encoding="utf-8")
     if job.timing_cache is not None:
         save_timing_cache(config, Path(job.timing_cache))
     return EngineResult(seconds=round(seconds, 3), bytes=plan.nbytes)

@@ -22,6 +22,7 @@ class EngineJob:
 
     ``sm`` is a compute capability without the dot (``"89"``), or ``None`` for an engine not bound to one.
     ``timing_cache`` is a file that TensorRT reads and extends (RTX measures nothing while building and has none).
+    ``report`` is a text file to write the builder's layer report to: which kernels it chose, and their types.
     """
 
     graph: str
@@ -32,6 +33,7 @@ class EngineJob:
     profiles: tuple[Profile, ...]
     optimization_level: int | None = None
     timing_cache: str | None = None
+    report: str | None = None
 
     def to_json(self) -> str:
         """This job as one line of JSON."""

@@ -1,0 +1,174 @@
+"""Builds each distinct graph of a bundle for the audit alone, per target and bucket; keeps the report, not the plan."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from stiv_deploy.export.build import check_fp8, known_names, resolve_sm
+from stiv_deploy.export.builder_processes import BuilderProcesses
+from stiv_deploy.export.engine_job import EngineJob
+from stiv_deploy.export.fusion_audit import AuditRow, Expectation, audit_graph, expectation
+from stiv_deploy.export.layer_report import EngineLayer, read_report
+from stiv_deploy.runtime.bundle import Bundle
+from stiv_deploy.runtime.engine_files import profile, sm_folder
+from stiv_deploy.runtime.errors import EngineError
+from stiv_deploy.runtime.manifest import PORTABLE, Bucket, Manifest
+from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour, import_tensorrt
+
+AUDITED = ("text_kv", "embed", "head", "step")
+"""Graphs beside the blocks that run in the bundle's type and are audited by default, ``step`` for stray types."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditedEngine:
+    """One engine that was built and checked, and the graphs that it stands for."""
+
+    target: str
+    bucket: str
+    graph: str
+    same: tuple[str, ...]
+    kernels: int
+    build_seconds: float
+    plan_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditReport:
+    """The checks and the engines that they were made on."""
+
+    rows: tuple[AuditRow, ...]
+    engines: tuple[AuditedEngine, ...]
+
+
+def distinct_graphs(manifest: Manifest, graphs: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The first of each kind of graph, and all of its kind: equal topology, and equal expectations from the plan."""
+    kinds: dict[str, list[str]] = {}
+    for graph in graphs:
+        kinds.setdefault(_kind(manifest, graph), []).append(graph)
+    return {same[0]: tuple(same) for same in kinds.values()}
+
+
+def _kind(manifest: Manifest, graph: str) -> str:
+    expected = expectation(manifest, graph).model_copy(update={"graph": ""})
+    return f"{manifest.graphs[graph].topology} {expected.model_dump_json()}"
+
+
+def default_graphs(manifest: Manifest) -> list[str]:
+    """All blocks and :data:`AUDITED`, in the bundle's order."""
+    return [name for name in manifest.graphs if name in AUDITED or name.startswith("block_")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """One engine to build: its job, what to expect of it, and for which graphs."""
+
+    job: EngineJob
+    expected: Expectation
+    target: str
+    bucket: str
+    same: tuple[str, ...]
+
+
+class Audit:
+    """One run of ``stiv audit``: everything is checked on construction, before the first builder starts.
+
+    Raises :class:`BundleError` for a damaged graph file, :class:`BackendError` for a missing library or an impossible
+    target among ``sms``, :class:`EngineError` for an unknown graph.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Flavour, sms: Sequence[str], graphs: Sequence[str], jobs: int) -> None:
+        trt = import_tensorrt(backend)
+        manifest = bundle.manifest
+        self.bundle, self.backend, self.jobs = bundle, backend, jobs
+        self.title = f"{TITLES[backend]} {trt.__version__}"
+        chosen = known_names(graphs or default_graphs(manifest), list(manifest.graphs), "graph")
+        targets = [resolve_sm(trt, backend, sm) for sm in sms]
+        for sm in targets:
+            check_fp8(manifest, chosen, sm)
+        kinds = distinct_graphs(manifest, chosen)
+        self._folder = tempfile.TemporaryDirectory(prefix="stiv-audit-")
+        self.tasks = [
+            self._task(graph, same, sm, bucket)
+            for sm in targets
+            for graph, same in kinds.items()
+            for bucket in manifest.buckets
+        ]
+        self._builders = BuilderProcesses()
+
+    def _task(self, graph: str, same: tuple[str, ...], sm: str, bucket: Bucket) -> _Task:
+        """The engine of ``graph`` for one target and bucket: what fuses depends on the sizes, so each is looked at."""
+        manifest = self.bundle.manifest
+        path = f"{self._folder.name}/{sm_folder(sm)}-{graph}-{bucket.name}"
+        job = EngineJob(
+            graph=graph,
+            onnx=str(self.bundle.graph_file(graph)),
+            plan=f"{path}.plan",
+            backend=self.backend,
+            sm=None if sm == PORTABLE else sm,
+            profiles=(profile(manifest.graphs[graph].spec, manifest.model, bucket),),
+            report=f"{path}.txt",
+        )
+        expected = expectation(manifest, graph)
+        return _Task(job=job, expected=expected, target=sm_folder(sm), bucket=bucket.name, same=same)
+
+    def _run(self, task: _Task) -> tuple[list[AuditRow], AuditedEngine]:
+        result = self._builders.run(task.job)
+        if result.error is not None:
+            raise EngineError(f"{task.job.graph}: {self.title} cannot build it for {task.target}: {result.error}")
+        assert task.job.report is not None
+        layers = read_report(Path(task.job.report))
+        Path(task.job.plan).unlink()
+        engine = AuditedEngine(
+            target=task.target,
+            bucket=task.bucket,
+            graph=task.job.graph,
+            same=task.same,
+            kernels=kernel_count(layers),
+            build_seconds=result.seconds,
+            plan_bytes=result.bytes,
+        )
+        return audit_graph(layers, task.expected, task.target, task.bucket), engine
+
+    def run(self, report: Callable[[str, int, int], None]) -> AuditReport:
+        """Build and check everything; ``report`` hears what was done, how many are, and how many there are.
+
+        Raises :class:`EngineError` with the builder's own words if a graph cannot be built.
+        """
+        rows: list[AuditRow] = []
+        engines: list[AuditedEngine] = []
+        pool = ThreadPoolExecutor(self.jobs)
+        try:
+            for done, (checks, engine) in enumerate(pool.map(self._run, self.tasks), 1):
+                rows += checks
+                engines.append(engine)
+                report(f"{engine.graph} {engine.target}", done, len(self.tasks))
+        except BaseException:
+            self._builders.stop()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+            self._folder.cleanup()
+        return AuditReport(rows=tuple(rows), engines=tuple(engines))
+
+
+def kernel_count(layers: Sequence[EngineLayer]) -> int:
+    """Layers that launch a kernel."""
+    return sum(layer.is_kernel for layer in layers)
+
+
+def audit_log(bundle: Bundle, graph: str, path: Path) -> AuditReport:
+    """Audit the engine that a build log tells of: ``graph`` of ``bundle``, built by whoever wrote the log."""
+    layers = read_report(path)
+    rows = audit_graph(layers, expectation(bundle.manifest, graph), path.name, "of the log")
+    engine = AuditedEngine(
+        target=path.name,
+        bucket="of the log",
+        graph=graph,
+        same=(graph,),
+        kernels=kernel_count(layers),
+        build_seconds=0.0,
+        plan_bytes=0,
+    )
+    return AuditReport(rows=tuple(rows), engines=(engine,))
