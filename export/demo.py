@@ -166,20 +166,49 @@ def report(run: DemoRun, checkpoint: Path) -> Path:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path("out/demo"),
+    out: Annotated[Path | None, typer.Option(help="Folder for everything. [default: out/demo, out/demo-fp8]")] = None,
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder.")] = CHECKPOINT,
     sm: Annotated[str, typer.Option(help="Compute capability of the engines, without the dot.")] = SM,
+    precision: Annotated[str | None, typer.Option(help="fp8 or int8: the chain of a quantized bundle.")] = None,
 ) -> None:
-    """Run the whole chain: export, build, parity, generate, report."""
+    """Run the whole chain: export, build, parity, generate, report; with --precision also calibrate and audit."""
+    out = out or Path("out/demo" if precision is None else f"out/demo-{precision}")
+    passed = _plain(out, checkpoint, sm) if precision is None else _quantized(out, checkpoint, sm, precision)
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _plain(out: Path, checkpoint: Path, sm: str) -> bool:
+    """The float32 chain in this process; whether its gates passed."""
     out.mkdir(parents=True, exist_ok=True)
     run = DemoRun(out, Console())
     export_stage(run, checkpoint)
     build_stage(run, sm)
     parity_stage(run)
     generate_stage(run)
-    written = report(run, checkpoint)
+    finish(run, report(run, checkpoint))
+    return bool(run.parity.passed)
+
+
+def _quantized(out: Path, checkpoint: Path, sm: str, precision: str) -> bool:
+    """The 8-bit chain of commands; whether its gates passed."""
+    from stiv_deploy.export.demo_quantized import FORMATS, QuantizedDemo, quantized_demo
+    from stiv_deploy.export.errors import ExportError
+
+    chosen = next((name for name in FORMATS if name == precision), None)
+    if chosen is None:
+        raise ExportError(f"--precision {precision}: the demo has {' and '.join(FORMATS)}; leave it out for float32")
+    out.mkdir(parents=True, exist_ok=True)
+    run = QuantizedDemo(out, Console())
+    finish(run, quantized_demo(run, checkpoint, sm, chosen))
+    if run.failed:
+        run.console.print(f"[bold]demo FAILED[/bold]: {', '.join(run.failed)}; see above")
+    return not run.failed
+
+
+def finish(run: DemoRun, written: Path) -> None:
+    """Say how long it took and what there is to look at."""
     run.console.print(f"\n{sum(run.seconds.values()):.0f} s in all. Look at:")
-    for path in (written, *sorted(out.glob("*.mp4")), *sorted(out.glob("*.png")), out / "parity.json", out / "bundle"):
+    found = [path for kind in ("mp4", "png", "json") for path in sorted(run.out.glob(f"*.{kind}"))]
+    for path in (written, *found, run.out / "bundle"):
         run.console.print(f"  {path}", highlight=False)
-    if not run.parity.passed:
-        raise typer.Exit(1)

@@ -9,31 +9,40 @@ loses there is what nobody can ask a backend not to lose. Gates (relative L2 err
   different roundings.
 
 The float32 caps are the project's promise; the floor covers sums taken in another order.
+
+A bundle with 8-bit layers has the same levels. Graphs without such layers keep the rules above; for everything else the
+yardstick is the fake-quantized reference, with the rules of :mod:`export.parity_draws`, and a second row each (level
+``direct_...``) compares the backend with that model instead of the truth.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from stiv_deploy.calibration.scales import Scales
 from stiv_deploy.export.graphs import torch_dtype
 from stiv_deploy.export.oracle import Oracle, Tensors
+from stiv_deploy.export.parity_draws import UNIT_ROUNDING, Draws, quantized_gate, rel_l2
 from stiv_deploy.export.parity_requests import Request, parity_requests
+from stiv_deploy.export.parity_runs import TeacherForced, prepared_denoiser, probe
 from stiv_deploy.runtime.backends import open_backend
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle import Bundle
-from stiv_deploy.runtime.contract import block_names, dimensions, graph_specs
-from stiv_deploy.runtime.denoiser import Denoiser
+from stiv_deploy.runtime.contract import dimensions, graph_specs
 from stiv_deploy.runtime.manifest import ParityRow
 from stiv_deploy.runtime.sampler import Sampler
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.sampler import sample
 
-UNIT_ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 FLOAT32_CAPS = {"op": 1e-5, "block": 1e-5, "step": 1e-4, "teacher_forced": 1e-4}
 FACTORS = {"op": 2.0, "block": 2.0, "step": 2.0, "teacher_forced": 2.0, "free_run": 4.0}
 FLOOR = 4.0
+DIRECT = "direct_"
+"""Prefix of the levels that compare with the fake-quantized reference."""
 
 Progress = Callable[[str], None]
 
@@ -55,7 +64,7 @@ class VideoGate:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """All rows of a run; ``yardsticks`` holds plain PyTorch's error, row by row."""
+    """All rows of a run; ``yardsticks`` holds plain PyTorch's error (of 8-bit rows the mean over draws), row by row."""
 
     rows: tuple[ParityRow, ...]
     yardsticks: tuple[float, ...]
@@ -67,12 +76,6 @@ class ParityReport:
         return all(row.passed for row in self.rows) and all(gate.passed for gate in self.video)
 
 
-def rel_l2(got: Tensor, truth: Tensor) -> float:
-    """Relative L2 error in fp64; NaN anywhere gives NaN, which no gate passes."""
-    got, truth = got.double(), truth.double()
-    return (torch.linalg.vector_norm(got - truth) / torch.linalg.vector_norm(truth).clamp_min(1e-300)).item()
-
-
 def gate_of(level: str, precision: str, yardstick: float) -> float:
     """The largest relative L2 error that passes; see the module's text for the rule."""
     derived = FACTORS[level] * yardstick + FLOOR * UNIT_ROUNDING[precision]
@@ -82,8 +85,10 @@ def gate_of(level: str, precision: str, yardstick: float) -> float:
 class _Ladder:
     """Collects rows for one backend."""
 
-    def __init__(self, backend: Backend, bundle: Bundle, checkpoint: Checkpoint, progress: Progress) -> None:
-        self.backend, self.bundle, self.checkpoint, self.progress = backend, bundle, checkpoint, progress
+    def __init__(
+        self, backend: Backend, bundle: Bundle, checkpoint: Checkpoint, draws: Draws | None, progress: Progress
+    ) -> None:
+        self.backend, self.bundle, self.draws, self.progress = backend, bundle, draws, progress
         self.manifest = bundle.manifest
         self.precision = bundle.manifest.precision
         self.truth = Oracle(checkpoint, torch.float64)
@@ -94,13 +99,23 @@ class _Ladder:
 
     def add(self, level: str, name: str, got: Tensor, plain: Tensor, truth: Tensor) -> None:
         """Record one comparison."""
-        error, yardstick = rel_l2(got, truth), rel_l2(plain, truth)
-        gate = gate_of(level, self.precision, yardstick)
+        yardstick = rel_l2(plain, truth)
+        self._record(level, name, got, truth, yardstick, gate_of(level, self.precision, yardstick))
+
+    def add_quantized(self, level: str, name: str, got: Tensor, draws: Sequence[Tensor], truth: Tensor) -> None:
+        """Record the comparisons with the truth and with the first of ``draws``."""
+        for prefix, others, reference in (("", draws, truth), (DIRECT, draws[1:], draws[0])):
+            errors = [rel_l2(each, reference) for each in others]
+            gate = quantized_gate(self.precision, errors)
+            self._record(prefix + level, name, got, reference, statistics.fmean(errors), gate)
+
+    def _record(self, level: str, name: str, got: Tensor, truth: Tensor, yardstick: float, gate: float) -> None:
+        error, quantization = rel_l2(got, truth), self.manifest.quantization
         row = ParityRow(
             level=level,
             name=name,
             backend=self.backend.name,
-            precision=self.precision,
+            precision=f"{quantization.format}/{self.precision}" if quantization else self.precision,
             rel_l2=error,
             max_abs=(got.double() - truth.double()).abs().max().item(),
             gate=gate,
@@ -140,11 +155,17 @@ class _Ladder:
         for graph, inputs in probe(self.truth, request, self.manifest.model.blocks):
             self.progress(f"{self.backend.name}: {graph}")
             given = self.as_given(graph, inputs)
-            truth, plain = self.truth.run(graph, given), self.plain.run(graph, given)
+            truth = self.truth.run(graph, given)
+            quantized = self.draws is not None and graph in self.draws.graphs
+            draws = self.draws.graph(graph, given) if self.draws is not None and quantized else []
+            plain = {} if quantized else self.plain.run(graph, given)
             level = "block" if graph.startswith("block_") else "op"
             for name, got in self.execute(graph, given, dims).items():
                 label = graph if level == "block" else f"{graph}.{name}"
-                self.add(level, label, got, plain[name], truth[name])
+                if quantized:
+                    self.add_quantized(level, label, got, [draw[name] for draw in draws], truth[name])
+                else:
+                    self.add(level, label, got, plain[name], truth[name])
 
     def as_given(self, graph: str, inputs: Mapping[str, Tensor]) -> Tensors:
         """``inputs`` rounded to the types of the contract, which all three sides then start from."""
@@ -153,43 +174,56 @@ class _Ladder:
         return {name: inputs[name].to(dtype).contiguous() for name, dtype in types.items()}
 
     def trajectory(self, request: Request) -> None:
-        """Levels step and teacher-forced: each step of the oracle's run, from the oracle's latents.
+        """Levels step and teacher-forced: each step of the oracle's run, from the oracle's latents."""
+        points: list[Tensor] = []
+        truth: list[Tensor] = []
 
-        The teacher-forced row is the step that comes nearest to its gate.
-        """
-        records: list[tuple[Tensor, Tensor]] = []
-        truth_inputs = self.truth.sampling_inputs(request)
-        sample(
-            self.truth.boundary, truth_inputs, request.settings, lambda _step, before, v: records.append((before, v))
-        )
+        def keep(_step: int, before: Tensor, velocity: Tensor) -> None:
+            points.append(before.float())
+            truth.append(velocity)
+
+        sample(self.truth.boundary, self.truth.sampling_inputs(request), request.settings, keep)
+        self.progress(f"{self.backend.name}: {request.name}, {len(points)} steps from the reference's latents")
         runner = TeacherForced(self.backend, self.bundle, self.dims(request), request)
-        plain_inputs = self.plain.sampling_inputs(request)
-        times = request.times()
-        worst: tuple[float, Tensor, Tensor, Tensor] | None = None
-        for step, (before, truth) in enumerate(records):
-            self.progress(f"{self.backend.name}: {request.name}, step {step + 1} of {len(records)}")
-            latents = before.float()
-            got = runner.velocity(latents, step)
-            plain = self.plain.guided_velocity(latents, plain_inputs, request.settings, times[step])
-            if step == 0:
-                self.add("step", request.name, got, plain, truth)
-            gate = gate_of("teacher_forced", self.precision, rel_l2(plain, truth))
-            share = rel_l2(got, truth) / gate
-            if worst is None or not share <= worst[0]:
-                worst = (share, got, plain, truth)
-        assert worst is not None
-        self.add("teacher_forced", request.name, *worst[1:])
+        got = [runner.velocity(latents, step) for step, latents in enumerate(points)]
+        if self.draws is None:
+            self._steps(request, points, got, truth)
+        else:
+            self._quantized_steps(request.name, torch.cat(got), self.draws.velocities(request, points), truth)
+
+    def _steps(
+        self, request: Request, points: Sequence[Tensor], got: Sequence[Tensor], truth: Sequence[Tensor]
+    ) -> None:
+        """The teacher-forced row is the step that comes nearest to its gate."""
+        inputs, times = self.plain.sampling_inputs(request), request.times()
+        plain = [
+            self.plain.guided_velocity(latents, inputs, request.settings, time)
+            for latents, time in zip(points, times, strict=False)
+        ]
+        gates = [gate_of("teacher_forced", self.precision, rel_l2(*pair)) for pair in zip(plain, truth, strict=True)]
+        shares = [rel_l2(*pair) / gate for *pair, gate in zip(got, truth, gates, strict=True)]
+        worst = max(range(len(shares)), key=lambda step: math.inf if math.isnan(shares[step]) else shares[step])
+        for level, step in (("step", 0), ("teacher_forced", worst)):
+            self.add(level, request.name, got[step], plain[step], truth[step])
+
+    def _quantized_steps(self, name: str, got: Tensor, draws: Sequence[Tensor], truth: Sequence[Tensor]) -> None:
+        """The teacher-forced row is the error over all steps [steps, T, C, h, w]: its spread over draws is small."""
+        whole = torch.cat(list(truth))
+        self.add_quantized("step", name, got[0], [draw[0] for draw in draws], whole[0])
+        self.add_quantized("teacher_forced", name, got, draws, whole)
 
     def free_run(self, request: Request) -> None:
         """Level free_run: the whole loop by itself; given frames must be bit-equal; then the gates on the video."""
         self.progress(f"{self.backend.name}: {request.name}, free run")
         truth = sample(self.truth.boundary, self.truth.sampling_inputs(request), request.settings)
-        plain = sample(self.plain.boundary, self.plain.sampling_inputs(request), request.settings)
         denoiser = prepared_denoiser(self.backend, self.bundle, self.dims(request), request)
         noise, clean, mask = (tensor.numpy() for tensor in request.inputs[:3])
-        result = Sampler(denoiser).run(noise, clean, mask, request.runtime_settings())
-        latents = torch.from_numpy(result)
-        self.add("free_run", request.name, latents, plain, truth)
+        latents = torch.from_numpy(Sampler(denoiser).run(noise, clean, mask, request.runtime_settings()))
+        if self.draws is None:
+            plain = sample(self.plain.boundary, self.plain.sampling_inputs(request), request.settings)
+            self.add("free_run", request.name, latents, plain, truth)
+        else:
+            self.add_quantized("free_run", request.name, latents, self.draws.free_runs(request), truth)
         self.gate_video(request, latents, truth)
 
     def gate_video(self, request: Request, latents: Tensor, truth: Tensor) -> None:
@@ -214,119 +248,26 @@ def _motion(video: Tensor) -> float:
     return video.diff(dim=1).abs().mean().item()
 
 
-def probe(oracle: Oracle, request: Request, blocks: int) -> Iterator[tuple[str, Tensors]]:
-    """Every graph of the contract with its inputs as they are half-way through ``request``, computed by ``oracle``."""
-    inputs = oracle.sampling_inputs(request)
-    clean, noise, mask = inputs.clean, inputs.noise, inputs.frame_mask
-    count, half = request.branches, 0.5
-    tokens: Tensors = {"token_ids": request.token_ids, "token_mask": request.token_mask}
-    yield "text_encoder", tokens
-    text = oracle.run("text_encoder", tokens)
-    yield "text_kv", text
-    kv = oracle.run("text_kv", text)
-    yield "image_encoder", {"video": request.video}
-    latents = half * oracle.run("image_encoder", {"video": request.video})["latents"] + half * noise
-    model_input = latents.repeat(count, 1, 1, 1, 1)
-    timestep = torch.full((len(model_input),), half, dtype=torch.float64)
-    embed = {
-        "model_input": model_input,
-        "timestep": timestep,
-        "micro": inputs.micro.repeat(count, 1),
-        "pooled": text["pooled"],
-        **oracle.rope(latents),
-    }
-    yield "embed", embed
-    state = oracle.run("embed", embed)
-    fixed = {"modulation": state["modulation"], "text_mask": request.text_mask(), **oracle.rope(latents)}
-    x = state["x"]
-    for index, name in enumerate(block_names(blocks)):
-        given = {"x": x, **fixed, "text_k": kv["text_k"][index], "text_v": kv["text_v"][index]}
-        yield name, given
-        x = oracle.run(name, given)["x_out"]
-    head = {"x": x, "condition": state["condition"], "model_input": model_input}
-    yield "head", head
-    velocity = oracle.run("head", head)["velocity"]
-    yield (
-        "step",
-        {
-            "velocity": velocity.unflatten(0, (count, -1)),
-            "latents": latents,
-            "clean": clean,
-            "noise": noise,
-            "frame_mask": mask,
-            "branch_mask": request.branch_mask(),
-            "branch_weights": request.branch_weights(),
-            "previous_velocity": torch.zeros_like(noise),
-            "solver_weights": torch.tensor([1.0, 0.0]),
-            "dt": torch.tensor([0.1]),
-            "next_timestep": torch.tensor([0.6]),
-            "renorm": torch.tensor([1.0]),
-        },
-    )
-    yield "decoder", {"latents": latents}
-
-
-def prepared_denoiser(backend: Backend, bundle: Bundle, dims: dict[str, int], request: Request) -> Denoiser:
-    """A denoiser that holds the text and micro-conditions of ``request``."""
-    denoiser = Denoiser(backend, bundle.manifest, dims)
-    denoiser.set_text(request.token_ids.numpy(), request.token_mask.numpy())
-    denoiser.set_micro(request.inputs.micro.repeat(request.branches, 1).numpy())
-    return denoiser
-
-
-class TeacherForced:
-    """Guided velocity of the bundle at latents that someone else gives: one model call and one ``step``."""
-
-    def __init__(self, backend: Backend, bundle: Bundle, dims: dict[str, int], request: Request) -> None:
-        self.backend = backend
-        self.times = request.times()
-        self.denoiser = prepared_denoiser(backend, bundle, dims, request)
-        spec = self.denoiser.specs["step"]
-        tensors = (*spec.inputs, *spec.outputs)
-        self.buffers = {tensor.name: backend.empty(tensor.sized(dims), tensor.dtype) for tensor in tensors}
-        shape = self.buffers["velocity"].shape
-        self.buffers["velocity"] = self.denoiser.velocity.reshape(*shape)
-        self.buffers["next_model_input"] = self.denoiser.model_input.reshape(*shape)
-        self.step = self.denoiser.bind("step", **self.buffers)
-        self._write(
-            clean=request.inputs.clean,
-            noise=request.inputs.noise,
-            frame_mask=request.inputs.frame_mask,
-            branch_mask=request.branch_mask(),
-            branch_weights=request.branch_weights(),
-            previous_velocity=torch.zeros(self.buffers["latents"].shape),
-            solver_weights=torch.tensor([1.0, 0.0]),
-            renorm=torch.tensor([float(request.settings.renorm)]),
-            dt=torch.zeros(1),
-        )
-
-    def _write(self, **tensors: Tensor) -> None:
-        for name, tensor in tensors.items():
-            self.backend.write(self.buffers[name], tensor.contiguous().numpy())
-
-    def velocity(self, latents: Tensor, step: int) -> Tensor:
-        """Guided velocity [B, T, C, h, w] at ``latents`` and time ``step`` of the schedule."""
-        time = torch.tensor([self.times[step]], dtype=torch.float32)
-        zeros = torch.zeros(self.buffers["velocity"].shape)
-        self._write(latents=latents, next_timestep=time, velocity=zeros)
-        self.step()  # dt = 0: makes the model input
-        self.backend.write(self.denoiser.timestep, time.repeat(self.denoiser.dims["model_batch"]).numpy())
-        self.denoiser()
-        self.step()
-        return torch.from_numpy(self.backend.read(self.buffers["guided_velocity"]))
-
-
 def run_parity(
-    bundle: Bundle, checkpoint: Checkpoint, backends: Sequence[str], steps: int, progress: Progress
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    backends: Sequence[str],
+    steps: int,
+    progress: Progress,
+    scales: Scales | None = None,
 ) -> ParityReport:
-    """Run the ladder for each of ``backends``, on a T2V and a TI2V request with JIT-CFG and a TI2V one with SIT-CFG."""
+    """Run the ladder for each of ``backends``, on a T2V and a TI2V request with JIT-CFG and a TI2V one with SIT-CFG.
+
+    ``scales`` are those that a bundle with 8-bit layers was exported with.
+    """
     requests = parity_requests(bundle.manifest, checkpoint, steps)
+    draws = None if scales is None else Draws(checkpoint, bundle.manifest, scales)
     rows: list[ParityRow] = []
     yardsticks: list[float] = []
     video: list[VideoGate] = []
     for name in backends:
         with open_backend(name, bundle) as backend:
-            ladder = _Ladder(backend, bundle, checkpoint, progress)
+            ladder = _Ladder(backend, bundle, checkpoint, draws, progress)
             ladder.graphs(requests[-1])
             for request in requests:
                 ladder.trajectory(request)

@@ -18,6 +18,12 @@ def parity(
         Path | None,
         typer.Option(help="What the bundle was exported from; by default the one below checkpoints/ with its hash."),
     ] = None,
+    scales: Annotated[
+        Path | None,
+        typer.Option(
+            help="Scales of an fp8 or int8 bundle; by default the file with its hash in or beside the bundle."
+        ),
+    ] = None,
     backend: Annotated[
         list[str] | None, typer.Option(help="Backend to measure (repeatable); by default all that run here.")
     ] = None,
@@ -26,20 +32,29 @@ def parity(
 ) -> None:
     """Compare every graph, every step and whole runs with the reference; exit 1 if a gate fails.
 
-    The truth is the reference in float64; gates derive from what plain PyTorch loses in the bundle's precision.
+    The truth is the reference in float64; gates derive from what plain PyTorch loses in the bundle's precision. For a
+    bundle with 8-bit layers that is the fake-quantized reference, and direct_ rows compare with it.
     """
     from rich.console import Console
 
     from stiv_deploy.export.parity import run_parity
-    from stiv_deploy.export.parity_files import check_json_target, opened_pair, record_rows, runnable, write_json
+    from stiv_deploy.export.parity_files import (
+        check_json_target,
+        opened_pair,
+        opened_scales,
+        record_rows,
+        runnable,
+        write_json,
+    )
 
     if json_file is not None:
         check_json_target(json_file)
     opened, loaded = opened_pair(bundle, checkpoint, CHECKPOINTS)
+    ranges = opened_scales(opened, scales)
     backends = runnable(opened, backend)
     console = Console()
     with console.status("parity") as status:
-        report = run_parity(opened, loaded, backends, steps, status.update)
+        report = run_parity(opened, loaded, backends, steps, status.update, ranges)
     if record:
         record_rows(opened, report)
     if json_file is not None:
@@ -62,7 +77,10 @@ def parity_table(report: "ParityReport", backend: str) -> Any:
 
     pairs = [pair for pair in zip(report.rows, report.yardsticks, strict=True) if pair[0].backend == backend]
     table = Table(
-        title=f"{backend}, {pairs[0][0].precision}: relative L2 error against the float64 reference", box=SIMPLE
+        title=f"{backend}, {pairs[0][0].precision}: relative L2 error against the float64 reference",
+        caption="direct: against the fake-quantized reference" if any(_direct(row.level) for row, _ in pairs) else None,
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
     )
     for name in ("level", "name"):
         table.add_column(name, no_wrap=True)
@@ -70,8 +88,16 @@ def parity_table(report: "ParityReport", backend: str) -> Any:
         table.add_column(name, justify="right", no_wrap=True)
     for row, yardstick in pairs:
         numbers = (f"{value:.1e}" for value in (row.rel_l2, yardstick, row.gate))
-        table.add_row(row.level, row.name, *numbers, "yes" if row.passed else "NO")
+        table.add_row(
+            "  direct" if _direct(row.level) else row.level, row.name, *numbers, "yes" if row.passed else "NO"
+        )
     return table
+
+
+def _direct(level: str) -> bool:
+    from stiv_deploy.export.parity import DIRECT
+
+    return level.startswith(DIRECT)
 
 
 def video_table(report: "ParityReport") -> Any:

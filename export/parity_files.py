@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stiv_deploy.calibration.scales import Scales, file_hash, load_scales
 from stiv_deploy.export.parity import ParityReport
 from stiv_deploy.runtime.backends import BACKENDS, available
 from stiv_deploy.runtime.bundle import Bundle, write_manifest
@@ -33,6 +34,32 @@ def opened_pair(bundle: Path, checkpoint: Path | None, folder: Path) -> tuple[Bu
             f"name the right one, or run 'stiv export {checkpoint} --out {bundle}'"
         )
     return opened, loaded
+
+
+def opened_scales(bundle: Bundle, scales: Path | None) -> Scales | None:
+    """The scales that ``bundle`` was exported with, None for one without 8-bit layers.
+
+    By default they are looked for by their hash in the bundle's folder and beside it. Raises :class:`BundleError` if
+    they are not there or others, :class:`CalibrationError` if the file is damaged.
+    """
+    record = bundle.manifest.quantization
+    if record is None:
+        if scales is not None:
+            raise BundleError(f"{bundle.folder}: this bundle has no 8-bit layers; leave out --scales")
+        return None
+    if scales is None:
+        folders = (bundle.folder, bundle.folder.absolute().parent)
+        candidates = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
+        scales = next((path for path in candidates if file_hash(path) == record.scales), None)
+        if scales is None:
+            raise BundleError(
+                f"{bundle.folder}: the scales it was exported with are neither in it nor beside it; "
+                "name the file with --scales"
+            )
+    elif not scales.is_file() or file_hash(scales) != record.scales:
+        what = "not what this bundle was exported with" if scales.is_file() else "no such file"
+        raise BundleError(f"{scales}: {what} (SHA-256 {record.scales[:12]}); name the right scales with --scales")
+    return load_scales(scales)
 
 
 def runnable(bundle: Bundle, asked: Sequence[str] | None) -> list[str]:

@@ -1,0 +1,115 @@
+"""What the parity ladder runs: every graph's inputs, and the bundle's denoiser along the reference's trajectory."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from stiv_deploy.export.oracle import Oracle, Tensors
+from stiv_deploy.export.parity_requests import Request
+from stiv_deploy.runtime.backends.base import Backend
+from stiv_deploy.runtime.bundle import Bundle
+from stiv_deploy.runtime.contract import block_names
+from stiv_deploy.runtime.denoiser import Denoiser
+
+
+def probe(oracle: Oracle, request: Request, blocks: int) -> Iterator[tuple[str, Tensors]]:
+    """Every graph of the contract with its inputs as they are half-way through ``request``, computed by ``oracle``."""
+    inputs = oracle.sampling_inputs(request)
+    clean, noise, mask = inputs.clean, inputs.noise, inputs.frame_mask
+    count, half = request.branches, 0.5
+    tokens: Tensors = {"token_ids": request.token_ids, "token_mask": request.token_mask}
+    yield "text_encoder", tokens
+    text = oracle.run("text_encoder", tokens)
+    yield "text_kv", text
+    kv = oracle.run("text_kv", text)
+    yield "image_encoder", {"video": request.video}
+    latents = half * oracle.run("image_encoder", {"video": request.video})["latents"] + half * noise
+    model_input = latents.repeat(count, 1, 1, 1, 1)
+    timestep = torch.full((len(model_input),), half, dtype=torch.float64)
+    embed = {
+        "model_input": model_input,
+        "timestep": timestep,
+        "micro": inputs.micro.repeat(count, 1),
+        "pooled": text["pooled"],
+        **oracle.rope(latents),
+    }
+    yield "embed", embed
+    state = oracle.run("embed", embed)
+    fixed = {"modulation": state["modulation"], "text_mask": request.text_mask(), **oracle.rope(latents)}
+    x = state["x"]
+    for index, name in enumerate(block_names(blocks)):
+        given = {"x": x, **fixed, "text_k": kv["text_k"][index], "text_v": kv["text_v"][index]}
+        yield name, given
+        x = oracle.run(name, given)["x_out"]
+    head = {"x": x, "condition": state["condition"], "model_input": model_input}
+    yield "head", head
+    velocity = oracle.run("head", head)["velocity"]
+    yield (
+        "step",
+        {
+            "velocity": velocity.unflatten(0, (count, -1)),
+            "latents": latents,
+            "clean": clean,
+            "noise": noise,
+            "frame_mask": mask,
+            "branch_mask": request.branch_mask(),
+            "branch_weights": request.branch_weights(),
+            "previous_velocity": torch.zeros_like(noise),
+            "solver_weights": torch.tensor([1.0, 0.0]),
+            "dt": torch.tensor([0.1]),
+            "next_timestep": torch.tensor([0.6]),
+            "renorm": torch.tensor([1.0]),
+        },
+    )
+    yield "decoder", {"latents": latents}
+
+
+def prepared_denoiser(backend: Backend, bundle: Bundle, dims: dict[str, int], request: Request) -> Denoiser:
+    """A denoiser that holds the text and micro-conditions of ``request``."""
+    denoiser = Denoiser(backend, bundle.manifest, dims)
+    denoiser.set_text(request.token_ids.numpy(), request.token_mask.numpy())
+    denoiser.set_micro(request.inputs.micro.repeat(request.branches, 1).numpy())
+    return denoiser
+
+
+class TeacherForced:
+    """Guided velocity of the bundle at latents that someone else gives: one model call and one ``step``."""
+
+    def __init__(self, backend: Backend, bundle: Bundle, dims: dict[str, int], request: Request) -> None:
+        self.backend = backend
+        self.times = request.times()
+        self.denoiser = prepared_denoiser(backend, bundle, dims, request)
+        spec = self.denoiser.specs["step"]
+        tensors = (*spec.inputs, *spec.outputs)
+        self.buffers = {tensor.name: backend.empty(tensor.sized(dims), tensor.dtype) for tensor in tensors}
+        shape = self.buffers["velocity"].shape
+        self.buffers["velocity"] = self.denoiser.velocity.reshape(*shape)
+        self.buffers["next_model_input"] = self.denoiser.model_input.reshape(*shape)
+        self.step = self.denoiser.bind("step", **self.buffers)
+        self._write(
+            clean=request.inputs.clean,
+            noise=request.inputs.noise,
+            frame_mask=request.inputs.frame_mask,
+            branch_mask=request.branch_mask(),
+            branch_weights=request.branch_weights(),
+            previous_velocity=torch.zeros(self.buffers["latents"].shape),
+            solver_weights=torch.tensor([1.0, 0.0]),
+            renorm=torch.tensor([float(request.settings.renorm)]),
+            dt=torch.zeros(1),
+        )
+
+    def _write(self, **tensors: Tensor) -> None:
+        for name, tensor in tensors.items():
+            self.backend.write(self.buffers[name], tensor.contiguous().numpy())
+
+    def velocity(self, latents: Tensor, step: int) -> Tensor:
+        """Guided velocity [B, T, C, h, w] at ``latents`` and time ``step`` of the schedule."""
+        time = torch.tensor([self.times[step]], dtype=torch.float32)
+        zeros = torch.zeros(self.buffers["velocity"].shape)
+        self._write(latents=latents, next_timestep=time, velocity=zeros)
+        self.step()  # dt = 0: makes the model input
+        self.backend.write(self.denoiser.timestep, time.repeat(self.denoiser.dims["model_batch"]).numpy())
+        self.denoiser()
+        self.step()
+        return torch.from_numpy(self.backend.read(self.buffers["guided_velocity"]))
