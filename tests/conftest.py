@@ -1,5 +1,6 @@
 """Shared by all tests: the shipped checkpoint, its bundle, and the order of the tests."""
 
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models gain nothing from more, and lose much on a busy machine
 
 
 def no_gpu_reason() -> str | None:
