@@ -45,7 +45,7 @@ test: $(STAMP) ## All tests, fast ones first, with the reasons of the skipped
 	@$(BIN)/python -m pytest -q -rs
 
 test-fast: $(STAMP) ## The tests that take a moment each
-	@$(BIN)/python -m pytest -q -rs -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -q -rs -n auto -m "not slow and not gpu"
 
 lint: $(STAMP) build/typing ## ruff and mypy
 	@$(BIN)/python -m ruff check $(LINTED)
