@@ -38,6 +38,10 @@ FLOOR = {torch.float32: FLOAT32_GATE, torch.float16: 2.0**-11, torch.bfloat16: 2
 """Floor of the gates, the unit roundoff of half precisions: two right results may round each value differently."""
 
 
+TOKEN_BYTES = 2**27
+"""Largest size of a block's tokens in float32 (128 MiB) that a check takes with more than one row of the batch."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckRow:
     """Result of one graph at one size: the worst output's error and its gate. ``rel_l2`` is None if not executed."""
@@ -50,7 +54,11 @@ class CheckRow:
 
 
 def check_sizes(bucket: Bucket, facts: ModelFacts) -> dict[str, dict[str, int]]:
-    """Symbol values to check at: minimum, typical, maximum and an odd size inside, not square where there is room."""
+    """Symbol values to check at: minimum, typical, maximum and an odd size inside, not square where there is room.
+
+    Sizes whose tokens exceed :data:`TOKEN_BYTES` have a smaller batch: its rows are computed alike, and a check holds
+    several times its tokens (hidden layer of the FFN, reference and simulation beside the graph).
+    """
     corners: tuple[Literal["min", "typical", "max"], ...] = ("min", "typical", "max")
     sizes: dict[str, dict[str, int]] = {which: bucket.dims(facts, which) for which in corners}
     sizes["odd"] = dimensions(
@@ -62,7 +70,15 @@ def check_sizes(bucket: Bucket, facts: ModelFacts) -> dict[str, dict[str, int]]:
         width=_odd_inside(bucket.width, facts.pixel_multiple, 0.5),
         text_tokens=max(1, facts.max_text_tokens // 2 - 1),
     )
-    return sizes
+    return {which: _fitting(dims, facts) for which, dims in sizes.items()}
+
+
+def _fitting(dims: dict[str, int], facts: ModelFacts) -> dict[str, int]:
+    """``dims`` with as many branches, then requests, as :data:`TOKEN_BYTES` has room for; at least one of each."""
+    rows = max(1, TOKEN_BYTES // (4 * facts.width * dims["token_frames"] * dims["tokens"]))
+    batch = min(dims["batch"], rows)
+    branches = min(dims["branches"], rows // batch)
+    return dims | {"batch": batch, "branches": branches, "model_batch": batch * branches}
 
 
 def _odd_inside(allowed: Range, multiple: int, share: float) -> int:

@@ -13,6 +13,7 @@ from stiv_deploy.export.errors import CheckError
 from stiv_deploy.export.graph_writer import require_passed
 from stiv_deploy.export.graphs import graph_modules, model_facts
 from stiv_deploy.export.network_check import (
+    TOKEN_BYTES,
     CheckRow,
     _odd_inside,
     check_graph,
@@ -23,8 +24,10 @@ from stiv_deploy.export.network_check import (
 )
 from stiv_deploy.export.onnx_from_module import Template, parameters_of, write_graph
 from stiv_deploy.runtime.contract import MASKED, GraphSpec, graph_specs
-from stiv_deploy.runtime.manifest import Range
+from stiv_deploy.runtime.manifest import Bucket, Range
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+
+SIDE = Range(min=64, typical=128, max=256)
 
 
 @given(multiple=st.integers(1, 16), low=st.integers(1, 30), more=st.integers(0, 60), share=st.floats(0, 1))
@@ -44,6 +47,19 @@ def test_sizes_cover_the_bucket(micro: Checkpoint) -> None:
     odd = sizes["odd"]
     assert odd["latent_height"] != odd["latent_width"]
     assert [odd[name] % 2 for name in ("batch", "branches", "frames", "text_tokens", "tokens")] == [1] * 5
+
+
+def test_large_sizes_are_checked_with_fewer_rows(micro: Checkpoint) -> None:
+    facts = model_facts(micro.config).model_copy(update={"width": 3072})
+    wide = Range(min=1, typical=20, max=40)
+    bucket = Bucket(name="b", batch=Range(min=1, typical=1, max=4), frames=wide, height=SIDE, width=SIDE)
+    for which, dims in check_sizes(bucket, facts).items():
+        row = 4 * facts.width * dims["token_frames"] * dims["tokens"]
+        assert dims["model_batch"] == dims["batch"] * dims["branches"] >= 1
+        assert dims["model_batch"] * row <= TOKEN_BYTES or dims["model_batch"] == 1, which
+        if which != "odd":
+            whole = bucket.dims(facts, which)  # type: ignore[arg-type]
+            assert {name for name in dims if dims[name] != whole[name]} <= {"batch", "branches", "model_batch"}
 
 
 def test_drawn_inputs_are_of_their_kind(micro: Checkpoint) -> None:
