@@ -38,8 +38,8 @@ FLOOR = {torch.float32: FLOAT32_GATE, torch.float16: 2.0**-11, torch.bfloat16: 2
 """Floor of the gates, the unit roundoff of half precisions: two right results may round each value differently."""
 
 
-TOKEN_BYTES = 2**27
-"""Largest size of a block's tokens in float32 (128 MiB) that a check takes with more than one row of the batch."""
+TOKEN_BYTES = 2**26
+"""Largest size of a block's tokens in float32 (64 MiB) that a check takes with more than one row of the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +143,7 @@ def open_session(
     set_quantization(options, quantization, precision)
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False  # it would keep what each of the sizes took
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
