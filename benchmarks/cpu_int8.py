@@ -33,7 +33,7 @@ from stiv_deploy.calibration.ranges import activation_range, weight_range
 from stiv_deploy.calibration.scales import Provenance, Scales
 from stiv_deploy.export.graph_writer import GraphWriter
 from stiv_deploy.export.graphs import graph_modules, model_facts
-from stiv_deploy.export.network_check import draw_inputs
+from stiv_deploy.export.network_check import draw_inputs, relative_error
 from stiv_deploy.export.quantization import Quantization
 from stiv_deploy.runtime.backends.onnxruntime import session_options
 from stiv_deploy.runtime.backends.onnxruntime_int8 import EXACT, cpu_flags
@@ -174,12 +174,6 @@ def by_operator(events: list[dict[str, Any]], runs: int) -> dict[str, float]:
     for event in counted:
         times[event["args"]["op_name"]] += event["dur"]
     return {operator: round(total / 1000 / runs, 3) for operator, total in times.most_common()}
-
-
-def relative_error(value: np.ndarray, reference: np.ndarray) -> float:
-    """Relative L2 error in float64."""
-    value, reference = value.astype(np.float64), reference.astype(np.float64)
-    return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))
 
 
 def measure_block(folder: Path, inputs: Inputs, threads: int, repeats: int) -> dict[str, Any]:

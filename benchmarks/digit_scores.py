@@ -21,15 +21,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import command
 import numpy as np
 import torch
 import typer
 from scorers import Judgement, brightness, judge, percentages
 from sources import Settings, Source, Video, open_source
 
-from stiv_deploy.runtime.errors import StivError
 from stiv_deploy.stiv_ref.data.moving_digits import MovingDigits
-from stiv_deploy.stiv_ref.errors import StivRefError
 from stiv_deploy.stiv_ref.plots import Row, contact_sheet
 from stiv_deploy.stiv_ref.samples import Requests, balanced_requests, real_clips
 
@@ -209,10 +208,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False)
-    app.command()(main)
-    try:
-        app(standalone_mode=False)
-    except (StivRefError, StivError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+    command.run(main)

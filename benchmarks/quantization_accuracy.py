@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import command
 import numpy as np
 import torch
 import trajectories
@@ -32,9 +33,8 @@ from sources import ReferenceSource, Settings, Video
 from stiv_deploy.calibration.layers import Format
 from stiv_deploy.calibration.plan import PrecisionPlan, load_plan
 from stiv_deploy.calibration.scales import Scales, check_fits, file_hash, load_scales
-from stiv_deploy.runtime.errors import RequestError, StivError
+from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, checkpoint_hash, load_checkpoint
-from stiv_deploy.stiv_ref.errors import StivRefError
 from stiv_deploy.stiv_ref.samples import balanced_requests, real_clips, settings_of
 
 FIRST_SEED = 100_000
@@ -260,8 +260,8 @@ def main(
     """Measure what each precision costs."""
     torch.set_num_threads(threads)
     names = chosen_names(only)
-    digest = checkpoint_hash(checkpoint)
     loaded = load_checkpoint(checkpoint)
+    digest = checkpoint_hash(checkpoint)
     files: dict[Format, Path] = {"fp8": scales_fp8, "int8": scales_int8}
     ranges = {name: load_scales(path) for name, path in files.items()}
     for name, path in files.items():
@@ -304,10 +304,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False)
-    app.command()(main)
-    try:
-        app(standalone_mode=False)
-    except (StivRefError, StivError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+    command.run(main)

@@ -5,7 +5,7 @@ are saved beside the scale file, so that a run can be stopped and goes on to the
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stiv_deploy.calibration.errors import CalibrationError
+from stiv_deploy.calibration.files import replaced_file
 from stiv_deploy.calibration.observers import REQUEST, Clock, Statistic, band_of
 from stiv_deploy.calibration.quantize import observed
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
@@ -24,8 +25,7 @@ from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.guidance import GuidanceMode
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, sample
-from stiv_deploy.stiv_ref.samples import seeded_noise, settings_of
-from stiv_deploy.stiv_ref.text import TextStates, tokenize
+from stiv_deploy.stiv_ref.samples import sampling_inputs, settings_of
 
 STATE = "stiv-calibration-state"
 Task = Literal["t2v", "ti2v"]
@@ -77,28 +77,6 @@ def units(settings: CalibrationSettings, *, image_to_video: bool) -> list[Unit]:
     return found
 
 
-@torch.no_grad()
-def sampling_inputs(
-    checkpoint: Checkpoint, prompts: Sequence[str], seeds: Sequence[int], images: Tensor | None
-) -> SamplingInputs:
-    """Inputs of a sampling run at the checkpoint's own size; ``images`` [B, 3, H, W] are given first frames."""
-    defaults, vae = checkpoint.config.sampling, checkpoint.vae
-    frames = defaults.frames if checkpoint.config.model.temporal else 1
-    grid = (defaults.height // vae.config.spatial_factor, defaults.width // vae.config.spatial_factor)
-    noise = seeded_noise(seeds, (frames // vae.config.temporal_factor, vae.config.latent_channels, *grid))
-    clean, mask = torch.zeros_like(noise), torch.zeros(noise.shape[:2], dtype=torch.bool)
-    if images is not None:
-        clean[:, :1], mask[:, 0] = vae.encode(images.unsqueeze(1)), True
-    micro = torch.tensor([[defaults.height, defaults.width, 0, 0, 1, frames]], dtype=torch.float32)
-
-    def encoded(texts: Sequence[str]) -> TextStates:
-        states: TextStates = checkpoint.text_encoder(*tokenize(checkpoint.tokenizer, texts))
-        return states
-
-    text, null = encoded(prompts), encoded([""] * len(noise))
-    return SamplingInputs(noise, clean, mask, text, null, micro.repeat(len(noise), 1))
-
-
 def unit_inputs(checkpoint: Checkpoint, material: Material, unit: Unit, seed: int) -> SamplingInputs:
     """Inputs of ``unit``: prompts and images in turn, every sample with a seed of its own."""
     prompts = [material.prompts[index % len(material.prompts)] for index in unit.samples]
@@ -142,9 +120,8 @@ def save_state(path: Path, statistics: Statistics, fingerprint: str, done: int) 
     """Write statistics after ``done`` units, under a temporary name first."""
     tensors = {f"{name}.amax": each.amax for name, each in statistics.items()}
     tensors |= {f"{name}.counts": each.counts for name, each in statistics.items()}
-    temporary = path.with_name(f"{path.name}.new")
-    save_file(tensors, temporary, {STATE: json.dumps({"fingerprint": fingerprint, "done": done})})
-    temporary.rename(path)
+    with replaced_file(path) as temporary:
+        save_file(tensors, temporary, {STATE: json.dumps({"fingerprint": fingerprint, "done": done})})
 
 
 def load_state(path: Path, statistics: Statistics, fingerprint: str) -> int:

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from stiv_deploy.calibration.errors import CalibrationError
+from stiv_deploy.calibration.files import write_text
 from stiv_deploy.calibration.layers import Format, Layer, model_layers
 from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig
 
@@ -57,10 +58,8 @@ def everything(config: StivConfig, quantization: Format) -> PrecisionPlan:
 
 
 def save_plan(path: Path, plan: PrecisionPlan) -> None:
-    """Write ``plan`` as JSON, one layer a line, under a temporary name first."""
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text(plan.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    temporary.rename(path)
+    """Write ``plan`` as JSON, one layer a line, whole or not at all."""
+    write_text(path, plan.model_dump_json(indent=1) + "\n")
 
 
 def load_plan(path: Path, config: StivConfig, quantization: Format) -> PrecisionPlan:

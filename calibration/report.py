@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from stiv_deploy.calibration.collect import Statistics
+from stiv_deploy.calibration.files import write_text
 from stiv_deploy.calibration.layers import Layer, model_layers
 from stiv_deploy.calibration.observers import Statistic, band_names, share_beyond
 from stiv_deploy.calibration.scales import Scales, tensor_names
@@ -137,13 +138,6 @@ def _line(cells: list[str]) -> str:
 def report_paths(scales: Path) -> tuple[Path, Path]:
     """Where the report of a scale file lies: JSON and markdown."""
     return scales.with_name(f"{scales.stem}.report.json"), scales.with_name(f"{scales.stem}.report.md")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename."""
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)
 
 
 def save_report(scales: Path, report: CalibrationReport) -> None:

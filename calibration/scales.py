@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stiv_deploy.calibration.errors import CalibrationError
+from stiv_deploy.calibration.files import replaced_file
 from stiv_deploy.calibration.layers import LARGEST, OPERANDS, Format, Layer, model_layers
 from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig
 
@@ -69,10 +70,9 @@ def scale_of(amax: Tensor, quantization: Format, dtype: torch.dtype) -> Tensor:
 
 def save_scales(path: Path, scales: Scales) -> None:
     """Write ``scales`` under a temporary name, then rename."""
-    temporary = path.with_name(f"{path.name}.partial")
     header = {HEADER: scales.provenance.model_dump_json()}
-    save_file({name: value.float().contiguous() for name, value in scales.amax.items()}, temporary, header)
-    temporary.rename(path)
+    with replaced_file(path) as temporary:
+        save_file({name: value.float().contiguous() for name, value in scales.amax.items()}, temporary, header)
 
 
 def load_scales(path: Path) -> Scales:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from stiv_deploy.calibration.report import write_text
+from stiv_deploy.calibration.files import replaced_file, write_text
 from stiv_deploy.stiv_ref.config import FrozenConfig
 
 DECADES = 1e-3
@@ -65,6 +65,5 @@ def draw_heat_map(path: Path, report: SweepReport) -> None:
     starred = f"; * kept high within {report.budget:g}" if report.budget is not None else ""
     axes.set_title(f"{report.quantization}: one group at a time{starred}", fontsize=10)
     figure.colorbar(image, ax=axes, label="relative L2 error of the guided velocity")
-    temporary = path.with_name(f"{path.name}.partial")
-    FigureCanvasAgg(figure).print_png(temporary)
-    temporary.rename(path)
+    with replaced_file(path) as temporary:
+        FigureCanvasAgg(figure).print_png(temporary)

@@ -120,6 +120,28 @@ def generate_stage(run: DemoRun) -> None:
             contact_sheet([frames], [request["prompt"]], UPSCALE // 2).save(run.out / f"{name}.png")
 
 
+def clips_section(run: DemoRun, checkpoint: Path) -> list[str]:
+    """Lines of a report: what ran where, its notes, and the pictures of both clips."""
+    return [
+        f"Checkpoint `{checkpoint}`, {platform.machine()}, Python {platform.python_version()}.",
+        *(f"\n{note}" for note in run.notes),
+        "",
+        f"## Text to video: “{PROMPT}”",
+        "![frames](t2v.png)",
+        "",
+        f"## Image to video: “digit {STILL[0]} moving {STILL[1]}” from ![first frame](first.png)",
+        "![frames](ti2v.png)",
+        "",
+    ]
+
+
+def write_report(run: DemoRun, lines: list[str]) -> Path:
+    """Write ``lines`` as ``report.md`` and return its path."""
+    path = run.out / "report.md"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
 def report(run: DemoRun, checkpoint: Path) -> Path:
     """Write ``report.md`` with the pictures, the timings and the parity table."""
     rows = [
@@ -134,15 +156,7 @@ def report(run: DemoRun, checkpoint: Path) -> Path:
     lines = [
         "# STIV demo",
         "",
-        f"Checkpoint `{checkpoint}`, {platform.machine()}, Python {platform.python_version()}.",
-        *(f"\n{note}" for note in run.notes),
-        "",
-        f"## Text to video: “{PROMPT}”",
-        "![frames](t2v.png)",
-        "",
-        f"## Image to video: “digit {STILL[0]} moving {STILL[1]}” from ![first frame](first.png)",
-        "![frames](ti2v.png)",
-        "",
+        *clips_section(run, checkpoint),
         "## Time",
         "| stage | seconds |",
         "|---|---:|",
@@ -160,9 +174,7 @@ def report(run: DemoRun, checkpoint: Path) -> Path:
         *video,
         "",
     ]
-    path = run.out / "report.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
+    return write_report(run, lines)
 
 
 def demo(

@@ -4,7 +4,6 @@ Calibrate, export, build, audit, parity, generate; each is a process of its own,
 failed gate (audit or parity) does not stop the rest, so that the folder holds everything that there is to look at.
 """
 
-import platform
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -13,7 +12,16 @@ from typing import Literal
 
 from PIL import Image
 
-from stiv_deploy.export.demo import PROMPT, SEED, STILL, UPSCALE, DemoRun, held_out_image
+from stiv_deploy.export.demo import (
+    PROMPT,
+    SEED,
+    STILL,
+    UPSCALE,
+    DemoRun,
+    clips_section,
+    held_out_image,
+    write_report,
+)
 from stiv_deploy.runtime.errors import StivError
 from stiv_deploy.runtime.tensorrt_library import Flavour, missing_library
 
@@ -102,15 +110,7 @@ def report(run: QuantizedDemo, checkpoint: Path, quantization: Format) -> Path:
     lines = [
         f"# STIV demo, {quantization}: {gates}",
         "",
-        f"Checkpoint `{checkpoint}`, {platform.machine()}, Python {platform.python_version()}.",
-        *(f"\n{note}" for note in run.notes),
-        "",
-        f"## Text to video: “{PROMPT}”",
-        "![frames](t2v.png)",
-        "",
-        f"## Image to video: “digit {STILL[0]} moving {STILL[1]}” from ![first frame](first.png)",
-        "![frames](ti2v.png)",
-        "",
+        *clips_section(run, checkpoint),
         "## Commands",
         "| stage | command | seconds |",
         "|---|---|---:|",
@@ -119,6 +119,4 @@ def report(run: QuantizedDemo, checkpoint: Path, quantization: Format) -> Path:
         "Measured: `audit.json` (kernels by block), `parity.json` (errors and gates), `scales.report.md` (ranges).",
         "",
     ]
-    path = run.out / "report.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
+    return write_report(run, lines)

@@ -35,6 +35,37 @@ def settings_of(checkpoint: Checkpoint) -> SamplingSettings:
 
 
 @torch.no_grad()
+def sampling_inputs(
+    checkpoint: Checkpoint,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    first_frames: Tensor | None,
+    *,
+    frames: int | None = None,
+) -> SamplingInputs:
+    """Inputs of :func:`stiv_ref.sampler.sample`, one sample for each prompt and seed, at the checkpoint's own size.
+
+    ``first_frames`` [B, 3, H, W] in [-1, 1] are given; ``frames`` of video default to the checkpoint's own number.
+    """
+    defaults, vae = checkpoint.config.sampling, checkpoint.vae
+    if frames is None:
+        frames = defaults.frames if checkpoint.config.model.temporal else 1
+    size = (defaults.height // vae.config.spatial_factor, defaults.width // vae.config.spatial_factor)
+    noise = seeded_noise(seeds, (frames // vae.config.temporal_factor, vae.config.latent_channels, *size))
+    clean, frame_mask = torch.zeros_like(noise), torch.zeros(noise.shape[:2], dtype=torch.bool)
+    if first_frames is not None:
+        clean[:, :1], frame_mask[:, 0] = vae.encode(first_frames.unsqueeze(1)), True
+    micro = torch.tensor([[defaults.height, defaults.width, 0, 0, 1, frames]], dtype=torch.float32)
+
+    def encoded(texts: Sequence[str]) -> TextStates:
+        states: TextStates = checkpoint.text_encoder(*tokenize(checkpoint.tokenizer, texts))
+        return states
+
+    text, null = encoded(prompts), encoded([""] * len(noise))
+    return SamplingInputs(noise, clean, frame_mask, text, null, micro.repeat(len(noise), 1))
+
+
+@torch.no_grad()
 def generate(
     checkpoint: Checkpoint,
     prompts: Sequence[str],
@@ -48,22 +79,8 @@ def generate(
 
     ``first_frames`` [B, 3, H, W] in [-1, 1] makes it image-to-video. The size is the checkpoint's own.
     """
-    defaults, vae = checkpoint.config.sampling, checkpoint.vae
-    size = (defaults.height // vae.config.spatial_factor, defaults.width // vae.config.spatial_factor)
-    shape = (frames // vae.config.temporal_factor, vae.config.latent_channels, *size)
-    noise = seeded_noise(seeds, shape)
-    clean, frame_mask = torch.zeros_like(noise), torch.zeros(len(noise), shape[0], dtype=torch.bool)
-    if first_frames is not None:
-        clean[:, :1], frame_mask[:, 0] = vae.encode(first_frames.unsqueeze(1)), True
-    micro = torch.tensor([[defaults.height, defaults.width, 0, 0, 1, frames]], dtype=torch.float32)
-
-    def encode(texts: Sequence[str]) -> TextStates:
-        return checkpoint.text_encoder(*tokenize(checkpoint.tokenizer, texts))
-
-    inputs = SamplingInputs(
-        noise, clean, frame_mask, encode(prompts), encode([""] * len(noise)), micro.repeat(len(noise), 1)
-    )
-    return vae.decode(sample(checkpoint.model, inputs, settings))
+    inputs = sampling_inputs(checkpoint, prompts, seeds, first_frames, frames=frames)
+    return checkpoint.vae.decode(sample(checkpoint.model, inputs, settings))
 
 
 @dataclass(frozen=True, kw_only=True)
