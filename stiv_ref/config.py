@@ -48,6 +48,7 @@ class StivConfig(FrozenConfig):
 
     ``patch`` is (pt, ps): frames and pixels of latent that make one token. ``base_frames`` and ``base_grid`` (in
     tokens) are the sizes at which RoPE positions are used as they are; larger inputs are interpolated back to them.
+    The last ``full_blocks`` of the ``blocks`` see all tokens in masked training (MaskDiT), else they are as the others.
     """
 
     name: str
@@ -63,6 +64,7 @@ class StivConfig(FrozenConfig):
     base_grid: tuple[int, int] = (16, 16)
     rope_theta: float = Field(default=10_000.0, gt=0)
     frequency_width: int = Field(default=256, gt=0, multiple_of=2)
+    full_blocks: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _check(self) -> "StivConfig":
@@ -70,6 +72,8 @@ class StivConfig(FrozenConfig):
             raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
         if self.head_dim % 4:
             raise ValueError(f"head size {self.head_dim} (width / heads) must be a multiple of 4 for 2D RoPE")
+        if self.full_blocks >= self.blocks:
+            raise ValueError(f"full_blocks {self.full_blocks} must leave main blocks, there are {self.blocks} in all")
         if min(*self.patch, *self.base_grid) < 1:
             raise ValueError("patch and base_grid sizes must be at least 1")
         return self

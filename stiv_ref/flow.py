@@ -48,12 +48,18 @@ def schedule(steps: int, shift: float = 1.0) -> Tensor:
     return shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift)
 
 
-def flow_loss(prediction: Tensor, target: Tensor, clean_frames: Tensor) -> Tensor:
+def flow_loss(prediction: Tensor, target: Tensor, clean_frames: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
     """Mean squared error per sample, fp32 [B], over the frames that are not given.
 
     ``prediction`` and ``target`` [B, T, C, h, w]; ``clean_frames`` bool [B, T] marks the frames whose loss is masked
-    out because the model was handed them clean (frame replacement).
+    out because the model was handed them clean (frame replacement). ``pixel_weight`` [B, h, w] weighs the places of
+    all frames; without it they count alike.
     """
-    error = (prediction.float() - target.float()).square().mean(dim=(2, 3, 4))  # (B, T)
+    error = (prediction.float() - target.float()).square()
+    if pixel_weight is None:
+        per_frame = error.mean(dim=(2, 3, 4))  # (B, T)
+    else:
+        weighted = (error.mean(dim=2) * pixel_weight.unsqueeze(1)).sum(dim=(2, 3))
+        per_frame = weighted / pixel_weight.sum(dim=(1, 2)).unsqueeze(1)  # (B, T)
     weight = (~clean_frames).float()
-    return (error * weight).sum(1) / weight.sum(1).clamp_min(1)
+    return (per_frame * weight).sum(1) / weight.sum(1).clamp_min(1)

@@ -128,6 +128,8 @@ class Stiv(nn.Module):
         self.text_out = nn.Linear(config.width, config.width)
         self.blocks = nn.ModuleList(StivBlock(config) for _ in range(config.blocks))
         self.head = Head(config)
+        if config.full_blocks:
+            self.mask_token = nn.Parameter(torch.empty(config.width))
 
     def initialize(self, generator: torch.Generator | None = None) -> "Stiv":
         """Initialize for training: Xavier linears, PixArt's modulation tables, zero output (so a zero velocity)."""
@@ -144,6 +146,8 @@ class Stiv(nn.Module):
         nn.init.normal_(self.token_position.weight, std=unit, generator=generator)
         if self.config.temporal:
             nn.init.normal_(self.frame_position.weight, std=unit, generator=generator)
+        if self.config.full_blocks:
+            nn.init.normal_(self.mask_token, std=0.02, generator=generator)
         return self
 
     def token_grid(self, latents_shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -189,13 +193,17 @@ class Stiv(nn.Module):
         pairs = [block.cross.text_kv(text) for block in cast("Iterable[StivBlock]", self.blocks)]
         return TextKV(torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs]))
 
-    def embed(self, latents: Tensor, timestep: Tensor, micro: Tensor, pooled: Tensor, rope: RopeTables) -> Embedded:
-        """Tokens and conditions of one step: latents [B, T, C, h, w], timestep [B], micro [B, 6], pooled [B, Dt]."""
-        x = self.patch(self.patchify(latents).to(self.patch.weight.dtype))
-        x = x + self.token_position(torch.cat((rope.spatial_cos, rope.spatial_sin), dim=-1))  # (S, D)
+    def places(self, rope: RopeTables) -> Tensor:
+        """What tells tokens where they are: [S, D] for an image model, [T', S, D] for a video model."""
+        place = self.token_position(torch.cat((rope.spatial_cos, rope.spatial_sin), dim=-1))  # (S, D)
         if self.config.temporal:
             position = torch.cat((rope.temporal_cos, rope.temporal_sin), dim=-1)  # (T', Dh)
-            x = x + self.frame_position(position).unsqueeze(1)
+            place = place + self.frame_position(position).unsqueeze(1)
+        return place
+
+    def embed(self, latents: Tensor, timestep: Tensor, micro: Tensor, pooled: Tensor, rope: RopeTables) -> Embedded:
+        """Tokens and conditions of one step: latents [B, T, C, h, w], timestep [B], micro [B, 6], pooled [B, Dt]."""
+        x = self.patch(self.patchify(latents).to(self.patch.weight.dtype)) + self.places(rope)
         condition = self.singleton(timestep, micro, pooled)
         modulation = self.modulation(F.silu(condition)).unflatten(1, (MODULATIONS, self.config.width))
         return Embedded(x, modulation, condition)
@@ -209,18 +217,49 @@ class Stiv(nn.Module):
         token_mask: Tensor,
         pooled: Tensor,
         text_kv: TextKV | None = None,
+        keep: Tensor | None = None,
     ) -> Tensor:
         """Predict the velocity, same shape as ``latents`` [B, T, C, h, w].
 
         ``timestep`` [B] in [0, 1] (0 noise, 1 data); ``micro`` [B, 6]; ``text_states`` [B, L, Dt] with 0/1
         ``token_mask`` [B, L]; ``pooled`` [B, Dt]. ``text_kv`` may be given to reuse it over the steps of a request.
+        In masked training only the tokens ``keep`` int64 [B, S'] of each frame pass the main blocks.
         """
         if not self.config.temporal and latents.shape[1] != 1:
             raise ValueError(f"an image model takes one frame, got {latents.shape[1]}")
+        if keep is not None and not self.config.full_blocks:
+            raise ValueError("masked training needs a model with full_blocks, this one has none")
         text_k, text_v = self.text_kv(text_states) if text_kv is None else text_kv
         mask = additive_mask(token_mask).to(text_k.dtype)
         rope = self.rope_tables(latents.shape)
         x, modulation, condition = self.embed(latents, timestep, micro, pooled, rope)
-        for block, k, v in zip(self.blocks, text_k, text_v, strict=True):
-            x = block(x, modulation, k, v, mask, rope)
+        main = len(self.blocks) - self.config.full_blocks
+        x, own_rope = (x, rope) if keep is None else (kept(x, keep), kept_rope(rope, keep, x.shape[1]))
+        for index, (block, k, v) in enumerate(zip(self.blocks, text_k, text_v, strict=True)):
+            if keep is not None and index == main:
+                x, own_rope = self.put_back(x, keep, rope), rope
+            x = block(x, modulation, k, v, mask, own_rope)
         return self.unpatchify(self.head(x, condition), latents.shape)
+
+    def put_back(self, x: Tensor, keep: Tensor, rope: RopeTables) -> Tensor:
+        """All tokens [B, T', S, D]: mask tokens at their places, ``x`` [B, T', S', D] where ``keep`` [B, S'] says."""
+        batch, frames, _, width = x.shape
+        tokens = rope.spatial_cos.shape[0]
+        masked = (self.mask_token + self.places(rope)).to(x.dtype).expand(batch, frames, tokens, width)
+        return masked.scatter(2, _over_frames(keep, x), x)
+
+
+def _over_frames(keep: Tensor, x: Tensor) -> Tensor:
+    """``keep`` [B, S'] as an index [B, T', S', D] into the tokens of every frame of ``x`` [B, T', ., D]."""
+    return keep[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+
+
+def kept(x: Tensor, keep: Tensor) -> Tensor:
+    """Tokens ``keep`` [B, S'] of every frame of ``x`` [B, T', S, D]: [B, T', S', D]."""
+    return x.gather(2, _over_frames(keep, x))
+
+
+def kept_rope(rope: RopeTables, keep: Tensor, frames: int) -> RopeTables:
+    """Tables for kept tokens: the spatial ones, a set for every row of spatial attention, [B * T', 1, S', Dh/2]."""
+    cos, sin = (table[keep].repeat_interleave(frames, 0).unsqueeze(1) for table in (rope.spatial_cos, rope.spatial_sin))
+    return RopeTables(cos, sin, rope.temporal_cos, rope.temporal_sin)

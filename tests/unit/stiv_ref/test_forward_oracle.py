@@ -146,8 +146,19 @@ def unpatchify(patches: Array, shape: tuple[int, ...], pt: int, ps: int) -> Arra
     return out
 
 
-def forward(model: torch.nn.Module, latents: Array, timestep: float, micro: Array, text: Array, pooled: Array) -> Array:
-    """The whole model on one sample: latents [T, C, h, w], micro [6], real text states [L', Dt], pooled [Dt]."""
+def forward(
+    model: torch.nn.Module,
+    latents: Array,
+    timestep: float,
+    micro: Array,
+    text: Array,
+    pooled: Array,
+    keep: list[int] | None = None,
+) -> Array:
+    """The whole model on one sample: latents [T, C, h, w], micro [6], real text states [L', Dt], pooled [Dt].
+
+    With ``keep``, the main blocks see only these tokens of each frame; mask tokens stand for the others afterwards.
+    """
     config, values = model.config, weights(model)
     pt, ps = config.patch
     singleton = part(values, "singleton")
@@ -168,11 +179,22 @@ def forward(model: torch.nn.Module, latents: Array, timestep: float, micro: Arra
     space = angles_2d(grid, config.base_grid, pairs, config.rope_theta)
     time = angles_1d(len(x), config.base_frames, pairs, config.rope_theta)
     # absolute places: projections of the tables' cosines and sines
-    x = x + np.concatenate((np.cos(space), np.sin(space)), -1) @ values["token_position.weight"].T
+    places = np.zeros_like(x) + np.concatenate((np.cos(space), np.sin(space)), -1) @ values["token_position.weight"].T
     if config.temporal:
-        x = x + (np.concatenate((np.cos(time), np.sin(time)), -1) @ values["frame_position.weight"].T)[:, None]
+        places += (np.concatenate((np.cos(time), np.sin(time)), -1) @ values["frame_position.weight"].T)[:, None]
+    x = x + places
     for index in range(config.blocks):
-        x = block(part(values, f"blocks.{index}"), config.heads, x, modulation, states, space, time)
+        own = space
+        if keep is not None and index == 0:
+            x = x[:, keep]
+        if keep is not None and index < config.blocks - config.full_blocks:
+            own = space[keep]
+        elif keep is not None and index == config.blocks - config.full_blocks:
+            whole = values["mask_token"] + places
+            for position, token in enumerate(keep):
+                whole[:, token] = x[:, position]
+            x = whole
+        x = block(part(values, f"blocks.{index}"), config.heads, x, modulation, states, own, time)
     shift, scale = condition + values["head.table"]
     patches = linear(part(values, "head"), "out", layer_norm(x) * (1 + scale) + shift)
     return unpatchify(patches, latents.shape, pt, ps)
@@ -200,6 +222,25 @@ def test_whole_model(random_model: ModelFactory, patch: tuple[int, int], tempora
     got = model(*inputs)
     for sample, length in enumerate(lengths):
         wanted = forward(model, latents[sample], timestep[sample], micro[sample], text[sample, :length], pooled[sample])
+        assert_equal_to_rounding(got[sample], wanted)
+
+
+@pytest.mark.parametrize("temporal", [True, False])
+def test_whole_model_with_masked_tokens(random_model: ModelFactory, temporal: bool) -> None:
+    """MaskDiT: every sample keeps tokens of its own, the last two of three blocks see all."""
+    model = random_model(blocks=3, full_blocks=2, temporal=temporal)
+    rng = np.random.default_rng(5)
+    frames = 3 if temporal else 1
+    latents, timestep = rng.standard_normal((2, frames, 4, 8, 6)), np.array([0.001, 0.003])
+    micro, text, pooled = np.ones((2, 6)), rng.standard_normal((2, 5, 12)), rng.standard_normal((2, 12))
+    mask = np.ones((2, 5), dtype=np.int64)
+    keep = [[0, 3, 4, 7, 8, 11], [1, 2, 5, 6, 9, 10]]
+    inputs = [torch.from_numpy(value) for value in (latents, timestep, micro, text, mask, pooled)]
+    got = model(*inputs, keep=torch.tensor(keep))
+    for sample, kept in enumerate(keep):
+        wanted = forward(
+            model, latents[sample], timestep[sample], micro[sample], text[sample], pooled[sample], keep=kept
+        )
         assert_equal_to_rounding(got[sample], wanted)
 
 

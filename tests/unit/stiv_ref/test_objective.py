@@ -1,0 +1,155 @@
+"""The training objective: draws that depend on the sample alone, given frames, masked tokens, dropped text."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stiv_deploy.stiv_ref.model import Stiv
+from stiv_deploy.stiv_ref.objective import (
+    Draws,
+    Objective,
+    draw,
+    drop_text,
+    kept_tokens,
+    sample_generator,
+    token_weights,
+    training_loss,
+)
+from stiv_deploy.stiv_ref.text import TextStates
+
+ModelFactory = Callable[..., Stiv]
+SHAPE = (3, 4, 4, 6)  # T, C, h, w
+TOKENS = 6
+
+
+def draws_of(objective: Objective, samples: range, step: int = 0) -> Draws:
+    return draw(objective, SHAPE, TOKENS, [sample_generator(7, 1, step, index) for index in samples])
+
+
+def text_of(batch: int, seed: int = 0) -> TextStates:
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(batch, 5, 12, generator=generator, dtype=torch.float64)
+    return TextStates(states, torch.ones(batch, 5, dtype=torch.int64), states.mean(1))
+
+
+@pytest.mark.parametrize("mask_ratio", [0.0, 0.5])
+def test_draws_do_not_depend_on_how_the_batch_is_cut(mask_ratio: float) -> None:
+    """One process, two processes, micro-batches: sample 5 is sample 5."""
+    objective = Objective(task="ti2v", mask_ratio=mask_ratio)
+    whole = draws_of(objective, range(8))
+    parts = [draws_of(objective, range(0, 3)), draws_of(objective, range(3, 8))]
+    for name in ("timestep", "noise", "given", "drop_text", *(["keep"] if mask_ratio else [])):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts])), name
+    assert (whole.keep is None) == (mask_ratio == 0)
+
+
+def test_draws_differ_by_seed_stage_step_and_sample() -> None:
+    seeds = [(0, 1, 0, 0), (1, 1, 0, 0), (0, 2, 0, 0), (0, 1, 1, 0), (0, 1, 0, 1), (1, 0, 0, 0)]
+    values = {torch.rand(1, generator=sample_generator(*seed)).item() for seed in seeds}
+    assert len(values) == len(seeds)
+
+
+@pytest.mark.parametrize("task", ["t2i", "t2v"])
+def test_tasks_without_image_are_given_no_frame(task: str) -> None:
+    draws = draws_of(Objective(task=task, text_dropout=0.3), range(200))
+    assert not draws.given.any()
+    assert draws.drop_text.float().mean().item() == pytest.approx(0.3, abs=0.13)  # 4 sigma of 200 draws
+
+
+def test_image_to_video_is_given_the_first_frame_and_loses_images_and_texts_at_their_rates() -> None:
+    objective = Objective(task="ti2v", text_dropout=0.2, image_dropout=0.3, joint_dropout=0.5)
+    draws = draws_of(objective, range(2000))
+    lost = ~draws.given[:, 0]
+    assert not draws.given[:, 1:].any()
+    four_sigma = 4 * (0.25 / 2000) ** 0.5
+    assert lost.float().mean().item() == pytest.approx(0.3, abs=four_sigma)
+    assert draws.drop_text.float().mean().item() == pytest.approx(0.2, abs=four_sigma)
+    assert (lost & draws.drop_text).float().mean().item() > 0.15 - four_sigma
+
+
+@given(tokens=st.integers(1, 64), ratio=st.floats(0, 0.99))
+def test_kept_tokens_are_distinct_sorted_and_as_many_as_asked(tokens: int, ratio: float) -> None:
+    count = kept_tokens(tokens, ratio)
+    assert 1 <= count <= tokens
+    assert abs(count - tokens * (1 - ratio)) <= 0.5 or count == 1
+    if ratio:
+        keep = draw(Objective(task="t2v", mask_ratio=ratio), SHAPE, tokens, [sample_generator(0, 1, 0, 0)]).keep
+        assert keep is not None
+        assert keep.shape == (1, count)
+        assert (keep.diff() > 0).all()
+
+
+def test_weights_of_kept_and_masked_tokens() -> None:
+    weights = token_weights(torch.tensor([[0, 2], [1, 3]]), 4, 0.25)
+    assert weights.tolist() == [[1, 0.25, 1, 0.25], [0.25, 1, 0.25, 1]]
+
+
+def test_dropped_texts_are_the_null_text() -> None:
+    text, null = text_of(3), text_of(1, seed=1)
+    null = null._replace(mask=torch.tensor([[1, 0, 0, 0, 0]]))
+    got = drop_text(text, null, torch.tensor([False, True, False]))
+    for name in ("states", "mask", "pooled"):
+        value = getattr(got, name)
+        assert torch.equal(value[[0, 2]], getattr(text, name)[[0, 2]])
+        assert torch.equal(value[1], getattr(null, name)[0])
+
+
+def loss_of(model: Stiv, latents: torch.Tensor, draws: Draws, weight: float = 0.1) -> torch.Tensor:
+    double = replace(draws, timestep=draws.timestep.double(), noise=draws.noise.double())
+    batch = len(latents)
+    return training_loss(model, latents, text_of(batch), torch.ones(batch, 6), double, weight)
+
+
+@pytest.fixture
+def latents() -> torch.Tensor:
+    return torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def test_loss_is_the_error_of_the_velocity(random_model: ModelFactory, latents: torch.Tensor) -> None:
+    """Against the formulas written out: x_t, v, mean over what is not given."""
+    model, draws = random_model(), draws_of(Objective(task="ti2v", image_dropout=0.0, joint_dropout=0.0), range(2))
+    t = draws.timestep.double()[:, None, None, None, None]
+    noised = t * latents + (1 - t) * draws.noise.double()
+    noised[:, 0] = latents[:, 0]
+    velocity = model(noised, draws.timestep.double(), torch.ones(2, 6), *text_of(2))
+    wanted = (velocity - (latents - draws.noise.double()))[:, 1:].square().mean(dim=(1, 2, 3, 4))
+    torch.testing.assert_close(loss_of(model, latents, draws), wanted.float(), rtol=1e-6, atol=0)
+
+
+def test_masked_loss_weighs_tokens(random_model: ModelFactory, latents: torch.Tensor) -> None:
+    """The loss is linear in the weight of masked tokens up to its normalization: (a + w b) / (k + w m)."""
+    model = random_model(blocks=3, full_blocks=2)
+    draws = draws_of(Objective(task="t2v", mask_ratio=0.5), range(2))
+    kept_only, all_equal = (loss_of(model, latents, draws, weight).double() for weight in (0.0, 1.0))
+    masked_only = 2 * all_equal - kept_only  # 3 of 6 tokens are masked
+    wanted = (kept_only + 0.1 * masked_only) / 1.1
+    torch.testing.assert_close(loss_of(model, latents, draws, 0.1).double(), wanted, rtol=1e-6, atol=0)
+
+
+def test_what_masked_tokens_hold_has_no_influence_on_the_kept(
+    random_model: ModelFactory, latents: torch.Tensor
+) -> None:
+    model = random_model(blocks=3, full_blocks=2)
+    keep = torch.tensor([[0, 2, 5], [0, 2, 5]])
+    inputs = (torch.tensor([0.2, 0.6]).double(), torch.ones(2, 6), *text_of(2))
+    tokens = model.patchify(latents)
+    tokens[:, :, [1, 3, 4]] += 1
+    changed = model.unpatchify(tokens, latents.shape)
+    assert torch.equal(model(latents, *inputs, keep=keep), model(changed, *inputs, keep=keep))
+    assert not torch.equal(model(latents, *inputs), model(changed, *inputs))
+
+
+def test_keeping_all_tokens_is_not_masking(random_model: ModelFactory, latents: torch.Tensor) -> None:
+    model = random_model(blocks=3, full_blocks=1)
+    inputs = (torch.tensor([0.2, 0.6]).double(), torch.ones(2, 6), *text_of(2))
+    everything = torch.arange(TOKENS).expand(2, -1)
+    torch.testing.assert_close(model(latents, *inputs, keep=everything), model(latents, *inputs))
+
+
+def test_masks_need_full_blocks(random_model: ModelFactory, latents: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="full_blocks"):
+        loss_of(random_model(), latents, draws_of(Objective(task="t2v", mask_ratio=0.5), range(2)))
