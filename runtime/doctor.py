@@ -37,6 +37,9 @@ DEPENDENCIES = (
     Dependency("safetensors", "safetensors", "ref"),
     Dependency("sklearn", "scikit-learn", "ref"),
     Dependency("matplotlib", "matplotlib", "ref"),
+    Dependency("scenedetect", "scenedetect", "data"),
+    Dependency("cv2", "opencv-python", "data"),
+    Dependency("webdataset", "webdataset", "data"),
     Dependency("onnx", "onnx", "export"),
     Dependency("onnxscript", "onnxscript", "export"),
     Dependency("tensorrt_rtx_bindings", "tensorrt_rtx_cu13_bindings", "rtx"),
@@ -44,6 +47,9 @@ DEPENDENCIES = (
     Dependency("cuda.bindings", "cuda-python", "rtx"),
     Dependency("tensorrt", "tensorrt-cu13", "tensorrt"),
 )
+
+# Other distributions that bring the same module.
+ALTERNATIVES = {"onnxruntime": ("onnxruntime-gpu",), "cv2": ("opencv-python-headless", "opencv-contrib-python")}
 
 
 class Package(BaseModel):
@@ -108,8 +114,7 @@ def installed_version(distribution: str) -> str | None:
 
 def check_package(dependency: Dependency) -> Package:
     """Import one dependency and note its version, or what is wrong."""
-    alternatives = (dependency.distribution, "onnxruntime-gpu") if dependency.module == "onnxruntime" else ()
-    names = alternatives or (dependency.distribution,)
+    names = (dependency.distribution, *ALTERNATIVES.get(dependency.module, ()))
     name, found = next(((name, found) for name in names if (found := installed_version(name))), (names[0], None))
     if found is None:
         extra = f"stiv-deploy[{dependency.extra}]" if dependency.extra else "stiv-deploy"

@@ -11,7 +11,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 GROUP = "stiv_deploy.commands"
-WORKFLOW = ("train", "calibrate", "export", "build", "audit", "parity", "generate", "inspect", "doctor", "demo")
+WORKFLOW = ("data", "train", "calibrate", "export", "build", "audit", "parity", "generate", "inspect", "doctor", "demo")
 INTERRUPTED = 130
 
 HELP = """STIV video diffusion: train it, export it, compile it, check it, run it.
@@ -19,7 +19,7 @@ HELP = """STIV video diffusion: train it, export it, compile it, check it, run i
 [bold]The way from a recipe to a video[/bold]
 
 [dim]1. a checkpoint, from a training recipe[/dim]
-[cyan]stiv train stiv_ref/configs/tiny.toml --out runs/tiny[/cyan]
+[cyan]stiv train recipes/tiny.toml --out runs/tiny[/cyan]
 
 [dim]2. a bundle: the ONNX graphs, manifest and tokenizer that the runtime needs, no torch[/dim]
 [cyan]stiv export checkpoints/tiny --out bundle[/cyan]
@@ -73,8 +73,15 @@ def _unavailable(name: str, error: ImportError) -> typer.Typer:
     return app
 
 
+def _group(name: str, app: typer.Typer) -> Any:
+    """The command ``name`` with subcommands of its own."""
+    group = typer.main.get_group(app)
+    group.name = name
+    return group
+
+
 class Commands(TyperGroup):
-    """A group whose commands are entry points, loaded when asked for."""
+    """A group whose commands are entry points, functions or Typer apps, loaded when asked for."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names in the order of the workflow."""
@@ -86,10 +93,13 @@ class Commands(TyperGroup):
         if point is None:
             return None
         try:
-            app = typer.Typer(add_completion=False)
-            app.command(cmd_name)(point.load())
+            loaded = point.load()
         except ImportError as error:
-            app = _unavailable(cmd_name, error)
+            return typer.main.get_command(_unavailable(cmd_name, error))
+        if isinstance(loaded, typer.Typer):
+            return _group(cmd_name, loaded)
+        app = typer.Typer(add_completion=False)
+        app.command(cmd_name)(loaded)
         return typer.main.get_command(app)
 
 

@@ -17,3 +17,19 @@ class CheckpointError(StivRefError):
 
 class DivergedError(StivRefError):
     """Training produced a loss that is not finite."""
+
+
+class VideoError(StivRefError):
+    """A video cannot be used: missing, truncated, damaged, without frames, or no video at all."""
+
+
+class CaptionError(StivRefError):
+    """Captions are missing, empty, or do not fit their videos."""
+
+
+class DataError(StivRefError):
+    """A training dataset is missing, damaged, or does not fit the recipe."""
+
+
+class ClipsError(StivRefError):
+    """An index of clips, or what it was asked to be made of, is not valid."""

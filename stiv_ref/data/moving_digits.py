@@ -16,14 +16,15 @@ DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 """Direction -> sign of the movement along (rows, columns)."""
 WORDS = ("digit", "moving", *DIGIT_WORDS, *DIRECTIONS)
 SIZE = 32
-DIGIT = 16
-SPEED = 2  # pixels a frame
+"""Default height and width of the canvas, in pixels; a digit is half as large and moves a sixteenth a frame."""
+DIGIT = SIZE // 2
+SPEED = SIZE // 16  # pixels a frame
 TEST_SHARE = 6  # every sixth handwriting sample is held out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clips:
-    """A batch: video fp32 [B, F, 3, 32, 32] in [-1, 1], one caption each, and the truth behind the captions."""
+    """A batch: video fp32 [B, F, 3, size, size] in [-1, 1], one caption each, and the truth behind the captions."""
 
     video: Tensor
     captions: list[str]
@@ -37,30 +38,41 @@ def caption(digit: int, direction: str | None) -> str:
     return still if direction is None else f"{still} moving {direction}"
 
 
-def micro_conditions(count: int, frames: int) -> Tensor:
+def micro_conditions(count: int, frames: int, size: int = SIZE) -> Tensor:
     """Micro-conditions fp32 [count, 6] of these clips: resolution, crop origin, frame stride 1, frames."""
-    return torch.tensor([[SIZE, SIZE, 0, 0, 1, frames]], dtype=torch.float32).repeat(count, 1)
+    return torch.tensor([[size, size, 0, 0, 1, frames]], dtype=torch.float32).repeat(count, 1)
 
 
-def check_frames(frames: int) -> None:
-    """``ValueError`` if a digit would leave the canvas in so many frames."""
-    most = (SIZE - DIGIT) // SPEED + 1
+def speed_of(size: int) -> int:
+    """Pixels a frame on a canvas of ``size`` pixels; ``ValueError`` unless it is a multiple of 16."""
+    if size < 16 or size % 16:
+        raise ValueError(f"the canvas of moving digits must be a multiple of 16 pixels, got {size}")
+    return size // 16
+
+
+def check_frames(frames: int, size: int = SIZE) -> None:
+    """``ValueError`` if a digit, half as large as the canvas, would leave it in so many frames."""
+    most = size // 2 // speed_of(size) + 1
     if not 1 <= frames <= most:
-        raise ValueError(f"{frames} frames at {SPEED} pixels a frame leave the canvas; there can be 1 to {most}")
+        raise ValueError(
+            f"{frames} frames at {speed_of(size)} pixels a frame leave the canvas; there can be 1 to {most}"
+        )
 
 
 class MovingDigits:
-    """Draws clips of one split ('train' or 'test') of the handwriting samples."""
+    """Draws clips of one split ('train' or 'test') of the handwriting samples, on a canvas of ``size`` pixels."""
 
-    def __init__(self, split: str) -> None:
+    def __init__(self, split: str, size: int = SIZE) -> None:
         from sklearn.datasets import load_digits
 
+        self.size, self.digit, self.speed = size, size // 2, speed_of(size)
         images, labels = load_digits(return_X_y=True)
         held_out = np.arange(len(labels)) % TEST_SHARE == 0
         chosen = held_out if split == "test" else ~held_out
         self.labels = labels[chosen]
         small = torch.from_numpy(images[chosen].astype(np.float32) / 16).reshape(-1, 1, 8, 8)
-        self.images = F.interpolate(small, size=(DIGIT, DIGIT), mode="bicubic", align_corners=False).clamp(0, 1)[:, 0]
+        shape = (self.digit, self.digit)
+        self.images = F.interpolate(small, size=shape, mode="bicubic", align_corners=False).clamp(0, 1)[:, 0]
 
     def draw(self, count: int, frames: int, generator: torch.Generator) -> Clips:
         """Draw ``count`` clips of ``frames`` frames; with one frame, still images with still captions."""
@@ -68,20 +80,20 @@ class MovingDigits:
         def integers(high: int) -> list[int]:
             return torch.randint(high, (count,), generator=generator).tolist()
 
-        check_frames(frames)
-        travel, room = SPEED * (frames - 1), SIZE - DIGIT
+        check_frames(frames, self.size)
+        travel, room = self.speed * (frames - 1), self.size - self.digit
         names = list(DIRECTIONS)
         indices, turns = integers(len(self.labels)), integers(len(names))
         along, across = integers(room - travel + 1), integers(room + 1)
-        video = torch.zeros(count, frames, SIZE, SIZE)
+        video = torch.zeros(count, frames, self.size, self.size)
         for clip in range(count):
             image = self.images[indices[clip]]
             rows, columns = DIRECTIONS[names[turns[clip]]]
             for frame in range(frames):
-                moved = along[clip] + SPEED * frame
+                moved = along[clip] + self.speed * frame
                 place = moved if rows + columns > 0 else room - moved
                 top, left = (place, across[clip]) if rows else (across[clip], place)
-                video[clip, frame, top : top + DIGIT, left : left + DIGIT] = image
+                video[clip, frame, top : top + self.digit, left : left + self.digit] = image
         digits = [int(self.labels[index]) for index in indices]
         directions = [names[turn] for turn in turns]
         shown = directions if frames > 1 else [None] * count

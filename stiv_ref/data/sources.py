@@ -1,0 +1,51 @@
+"""Opens the training data that a stage of a recipe asks for."""
+
+from pathlib import Path
+
+from stiv_deploy.stiv_ref.data.latents import is_latents, open_latents
+from stiv_deploy.stiv_ref.data.loader import ClipDataset, DatasetSource
+from stiv_deploy.stiv_ref.data.shards import list_video_shards
+from stiv_deploy.stiv_ref.data.source import DigitsSource, Source
+from stiv_deploy.stiv_ref.data.tars import shard_paths
+from stiv_deploy.stiv_ref.data.videos import Listing, VideoDataset, list_videos_of
+from stiv_deploy.stiv_ref.errors import DataError
+from stiv_deploy.stiv_ref.recipe import DigitsData, Recipe, ShardData, Stage, VideoData
+
+
+def open_source(recipe: Recipe, stage: Stage, number: int) -> Source:
+    """The data of ``stage``, which is number ``number`` of ``recipe``, counted from 1 (it seeds the draws).
+
+    Everything is looked into here, so that nothing can be missing later: raises a :class:`StivRefError` that says what
+    is wrong with the data or does not fit the recipe. Reading needs no library beyond those of the reference.
+    """
+    data = recipe.data[stage.data]
+    if isinstance(data, DigitsData):
+        return DigitsSource(seed=recipe.seed, stage=number, frames=stage.frames, size=stage.sizes[0][0])
+    return DatasetSource(
+        _open_dataset(recipe, stage, data),
+        seed=recipe.seed,
+        stage=number,
+        batch=stage.batch,
+        workers=recipe.efficiency.workers,
+        max_broken=data.max_broken,
+    )
+
+
+def list_source(path: Path, captions: Path | None = None) -> Listing:
+    """The videos of a folder, of an index of clips, or of shards: a .tar, a folder of them, or a pattern with ``*``."""
+    if path.suffix == ".tar" or "*" in path.name or (path.is_dir() and any(path.glob("*.tar"))):
+        if captions is not None:
+            raise DataError(f"{path}: shards have their captions inside; leave --captions out")
+        return list_video_shards(str(path), shard_paths(str(path)))
+    return list_videos_of(VideoData(kind="videos", path=path, captions=captions))
+
+
+def _open_dataset(recipe: Recipe, stage: Stage, data: VideoData | ShardData) -> ClipDataset:
+    if isinstance(data, VideoData):
+        listing = list_videos_of(data)
+    else:
+        shards = shard_paths(data.path)
+        if is_latents(shards):
+            return open_latents(data, shards, recipe, stage)
+        listing = list_video_shards(data.path, shards)
+    return VideoDataset(listing, sizes=stage.sizes, frames=stage.frames, strides=data.strides)

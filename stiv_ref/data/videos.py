@@ -1,0 +1,222 @@
+"""Training clips cut from videos: sampling stride, start, resize and crop, micro-conditions; and folders of videos."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stiv_deploy.stiv_ref.data.buckets import Size, draw_crop, fit, micro_conditions, nearest_bucket
+from stiv_deploy.stiv_ref.data.captions import known_captions, read_captions
+from stiv_deploy.stiv_ref.data.clips import read_clips
+from stiv_deploy.stiv_ref.data.decode import probe, read_frames
+from stiv_deploy.stiv_ref.data.loader import DamagedSampleError, Sample
+from stiv_deploy.stiv_ref.errors import CaptionError, DataError, VideoError
+from stiv_deploy.stiv_ref.recipe import VideoData
+
+SCANNERS = 4  # threads that look into videos when a folder is opened: they wait for the disk
+
+
+@contextmanager
+def naming_nothing(path: Path) -> Iterator[None]:
+    """Take the name of ``path`` off :class:`VideoError` from inside: lists of broken videos name them themselves."""
+    try:
+        yield
+    except VideoError as error:
+        raise VideoError(str(error).removeprefix(f"{path}: ")) from None
+
+
+class Clip(Protocol):
+    """A video with its caption and facts, wherever its bytes are."""
+
+    @property
+    def name(self) -> str:
+        """What messages and lists call it."""
+
+    @property
+    def caption(self) -> str:
+        """What it shows."""
+
+    @property
+    def size(self) -> Size:
+        """Height and width in pixels, upright."""
+
+    @property
+    def frames(self) -> int:
+        """How many there are."""
+
+    def read(self, start: int, count: int, stride: int) -> NDArray[np.uint8]:
+        """Frames uint8 [count, H, W, 3]; raises :class:`VideoError` if they cannot be decoded."""
+
+
+@dataclass(frozen=True)
+class FileClip:
+    """A video file, or ``frames`` frames of it from frame ``first`` on."""
+
+    path: Path
+    name: str
+    caption: str
+    size: Size
+    frames: int
+    first: int = 0
+
+    def read(self, start: int, count: int, stride: int) -> NDArray[np.uint8]:
+        """As :class:`Clip` says."""
+        with naming_nothing(self.path):
+            return read_frames(self.path, self.first + start, count, stride)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Videos found: those that can be read, faults of the others by name, and the captions of all."""
+
+    title: str
+    clips: Sequence[Clip]
+    broken: dict[str, str]
+    captions: Sequence[str]
+
+    @property
+    def total(self) -> int:
+        """All videos found."""
+        return len(self.clips) + len(self.broken)
+
+
+def clip_suffix(start: int, end: int) -> str:
+    """What the name of a clip has after the name of its video."""
+    return f"[{start}:{end}]"
+
+
+def span(frames: int, stride: int) -> int:
+    """How many frames of a video ``frames`` frames at ``stride`` take."""
+    return (frames - 1) * stride + 1
+
+
+class VideoDataset:
+    """Clips of ``frames`` frames, drawn from videos: a :class:`~stiv_ref.data.loader.ClipDataset` of pixels.
+
+    Each sample draws a stride among the ``strides`` that the video is long enough for, then a start and a crop. Single
+    frames have stride 1. Every video belongs to the bucket of ``sizes`` that is nearest.
+    """
+
+    def __init__(self, listing: Listing, *, sizes: Sequence[Size], frames: int, strides: Sequence[int] = (1,)) -> None:
+        self.listing, self.sizes, self.frames = listing, tuple(sizes), frames
+        self.strides = tuple(sorted(set(strides))) if frames > 1 else (1,)
+        self.title, self.total = listing.title, listing.total
+        self.captions, self.broken = listing.captions, listing.broken
+        self.left_out: dict[str, str] = {}
+        self.groups: list[list[int]] = [[] for _ in self.sizes]
+        for number, clip in enumerate(listing.clips):
+            least = span(frames, self.strides[0])
+            if clip.frames < least:
+                self.left_out[clip.name] = f"has {clip.frames} frames; {self._wanted()} take {least}"
+            else:
+                self.groups[nearest_bucket(clip.size, self.sizes)].append(number)
+
+    def load(self, group: int, number: int, generator: torch.Generator) -> Sample:
+        """As :class:`~stiv_ref.data.loader.ClipDataset` says: video fp32 [F, 3, H, W] in [-1, 1]."""
+        clip, bucket = self.listing.clips[number], self.sizes[group]
+        possible = [stride for stride in self.strides if span(self.frames, stride) <= clip.frames]
+        stride = possible[_integer(len(possible), generator)]
+        start = _integer(clip.frames - span(self.frames, stride) + 1, generator)
+        crop = draw_crop(clip.size, bucket, generator)
+        try:
+            pixels = clip.read(start, self.frames, stride)
+        except VideoError as error:
+            raise DamagedSampleError(clip.name, str(error)) from None
+        if pixels.shape[1:3] != clip.size:
+            found, listed = ("x".join(map(str, size)) for size in (pixels.shape[1:3], clip.size))
+            raise DamagedSampleError(
+                clip.name, f"its frames are {found} pixels, it is listed with {listed}; list it anew"
+            )
+        return Sample(
+            name=clip.name,
+            caption=clip.caption,
+            video=fit(pixels, bucket, crop),
+            micro=micro_conditions(clip.size, crop, stride, self.frames),
+        )
+
+    def stills(self) -> "VideoDataset":
+        """As :class:`~stiv_ref.data.loader.ClipDataset` says: in the first of the sizes."""
+        return VideoDataset(self.listing, sizes=self.sizes[:1], frames=1)
+
+    def _wanted(self) -> str:
+        return f"{self.frames} frames at stride {self.strides[0]}"
+
+
+def list_videos_of(data: VideoData) -> Listing:
+    """The videos of ``data``: a folder, all of whose videos are looked into, or an index of clips (``clips.jsonl``).
+
+    Raises :class:`VideoError` if the folder is missing or has no videos, :class:`CaptionError` if captions are missing,
+    :class:`ClipsError` if the index is not valid.
+    """
+    return _listed_clips(data) if data.path.is_file() else _listed_folder(data)
+
+
+def _listed_folder(data: VideoData) -> Listing:
+    captions = read_captions(data.path, data.captions)
+    with ThreadPoolExecutor(SCANNERS) as pool:
+        found = list(pool.map(lambda item: _look(data.path, *item), captions.items()))
+    broken = {each[0]: each[1] for each in found if isinstance(each, tuple)}
+    clips = [each for each in found if isinstance(each, FileClip)]
+    return Listing(str(data.path), clips, broken, list(captions.values()))
+
+
+def _look(folder: Path, name: str, caption: str) -> FileClip | tuple[str, str]:
+    """The clip, or its name and what is wrong with it."""
+    path = folder / name
+    try:
+        state = path.stat()
+        with naming_nothing(path):
+            height, width, frames = _facts(path, state.st_size, state.st_mtime_ns)
+    except VideoError as error:
+        return name, str(error)
+    except OSError as error:
+        return name, f"cannot be read ({error.strerror})"
+    return FileClip(path, name, caption, (height, width), frames)
+
+
+@lru_cache(maxsize=1_000_000)
+def _facts(path: Path, _size: int, _modified: int) -> tuple[int, int, int]:
+    """Height, width and frames; looked for once, however many stages have the same videos."""
+    info = probe(path)
+    return info.height, info.width, info.frames
+
+
+def _listed_clips(data: VideoData) -> Listing:
+    """The clips that an index keeps. It has their sizes and frames, so the videos are not looked into."""
+    entries, folder = read_clips(data.path, kept_only=True), data.path.parent
+    if not entries:
+        raise DataError(f"{data.path}: keeps no clips; make it again with weaker filters")
+    given = {} if data.captions is None else known_captions(folder, {each.file for each in entries}, data.captions)
+    captions = [given.get(each.file, each.caption) for each in entries]
+    missing = [each.file for each, caption in zip(entries, captions, strict=True) if not caption]
+    if missing:
+        raise CaptionError(
+            f"{data.path}: {len(missing)} of {len(entries)} clips have no caption (first: {missing[0]}); write "
+            "captions beside the videos and cut them again, or give a JSONL file of captions"
+        )
+    there = {file: (folder / file).is_file() for file in {each.file for each in entries}}
+    broken = {file: "no such file" for file, found in there.items() if not found}
+    clips = [
+        FileClip(
+            folder / each.file,
+            each.file + clip_suffix(each.start, each.end),
+            caption,
+            (each.height, each.width),
+            each.frames,
+            each.start,
+        )
+        for each, caption in zip(entries, captions, strict=True)
+        if caption and there[each.file]
+    ]
+    return Listing(str(data.path), clips, broken, [caption for caption in captions if caption])
+
+
+def _integer(below: int, generator: torch.Generator) -> int:
+    return int(torch.randint(below, (), generator=generator))
