@@ -89,7 +89,7 @@ def unit_inputs(checkpoint: Checkpoint, material: Material, unit: Unit, seed: in
 
 def unit_settings(checkpoint: Checkpoint, unit: Unit, steps: int) -> SamplingSettings:
     """The checkpoint's sampling settings with the unit's guidance mode and ``steps``."""
-    own = settings_of(checkpoint)
+    own = settings_of(checkpoint.config.sampling)
     return SamplingSettings(
         steps=steps,
         guidance_mode=unit.guidance,

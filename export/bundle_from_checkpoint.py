@@ -126,15 +126,16 @@ def validate_vocabulary(checkpoint: Checkpoint, path: Path) -> None:
 def default_bucket(sampling: CheckpointDefaults, facts: ModelFacts) -> Bucket:
     """From half to twice the size that the checkpoint was trained for, one frame to twice its frames, batch 1 to 4."""
 
-    def around(size: int, multiple: int, smallest: int) -> Range:
-        low = max(multiple, smallest // multiple * multiple)
-        return Range(min=min(low, size), typical=size, max=2 * size)
+    def around(size: int, multiple: int, smallest: int, padding: int = 0) -> Range:
+        low = max(multiple, (smallest + padding) // multiple * multiple)
+        return Range(min=min(low - padding, size), typical=size, max=2 * (size + padding) - padding)
 
-    pixels = facts.pixel_multiple
+    pixels, one = facts.pixel_multiple, Range(min=1, typical=1, max=1)
+    frames = around(sampling.frames, facts.frame_multiple, 1, facts.frame_padding) if facts.temporal else one
     return Bucket(
         name="default",
         batch=Range(min=1, typical=1, max=4),
-        frames=around(sampling.frames, facts.frame_multiple, 1) if facts.temporal else Range(min=1, typical=1, max=1),
+        frames=frames,
         height=around(sampling.height, pixels, sampling.height // 2),
         width=around(sampling.width, pixels, sampling.width // 2),
     )
@@ -148,15 +149,17 @@ def buckets_for(checkpoint_path: Path, ranges: Mapping[str, Range]) -> tuple[Buc
 
 def validate_bucket(bucket: Bucket, facts: ModelFacts) -> None:
     """Raise :class:`ExportError` if the model cannot take the sizes of ``bucket``."""
-    for what, allowed, multiple in (
-        ("frames", bucket.frames, facts.frame_multiple),
-        ("height", bucket.height, facts.pixel_multiple),
-        ("width", bucket.width, facts.pixel_multiple),
+    for what, allowed, multiple, padding in (
+        ("frames", bucket.frames, facts.frame_multiple, facts.frame_padding),
+        ("height", bucket.height, facts.pixel_multiple, 0),
+        ("width", bucket.width, facts.pixel_multiple, 0),
     ):
         sizes = (allowed.min, allowed.typical, allowed.max)
-        if any(size % multiple for size in sizes):
+        if any((size + padding) % multiple for size in sizes):
             given = ":".join(map(str, sizes))
-            raise ExportError(f"{what} {given}: this model takes multiples of {multiple}; change --{what}")
+            some = ", ".join(str(count * multiple - padding) for count in (1, 2, 3))
+            takes = f"{some}, ..." if padding else f"multiples of {multiple}"
+            raise ExportError(f"{what} {given}: this model takes {takes}; change --{what}")
     if not facts.temporal and bucket.frames.max != 1:
         raise ExportError(f"frames up to {bucket.frames.max}: an image model makes one frame; use --frames 1:1:1")
 

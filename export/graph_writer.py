@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from stiv_deploy.export.errors import CheckError
 from stiv_deploy.export.graphs import FLOAT32_GRAPHS, Module, graph_modules, model_facts, torch_dtype
-from stiv_deploy.export.network_check import CheckRow, check_graph, check_sizes, executable
+from stiv_deploy.export.network_check import CheckRow, check_graph, executable, graph_sizes
 from stiv_deploy.export.onnx_from_module import Template, structure_faults, trace, write_graph
 from stiv_deploy.export.quantization import LayerScheme, Quantization, StoredTensors, graph_scheme
 from stiv_deploy.export.quantized_graph import quantized_template
 from stiv_deploy.runtime.contract import GraphSpec, ModelFacts, Precision, graph_specs
 from stiv_deploy.runtime.manifest import Bucket, FileRecord, GraphRecord
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+from stiv_deploy.stiv_ref.pretrained_text import text_dtype
 
 GRAPH_FOLDER = "onnx"
 Progress = Callable[[str, int, int], None]
@@ -68,7 +69,7 @@ class GraphWriter:
         """
         if not executable(self.specs[name]):
             return
-        sizes = _sizes(buckets, self.facts, everywhere=topology not in self._checked)
+        sizes = _sizes(name, buckets, self.facts, everywhere=topology not in self._checked)
         quantization = self.quantization.format if self.quantization and self._scheme(name) else None
         rows = check_graph(
             name,
@@ -89,6 +90,8 @@ class GraphWriter:
         return graph_scheme(self.quantization, self.checkpoint.config.model, name)
 
     def _dtype(self, name: str) -> torch.dtype:
+        if name == "text_encoder":
+            return text_dtype(self.checkpoint.config.text, self.dtype)
         return torch.float32 if name in FLOAT32_GRAPHS else self.dtype
 
     def _template(self, name: str, scheme: tuple[LayerScheme, ...]) -> Template:
@@ -149,12 +152,12 @@ def write_checked(
     return GraphRecord(file=inside(written.file), data=data, topology=written.topology, spec=spec)
 
 
-def _sizes(buckets: Sequence[Bucket], facts: ModelFacts, everywhere: bool) -> dict[str, dict[str, int]]:
+def _sizes(name: str, buckets: Sequence[Bucket], facts: ModelFacts, everywhere: bool) -> dict[str, dict[str, int]]:
     """Sizes to check at. Where a graph of this topology was checked everywhere, one odd size proves the weights."""
     sizes = {
         f"{which} of bucket {bucket.name}": dims
         for bucket in buckets
-        for which, dims in check_sizes(bucket, facts).items()
+        for which, dims in graph_sizes(name, bucket, facts).items()
     }
     return sizes if everywhere else dict([next(item for item in sizes.items() if item[0].startswith("odd"))])
 

@@ -14,15 +14,13 @@ from torch import Tensor, nn
 
 from stiv_deploy.runtime.contract import ModelFacts, Precision, block_names
 from stiv_deploy.stiv_ref.block import RopeTables, StivBlock
-from stiv_deploy.stiv_ref.checkpoint import Checkpoint, CheckpointConfig
+from stiv_deploy.stiv_ref.checkpoint import AnyTextEncoder, AnyVae, Checkpoint, CheckpointConfig
 from stiv_deploy.stiv_ref.guidance import NORM_FLOOR
 from stiv_deploy.stiv_ref.model import Stiv
-from stiv_deploy.stiv_ref.text import TextEncoder
-from stiv_deploy.stiv_ref.vae import Vae
 
 Module = TypeVar("Module", bound=nn.Module)
 FLOAT32_GRAPHS = frozenset({"image_encoder", "step", "decoder"})
-"""Graphs that are float32 throughout in a bundle of any precision."""
+"""Graphs that are float32 throughout in a bundle of any precision. Activations of large VAEs overflow float16."""
 
 
 def model_facts(config: CheckpointConfig) -> ModelFacts:
@@ -33,6 +31,7 @@ def model_facts(config: CheckpointConfig) -> ModelFacts:
         max_text_tokens=config.text.max_tokens,
         spatial_factor=config.vae.spatial_factor,
         temporal_factor=config.vae.temporal_factor,
+        causal_vae=config.vae.causal,
     )
 
 
@@ -56,9 +55,12 @@ def _blocks(model: Stiv) -> list[StivBlock]:
 
 
 class TextEncoderGraph(nn.Module):
-    """``text_encoder``: token ids and mask -> states, pooled."""
+    """``text_encoder``: token ids and mask -> states, pooled, in the type of the weights.
 
-    def __init__(self, source: TextEncoder) -> None:
+    Where the bundle's type is another one (see ``text_dtype``), the exported graph ends with a cast to it.
+    """
+
+    def __init__(self, source: AnyTextEncoder) -> None:
         super().__init__()
         self.source = source
 
@@ -85,7 +87,7 @@ class TextKVGraph(nn.Module):
 class ImageEncoderGraph(nn.Module):
     """``image_encoder``: video -> standardized latents."""
 
-    def __init__(self, source: Vae) -> None:
+    def __init__(self, source: AnyVae) -> None:
         super().__init__()
         self.source = source
 
@@ -97,7 +99,7 @@ class ImageEncoderGraph(nn.Module):
 class DecoderGraph(nn.Module):
     """``decoder``: latents -> video."""
 
-    def __init__(self, source: Vae) -> None:
+    def __init__(self, source: AnyVae) -> None:
         super().__init__()
         self.source = source
 

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,11 @@ from onnxscript import opset23
 from torch import Tensor, nn
 
 from stiv_deploy.export import passes
-from stiv_deploy.export.errors import ExportError
 from stiv_deploy.runtime.contract import GraphSpec, ModelFacts, TensorSpec, dimensions
 from stiv_deploy.runtime.manifest import FileRecord
 
 OPSET = 23
 """The first opset with Attention, RMSNormalization and RotaryEmbedding."""
-DATA_LIMIT = 2**31
-"""Largest external data file: many tools read offsets as signed 32-bit integers."""
 ALIGNMENT, PAGE, LARGE = 64, 4096, 2**20
 """Tensors start at multiples of 64 bytes, large ones (1 MiB) at page boundaries, so that they can be mapped."""
 
@@ -128,7 +124,7 @@ def _example_sizes(facts: ModelFacts) -> dict[str, int]:
         facts,
         batch=2,
         branches=3,
-        video_frames=5 * facts.frame_multiple,
+        video_frames=5 * facts.frame_multiple - facts.frame_padding,
         height=3 * facts.pixel_multiple,
         width=7 * facts.pixel_multiple,
         text_tokens=min(11, facts.max_text_tokens),
@@ -139,20 +135,21 @@ def _dynamic_shapes(module: nn.Module, spec: GraphSpec, facts: ModelFacts) -> di
     """One torch.export dimension for each symbol; sizes that a patch must divide are multiples of a token dimension."""
     pt, ps = facts.patch
     units = {
-        "frames": ("token_frames", pt),
-        "latent_height": ("token_rows", ps),
-        "latent_width": ("token_columns", ps),
-        "video_frames": ("video_units", facts.frame_multiple),
-        "height": ("height_units", facts.pixel_multiple),
-        "width": ("width_units", facts.pixel_multiple),
+        "frames": ("token_frames", pt, 0),
+        "latent_height": ("token_rows", ps, 0),
+        "latent_width": ("token_columns", ps, 0),
+        "video_frames": ("video_units", facts.frame_multiple, facts.frame_padding),
+        "height": ("height_units", facts.pixel_multiple, 0),
+        "width": ("width_units", facts.pixel_multiple, 0),
     }
     roots: dict[str, Any] = {}
 
     def dim(symbol: str) -> Any:
-        name, multiple = units.get(symbol, (symbol, 1))
+        name, multiple, padding = units.get(symbol, (symbol, 1, 0))
         maximum = facts.max_text_tokens if symbol == "text_tokens" else None
         root = roots.setdefault(name, torch.export.Dim(name, min=1, max=maximum))
-        return root if multiple == 1 else multiple * root
+        whole = root if multiple == 1 else multiple * root
+        return whole - padding if padding else whole
 
     return {
         tensor.name: {axis: dim(size) for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
@@ -177,8 +174,8 @@ def _quiet() -> Iterator[None]:
 def write_graph(template: Template, tensors: Mapping[str, Tensor], folder: Path, name: str) -> WrittenGraph:
     """Write ``folder/<name>.onnx`` and, if the graph has parameters, ``<name>.onnx.data``.
 
-    ``tensors`` are the parameters in torch's own layout by the template's names. Equal input gives equal bytes.
-    Raises :class:`ExportError` if the data file would reach 2 GiB.
+    ``tensors`` are the parameters in torch's own layout by the template's names. Equal input gives equal bytes. The
+    data file may be of any size (T5's largest encoder has 9 GiB in bfloat16).
     """
     path = folder / f"{name}.onnx"
     data = _write_data(template, tensors, path.with_name(f"{name}.onnx.data")) if template.parameters else None
@@ -193,12 +190,6 @@ def write_graph(template: Template, tensors: Mapping[str, Tensor], folder: Path,
 
 def _write_data(template: Template, tensors: Mapping[str, Tensor], path: Path) -> FileRecord:
     """Write the parameters one after another and point the template's initializers at them."""
-    needed = sum(_nbytes(template.model.graph.initializers[name]) for name in template.parameters)
-    if needed >= DATA_LIMIT:
-        raise ExportError(
-            f"{path.name.removesuffix('.onnx.data')}: {needed / 2**30:.1f} GiB of weights, a graph can have less than "
-            "2 GiB; export in a smaller precision"
-        )
     digest = hashlib.sha256()
     offset = 0
     with path.open("wb") as file:
@@ -212,12 +203,6 @@ def _write_data(template: Template, tensors: Mapping[str, Tensor], path: Path) -
             _point_at(template.model.graph.initializers[name], tensor, path, offset + padding)
             offset += padding + tensor.nbytes
     return FileRecord(path=path.name, sha256=digest.hexdigest(), bytes=offset)
-
-
-def _nbytes(value: ir.Value) -> int:
-    assert value.shape is not None, value.name
-    assert value.dtype is not None, value.name
-    return int(prod(value.shape.numpy()) * value.dtype.itemsize)
 
 
 def _point_at(value: ir.Value, tensor: Tensor, path: Path, offset: int) -> None:

@@ -17,6 +17,7 @@ from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.conditioning import noise_frames, replace_frames
 from stiv_deploy.stiv_ref.guidance import cfg_renorm
 from stiv_deploy.stiv_ref.model import Stiv, TextKV
+from stiv_deploy.stiv_ref.pretrained_text import text_dtype
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, guided_velocity
 from stiv_deploy.stiv_ref.text import TextStates
 
@@ -56,7 +57,7 @@ class Oracle:
         self.dtype = dtype
         self.model: Stiv = copy.deepcopy(checkpoint.model).to(dtype)
         self.boundary: Any = Boundary(self.model)
-        self.text_encoder = copy.deepcopy(checkpoint.text_encoder).to(dtype)
+        self.text_encoder = copy.deepcopy(checkpoint.text_encoder).to(text_dtype(checkpoint.config.text, dtype))
         self.vae = copy.deepcopy(checkpoint.vae).to(dtype if dtype is torch.float64 else torch.float32)
         self.graphs: dict[str, GraphFunction] = {
             "text_encoder": self._text_encoder,
@@ -85,7 +86,7 @@ class Oracle:
     def sampling_inputs(self, request: "Request") -> SamplingInputs:
         """Inputs of :func:`stiv_ref.sampler.sample` for ``request``, its text encoded by this oracle."""
         batch = len(request.inputs.noise)
-        encoded = self.text_encoder(request.token_ids, request.token_mask)
+        encoded = self._encoded(request.token_ids, request.token_mask)
         text = TextStates(*(part[:batch] for part in encoded))
         null = TextStates(*(part[-batch:] for part in encoded))
         latent_type = torch.promote_types(self.dtype, torch.float32)
@@ -104,8 +105,13 @@ class Oracle:
         return self.model.rope_tables(latents.shape)._asdict()
 
     def _text_encoder(self, inputs: Mapping[str, Tensor]) -> Tensors:
-        states, _, pooled = self.text_encoder(inputs["token_ids"], inputs["token_mask"])
+        states, _, pooled = self._encoded(inputs["token_ids"], inputs["token_mask"])
         return {"text_states": states, "pooled": pooled}
+
+    def _encoded(self, token_ids: Tensor, token_mask: Tensor) -> TextStates:
+        """Text in this oracle's dtype; the encoder may compute in a wider one."""
+        states, mask, pooled = self.text_encoder(token_ids, token_mask)
+        return TextStates(states.to(self.dtype), mask, pooled.to(self.dtype))
 
     def _text_kv(self, inputs: Mapping[str, Tensor]) -> Tensors:
         k, v = self.model.text_kv(inputs["text_states"])

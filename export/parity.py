@@ -132,7 +132,7 @@ class _Ladder:
             model,
             batch=batch,
             branches=request.branches,
-            video_frames=frames * model.temporal_factor,
+            video_frames=model.video_frames(frames),
             height=height * model.spatial_factor,
             width=width * model.spatial_factor,
             text_tokens=request.token_ids.shape[1],

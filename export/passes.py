@@ -141,11 +141,15 @@ def apply_contract(graph: ir.Graph, spec: GraphSpec) -> None:
     """Give inputs and outputs the contract's names and symbolic dimensions, and forget intermediate shapes.
 
     What the exporter knows of intermediate shapes is in symbols of its own; consumers infer them from the contract's.
+    ONNX has no inference for group norms (a function): their outputs keep their type, rank and fixed sizes.
     """
     for index, tensor in enumerate(spec.outputs):
         _cast_output(graph, index, onnx_type(tensor.dtype))
     for node in graph:
         for value in node.outputs:
+            if node.op_type == "GroupNormalization" and value.shape is not None:
+                value.shape = ir.Shape([size if isinstance(size, int) else None for size in value.shape])
+                continue
             value.shape = None
             value.type = None
     for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):

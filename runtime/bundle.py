@@ -102,10 +102,14 @@ def check_contract(path: Path, manifest: Manifest) -> None:
             raise BundleError(f"{path}: graph {name} does not fit the contract: {difference}; {AGAIN}")
 
 
-def _describe(sizes: Iterable[Range], multiple: int) -> str:
-    """Allowed values in words: ``1 to 8``, or ``32 to 64 in multiples of 8``; one range per bucket."""
+def _describe(sizes: Iterable[Range], multiple: int, padding: int = 0) -> str:
+    """Allowed values in words, per bucket: ``1 to 8``, ``32 to 64 in multiples of 8``, ``5 to 9 in steps of 4``
+
+    ``multiple`` divides the allowed values plus ``padding``.
+    """
     ranges = dict.fromkeys(f"{size.min} to {size.max}" if size.min < size.max else f"{size.min}" for size in sizes)
-    return " or ".join(ranges) + (f" in multiples of {multiple}" if multiple > 1 else "")
+    kind = "steps" if padding else "multiples"
+    return " or ".join(ranges) + (f" in {kind} of {multiple}" if multiple > 1 else "")
 
 
 def _readable_sha256(path: Path) -> str:
@@ -186,9 +190,9 @@ class Bundle:
         multiples = {"frames": model.frame_multiple, "height": model.pixel_multiple, "width": model.pixel_multiple}
         for name, size in sizes.items():
             allowed = [getattr(bucket, name) for bucket in buckets]
-            multiple = multiples.get(name, 1)
-            if size % multiple or not any(each.min <= size <= each.max for each in allowed):
-                raise RequestError(f"{name} is {size}; this bundle takes {_describe(allowed, multiple)}")
+            multiple, padding = multiples.get(name, 1), model.frame_padding if name == "frames" else 0
+            if (size + padding) % multiple or not any(each.min <= size <= each.max for each in allowed):
+                raise RequestError(f"{name} is {size}; this bundle takes {_describe(allowed, multiple, padding)}")
         for bucket in buckets:
             if bucket.holds(**sizes):
                 return bucket

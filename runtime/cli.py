@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
+    from stiv_deploy.runtime.contract import ModelFacts
     from stiv_deploy.runtime.doctor import Report as DoctorReport
     from stiv_deploy.runtime.inspection import BundleReport, EngineReport, OnnxReport
     from stiv_deploy.runtime.manifest import Bucket, Range
@@ -83,6 +84,15 @@ def generate(
     ] = None,
     backend: Annotated[str | None, typer.Option(help="Backend ('stiv doctor' lists them); default: the best.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
+    decode_tile: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="PIXELS",
+            help="Decode (and encode) frames larger than this in overlapping tiles of this height and width: less "
+            "memory, more time. 0: never. Default: tiles of 512 where a frame has more than a million pixels.",
+        ),
+    ] = None,
     upscale: Annotated[int, typer.Option(min=1, help="Enlarge each pixel of the written video this many times.")] = 1,
 ) -> None:
     """Generate video from text, or from text and pictures, with a bundle.
@@ -114,6 +124,7 @@ def generate(
             seed=seed,
             callback_on_step_end=advance,
             resize=resize,
+            decode_tile=decode_tile,
         )
     clips = cast("np.ndarray", output.frames)
     for target, clip, used in zip(targets, clips, output.seeds, strict=True):
@@ -200,7 +211,8 @@ def print_bundle(report: "BundleReport", console: "Console") -> None:
     console.print(
         f"{report.path}: model {model.name}, {precision_text(manifest)}, opset {manifest.opset}, "
         f"{_size(report.bytes)}\n"
-        f"{model.blocks} blocks of width {model.width}, {model.heads} heads, patch {model.patch[0]}x{model.patch[1]}\n"
+        f"{model.blocks} blocks of width {model.width}, {model.heads} heads, patch {model.patch[0]}x{model.patch[1]}, "
+        f"VAE {vae_text(model)}\n"
         f"defaults: {sampling.frames} frames of {sampling.width}x{sampling.height}, {sampling.frames_per_second} fps, "
         f"{sampling.steps} {sampling.solver} steps, guidance {sampling.guidance_mode} {sampling.guidance_scale}\n"
         f"checkpoint {manifest.checkpoint[:12]}; made with {tools}\n",
@@ -235,6 +247,13 @@ def print_bundle(report: "BundleReport", console: "Console") -> None:
         print_table(console, title, ("layer", "layers", "precision"), plan_rows(manifest.quantization))
     print_engine_records(report, console)
     print_parity(report, console)
+
+
+def vae_text(model: "ModelFacts") -> str:
+    """The VAE in words: ``8x8 pixels a latent``, or ``8 frames of 32x32 pixels a latent, first frame alone``."""
+    frames = f"{model.temporal_factor} frames of " if model.temporal_factor > 1 else ""
+    alone = ", first frame alone" if model.causal_vae else ""
+    return f"{frames}{model.spatial_factor}x{model.spatial_factor} pixels a latent{alone}"
 
 
 def _ranges(bucket: "Bucket") -> tuple["Range", ...]:

@@ -70,6 +70,8 @@ class ModelFacts(Frozen):
     """Pixels per latent along height and width (the VAE's)."""
     temporal_factor: int = Field(gt=0)
     """Frames per latent frame (the VAE's)."""
+    causal_vae: bool = False
+    """Whether the VAE codes the first frame alone, as latent frame 0, and no frame by a later one."""
 
     @property
     def head_dim(self) -> int:
@@ -83,8 +85,21 @@ class ModelFacts(Frozen):
 
     @property
     def frame_multiple(self) -> int:
-        """The number of frames must be a multiple of this."""
+        """The number of frames plus :attr:`frame_padding` must be a multiple of this."""
         return self.temporal_factor * self.patch[0]
+
+    @property
+    def frame_padding(self) -> int:
+        """Frames that the first latent frame has less than the others: all but one for a causal VAE, else none."""
+        return self.temporal_factor - 1 if self.causal_vae else 0
+
+    def latent_frames(self, video_frames: int) -> int:
+        """Latent frames of a video of ``video_frames`` frames (an allowed number)."""
+        return (video_frames + self.frame_padding) // self.temporal_factor
+
+    def video_frames(self, latent_frames: int) -> int:
+        """Frames of the video that ``latent_frames`` latent frames make."""
+        return latent_frames * self.temporal_factor - self.frame_padding
 
 
 def block_names(blocks: int) -> list[str]:
@@ -96,7 +111,7 @@ def dimensions(
     model: ModelFacts, *, batch: int, branches: int, video_frames: int, height: int, width: int, text_tokens: int
 ) -> dict[str, int]:
     """Values of all symbols for one request size."""
-    frames = video_frames // model.temporal_factor
+    frames = model.latent_frames(video_frames)
     latent_height, latent_width = height // model.spatial_factor, width // model.spatial_factor
     pt, ps = model.patch
     return {

@@ -1,6 +1,6 @@
 """Given images: read, checked against the video's size, and turned into a clip for the image encoder."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -10,6 +10,7 @@ from PIL import Image
 
 from stiv_deploy.runtime import media
 from stiv_deploy.runtime.conditioning import frame_indices
+from stiv_deploy.runtime.contract import ModelFacts
 from stiv_deploy.runtime.errors import RequestError
 
 ImageLike: TypeAlias = Image.Image | np.ndarray | str | PathLike[str]
@@ -65,19 +66,42 @@ def given_images(
     }
 
 
-def clip_from_images(images: Mapping[int, np.ndarray], temporal_factor: int) -> tuple[list[int], np.ndarray]:
-    """Latent frames that ``images`` (by video frame) give, and the clip fp32 [N * factor, 3, H, W] in [-1, 1] of them.
+def check_given_frames(images: Mapping[int, np.ndarray], model: ModelFacts) -> None:
+    """Raise :class:`RequestError` if the VAE cannot code ``images`` (by video frame) without the frames between them.
 
-    A VAE that codes several frames as one latent frame gets, for every frame of such a group, its nearest given image.
+    A causal VAE codes a frame from those before it: the first alone, or the first few that fill latent frames.
     """
-    groups = sorted({index // temporal_factor for index in images})
-    frames = [group * temporal_factor + offset for group in groups for offset in range(temporal_factor)]
+    if not model.causal_vae or not images:
+        return
+    factor, given = model.temporal_factor, sorted(images)
+    if given != list(range(len(given))) or (len(given) - 1) % factor:
+        raise RequestError(
+            f"images are given for frames {', '.join(map(str, given))}; this bundle's VAE codes each frame from those "
+            f"before it: give frame 0 alone, or the first {1 + factor}, {1 + 2 * factor}, ... frames"
+        )
+
+
+def clip_from_images(images: Mapping[int, np.ndarray], model: ModelFacts) -> tuple[list[int], np.ndarray]:
+    """Latent frames that ``images`` (by video frame) give, and the clip fp32 [N, 3, H, W] in [-1, 1] of them.
+
+    A causal VAE gets the images as they are, see :func:`check_given_frames`. One that codes several frames as one
+    latent frame, each such group on its own, gets for every frame of a group its nearest given image.
+    """
+    if model.causal_vae:
+        return list(range(model.latent_frames(len(images)))), _clip([images[index] for index in sorted(images)])
+    factor = model.temporal_factor
+    groups = sorted({index // factor for index in images})
+    frames = [group * factor + offset for group in groups for offset in range(factor)]
     nearest = [
-        min((i for i in images if i // temporal_factor == frame // temporal_factor), key=lambda i: abs(i - frame))
-        for frame in frames
+        min((i for i in images if i // factor == frame // factor), key=lambda i: abs(i - frame)) for frame in frames
     ]
-    clip = np.stack([images[index] for index in nearest]).astype(np.float32) / np.float32(127.5) - np.float32(1)
-    return groups, clip.transpose(0, 3, 1, 2)  # (N * factor, 3, H, W)
+    return groups, _clip([images[index] for index in nearest])
+
+
+def _clip(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Clip fp32 [N, 3, H, W] in [-1, 1] of images uint8 [H, W, 3]."""
+    clip = np.stack(images).astype(np.float32) / np.float32(127.5) - np.float32(1)
+    return clip.transpose(0, 3, 1, 2)
 
 
 def frames_from_video(video: np.ndarray) -> np.ndarray:

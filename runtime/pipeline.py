@@ -19,7 +19,14 @@ from stiv_deploy.runtime.contract import dimensions, graph_specs
 from stiv_deploy.runtime.denoiser import Denoiser, GraphClock
 from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.guidance import BRANCHES
-from stiv_deploy.runtime.images import ImageLike, clip_from_images, frames_from_video, given_images
+from stiv_deploy.runtime.images import (
+    ImageLike,
+    check_given_frames,
+    clip_from_images,
+    frames_from_video,
+    given_images,
+)
+from stiv_deploy.runtime.manifest import Bucket
 from stiv_deploy.runtime.request import (
     GenerationRequest,
     Sample,
@@ -29,8 +36,10 @@ from stiv_deploy.runtime.request import (
     make_samples,
     sampling_settings,
     video_size,
+    whole_number,
 )
 from stiv_deploy.runtime.sampler import Observer, Sampler, StepRecord
+from stiv_deploy.runtime.tiling import Bind, TiledGraph, TilePlan, check_tile, plan_tiles
 from stiv_deploy.runtime.tokenization import PromptTokenizer
 
 if TYPE_CHECKING:
@@ -83,13 +92,20 @@ StepCallback = Callable[["StivPipeline", int, float, Mapping[str, Any]], object]
 class _RequestState:
     """Denoiser, sampler and decoder of one request size: every buffer and binding a generation needs."""
 
-    def __init__(self, backend: Backend, bundle: Bundle, dims: dict[str, int], clock: GraphClock, debug: bool) -> None:
+    def __init__(
+        self, backend: Backend, bundle: Bundle, dims: dict[str, int], plan: TilePlan, clock: GraphClock, debug: bool
+    ) -> None:
         self.denoiser = Denoiser(backend, bundle.manifest, dims, hook=clock)
         self.sampler = Sampler(self.denoiser, debug=debug)
         spec = self.denoiser.specs["decoder"]
-        self.latents = backend.empty(spec.inputs[0].sized(dims), "float32")
-        self.video = backend.empty(spec.outputs[0].sized(dims), "float32")
-        self.decode = self.denoiser.bind("decoder", latents=self.latents, video=self.video)
+        self.latent_shape = spec.inputs[0].sized(dims)
+        self.video_shape = spec.outputs[0].sized(dims)
+        self.decode = TiledGraph(backend, spec, _binder(backend, "decoder", clock), bundle.manifest.model, plan)
+
+
+def _binder(backend: Backend, graph: str, clock: GraphClock) -> Bind:
+    """Binds ``graph`` to buffers, timed."""
+    return lambda inputs, outputs: clock(graph, backend.bind(graph, inputs, outputs))
 
 
 class StivPipeline:
@@ -106,7 +122,7 @@ class StivPipeline:
         self._specs = graph_specs(bundle.manifest.model, bundle.manifest.precision)
         self._tokenizer = PromptTokenizer(bundle)
         self._clock = GraphClock(backend.synchronize if profile else None)
-        self._states: OrderedDict[tuple[int, ...], _RequestState] = OrderedDict()
+        self._states: OrderedDict[tuple[tuple[int, ...], TilePlan], _RequestState] = OrderedDict()
 
     @classmethod
     def from_bundle(
@@ -148,12 +164,14 @@ class StivPipeline:
         cancel: Event | None = None,
         output_type: OutputType = "np",
         resize: bool = False,
+        decode_tile: int | None = None,
     ) -> StivOutput:
         """Generate videos. Whatever is ``None`` has the default that the checkpoint recommends.
 
         ``image`` is the first frame, or images by frame number (-1 is the last frame), the same for all prompts; they
         must have the video's size unless ``resize``. Sample i draws its noise from ``seed + i``. ``guidance_mode`` is
-        none, jit or sit (``image_guidance_scale`` is for sit), ``solver`` euler or heun.
+        none, jit or sit (``image_guidance_scale`` is for sit), ``solver`` euler or heun. Large frames go through the
+        VAE in tiles of ``decode_tile`` pixels (0 for the whole video at once), see :mod:`runtime.tiling`.
 
         Raises :class:`RequestError` before anything is computed if the request is not possible, :class:`Cancelled`
         between two steps once ``cancel`` is set, :class:`StivError` if the result is not finite.
@@ -175,7 +193,10 @@ class StivPipeline:
         samples = make_samples(prompt, negative_prompt, num_videos_per_prompt, seed, generator)
         batches = in_batches(self.bundle, samples, size)
         images = given_images(image, size.frames, size.height, size.width, resize=resize)
-        request = GenerationRequest(batches=batches, size=size, images=images, settings=settings)
+        tile = None if decode_tile is None else whole_number("decode_tile", decode_tile)
+        check_given_frames(images, self.bundle.manifest.model)
+        check_tile(self.bundle.manifest.model, self._bucket(len(batches[0]), size), tile)
+        request = GenerationRequest(batches=batches, size=size, images=images, settings=settings, decode_tile=tile)
         return self._generate(request, callback_on_step_end, cancel, output_type)
 
     def close(self) -> None:
@@ -236,11 +257,12 @@ class StivPipeline:
         """The state for this size, kept from an earlier call or made now."""
         branches = len(BRANCHES[request.settings.guidance_mode])
         dims = self._dims(batch, branches, request.size, request.size.frames)
-        key = tuple(dims.values())
+        plan = self._plan(dims, self._bucket(batch, request.size), request)
+        key = (tuple(dims.values()), plan)
         if key not in self._states:
             while len(self._states) >= KEPT_STATES:
                 self._states.popitem(last=False)
-            self._states[key] = _RequestState(self.backend, self.bundle, dims, self._clock, self._debug)
+            self._states[key] = _RequestState(self.backend, self.bundle, dims, plan, self._clock, self._debug)
         self._states.move_to_end(key)
         return self._states[key]
 
@@ -249,23 +271,28 @@ class StivPipeline:
         if not request.images:
             return {}
         with self._timed(timings, "encode"):
-            groups, clip = clip_from_images(request.images, self.bundle.manifest.model.temporal_factor)
+            groups, clip = clip_from_images(request.images, self.bundle.manifest.model)
             latents = self._run_image_encoder(clip, request)
         return dict(zip(groups, latents, strict=False))  # what follows the groups encodes padding
 
     def _run_image_encoder(self, clip: np.ndarray, request: GenerationRequest) -> np.ndarray:
         """Latents [T, C, h, w] of ``clip``, repeated to the smallest batch and number of frames of the bucket."""
-        size = request.size
-        bucket = self.bundle.bucket_for(len(request.batches[0]), size.frames, size.height, size.width)
-        multiple = self.bundle.manifest.model.temporal_factor
-        shortest = -(-bucket.frames.min // multiple) * multiple
-        clip = np.concatenate([clip, np.repeat(clip[-1:], max(0, shortest - len(clip)), axis=0)])
-        dims = self._dims(bucket.batch.min, 1, size, len(clip))
-        spec = self._specs["image_encoder"]
-        video = self.backend.upload(np.ascontiguousarray(np.broadcast_to(clip, (bucket.batch.min, *clip.shape))))
-        latents = self.backend.empty(spec.outputs[0].sized(dims), "float32")
-        self._clock("image_encoder", self.backend.bind("image_encoder", {"video": video}, {"latents": latents}))()
-        return self.backend.read(latents)[0]
+        bucket = self._bucket(len(request.batches[0]), request.size)
+        clip = np.concatenate([clip, np.repeat(clip[-1:], max(0, bucket.frames.min - len(clip)), axis=0)])
+        dims = self._dims(bucket.batch.min, 1, request.size, len(clip))
+        spec, bind = self._specs["image_encoder"], _binder(self.backend, "image_encoder", self._clock)
+        plan = self._plan(dims, bucket, request)
+        encode = TiledGraph(self.backend, spec, bind, self.bundle.manifest.model, plan)
+        latents = np.empty(spec.outputs[0].sized(dims), dtype=np.float32)
+        for rows, frames, part in encode(np.broadcast_to(clip, (bucket.batch.min, *clip.shape))):
+            latents[rows, frames] = part
+        return latents[0]
+
+    def _bucket(self, batch: int, size: VideoSize) -> Bucket:
+        return self.bundle.bucket_for(batch, size.frames, size.height, size.width)
+
+    def _plan(self, dims: dict[str, int], bucket: Bucket, request: GenerationRequest) -> TilePlan:
+        return plan_tiles(self.bundle.manifest.model, bucket, dims, request.decode_tile)
 
     def _denoise(
         self,
@@ -281,7 +308,7 @@ class StivPipeline:
         with self._timed(timings, "text"):
             self._set_conditions(state.denoiser, batch, request)
         with self._timed(timings, "denoise"):
-            shape = state.latents.shape[1:]
+            shape = state.latent_shape[1:]
             noise = draw_noise([sample.seed for sample in batch], shape)
             mask = frame_mask(len(batch), shape[0], given)
             clean = scatter_frames(given, len(batch), shape)
@@ -300,9 +327,11 @@ class StivPipeline:
     def _decode(self, state: _RequestState, latents: np.ndarray, timings: dict[str, float]) -> np.ndarray:
         """Frames uint8 [B, F, H, W, 3] of ``latents``."""
         with self._timed(timings, "decode"):
-            self.backend.write(state.latents, latents)
-            state.decode()
-            return frames_from_video(self.backend.read(state.video))
+            batch, count, _, height, width = state.video_shape
+            frames = np.empty((batch, count, height, width, 3), dtype=np.uint8)
+            for rows, columns, video in state.decode(latents):
+                frames[rows, columns] = frames_from_video(video)
+            return frames
 
     def _observer(self, callback: StepCallback | None, index: int, request: GenerationRequest) -> Observer | None:
         """``callback`` as the observer of batch ``index``."""

@@ -40,13 +40,14 @@ class Sample:
 class GenerationRequest:
     """All samples of a call, in batches that the bundle can run, with what they share.
 
-    ``images`` are uint8 [H, W, 3] by video frame.
+    ``images`` are uint8 [H, W, 3] by video frame; ``decode_tile`` is for :func:`runtime.tiling.plan_tiles`.
     """
 
     batches: tuple[tuple[Sample, ...], ...]
     size: VideoSize
     images: dict[int, np.ndarray]
     settings: SamplingSettings
+    decode_tile: int | None = None
 
     @property
     def count(self) -> int:

@@ -1,7 +1,8 @@
 """Checkpoints: a folder of safetensors and JSON, one file per component, written whole or not at all.
 
 ``config.json`` (architectures, sampling defaults), ``model.safetensors``, ``text_encoder.safetensors``,
-``vae.safetensors`` and ``tokenizer.json``.
+``vae.safetensors`` and ``tokenizer.json``. A pretrained text encoder or VAE is a sub-folder ``text_encoder`` or ``vae``
+instead, as its own library writes it (config.json and safetensors), so that a checkpoint needs nothing outside it.
 """
 
 import hashlib
@@ -11,22 +12,42 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig, read_config
-from stiv_deploy.stiv_ref.errors import CheckpointError
+from stiv_deploy.stiv_ref.errors import CheckpointError, ConfigError
 from stiv_deploy.stiv_ref.model import Stiv
+from stiv_deploy.stiv_ref.pretrained_text import PretrainedTextConfig, PretrainedTextEncoder, read_text_encoder
+from stiv_deploy.stiv_ref.pretrained_vae import PretrainedVae, PretrainedVaeConfig, read_vae
 from stiv_deploy.stiv_ref.text import TextConfig, TextEncoder, load_tokenizer
 from stiv_deploy.stiv_ref.vae import Vae, VaeConfig
 
-CHECKPOINT_FILES = ("config.json", "model.safetensors", "text_encoder.safetensors", "vae.safetensors", "tokenizer.json")
+Component = TypeVar("Component", bound=nn.Module)
+COMPONENTS = ("config.json", "model", "text_encoder", "vae", "tokenizer.json")
+"""What a checkpoint consists of: files, and components that are a safetensors file or a folder of this name."""
+
+
+def _origin(value: Any) -> str:
+    """Which of two configs ``value`` is for: ``pretrained`` where its ``kind`` says so; without one ``own``."""
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return "pretrained" if kind == "pretrained" else "own"
+
+
+AnyTextConfig = Annotated[
+    Annotated[TextConfig, Tag("own")] | Annotated[PretrainedTextConfig, Tag("pretrained")], Discriminator(_origin)
+]
+AnyTextEncoder = TextEncoder | PretrainedTextEncoder
+AnyVaeConfig = Annotated[
+    Annotated[VaeConfig, Tag("own")] | Annotated[PretrainedVaeConfig, Tag("pretrained")], Discriminator(_origin)
+]
+AnyVae = Vae | PretrainedVae
 
 
 class SamplingDefaults(FrozenConfig):
@@ -48,8 +69,8 @@ class CheckpointConfig(FrozenConfig):
     format: Literal["stiv-checkpoint"] = "stiv-checkpoint"
     format_version: Literal[1] = 1
     model: StivConfig
-    text: TextConfig
-    vae: VaeConfig
+    text: AnyTextConfig
+    vae: AnyVaeConfig
     sampling: SamplingDefaults
 
 
@@ -59,8 +80,8 @@ class Checkpoint:
 
     config: CheckpointConfig
     model: Stiv
-    text_encoder: TextEncoder
-    vae: Vae
+    text_encoder: AnyTextEncoder
+    vae: AnyVae
     tokenizer: Tokenizer
 
 
@@ -87,15 +108,25 @@ def stored(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
-    """Write ``checkpoint`` to the folder ``path``, replacing it; ``dtype`` is the stored type of the weights."""
+    """Write ``checkpoint`` to the folder ``path``, replacing it; ``dtype`` is the stored type of the weights.
+
+    Pretrained components are stored in the type that they came in.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced_folder(path) as folder:
         text = json.dumps(checkpoint.config.model_dump(mode="json"), indent=2)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-        save_file(stored(checkpoint.model, dtype), folder / "model.safetensors")
-        save_file(stored(checkpoint.text_encoder, dtype), folder / "text_encoder.safetensors")
-        save_file(stored(checkpoint.vae, dtype), folder / "vae.safetensors")
+        for name in ("model", "text_encoder", "vae"):
+            _save_component(folder, name, getattr(checkpoint, name), dtype)
         checkpoint.tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _save_component(folder: Path, name: str, module: nn.Module, dtype: torch.dtype) -> None:
+    """Write one component: a pretrained one as a folder, any other as a safetensors file in ``dtype``."""
+    if isinstance(module, PretrainedTextEncoder | PretrainedVae):
+        module.save(folder / name)
+    else:
+        save_file(stored(module, dtype), folder / f"{name}.safetensors")
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -122,30 +153,89 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None
     module.load_state_dict(dict(tensors))
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Load a checkpoint folder in fp32, in evaluation mode; raise :class:`CheckpointError` on any misfit."""
+def read_checkpoint_config(path: Path) -> CheckpointConfig:
+    """The checked ``config.json`` of a checkpoint folder; raises :class:`CheckpointError` or :class:`ConfigError`."""
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no checkpoint here (config.json is missing); train one with 'stiv train'")
     config = read_config(CheckpointConfig, path / "config.json")
     if config.model.text_width != config.text.width or config.model.latent_channels != config.vae.latent_channels:
         raise CheckpointError(f"{path}: the model's text width or latent channels differ from its text encoder or VAE")
+    if config.model.temporal:
+        try:
+            config.vae.latent_frames(config.sampling.frames)
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: sampling.frames in config.json: {error}") from None
+    return config
+
+
+def _read(module: Component, source: Path) -> Component:
+    """Fill ``module``, made on the meta device, from a safetensors file: fp32, frozen, in evaluation mode."""
+    tensors = {key: tensor.float() for key, tensor in load_tensors(source).items()}
+    module.to_empty(device="cpu")
+    fill(module, tensors, source)
+    return module.eval().requires_grad_(False)
+
+
+def _read_model(path: Path, config: StivConfig) -> Stiv:
     with torch.device("meta"):
-        modules = (Stiv(config.model), TextEncoder(config.text), Vae(config.vae))
-    for module, name in zip(modules, ("model", "text_encoder", "vae"), strict=True):
-        source = path / f"{name}.safetensors"
-        tensors = {key: tensor.float() for key, tensor in load_tensors(source).items()}
-        module.to_empty(device="cpu")
-        fill(module, tensors, source)
-        module.eval().requires_grad_(False)
-    model, text_encoder, vae = modules
-    tokenizer = load_tokenizer(path / "tokenizer.json")
-    return Checkpoint(config=config, model=model, text_encoder=text_encoder, vae=vae, tokenizer=tokenizer)
+        model = Stiv(config)
+    return _read(model, path / "model.safetensors")
+
+
+def _read_text_encoder(path: Path, config: TextConfig | PretrainedTextConfig) -> AnyTextEncoder:
+    if isinstance(config, PretrainedTextConfig):
+        return read_text_encoder(path / "text_encoder", config)
+    with torch.device("meta"):
+        encoder = TextEncoder(config)
+    return _read(encoder, path / "text_encoder.safetensors")
+
+
+def _read_vae(path: Path, config: VaeConfig | PretrainedVaeConfig) -> AnyVae:
+    if isinstance(config, PretrainedVaeConfig):
+        return read_vae(path / "vae", config)
+    with torch.device("meta"):
+        vae = Vae(config)
+    return _read(vae, path / "vae.safetensors")
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Load a checkpoint folder in fp32, in evaluation mode; raise :class:`CheckpointError` on any misfit."""
+    config = read_checkpoint_config(path)
+    return Checkpoint(
+        config=config,
+        model=_read_model(path, config.model),
+        text_encoder=_read_text_encoder(path, config.text),
+        vae=_read_vae(path, config.vae),
+        tokenizer=load_tokenizer(path / "tokenizer.json"),
+    )
+
+
+def load_text_encoder(path: Path) -> tuple[AnyTextEncoder, Tokenizer]:
+    """The frozen text encoder of a checkpoint folder, and its tokenizer; raises :class:`CheckpointError`."""
+    config = read_checkpoint_config(path)
+    return _read_text_encoder(path, config.text), load_tokenizer(path / "tokenizer.json")
+
+
+def load_vae(path: Path) -> AnyVae:
+    """The frozen VAE of a checkpoint folder; raises :class:`CheckpointError`."""
+    return _read_vae(path, read_checkpoint_config(path).vae)
+
+
+def checkpoint_files(path: Path) -> list[str]:
+    """Names of a checkpoint's files, relative to its folder with forward slashes, in a fixed order."""
+    names: list[str] = []
+    for name in COMPONENTS:
+        if (path / name).is_dir():
+            names += sorted(file.relative_to(path).as_posix() for file in (path / name).rglob("*") if file.is_file())
+        else:
+            names.append(name if name.endswith(".json") else f"{name}.safetensors")
+    return names
 
 
 def checkpoint_hash(path: Path) -> str:
     """SHA-256 (hex) over the lines ``<sha256> <name>`` of the checkpoint's files."""
     digest = hashlib.sha256()
-    for name in CHECKPOINT_FILES:
+    for name in checkpoint_files(path):
         with (path / name).open("rb") as file:
             digest.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()} {name}\n".encode())
     return digest.hexdigest()

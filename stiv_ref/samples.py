@@ -7,9 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stiv_deploy.stiv_ref.checkpoint import Checkpoint
-from stiv_deploy.stiv_ref.data.moving_digits import DIGIT_WORDS, DIRECTIONS, MovingDigits, caption
-from stiv_deploy.stiv_ref.plots import Row
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint, SamplingDefaults
+from stiv_deploy.stiv_ref.data.moving_digits import DIGIT_WORDS, DIRECTIONS, SIZE, MovingDigits, caption
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, sample
 from stiv_deploy.stiv_ref.text import TextStates, tokenize
 
@@ -23,9 +22,8 @@ def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.stack(draws))
 
 
-def settings_of(checkpoint: Checkpoint) -> SamplingSettings:
-    """The sampling settings that the checkpoint recommends."""
-    defaults = checkpoint.config.sampling
+def settings_of(defaults: SamplingDefaults) -> SamplingSettings:
+    """The sampling settings that a checkpoint recommends."""
     return SamplingSettings(
         steps=defaults.steps,
         guidance_scale=defaults.guidance_scale,
@@ -46,12 +44,13 @@ def sampling_inputs(
     """Inputs of :func:`stiv_ref.sampler.sample`, one sample for each prompt and seed, at the checkpoint's own size.
 
     ``first_frames`` [B, 3, H, W] in [-1, 1] are given; ``frames`` of video default to the checkpoint's own number.
+    Raises :class:`ConfigError` for a number of frames that the VAE cannot code.
     """
     defaults, vae = checkpoint.config.sampling, checkpoint.vae
     if frames is None:
         frames = defaults.frames if checkpoint.config.model.temporal else 1
     size = (defaults.height // vae.config.spatial_factor, defaults.width // vae.config.spatial_factor)
-    noise = seeded_noise(seeds, (frames // vae.config.temporal_factor, vae.config.latent_channels, *size))
+    noise = seeded_noise(seeds, (vae.latent_frames(frames), vae.config.latent_channels, *size))
     clean, frame_mask = torch.zeros_like(noise), torch.zeros(noise.shape[:2], dtype=torch.bool)
     if first_frames is not None:
         clean[:, :1], frame_mask[:, 0] = vae.encode(first_frames.unsqueeze(1)), True
@@ -104,9 +103,9 @@ def balanced_requests(count: int, *, moving: bool) -> Requests:
     return Requests(prompts=prompts, digits=digits, directions=directions)
 
 
-def real_clips(requests: Requests, frames: int, *, split: str = "test", seed: int = 0) -> Tensor:
-    """A real clip for every request, fp32 [B, frames, 3, H, W], drawn from ``split`` until all are found."""
-    data, generator = MovingDigits(split), torch.Generator().manual_seed(seed)
+def real_clips(requests: Requests, frames: int, *, split: str = "test", seed: int = 0, size: int = SIZE) -> Tensor:
+    """A real clip for every request, fp32 [B, frames, 3, size, size], drawn from ``split`` until all are found."""
+    data, generator = MovingDigits(split, size), torch.Generator().manual_seed(seed)
     found: dict[int, Tensor] = {}
     while len(found) < len(requests):
         clips = data.draw(100, frames, generator)
@@ -118,20 +117,3 @@ def real_clips(requests: Requests, frames: int, *, split: str = "test", seed: in
                 found[index] = video
                 waiting.discard(index)
     return torch.stack([found[index] for index in range(len(requests))])
-
-
-def sample_rows(checkpoint: Checkpoint, count: int = 10, *, image_to_video: bool = True) -> list[Row]:
-    """Rows of a contact sheet: ``count`` clips from text and, if ``image_to_video``, as many from test images."""
-    moving = checkpoint.config.model.temporal
-    requests, frames = balanced_requests(count, moving=moving), checkpoint.config.sampling.frames if moving else 1
-    settings = settings_of(checkpoint)
-    videos = [("", generate(checkpoint, requests.prompts, range(count), settings, frames=frames))]
-    if moving and image_to_video:
-        first = real_clips(requests, frames)[:, 0]
-        video = generate(checkpoint, requests.prompts, range(count), settings, frames=frames, first_frames=first)
-        videos.append(("image + ", video))
-    return [
-        Row(video=clip.numpy(), caption=f"{kind}{prompt}")
-        for kind, video in videos
-        for clip, prompt in zip(video, requests.prompts, strict=True)
-    ]

@@ -1,8 +1,10 @@
-"""A small convolutional per-frame VAE behind the interface that larger ones fill.
+"""A small convolutional per-frame VAE behind the interface that larger ones (:mod:`stiv_ref.pretrained_vae`) fill.
 
 Interface: ``encode`` video [B, F, 3, H, W] in [-1, 1] -> latents [B, T, C, h, w] of zero mean and unit variance,
-``decode`` back. Source of the objective: Kingma & Welling, arXiv 1312.6114; the small KL weight follows latent
-diffusion (arXiv 2112.10752).
+``decode`` back; ``latent_frames`` and ``video_frames`` turn F into T and T into F; ``config`` has ``latent_channels``,
+``spatial_factor``, ``temporal_factor`` and ``causal``. A causal VAE codes the first frame alone, as latent frame 0, so
+that a given first frame is a given latent frame (image conditioning by frame replacement). Source of the objective:
+Kingma & Welling, arXiv 1312.6114; the small KL weight follows latent diffusion (arXiv 2112.10752).
 """
 
 import torch
@@ -11,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stiv_deploy.stiv_ref.config import FrozenConfig
+from stiv_deploy.stiv_ref.errors import ConfigError
 
 
 class VaeConfig(FrozenConfig):
@@ -28,6 +31,21 @@ class VaeConfig(FrozenConfig):
     def temporal_factor(self) -> int:
         """Frames per latent frame: 1, every frame is coded on its own."""
         return 1
+
+    @property
+    def causal(self) -> bool:
+        """Whether latents depend on earlier frames (and on no later one): no."""
+        return False
+
+    def latent_frames(self, frames: int) -> int:
+        """Latent frames of ``frames`` frames of video: as many; :class:`ConfigError` if there is none."""
+        if frames < 1:
+            raise ConfigError(f"{frames} frames, but this VAE codes 1 or more")
+        return frames
+
+    def video_frames(self, latent_frames: int) -> int:
+        """Frames of video that ``latent_frames`` latent frames make: as many; :class:`ConfigError` if there is none."""
+        return self.latent_frames(latent_frames)
 
 
 class Vae(nn.Module):
@@ -55,6 +73,14 @@ class Vae(nn.Module):
         self.register_buffer("shift", torch.zeros(config.latent_channels))
         self.register_buffer("scale", torch.ones(config.latent_channels))
 
+    def latent_frames(self, frames: int) -> int:
+        """Latent frames of ``frames`` frames of video: as many; :class:`ConfigError` if there is none."""
+        return self.config.latent_frames(frames)
+
+    def video_frames(self, latent_frames: int) -> int:
+        """Frames of video that ``latent_frames`` latent frames make: as many; :class:`ConfigError` if there is none."""
+        return self.config.video_frames(latent_frames)
+
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance [N, C, h, w] of images [N, 3, H, W], before standardization."""
         mean, log_variance = self.encoder(images).chunk(2, dim=1)
@@ -79,10 +105,12 @@ class Vae(nn.Module):
         self.scale.copy_(mean.std(dim=(0, 2, 3)))
 
 
-def vae_loss(vae: Vae, images: Tensor, kl_weight: float, generator: torch.Generator) -> Tensor:
-    """Reconstruction error plus ``kl_weight`` times the KL divergence to N(0, 1), both per pixel."""
+def vae_loss(vae: Vae, images: Tensor, kl_weight: float, noise: Tensor) -> Tensor:
+    """Reconstruction error plus ``kl_weight`` times the KL divergence to N(0, 1), both per pixel.
+
+    ``noise`` [N, C, h, w], standard normal, draws the latents of ``images`` [N, 3, H, W].
+    """
     mean, log_variance = vae.posterior(images)
-    noise = torch.randn(mean.shape, generator=generator)
     latents = mean + noise * (0.5 * log_variance).exp()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum() / images.numel()
     return F.mse_loss(vae.decoder(latents), images) + kl_weight * kl

@@ -1,11 +1,18 @@
-"""Shared by all tests: the shipped checkpoint, its bundle, and the order of the tests."""
+"""Shared by all tests: the shipped checkpoint, its bundle, small pretrained encoders, and the order of the tests."""
 
+import functools
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models gain nothing from more, and lose much on a busy machine
@@ -56,13 +63,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from stiv_deploy.stiv_ref.checkpoint import save_checkpoint
     from stiv_deploy.stiv_ref.recipe import load_recipe
-    from stiv_deploy.stiv_ref.train import begin_stage, finished, start_run
+    from stiv_deploy.stiv_ref.training.stages import untrained_checkpoint
 
-    recipe = load_recipe(ROOT / "stiv_ref" / "configs" / "tiny.toml")
-    run = start_run(recipe)
-    run.stage = len(recipe.stages)
-    begin_stage(run, recipe)
-    untrained = finished(run, recipe)
+    untrained = untrained_checkpoint(load_recipe(ROOT / "recipes" / "tiny.toml"))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in untrained.model.parameters():  # some start at zero and would switch their branch off
@@ -80,3 +83,158 @@ def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "bundle"
     export_bundle(checkpoint, folder)
     return folder
+
+
+WORDS = ("a", "red", "digit", "three", "moving", "left", "to", "the", "right", "up", "down", "and", "one", "two")
+LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
+
+
+def unigram_tokenizer() -> "PreTrainedTokenizerFast":
+    """A tokenizer of T5's form: pieces with a mark for the space, ended by ``</s>``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -20.0)]
+    pieces += [(f"▁{word}", -1.0 - rank) for rank, word in enumerate(WORDS)] + [(letter, -21.0) for letter in LETTERS]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def byte_pair_tokenizer() -> "PreTrainedTokenizerFast":
+    """A tokenizer of CLIP's form: pairs merged up to words, between a start and an end token that also pads."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    tokens = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "re", "red</w>", start, end]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    merges = [("r", "e"), ("re", "d</w>")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token=end))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.RobertaProcessing((end, vocabulary[end]), (start, vocabulary[start]))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=end, bos_token=start, eos_token=end, unk_token=end
+    )
+
+
+def word_piece_tokenizer() -> "PreTrainedTokenizerFast":
+    """A tokenizer of BERT's form: word pieces between ``[CLS]`` and ``[SEP]``."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, "##s"]
+    tokenizer = Tokenizer(models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]"
+    )
+
+
+def small_text_model(architecture: str, tokens: int) -> "PreTrainedModel":
+    """An untrained encoder of a real transformers class, 24 wide, two layers, with an embedding for ``tokens``."""
+    import transformers
+
+    common = {"vocab_size": tokens, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2}
+    common |= {"num_attention_heads": 3, "max_position_embeddings": 24}
+    if architecture == "t5":
+        sizes = {"d_model": 24, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 3}
+        config = transformers.T5Config(vocab_size=tokens, feed_forward_proj="gated-gelu", pad_token_id=0, **sizes)
+        return transformers.T5EncoderModel(config)
+    if architecture == "clip":
+        ends = {"bos_token_id": tokens - 2, "eos_token_id": tokens - 1, "pad_token_id": tokens - 1}
+        return transformers.CLIPTextModel(transformers.CLIPTextConfig(**common, **ends))
+    return transformers.BertModel(transformers.BertConfig(**common))
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of untrained t5, clip and bert encoders as transformers saves them; do not write into them.
+
+    Their weights are larger than transformers initializes them: attention is far from uniform, no layer a detail.
+    """
+    pytest.importorskip("transformers")
+    tokenizers = {"t5": unigram_tokenizer, "clip": byte_pair_tokenizer, "bert": word_piece_tokenizer}
+
+    @functools.cache
+    def make(architecture: str) -> Path:
+        import torch
+
+        tokenizer = tokenizers[architecture]()
+        model = small_text_model(architecture, len(tokenizer))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, tensor in model.named_parameters():
+                noise = torch.randn(tensor.shape, generator=generator)
+                if tensor.dim() == 1:
+                    tensor.add_(noise, alpha=0.1)  # biases from 0, norms from 1
+                else:
+                    tables = ("embed", "shared", "relative")
+                    tensor.copy_(noise if any(part in name for part in tables) else noise * 24**-0.5)
+        folder = tmp_path_factory.mktemp("text") / architecture
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def small_vae(class_name: str, **changes: object) -> "ModelMixin":
+    """An untrained VAE of a real diffusers class, 4 channels, 1x2x2 (AutoencoderKL) or 4x8x8; ``changes`` to it."""
+    import diffusers
+    import torch
+
+    per_frame: dict[str, object] = {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "norm_num_groups": 4,
+        "scaling_factor": 0.4,
+        "shift_factor": 0.1,
+    }
+    causal: dict[str, object] = {
+        "latent_channels": 4,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("LTXVideoDownBlock3D",) * 2,
+        "decoder_block_out_channels": (8, 16),
+        "layers_per_block": (1, 1, 1),
+        "decoder_layers_per_block": (1, 1, 1),
+        "spatio_temporal_scaling": (True, True),
+        "decoder_spatio_temporal_scaling": (True, True),
+        "decoder_inject_noise": (False,) * 3,
+        "downsample_type": ("conv",) * 2,
+        "upsample_residual": (False,) * 2,
+        "upsample_factor": (1,) * 2,
+        "patch_size": 2,
+        "scaling_factor": 1.5,
+    }
+    config = {"AutoencoderKL": per_frame, "AutoencoderKLLTXVideo": causal}[class_name] | changes
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: ModelMixin = getattr(diffusers, class_name)(**config)
+        for name, buffer in model.named_buffers(recurse=False):
+            buffer.copy_(torch.rand(buffer.shape) + 0.5 * (name == "latents_std"))
+    return model
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Folders of small VAEs as diffusers saves them, by class name, type, and what differs in their config."""
+    pytest.importorskip("diffusers")
+
+    def make(class_name: str, dtype: str = "float32", **changes: object) -> Path:
+        import torch
+
+        folder = tmp_path_factory.mktemp("vae") / class_name
+        small_vae(class_name, **changes).to(getattr(torch, dtype)).save_pretrained(folder)
+        return folder
+
+    return make

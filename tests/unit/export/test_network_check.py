@@ -1,5 +1,6 @@
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +15,14 @@ from stiv_deploy.export.graph_writer import require_passed
 from stiv_deploy.export.graphs import graph_modules, model_facts
 from stiv_deploy.export.network_check import (
     TOKEN_BYTES,
+    VAE_PIXELS,
     CheckRow,
     _odd_inside,
     check_graph,
     check_sizes,
     draw_inputs,
     executable,
+    graph_sizes,
     relative_error,
 )
 from stiv_deploy.export.onnx_from_module import Template, parameters_of, write_graph
@@ -60,6 +63,28 @@ def test_large_sizes_are_checked_with_fewer_rows(micro: Checkpoint) -> None:
         if which != "odd":
             whole = bucket.dims(facts, which)  # type: ignore[arg-type]
             assert {name for name in dims if dims[name] != whole[name]} <= {"batch", "branches", "model_batch"}
+
+
+@pytest.mark.parametrize("factors", [{}, {"spatial_factor": 32, "temporal_factor": 8, "causal_vae": True}])
+def test_vae_graphs_are_checked_in_pieces_of_bounded_size(micro: Checkpoint, factors: dict[str, Any]) -> None:
+    """Large frames go through the VAE in tiles at run time; small sizes are checked as they are."""
+    facts = model_facts(micro.config).model_copy(update=factors)
+    small = default_bucket(micro.config.sampling, facts)
+    frames = Range(min=1, typical=17, max=33)
+    large = small.model_copy(update={"frames": frames, "height": Range(min=64, typical=512, max=1024)})
+    large = large.model_copy(update={"width": Range(min=64, typical=768, max=2048)})
+    for graph in ("image_encoder", "decoder"):
+        for which, dims in graph_sizes(graph, large, facts).items():
+            together = dims["frames"] if facts.causal_vae else 1
+            area = dims["height"] * dims["width"]
+            tile = 512**2 * together
+            assert area * dims["frames"] * dims["batch"] <= max(VAE_PIXELS, tile), which
+            assert facts.latent_frames(dims["video_frames"]) == dims["frames"]
+    assert graph_sizes("embed", large, facts) == check_sizes(large, facts)
+    if not factors:
+        for which, dims in check_sizes(small, facts).items():
+            piece = graph_sizes("decoder", small, facts)[which]
+            assert all(piece[name] == dims[name] for name in ("batch", "video_frames", "height", "width"))
 
 
 def test_drawn_inputs_are_of_their_kind(micro: Checkpoint) -> None:
@@ -124,6 +149,31 @@ def test_another_models_graph_fails(micro: Checkpoint, written: tuple[Path, nn.M
     assert not any(row.passed for row in rows)
     with pytest.raises(CheckError, match="graph head differs from the reference at the min: relative L2 error"):
         require_passed(iter(rows))
+
+
+class Rough(nn.Module):
+    """A head that rounds coarsely in float32 and, for a comparison, nearly not at all in float64."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor, model_input: torch.Tensor) -> torch.Tensor:
+        out = self.inner.source.unpatchify(self.inner.source.head(x, condition), model_input.shape)
+        return (out + 1024) - 1024
+
+
+def test_an_ill_conditioned_float32_graph_is_judged_by_float64(
+    micro: Checkpoint, written: tuple[Path, nn.Module, GraphSpec]
+) -> None:
+    path, module, spec = written
+    rough = Rough(module)
+    rows = list(check_graph("head", path, spec, rough, rough, sizes_of(micro), 19))
+    assert all(row.passed and 1e-5 < row.gate < 1e-3 for row in rows)
+    wrong = copy.deepcopy(rough)
+    with torch.no_grad():
+        wrong.inner.source.head.out.weight *= 1.01
+    assert not any(row.passed for row in check_graph("head", path, spec, wrong, wrong, sizes_of(micro), 19))
 
 
 def test_half_precision_is_gated_by_torchs_own_error(

@@ -1,4 +1,5 @@
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from hypothesis import given
@@ -134,3 +135,24 @@ def test_names_come_from_scopes_and_metadata_goes() -> None:
 )
 def test_types(dtype: str, name: str) -> None:
     assert passes.onnx_type(dtype).name == name  # type: ignore[arg-type]
+
+
+def test_shapes_are_inferred_across_group_norms() -> None:
+    """ONNX infers nothing for this function: without a type of its output a convolution behind it has no shape."""
+    x = float_input("x", "s0", 4, "s1", "s2")
+    scale, bias = (initializer(name, np.ones(4, np.float32)) for name in ("scale", "bias"))
+    kernel = initializer("kernel", np.ones((6, 4, 1, 1), np.float32))
+    norm = ir.node("GroupNormalization", [x, scale, bias], {"num_groups": 2, "epsilon": 1e-5})
+    convolution = ir.node("Conv", [norm.outputs[0], kernel])
+    norm.outputs[0].type, norm.outputs[0].shape = x.type, ir.Shape(["s0", 4, "s1", "s2"])
+    model = model_of([norm, convolution], [x], [scale, bias, kernel])
+    spec = GraphSpec(
+        inputs=(TensorSpec(name="x", dtype="float32", shape=("batch", 4, "height", "width")),),
+        outputs=(TensorSpec(name="y", dtype="float32", shape=("batch", 6, "height", "width")),),
+    )
+    passes.apply_contract(model.graph, spec)
+    assert norm.outputs[0].shape == ir.Shape([None, 4, None, None])
+    proto = ir.to_proto(model)
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True)
+    assert [dim.dim_value for dim in inferred.graph.output[0].type.tensor_type.shape.dim] == [0, 6, 0, 0]

@@ -4,7 +4,7 @@ No checkpoint and no torch: the toy model is affine in its input, so that solver
 answers, and uses every input of every graph, so that a wrong binding shows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -268,11 +268,16 @@ def _save_tokenizer(path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def make_bundle(folder: Path, toy: Toy) -> Path:
-    """Write the bundle of ``toy`` into ``folder``."""
+def make_bundle(
+    folder: Path,
+    toy: Toy,
+    graphs_instead: Mapping[str, tuple[str, dict[str, np.ndarray]]] | None = None,
+    bucket: Bucket = BUCKET,
+) -> Path:
+    """Write the bundle of ``toy`` into ``folder``, some graphs replaced by others (text and initializers)."""
     (folder / "onnx").mkdir(parents=True)
     specs, graphs = graph_specs(FACTS, "float32"), {}
-    for name, (text, constants) in toy.graphs().items():
+    for name, (text, constants) in (toy.graphs() | dict(graphs_instead or {})).items():
         file, external = f"onnx/{name}.onnx", bool(constants)
         _save(text, constants, folder / file, external)
         graphs[name] = GraphRecord(
@@ -287,7 +292,7 @@ def make_bundle(folder: Path, toy: Toy) -> Path:
         opset=20,
         model=FACTS,
         sampling=SAMPLING,
-        buckets=(BUCKET,),
+        buckets=(bucket,),
         graphs=graphs,
         tokenizer=file_record(folder, "tokenizer.json"),
         checkpoint="0" * 64,
@@ -319,6 +324,18 @@ def own_bundle(tmp_path: Path, toy: Toy) -> Path:
 def bundle_of(tmp_path: Path) -> Callable[..., Path]:
     """Makes the bundle of a toy model with the given slope."""
     return lambda slope: make_bundle(tmp_path / f"slope{slope}", Toy(slope))
+
+
+@pytest.fixture(scope="session")
+def bundle_with(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a toy bundle with some graphs replaced, for frames up to 256x256."""
+
+    def make(**graphs: tuple[str, dict[str, np.ndarray]]) -> Path:
+        large = Range(min=4, typical=8, max=256)
+        bucket = BUCKET.model_copy(update={"height": large, "width": large})
+        return make_bundle(tmp_path_factory.mktemp("other") / "bundle", Toy(), graphs, bucket)
+
+    return make
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stiv_deploy.runtime.bundle import Bundle, file_record, write_manifest
+from stiv_deploy.runtime.bundle import Bundle, file_record, read_manifest, write_manifest
 from stiv_deploy.runtime.errors import BundleError, OutputError, RequestError
 from stiv_deploy.runtime.manifest import Bucket, Range
 
@@ -216,3 +216,24 @@ def test_bucket_for_refuses_exactly_what_is_outside(toy_bundle: Bundle, sizes: t
         assert not inside
     else:
         assert inside
+
+
+@pytest.mark.parametrize(("frames", "fits"), [(1, True), (5, True), (4, False), (6, False), (9, False)])
+def test_frames_of_a_causal_vae(own_bundle: Path, frames: int, fits: bool) -> None:
+    """It codes 4k + 1 frames; the bucket goes to 6."""
+    manifest = read_manifest(own_bundle)
+    causal = manifest.model.model_copy(update={"temporal_factor": 4, "causal_vae": True})
+    bundle = Bundle(own_bundle, manifest.model_copy(update={"model": causal}))
+    if fits:
+        assert bundle.bucket_for(1, frames, 8, 8).name == "small"
+    else:
+        with pytest.raises(RequestError, match=f"frames is {frames}; this bundle takes 1 to 6 in steps of 4"):
+            bundle.bucket_for(1, frames, 8, 8)
+
+
+def test_a_manifest_from_before_causal_vaes_is_read(own_bundle: Path) -> None:
+    path = own_bundle / "manifest.json"
+    values = json.loads(path.read_text())
+    del values["model"]["causal_vae"]
+    path.write_text(json.dumps(values))
+    assert not read_manifest(own_bundle).model.causal_vae

@@ -62,6 +62,18 @@ def heavy() -> None:
     "Needs a library when it runs."
     raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
+several = typer.Typer(help="Has commands of its own.")
+
+@several.command()
+def first(number: int) -> None:
+    "The first of them."
+    typer.echo(f"first {number}")
+
+@several.command()
+def second() -> None:
+    "The second, which refuses."
+    raise OutputError("refused")
+
 def buggy() -> None:
     "Imports a module that does not exist."
     import stiv_deploy.runtime.nonsense
@@ -75,7 +87,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "test_only_absent.py").write_text("raise ModuleNotFoundError('No module named onnx', name='onnx')")
     (tmp_path / "test_only_imported.py").write_text("raise SystemError('imported by mistake')")
     monkeypatch.syspath_prepend(tmp_path)
-    names = ("refused", "broken", "interrupted", "cancelled", "failing", "heavy", "buggy")
+    names = ("refused", "broken", "interrupted", "cancelled", "failing", "heavy", "buggy", "several")
     values = {name: f"test_only_commands:{name}" for name in names} | {"absent": "test_only_absent:absent"}
     points = {name: EntryPoint(name, value, main_module.GROUP) for name, value in values.items()}
     monkeypatch.setattr(main_module, "_commands", lambda: points)
@@ -111,6 +123,18 @@ def test_help_survives_a_command_that_cannot_be_imported(run: Run, commands: Pat
     assert "absent" in words
     assert "(not available: onnx is not installed; run: pip install 'stiv-deploy[export]')" in words
     assert "Needs a library when it runs." in words
+
+
+def test_a_command_may_have_commands_of_its_own(run: Run, commands: Path) -> None:
+    assert run("several", "first", 3) == (0, "first 3\n", "")
+    assert run("several", "second") == (2, "", "error: refused\n")
+    assert run("several", "third") == (2, "", "error: No such command 'third'. (see 'stiv several --help')\n")
+    assert run("several", "first") == (2, "", "error: Missing argument 'number'. (see 'stiv several first --help')\n")
+    code, out, _ = run("several", "--help")
+    assert code == 0
+    assert all(words in out for words in ("stiv several", "The first of them.", "The second, which refuses."))
+    words = " ".join(run("--help")[1].replace("│", " ").split())
+    assert "several Has commands of its own." in words
 
 
 def test_only_the_command_that_runs_is_imported(run: Run, commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +217,7 @@ def test_generate_passes_every_option_on(
         "--seed": 11,
         "--backend": "onnxruntime",
         "--threads": 1,
+        "--decode-tile": 4,
     }
     flat = [item for pair in options.items() for item in pair]
     out = tmp_path / "out.mp4"
@@ -215,6 +240,7 @@ def test_generate_passes_every_option_on(
         "time_shift": 2.0,
         "seed": 11,
         "resize": False,
+        "decode_tile": 4,
     }
 
 

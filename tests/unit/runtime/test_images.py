@@ -3,12 +3,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from stiv_deploy.runtime.bundle import Bundle
+from stiv_deploy.runtime.contract import ModelFacts
 from stiv_deploy.runtime.errors import RequestError
-from stiv_deploy.runtime.images import clip_from_images, fitted_image, frames_from_video, given_images
+from stiv_deploy.runtime.images import (
+    check_given_frames,
+    clip_from_images,
+    fitted_image,
+    frames_from_video,
+    given_images,
+)
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
 
@@ -73,25 +81,61 @@ def test_frame_that_is_no_number() -> None:
         given_images({"first": PIXELS}, 4, 8, 12)  # type: ignore[dict-item]
 
 
-def test_clip_of_a_per_frame_vae_holds_the_images_only() -> None:
-    images = {index: np.full((2, 2, 3), index, dtype=np.uint8) for index in (5, 0)}
-    groups, clip = clip_from_images(images, 1)
+@pytest.fixture
+def facts(toy_bundle: Bundle) -> ModelFacts:
+    """Facts of a model whose VAE codes every frame on its own."""
+    return toy_bundle.manifest.model
+
+
+@pytest.fixture
+def causal(facts: ModelFacts) -> ModelFacts:
+    """Facts of a model with a causal VAE of 4 frames a latent frame."""
+    return facts.model_copy(update={"temporal_factor": 4, "causal_vae": True})
+
+
+def numbered(*frames: int) -> dict[int, np.ndarray]:
+    return {index: np.full((2, 2, 3), index, dtype=np.uint8) for index in frames}
+
+
+def test_clip_of_a_per_frame_vae_holds_the_images_only(facts: ModelFacts) -> None:
+    groups, clip = clip_from_images(numbered(5, 0), facts)
     assert groups == [0, 5]
     assert clip.shape == (2, 3, 2, 2)
     np.testing.assert_allclose(clip[:, 0, 0, 0], [-1, 5 / 127.5 - 1], rtol=1e-6)
 
 
-def test_clip_of_a_temporal_vae_fills_groups_with_the_nearest_image() -> None:
-    images = {index: np.full((2, 2, 3), index, dtype=np.uint8) for index in (0, 9, 11)}
-    groups, clip = clip_from_images(images, 4)
+def test_clip_of_a_temporal_vae_fills_groups_with_the_nearest_image(facts: ModelFacts) -> None:
+    groups, clip = clip_from_images(numbered(0, 9, 11), facts.model_copy(update={"temporal_factor": 4}))
     assert groups == [0, 2]
     np.testing.assert_allclose((clip[:, 0, 0, 0] + 1) * 127.5, [0, 0, 0, 0, 9, 9, 9, 11], atol=1e-4)
 
 
-@given(st.lists(st.integers(0, 255), min_size=1, max_size=6))
-def test_pixels_survive_the_way_to_the_model_and_back(values: list[int]) -> None:
+@pytest.mark.parametrize(("count", "latent_frames"), [(1, [0]), (5, [0, 1]), (9, [0, 1, 2])])
+def test_clip_of_a_causal_vae_is_the_first_frames(causal: ModelFacts, count: int, latent_frames: list[int]) -> None:
+    images = numbered(*reversed(range(count)))
+    check_given_frames(images, causal)
+    groups, clip = clip_from_images(images, causal)
+    assert groups == latent_frames
+    np.testing.assert_allclose((clip[:, 0, 0, 0] + 1) * 127.5, range(count), atol=1e-4)
+
+
+@pytest.mark.parametrize("frames", [(1,), (0, 7), (0, 1), (0, 1, 2, 3), (1, 2, 3, 4, 5), (4, 8)])
+def test_a_causal_vae_cannot_code_a_frame_without_those_before_it(causal: ModelFacts, frames: tuple[int, ...]) -> None:
+    wanted = r"given for frames {}; .*give frame 0 alone, or the first 5, 9, \.\.\. frames"
+    with pytest.raises(RequestError, match=wanted.format(", ".join(map(str, frames)))):
+        check_given_frames(numbered(*frames), causal)
+
+
+def test_a_per_frame_vae_codes_any_frame(facts: ModelFacts) -> None:
+    check_given_frames(numbered(1, 3), facts)
+    check_given_frames({}, facts.model_copy(update={"temporal_factor": 4, "causal_vae": True}))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(values=st.lists(st.integers(0, 255), min_size=1, max_size=6))
+def test_pixels_survive_the_way_to_the_model_and_back(facts: ModelFacts, values: list[int]) -> None:
     images = {index: np.full((1, 2, 3), value, dtype=np.uint8) for index, value in enumerate(values)}
-    _, clip = clip_from_images(images, 1)
+    _, clip = clip_from_images(images, facts)
     np.testing.assert_array_equal(frames_from_video(clip[None])[0], np.stack(list(images.values())))
 
 

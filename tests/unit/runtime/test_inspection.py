@@ -170,3 +170,11 @@ def test_plans_of_mixed_blocks_are_told_apart() -> None:
 def test_bundles_without_8_bits_have_no_plan(own_bundle: Path) -> None:
     assert "Precision plan" not in show(own_bundle)
     assert precision_text(read_manifest(own_bundle)) == "float32"
+
+
+def test_the_vae_in_words(own_bundle: Path) -> None:
+    assert "VAE 2x2 pixels a latent\n" in show(own_bundle)
+    manifest = read_manifest(own_bundle)
+    causal = manifest.model.model_copy(update={"temporal_factor": 4, "causal_vae": True})
+    write_manifest(own_bundle, manifest.model_copy(update={"model": causal}))
+    assert "VAE 4 frames of 2x2 pixels a latent, first frame alone\n" in show(own_bundle)

@@ -1,6 +1,8 @@
 """Checkpoints: exact round trip, half-size storage, and one clear line for every damage."""
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +15,17 @@ from stiv_deploy.stiv_ref.checkpoint import (
     Checkpoint,
     CheckpointConfig,
     SamplingDefaults,
+    checkpoint_files,
+    checkpoint_hash,
     load_checkpoint,
+    load_text_encoder,
+    load_vae,
     save_checkpoint,
 )
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.errors import CheckpointError, StivRefError
 from stiv_deploy.stiv_ref.model import Stiv
+from stiv_deploy.stiv_ref.pretrained_text import PretrainedTextEncoder, load_pretrained_text
 from stiv_deploy.stiv_ref.text import TextConfig, TextEncoder, word_tokenizer
 from stiv_deploy.stiv_ref.vae import Vae, VaeConfig
 
@@ -171,3 +178,90 @@ def test_many_misfits_are_summed_up(saved: Path) -> None:
     edit_config("model", "width", 32)(saved)
     with pytest.raises(CheckpointError, match=r"the config wants .* and \d+ more"):
         load_checkpoint(saved)
+
+
+FILES = ["config.json", "model.safetensors", "text_encoder.safetensors", "vae.safetensors", "tokenizer.json"]
+
+
+def hash_of(folder: Path, names: list[str]) -> str:
+    lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()} {name}\n" for name in names]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def test_the_hash_is_over_these_files_in_this_order(saved: Path) -> None:
+    """Scale files name the checkpoint by it: for checkpoints of these five files it must never change."""
+    assert checkpoint_files(saved) == FILES
+    assert checkpoint_hash(saved) == hash_of(saved, FILES)
+
+
+def test_a_small_config_is_written_without_a_kind(saved: Path) -> None:
+    """So that checkpoints of before there were pretrained encoders are read, and new ones are the same bytes."""
+    config = json.loads((saved / "config.json").read_text())
+    assert set(config["text"]) == {"vocabulary", "width", "heads", "layers", "max_tokens"}
+    assert set(config["vae"]) == {"latent_channels", "channels"}
+
+
+def test_parts_are_loaded_alone(original: Checkpoint, saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    encoder, tokenizer = load_text_encoder(saved)
+    assert tokenizer.to_str() == original.tokenizer.to_str()
+    for found, wanted in ((encoder, original.text_encoder), (load_vae(saved), original.vae)):
+        assert all(torch.equal(a, b) for a, b in zip(found.parameters(), wanted.parameters(), strict=True))
+        assert not any(parameter.requires_grad for parameter in found.parameters())
+
+
+@pytest.fixture
+def with_t5(original: Checkpoint, text_folder: Callable[[str], Path], tmp_path: Path) -> tuple[Checkpoint, Path]:
+    """A checkpoint with a pretrained text encoder, in memory and on disk."""
+    encoder, tokenizer = load_pretrained_text(text_folder("t5"), 16)
+    model = Stiv(original.config.model.model_copy(update={"text_width": 24})).initialize(torch.Generator())
+    config = original.config.model_copy(update={"model": model.config, "text": encoder.config})
+    checkpoint = Checkpoint(config=config, model=model, text_encoder=encoder, vae=original.vae, tokenizer=tokenizer)
+    save_checkpoint(tmp_path / "pretrained", checkpoint, torch.float16)
+    return checkpoint, tmp_path / "pretrained"
+
+
+def test_a_pretrained_text_encoder_round_trips(with_t5: tuple[Checkpoint, Path], tmp_path: Path) -> None:
+    """Bit by bit whatever the stored type of the trained weights, from the checkpoint's folder alone."""
+    checkpoint, folder = with_t5
+    moved = shutil.move(folder, tmp_path / "elsewhere")
+    loaded = load_checkpoint(moved)
+    assert isinstance(loaded.text_encoder, PretrainedTextEncoder)
+    assert loaded.config == checkpoint.config
+    assert loaded.tokenizer.to_str() == checkpoint.tokenizer.to_str()
+    wanted, found = checkpoint.text_encoder.state_dict(), loaded.text_encoder.state_dict()
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+    encoder, _ = load_text_encoder(moved)
+    assert all(torch.equal(wanted[key], value) for key, value in encoder.state_dict().items())
+
+
+def test_the_hash_covers_a_pretrained_encoder(with_t5: tuple[Checkpoint, Path]) -> None:
+    _, folder = with_t5
+    files = ["config.json", "model.safetensors", "text_encoder/config.json", "text_encoder/model.safetensors"]
+    files += ["vae.safetensors", "tokenizer.json"]
+    assert checkpoint_files(folder) == files
+    assert checkpoint_hash(folder) == hash_of(folder, files)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda p: (p / "text_encoder" / "model.safetensors").unlink(), "no model.safetensors here"),
+        (lambda p: shutil.rmtree(p / "text_encoder"), "no text encoder here"),
+        (lambda p: (p / "tokenizer.json").unlink(), "not a readable tokenizer"),
+        (edit_config("text", "architecture", "gpt"), "text.pretrained.architecture: Input should be 't5', 'clip' or"),
+        (edit_config("text", "vocabulary", 100), "has vocabulary 44, the checkpoint's config.json says 100"),
+        (edit_config("text", "kind", "own"), "text.own."),
+    ],
+)
+def test_damage_of_a_pretrained_encoder_is_one_clear_line(
+    with_t5: tuple[Checkpoint, Path], break_it: Callable[[Path], None], message: str
+) -> None:
+    _, folder = with_t5
+    break_it(folder)
+    with pytest.raises(StivRefError) as caught:
+        load_checkpoint(folder)
+    assert message in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -8,20 +8,19 @@ import torch
 
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.recipe import Recipe
-from stiv_deploy.stiv_ref.samples import balanced_requests, generate, real_clips, sample_rows, seeded_noise, settings_of
-from stiv_deploy.stiv_ref.train import begin_stage, finished, start_run
+from stiv_deploy.stiv_ref.samples import balanced_requests, generate, real_clips, seeded_noise, settings_of
+from stiv_deploy.stiv_ref.training.stages import untrained_checkpoint
 
 
 @pytest.fixture
 def checkpoint(recipe: Recipe) -> Checkpoint:
     """The short recipe's components, random, with a velocity that is not zero."""
-    run = start_run(recipe)
-    run.stage = 2
-    begin_stage(run, recipe)
+    made = untrained_checkpoint(recipe)
     generator = torch.Generator().manual_seed(0)
-    for average in run.ema.values():
-        average += 0.1 * torch.randn(average.shape, generator=generator)
-    return finished(run, recipe)
+    for module in (made.model, made.text_encoder):
+        for parameter in module.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return made
 
 
 def test_noise_belongs_to_the_seed_alone() -> None:
@@ -36,7 +35,7 @@ def test_noise_belongs_to_the_seed_alone() -> None:
 
 
 def test_a_batch_equals_single_runs(checkpoint: Checkpoint) -> None:
-    settings, prompts = settings_of(checkpoint), ["digit one moving up", "digit two"]
+    settings, prompts = settings_of(checkpoint.config.sampling), ["digit one moving up", "digit two"]
     together = generate(checkpoint, prompts, [5, 9], settings, frames=3)
     assert together.shape == (2, 3, 3, 32, 32)
     assert together.abs().max() <= 1
@@ -46,7 +45,7 @@ def test_a_batch_equals_single_runs(checkpoint: Checkpoint) -> None:
 
 
 def test_prompt_and_seed_matter(checkpoint: Checkpoint) -> None:
-    settings = settings_of(checkpoint)
+    settings = settings_of(checkpoint.config.sampling)
     base, other_prompt, other_seed = (
         generate(checkpoint, [prompt], [seed], settings, frames=2)
         for prompt, seed in (("digit one", 0), ("digit nine moving up", 0), ("digit one", 1))
@@ -58,7 +57,12 @@ def test_prompt_and_seed_matter(checkpoint: Checkpoint) -> None:
 def test_the_first_frame_is_the_given_one_through_the_vae(checkpoint: Checkpoint) -> None:
     first = real_clips(balanced_requests(2, moving=True), 3)[:, 0]
     video = generate(
-        checkpoint, ["digit one", "digit two"], [0, 1], settings_of(checkpoint), frames=3, first_frames=first
+        checkpoint,
+        ["digit one", "digit two"],
+        [0, 1],
+        settings_of(checkpoint.config.sampling),
+        frames=3,
+        first_frames=first,
     )
     vae = checkpoint.vae
     torch.testing.assert_close(video[:, 0], vae.decode(vae.encode(first[:, None]))[:, 0], rtol=0, atol=1e-5)
@@ -89,15 +93,4 @@ def test_real_clips_match_their_requests() -> None:
         assert torch.equal(clip[1], clip[0].roll(steps[str(direction)], (-2, -1)))
     assert torch.equal(clips, real_clips(requests, 3))
     assert not torch.equal(clips, real_clips(requests, 3, seed=1))
-
-
-def test_sample_rows(checkpoint: Checkpoint) -> None:
-    rows = sample_rows(checkpoint, 2)
-    assert [row.caption for row in rows] == [
-        "digit zero moving left",
-        "digit one moving right",
-        "image + digit zero moving left",
-        "image + digit one moving right",
-    ]
-    assert rows[0].video.shape == (3, 3, 32, 32)
-    assert len(sample_rows(checkpoint, 2, image_to_video=False)) == 2
+    assert real_clips(requests, 3, size=64).shape == (12, 3, 3, 64, 64)
