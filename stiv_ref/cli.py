@@ -1,5 +1,10 @@
-"""The ``stiv train`` command."""
+"""The commands ``stiv train`` and ``stiv consolidate``."""
 
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,57 +13,106 @@ import typer
 if TYPE_CHECKING:
     from stiv_deploy.stiv_ref.recipe import Recipe
 
+HEAD_START = 20.0
+"""Seconds that the first process has to tell of a fault before another one does; torchrun ends the others then."""
+
 
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file that says what is trained on what.")],
     out: Annotated[Path | None, typer.Option(help="Folder of this run.", show_default="runs/<recipe name>")] = None,
+    max_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rehearse: at most so many steps in every stage.", show_default="the recipe's"),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
-    """Train a STIV model by a recipe, for example stiv_ref/configs/tiny.toml.
+    """Train a STIV model by a recipe, for example recipes/tiny.toml.
 
     Stop it with Ctrl-C and give the same command again to go on from where it was: the result is the same. Writes
-    checkpoint/ (for 'stiv export'), loss.png and samples.png, and log.jsonl with every step.
-    """
-    from stiv_deploy.stiv_ref.recipe import load_recipe
+    checkpoint/ (for 'stiv export'), stages/ with the checkpoint of every stage, log.jsonl with every step, its curves
+    in training.png, and contact sheets in samples/: one of the result, and as many before as the recipe asks for.
 
-    checked = load_recipe(recipe)
-    folder = out or Path("runs") / checked.name
+    On several GPUs, or processes: torchrun --nproc-per-node 8 --no-python stiv train RECIPE shards the model over them
+    (FSDP2). A run may go on with another number of processes than it began with.
+    """
+    with _first_speaks():
+        from stiv_deploy.stiv_ref.recipe import load_recipe
+
+        checked = load_recipe(recipe)
+        if max_steps is not None:
+            checked = checked.rehearsal(max_steps)
+        folder = out or Path("runs") / checked.name
+        _train(checked, folder, quiet)
+
+
+def consolidate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, also of one that is still training.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
+    half: Annotated[bool, typer.Option("--half", help="Store fp16 instead of fp32 weights.")] = False,
+) -> None:
+    """Turn the last saved state of a training run into a checkpoint: its averaged weights, in single files.
+
+    One process reads what any number of processes wrote; needs no GPU.
+    """
+    import torch
+
+    from stiv_deploy.stiv_ref.training.consolidate import consolidate as write
+
+    position = write(run, out, torch.float16 if half else torch.float32)
+    typer.echo(f"checkpoint  {out} (stage {position.stage}, step {position.step})")
+
+
+def _train(recipe: "Recipe", folder: Path, quiet: bool) -> None:
     _prepare(folder)
 
-    from stiv_deploy.stiv_ref.train import train as run_training
+    from stiv_deploy.stiv_ref.training.state import find_state
+    from stiv_deploy.stiv_ref.training.trainer import train as run_training
 
-    if (folder / "state.safetensors").exists():
-        typer.echo(f"going on from {folder / 'state.safetensors'}", err=True)
+    first = _rank() == 0
+    if first and (state := find_state(folder)):
+        typer.echo(f"going on from {state}", err=True)
     try:
-        checkpoint = run_training(checked, folder, quiet=quiet)
+        checkpoint = run_training(recipe, folder, quiet=quiet)
     except KeyboardInterrupt:
-        if (folder / "state.safetensors").exists():
-            typer.echo(f"stopped; the same command goes on from {folder / 'state.safetensors'}", err=True)
+        if first and (state := find_state(folder)):
+            typer.echo(f"stopped; the same command goes on from {state}", err=True)
         raise
-    _draw(checked, folder)
-    typer.echo(f"checkpoint  {checkpoint}\nloss curve  {folder / 'loss.png'}\nsamples     {folder / 'samples.png'}")
+    if first:
+        from stiv_deploy.stiv_ref.plots import plot_training
+
+        plot_training(folder, folder / "training.png")
+        typer.echo(f"checkpoint  {checkpoint}\ncurves      {folder / 'training.png'}\nsamples     {folder / 'samples'}")
+
+
+def _rank() -> int:
+    """The number of this process among those that torchrun started; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def _first_speaks() -> Iterator[None]:
+    """Let the first process tell of a fault that all have; another one speaks if the first stays silent."""
+    try:
+        yield
+    except Exception as error:
+        if _rank() and isinstance(getattr(error, "exit_code", None), int):
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(2))  # the first one has spoken
+            time.sleep(HEAD_START)
+        raise
+    except KeyboardInterrupt:
+        if _rank():
+            raise typer.Exit(130) from None
+        raise
 
 
 def _prepare(folder: Path) -> None:
     """Make the run's folder and prove that it can be written, before any training; one clear line if not."""
     from stiv_deploy.stiv_ref.errors import StivRefError
 
-    probe = folder / ".writable"
+    probe = folder / f".writable-{_rank()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise StivRefError(f"{folder}: cannot write the run there ({error.strerror}); choose another --out") from None
-
-
-def _draw(recipe: "Recipe", folder: Path) -> None:
-    """Draw ``loss.png`` and ``samples.png`` of a finished run."""
-    from stiv_deploy.stiv_ref.checkpoint import load_checkpoint
-    from stiv_deploy.stiv_ref.plots import contact_sheet, plot_loss
-    from stiv_deploy.stiv_ref.samples import sample_rows
-
-    plot_loss(folder / "log.jsonl", folder / "loss.png")
-    taught = any(stage.task == "ti2v" for stage in recipe.stages)
-    rows = sample_rows(load_checkpoint(folder / "checkpoint"), image_to_video=taught)
-    contact_sheet(rows, folder / "samples.png", columns=2, heading=f"{recipe.name}: samples of the trained checkpoint")

@@ -1,53 +1,148 @@
-"""Training recipes: a TOML file that says what is trained on what, in which stages, checked before the first step."""
+"""Training recipes: a TOML file that says what is trained on what, in which stages, checked before the first step.
+
+The progressive recipe of STIV (arXiv 2412.07730, section 3) is a list of stages, each of which says from which
+earlier stages it takes its spatial and its temporal weights.
+"""
 
 import tomllib
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stiv_deploy.stiv_ref.checkpoint import SamplingDefaults
-from stiv_deploy.stiv_ref.config import FrozenConfig, model_config, parse_config
+from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig, model_config, parse_config
 from stiv_deploy.stiv_ref.data.moving_digits import SIZE, check_frames
 from stiv_deploy.stiv_ref.errors import ConfigError
+from stiv_deploy.stiv_ref.objective import Objective
 from stiv_deploy.stiv_ref.vae import VaeConfig
 
+NAME = r"^[A-Za-z0-9._-]+$"
+SCRATCH = "scratch"
+"""In ``spatial_from``: start from new weights."""
+Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
 
-class TextSection(FrozenConfig):
-    """The small text encoder; its width is the model's ``text_width``, its words the data's."""
 
+class WordText(FrozenConfig):
+    """The small text encoder, trained with the model; its width is the model's ``text_width``, its words the data's."""
+
+    kind: Literal["words"] = "words"
     layers: int = Field(default=2, gt=0)
     heads: int = Field(default=3, gt=0)
     max_tokens: int = Field(default=16, gt=1)
 
 
-class VaeSection(VaeConfig):
-    """The VAE and its training run."""
+class FrozenText(FrozenConfig):
+    """A frozen text encoder: of a STIV checkpoint, or a pretrained T5, CLIP or BERT in a folder of transformers."""
 
+    kind: Literal["checkpoint", "pretrained"]
+    path: Path
+    max_tokens: int | None = Field(default=None, gt=1)
+
+
+class TrainedVae(VaeConfig):
+    """The small VAE, trained before the first stage on single frames of the first stage's data."""
+
+    kind: Literal["train"] = "train"
     steps: int = Field(gt=0)
     batch: int = Field(gt=0)
     learning_rate: float = Field(gt=0)
     kl_weight: float = Field(default=1e-4, ge=0)
 
 
-class Stage(FrozenConfig):
-    """One stage of the progressive recipe (arXiv 2412.07730): T2I, then T2V, then TI2V.
+class FrozenVae(FrozenConfig):
+    """A frozen VAE: of a STIV checkpoint, or a pretrained one in a folder of diffusers."""
 
-    ``image_dropout`` is the share of clips without a given frame; ``joint_dropout`` the share of those that lose
-    their text too. Learning rate: linear warm-up, then cosine to a tenth.
+    kind: Literal["checkpoint", "pretrained"]
+    path: Path
+
+
+class DigitsData(FrozenConfig):
+    """Moving digits, drawn on the fly at the resolution of the stage."""
+
+    kind: Literal["digits"] = "digits"
+
+
+class VideoData(FrozenConfig):
+    """Videos with captions: a folder (``captions``: a JSONL file, else a .txt beside each video) or a clips.jsonl.
+
+    ``strides`` are the frame strides drawn from; ``max_broken`` is the share of videos that may fail to decode.
     """
 
-    task: Literal["t2i", "t2v", "ti2v"]
+    kind: Literal["videos"]
+    path: Path
+    captions: Path | None = None
+    strides: tuple[Annotated[int, Field(gt=0)], ...] = Field(default=(1,), min_length=1)
+    max_broken: float = Field(default=0.5, ge=0, le=1)
+
+
+class ShardData(FrozenConfig):
+    """WebDataset shards, of video files or of pre-computed latents and text states; ``path`` may hold ``*``."""
+
+    kind: Literal["shards"]
+    path: str
+    strides: tuple[Annotated[int, Field(gt=0)], ...] = Field(default=(1,), min_length=1)
+    max_broken: float = Field(default=0.5, ge=0, le=1)
+
+
+Data = Annotated[DigitsData | VideoData | ShardData, Field(discriminator="kind")]
+
+
+class Optimizer(FrozenConfig):
+    """AdamW, or Adafactor as the paper has it. ``eps`` is that of AdamW."""
+
+    name: Literal["adamw", "adafactor"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = Field(default=1e-8, gt=0)
+
+
+class Efficiency(FrozenConfig):
+    """Switches that change speed and memory. Each is off unless it is asked for.
+
+    ``micro_batch`` samples go through the model at a time in each process; the rest is gradient accumulation.
+    ``ema_device``: where the averages live, beside the (sharded) weights or in CPU memory. ``workers`` decode data.
+    """
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    micro_batch: int | None = Field(default=None, gt=0)
+    ema_device: Literal["model", "cpu"] = "model"
+    workers: int = Field(default=0, ge=0)
+
+
+class Logging(FrozenConfig):
+    """What a run writes besides ``log.jsonl``: TensorBoard events, and contact sheets every ``sample_every`` steps."""
+
+    tensorboard: bool = False
+    sample_every: int | None = Field(default=None, gt=0)
+    sample_count: int = Field(default=4, gt=0)
+    prompts: tuple[str, ...] = ()
+
+
+class Stage(Objective):
+    """One stage of the progressive recipe: T2I, then T2V, then TI2V, from low to high resolution, short to long.
+
+    ``resolution`` is (height, width) in pixels; ``buckets`` are several, of which every batch has one.
+    ``spatial_from`` and ``temporal_from`` name earlier stages, or STIV checkpoint folders (a path with a slash):
+    a high-resolution video stage takes its spatial weights from the high-resolution image stage and its temporal ones
+    from the low-resolution video stage. Both are the stage before unless said; ``spatial_from = "scratch"`` starts
+    anew. ``patch_frames`` changes the temporal patch size (patch inflation). Learning rate: linear warm-up, then
+    cosine to a tenth. ``batch`` is that of all processes together.
+    """
+
+    name: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")
+    data: str = ""
     steps: int = Field(gt=0)
     batch: int = Field(gt=0)
     frames: int = Field(default=1, gt=0)
+    resolution: Size | None = None
+    buckets: tuple[Size, ...] = ()
+    patch_frames: int | None = Field(default=None, gt=0)
+    spatial_from: str = ""
+    temporal_from: str = ""
     learning_rate: float = Field(gt=0)
     warmup: int = Field(default=100, ge=0)
-    text_dropout: float = Field(default=0.1, ge=0, le=1)
-    image_dropout: float = Field(default=0.1, ge=0, le=1)
-    joint_dropout: float = Field(default=0.5, ge=0, le=1)
-    logit_normal: bool = True
-    time_shift: float = Field(default=1.0, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
@@ -58,53 +153,177 @@ class Stage(FrozenConfig):
             raise ValueError(f"task {self.task} needs at least 2 frames, got {self.frames}")
         if self.task == "ti2v" and self.joint_dropout * self.image_dropout > self.text_dropout:
             raise ValueError("joint_dropout * image_dropout must not exceed text_dropout")
+        if self.resolution is not None and self.buckets:
+            raise ValueError("give resolution or buckets, not both")
+        if self.temporal_from and self.task == "t2i":
+            raise ValueError("temporal_from has no meaning for t2i, which has no temporal attention")
+        if self.temporal_from and self.spatial_from == SCRATCH:
+            raise ValueError('spatial_from = "scratch" starts all weights anew; take out temporal_from')
         return self
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """All (height, width) of this stage; never empty in a :class:`Recipe`."""
+        return self.buckets if self.resolution is None else (self.resolution,)
 
 
 class Recipe(FrozenConfig):
-    """A whole training run."""
+    """A whole training run.
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
-    model: str
-    seed: int = 0
+    ``model`` is a name, or a table with a ``base`` name and what differs from it.
+    """
+
+    name: str = Field(pattern=NAME)
+    model: StivConfig
+    seed: int = Field(default=0, ge=0)
     threads: int = Field(default=2, gt=0)
     ema: float = Field(default=0.999, gt=0, lt=1)
     gradient_clip: float = Field(default=1.0, gt=0)
     save_every: int = Field(default=250, gt=0)
-    text: TextSection = TextSection()
-    vae: VaeSection
+    text: WordText | FrozenText = Field(default=WordText(), discriminator="kind")
+    vae: TrainedVae | FrozenVae = Field(discriminator="kind")
+    data: dict[Annotated[str, Field(pattern=NAME)], Data] = {"digits": DigitsData()}
+    optimizer: Optimizer = Optimizer()
+    efficiency: Efficiency = Efficiency()
+    logging: Logging = Logging()
     sampling: SamplingDefaults = SamplingDefaults()
     stages: tuple[Stage, ...] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        """Say what TOML authors may leave out: kinds, names of stages, their data and their resolution."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        for section, kind in (("text", "words"), ("vae", "train")):
+            if isinstance(values.get(section), dict):
+                values[section] = {"kind": kind, **values[section]}
+        if isinstance(values.get("stages"), list | tuple) and all(isinstance(each, dict) for each in values["stages"]):
+            names = list(values["data"]) if isinstance(values.get("data"), dict) else ["digits"]
+            values["stages"] = [
+                cls._filled_stage(dict(stage), number, names) for number, stage in enumerate(values["stages"], 1)
+            ]
+        return values
+
+    @staticmethod
+    def _filled_stage(stage: dict[str, Any], number: int, data: list[str]) -> dict[str, Any]:
+        if not stage.get("name"):
+            stage["name"] = f"{number}-{stage.get('task', 'stage')}"
+        if not stage.get("data") and len(data) == 1:
+            stage["data"] = data[0]
+        if stage.get("resolution") is None and not stage.get("buckets"):
+            stage["resolution"] = (SIZE, SIZE)
+        return stage
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return model_config(value)
+        if isinstance(value, dict) and "base" in value:
+            changes = {key: each for key, each in value.items() if key != "base"}
+            return {**model_config(value["base"]).model_dump(), "name": value["base"], **changes}
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         ranks = [("t2i", "t2v", "ti2v").index(stage.task) for stage in self.stages]
+        names = [stage.name for stage in self.stages]
         if ranks != sorted(ranks):
             raise ValueError(f"stages must go t2i, t2v, ti2v, got {', '.join(stage.task for stage in self.stages)}")
-        for stage in self.stages:
-            check_frames(stage.frames)
-        self._check_parts()
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"stage names must differ, {min(twice)!r} stands twice")
+        for number, stage in enumerate(self.stages):
+            self._check_origins(number, stage)
+            self._check_data(stage)
+            self._check_sizes(stage)
+        self._check_sampling()
         return self
 
-    def _check_parts(self) -> None:
-        """Everything that would else fail only after minutes of training: the parts must fit each other."""
-        model, sampling = model_config(self.model), self.sampling
-        if self.vae.latent_channels != model.latent_channels:
+    def _check_origins(self, number: int, stage: Stage) -> None:
+        """Weights come from earlier stages, or from checkpoints; temporal ones from stages that have them."""
+        earlier = {each.name: each for each in self.stages[:number]}
+        for key, name in (("spatial_from", stage.spatial_from), ("temporal_from", stage.temporal_from)):
+            if not name or "/" in name or (name == SCRATCH and key == "spatial_from"):
+                continue
+            if name not in earlier:
+                there = f"earlier stages are: {', '.join(earlier)}" if earlier else "there is no earlier stage"
+                raise ValueError(
+                    f"stage {stage.name}: {key} is {name!r}; {there}. A checkpoint folder has a slash in it"
+                )
+            if key == "temporal_from" and earlier[name].task == "t2i":
+                raise ValueError(
+                    f"stage {stage.name}: temporal_from {name!r} is an image stage, without temporal weights"
+                )
+
+    def _check_data(self, stage: Stage) -> None:
+        if stage.data not in self.data:
+            there = ", ".join(self.data)
+            raise ValueError(f"stage {stage.name}: data is {stage.data or 'not given'!r}; [data] has: {there}")
+        if isinstance(self.data[stage.data], DigitsData):
+            for height, width in stage.sizes:
+                if height != width:
+                    raise ValueError(f"stage {stage.name}: moving digits are square, resolution is {height}x{width}")
+                check_frames(stage.frames, height)
+
+    def _check_sizes(self, stage: Stage) -> None:
+        """Frames, pixels and masks fit the patches; with a pretrained VAE the trainer checks again when it is read."""
+        if stage.mask_ratio and not self.model.full_blocks:
+            raise ValueError(f"stage {stage.name}: mask_ratio needs [model] full_blocks (the paper has 2)")
+        patch_frames = self.patch_of(stage)[0]
+        if isinstance(self.vae, TrainedVae) and stage.frames > 1 and stage.frames % patch_frames:
             raise ValueError(
-                f"vae.latent_channels is {self.vae.latent_channels}, model {self.model} takes {model.latent_channels}"
+                f"stage {stage.name}: {stage.frames} frames are not a multiple of the patch {patch_frames}"
             )
-        if model.text_width % self.text.heads:
+        for size in stage.sizes:
+            self._check_pixels(f"stage {stage.name}: resolution", size)
+
+    def _check_pixels(self, what: str, size: Size) -> None:
+        if isinstance(self.vae, TrainedVae):
+            multiple = self.vae.spatial_factor * self.model.patch[1]
+            if size[0] % multiple or size[1] % multiple:
+                got = f"{size[0]}x{size[1]}"
+                raise ValueError(f"{what} {got} is not a multiple of {multiple} pixels (VAE factor times patch)")
+
+    def _check_sampling(self) -> None:
+        model, sampling = self.model, self.sampling
+        if isinstance(self.vae, TrainedVae) and self.vae.latent_channels != model.latent_channels:
+            raise ValueError(
+                f"vae.latent_channels is {self.vae.latent_channels}, model {model.name} takes {model.latent_channels}"
+            )
+        if isinstance(self.text, WordText) and model.text_width % self.text.heads:
             raise ValueError(f"text.heads {self.text.heads} does not divide the text width {model.text_width}")
-        pixels = self.vae.spatial_factor * model.patch[1]
-        for name, size in (("data", SIZE), ("sampling.height", sampling.height), ("sampling.width", sampling.width)):
-            if size % pixels:
-                raise ValueError(f"{name} size {size} is not a multiple of {pixels} (VAE factor times patch)")
-        if any(frames % model.patch[0] for frames in (*(stage.frames for stage in self.stages), sampling.frames)):
-            raise ValueError(f"frames must be multiples of the model's temporal patch {model.patch[0]}")
+        self._check_pixels("sampling", (sampling.height, sampling.width))
+        patch_frames = self.patch_of(self.stages[-1])[0]
+        if isinstance(self.vae, TrainedVae) and sampling.frames % patch_frames:
+            raise ValueError(
+                f"sampling.frames {sampling.frames} is not a multiple of the temporal patch {patch_frames}"
+            )
+
+    def rehearsal(self, steps: int) -> "Recipe":
+        """This recipe with at most ``steps`` steps in every stage and for the VAE: all of it, in minutes."""
+        stages = tuple(stage.model_copy(update={"steps": min(steps, stage.steps)}) for stage in self.stages)
+        changes: dict[str, Any] = {"stages": stages}
+        if isinstance(self.vae, TrainedVae):
+            changes["vae"] = self.vae.model_copy(update={"steps": min(steps, self.vae.steps)})
+        return self.model_copy(update=changes)
+
+    def patch_of(self, stage: Stage) -> tuple[int, int]:
+        """The patch (pt, ps) of ``stage``: 1 frame for images, ``patch_frames`` if given, else the model's."""
+        frames = 1 if stage.task == "t2i" else stage.patch_frames or self.model.patch[0]
+        return frames, self.model.patch[1]
+
+    def model_of(self, stage: Stage) -> StivConfig:
+        """The architecture of ``stage``: image models have no temporal attention and a patch of one frame."""
+        return self.model.model_copy(update={"temporal": stage.task != "t2i", "patch": self.patch_of(stage)})
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read and check a recipe; raise :class:`ConfigError` with one line if anything is off."""
+    """Read and check a recipe; raise :class:`ConfigError` with one line if anything is off.
+
+    Relative paths in it are relative to the current folder, as on the command line.
+    """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

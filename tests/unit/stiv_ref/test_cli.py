@@ -1,4 +1,4 @@
-"""``stiv train``: from a recipe to a checkpoint and pictures, and one clear line for what cannot be."""
+"""``stiv train`` and ``stiv consolidate``: checkpoint and pictures, and one clear line for what cannot be."""
 
 import json
 import os
@@ -13,18 +13,27 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from stiv_deploy.stiv_ref import train as train_module
+from stiv_deploy.stiv_ref import config
 from stiv_deploy.stiv_ref.checkpoint import load_checkpoint
-from stiv_deploy.stiv_ref.cli import train
+from stiv_deploy.stiv_ref.cli import consolidate, train
 from stiv_deploy.stiv_ref.errors import StivRefError
+from stiv_deploy.stiv_ref.training import step as step_module
+from stiv_deploy.stiv_ref.training import trainer
 
-SHIPPED = Path(train_module.__file__).parent / "configs" / "tiny.toml"
+SHIPPED = Path(config.__file__).parents[1] / "recipes" / "tiny.toml"
 
 
 @pytest.fixture
 def app() -> typer.Typer:
     application = typer.Typer()
     application.command()(train)
+    return application
+
+
+@pytest.fixture
+def consolidating() -> typer.Typer:
+    application = typer.Typer()
+    application.command()(consolidate)
     return application
 
 
@@ -47,10 +56,11 @@ def test_a_short_run_makes_checkpoint_and_pictures(app: typer.Typer, recipe_file
     error, output = invoke(app, recipe_file, "--out", out, "--quiet")
     assert error is None
     assert load_checkpoint(out / "checkpoint").config.model.name == "small"
-    for name in ("loss.png", "samples.png"):
+    for name in ("training.png", "samples/2-ti2v-0000005.png", "samples/index.png"):
         with Image.open(out / name) as image:
             assert image.format == "PNG"
-        assert str(out / name) in output
+    assert str(out / "training.png") in output
+    assert str(out / "samples") in output
     assert str(out / "checkpoint") in output
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [(entry["stage"], entry["task"]) for entry in log] == [(0, "vae")] * 2 + [(1, "t2i")] * 5 + [(2, "ti2v")] * 5
@@ -68,29 +78,38 @@ def test_default_folder_is_named_after_the_recipe(
 
 def test_the_bar_shows_the_loss(app: typer.Typer, recipe_file: Path, tmp_path: Path) -> None:
     _, output = invoke(app, recipe_file, "--out", tmp_path / "run")
-    assert "2 ti2v" in output
+    assert "2-ti2v" in output
     assert "loss" in output
 
 
-def test_interrupted_then_resumed(
-    app: typer.Typer, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_interrupted_then_resumed_and_consolidated(
+    app: typer.Typer, consolidating: typer.Typer, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = train_module.optimize
+    real = trainer.training_step
 
-    def stopping(run: train_module.Run, *rest: object) -> dict[str, float]:
-        if run.step == 3:
-            monkeypatch.setattr(train_module, "optimize", real)
-            raise KeyboardInterrupt
+    def stopping(run: trainer.Run, *rest: object) -> step_module.StepResult:
+        if (run.stage, run.step) == (1, 3):
+            os.kill(os.getpid(), signal.SIGINT)
         return real(run, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(train_module, "optimize", stopping)
+    monkeypatch.setattr(trainer, "training_step", stopping)
     out = tmp_path / "run"
     error, output = invoke(app, recipe_file, "--out", out, "--quiet")
     assert isinstance(error, KeyboardInterrupt | SystemExit)
-    assert f"stopped; the same command goes on from {out / 'state.safetensors'}" in output
+    assert f"stopped; the same command goes on from {out / 'state'}" in output
+    error, output = invoke(consolidating, out, "--out", tmp_path / "made", "--half")
+    assert error is None
+    assert "(stage 1, step 4)" in output
+    assert not load_checkpoint(tmp_path / "made").config.model.temporal
     error, output = invoke(app, recipe_file, "--out", out, "--quiet")
     assert error is None
-    assert "going on from" in output
+    assert f"going on from {out / 'state'}" in output
+
+
+def test_nothing_to_consolidate(consolidating: typer.Typer, tmp_path: Path) -> None:
+    error, _ = invoke(consolidating, tmp_path, "--out", tmp_path / "made")
+    assert_one_line(error, "no training state here", "stiv train")
+    assert not (tmp_path / "made").exists()
 
 
 def test_state_of_another_recipe(app: typer.Typer, recipe_file: Path, tmp_path: Path) -> None:
@@ -101,10 +120,10 @@ def test_state_of_another_recipe(app: typer.Typer, recipe_file: Path, tmp_path: 
 
 
 def test_divergence(app: typer.Typer, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = train_module.diffusion_loss
-    monkeypatch.setattr(train_module, "diffusion_loss", lambda *arguments: real(*arguments) * float("nan"))
+    real = step_module.training_loss
+    monkeypatch.setattr(step_module, "training_loss", lambda *arguments: real(*arguments) * float("nan"))
     error, _ = invoke(app, recipe_file, "--out", tmp_path / "run", "--quiet")
-    assert_one_line(error, "loss is nan at step 0 of stage 1", "Lower learning_rate")
+    assert_one_line(error, "loss is nan at step 0 of stage 1 (1-t2i) for digit", "Lower learning_rate")
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
@@ -149,7 +168,7 @@ def test_ctrl_c_on_the_real_command_saves_and_exits_130(tmp_path: Path, number: 
     assert process.returncode == 130
     assert "the same command goes on from" in errors
     assert "Traceback" not in errors
-    assert sorted(path.name for path in out.iterdir()) == ["log.jsonl", "state.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["log.jsonl", "state", "tokenizer.json", "vae.safetensors"]
 
 
 def test_bad_recipe_on_the_real_command_exits_2_with_one_line(tmp_path: Path) -> None:

@@ -111,6 +111,4 @@ def test_missing_checkpoint_is_one_line(scores: ModuleType, tmp_path: Path) -> N
     from stiv_deploy.stiv_ref.errors import CheckpointError
 
     with pytest.raises(CheckpointError, match="no checkpoint here"):
-        scores.open_source(tmp_path / "nothing", None, "onnxruntime", 1)
-    with pytest.raises(CheckpointError, match="name its recipe with --recipe"):
-        scores.open_source(tmp_path / "state.safetensors", None, "onnxruntime", 1)
+        scores.open_source(tmp_path / "nothing", "onnxruntime", 1)

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
+from typer.testing import CliRunner
 
 from stiv_deploy.stiv_ref.errors import StivRefError
-from stiv_deploy.stiv_ref.plots import Row, contact_sheet, plot_loss, read_log, smooth
+from stiv_deploy.stiv_ref.plot_cli import plot
+from stiv_deploy.stiv_ref.plots import Row, contact_sheet, plot_training, read_stages, smooth
 
 
 def write_log(path: Path, entries: list[tuple[int, str, int, float]], tail: str = "") -> Path:
@@ -20,9 +23,10 @@ def write_log(path: Path, entries: list[tuple[int, str, int, float]], tail: str 
 def test_a_resumed_log_counts_each_step_once_and_a_torn_line_not(tmp_path: Path) -> None:
     entries = [(1, "t2i", 0, 2.0), (1, "t2i", 1, 1.5), (1, "t2i", 1, 1.4), (0, "vae", 0, 9.0)]
     log = write_log(tmp_path / "log.jsonl", entries, '{"stage": 1, "ta')
-    got = read_log(log)
-    assert list(got) == [(0, "vae"), (1, "t2i")]
-    assert got[1, "t2i"].tolist() == [[0, 2.0], [1, 1.4]]
+    vae, images = read_stages(log)
+    assert [(each.stage, each.task) for each in (vae, images)] == [(0, "vae"), (1, "t2i")]
+    assert images.values("step").tolist() == [0, 1]
+    assert images.values("loss").tolist() == [2.0, 1.4]
 
 
 def test_smoothing_is_a_trailing_mean() -> None:
@@ -30,25 +34,92 @@ def test_smoothing_is_a_trailing_mean() -> None:
     np.testing.assert_allclose(smooth(np.array([4.0, 2])), [4, 3])
 
 
-def test_loss_curve_is_a_picture(tmp_path: Path) -> None:
-    log = write_log(
-        tmp_path / "log.jsonl", [(s, t, n, 1 / (n + 1)) for s, t in ((0, "vae"), (1, "t2i")) for n in range(90)]
-    )
-    plot_loss(log, tmp_path / "loss.png")
-    with Image.open(tmp_path / "loss.png") as image:
-        assert image.format == "PNG"
-        assert image.width > image.height
-        assert len(image.convert("RGB").getcolors(1 << 20) or []) > 10
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "loss.png"]
+def test_smoothing_passes_over_what_is_missing() -> None:
+    got = smooth(np.array([np.nan, 1.0, np.nan, 5, np.nan]), 3)
+    np.testing.assert_allclose(got, [np.nan, 1, 1, 3, 5])
 
 
-def test_no_log_is_one_line(tmp_path: Path) -> None:
+NEW = {
+    "stage": 1,
+    "name": "low",
+    "task": "t2i",
+    "loss": 1.0,
+    "gradient_norm": 2.0,
+    "learning_rate": 0.1,
+    "samples": 2,
+    "tokens_per_second": 50.0,
+}
+
+
+def test_lines_old_and_new_are_read(tmp_path: Path) -> None:
+    old = {"stage": 0, "task": "vae", "step": 0, "loss": 9.0, "seconds": 1.0}
+    new = [{**NEW, "step": 1, "loss_by_t": {"0.1": 4.0}}, {**NEW, "step": 0, "loss_by_t": {"0.9": 2.0}}]
+    odd = ["[1]", '{"stage": 1}', "3"]
+    (tmp_path / "log.jsonl").write_text("\n".join([*map(json.dumps, (old, *new)), *odd]))
+    vae, low = read_stages(tmp_path / "log.jsonl")
+    assert (vae.stage, vae.name, vae.task) == (0, "vae", "vae")
+    assert np.isnan(vae.values("gradient_norm")).all()
+    assert vae.bands() == {}
+    assert (low.stage, low.name, low.task) == (1, "low", "t2i")
+    assert low.values("step").tolist() == [0, 1]
+    assert list(low.bands()) == ["0.1", "0.9"]
+    np.testing.assert_array_equal(low.bands()["0.1"], [np.nan, 4.0])
+
+
+def training_run(folder: Path, *, new: bool) -> Path:
+    """A run with a VAE and two stages, in the old or the new format of the log."""
+    folder.mkdir()
+    entries = [{"stage": 0, "task": "vae", "step": step, "loss": 1.0} for step in range(5)]
+    for stage in (1, 2):
+        for step in range(60):
+            entry = {**NEW, "stage": stage, "step": step, "loss": 1 / (step + 1), "loss_by_t": {"0.1": 1.0, "0.7": 2.0}}
+            old = {"stage", "task", "step", "loss", "gradient_norm", "learning_rate"}
+            entries.append(entry if new else {key: value for key, value in entry.items() if key in old})
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    return folder
+
+
+def test_training_curves_have_a_panel_for_all_that_was_logged(tmp_path: Path) -> None:
+    heights = {}
+    for new in (False, True):
+        run = training_run(tmp_path / f"new-{new}", new=new)
+        plot_training(run, run / "training.png")
+        assert sorted(path.name for path in run.iterdir()) == ["log.jsonl", "training.png"]
+        with Image.open(run / "training.png") as image:
+            heights[new] = image.height
+            assert len(image.convert("RGB").getcolors(1 << 20) or []) > 10
+    assert heights == {False: 660, True: 1060}  # 3 and 5 panels of 2 inches, and 0.6 for the names
+
+
+def test_plot_command(tmp_path: Path) -> None:
+    run, app = training_run(tmp_path / "run", new=True), typer.Typer()
+    app.command()(plot)
+    done = CliRunner().invoke(app, [str(run)])
+    assert done.exit_code == 0
+    assert str(run / "training.png") in done.stdout
+    assert "samples" not in done.stdout
+    (run / "samples").mkdir()
+    about = {"stage": 1, "name": "low", "step": 1}
+    rows = [Row(video=np.zeros((2, 3, 8, 8), np.float32), caption="one")]
+    contact_sheet(rows, run / "samples" / "low-1.png", columns=1, about=about)
+    done = CliRunner().invoke(app, [str(run), "--out", str(tmp_path / "other.png")])
+    assert (tmp_path / "other.png").exists()
+    assert (run / "samples" / "index.png").exists()
+
+
+def test_plot_command_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(StivRefError, match="cannot read the training log"):
-        plot_loss(tmp_path / "log.jsonl", tmp_path / "loss.png")
-    (tmp_path / "log.jsonl").write_text("")
-    with pytest.raises(StivRefError, match="the training log is empty"):
-        plot_loss(tmp_path / "log.jsonl", tmp_path / "loss.png")
-    assert not (tmp_path / "loss.png").exists()
+        plot(tmp_path / "nothing", tmp_path / "out.png")
+    run = training_run(tmp_path / "run", new=False)
+    with pytest.raises(StivRefError, match="its folder does not exist"):
+        plot(run, tmp_path / "no" / "out.png")
+    (run / "log.jsonl").write_text("\n")
+    with pytest.raises(StivRefError, match="there is nothing to plot"):
+        plot(run, None)
+    (run / "log.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(StivRefError, match="cannot read the training log"):
+        plot(run, None)
+    assert not (run / "training.png").exists()
 
 
 def test_contact_sheet_shows_every_frame_and_mark(tmp_path: Path) -> None:

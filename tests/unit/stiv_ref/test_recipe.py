@@ -1,19 +1,20 @@
 """Recipes: the shipped one is valid, everything impossible is one clear line before any training."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from stiv_deploy.stiv_ref.config import StivConfig, read_config
+from stiv_deploy.stiv_ref.config import CONFIGS, StivConfig, read_config
 from stiv_deploy.stiv_ref.errors import ConfigError
-from stiv_deploy.stiv_ref.recipe import load_recipe
+from stiv_deploy.stiv_ref.recipe import Recipe, load_recipe
 
-SHIPPED = Path(load_recipe.__code__.co_filename).parent / "configs" / "tiny.toml"
+SHIPPED = Path(load_recipe.__code__.co_filename).parents[1] / "recipes" / "tiny.toml"
 
 
 def test_the_shipped_recipe_is_the_papers_order() -> None:
     recipe = load_recipe(SHIPPED)
-    assert recipe.model == "tiny"
+    assert recipe.model == CONFIGS["tiny"]
     assert list(dict.fromkeys(stage.task for stage in recipe.stages)) == ["t2i", "t2v", "ti2v"]
     assert recipe.sampling.frames >= 8
 
@@ -37,8 +38,12 @@ FAULTS = {
         "vae.latent_channels is 3, model small takes 4",
     ),
     "text heads": ("[vae]", "[text]\nheads = 5\n[vae]", "text.heads 5 does not divide the text width 24"),
-    "vae too deep": ("channels = [4, 4]", "channels = [4, 4, 4, 4, 4]", "data size 32 is not a multiple of 64"),
-    "sampling size": ("[sampling]", "[sampling]\nheight = 36", "sampling.height size 36 is not a multiple of 8"),
+    "vae too deep": (
+        "channels = [4, 4]",
+        "channels = [4, 4, 4, 4, 4]",
+        "stage 1-t2i: resolution 32x32 is not a multiple of 64",
+    ),
+    "sampling size": ("[sampling]", "[sampling]\nheight = 36", "sampling 36x32 is not a multiple of 8"),
 }
 
 
@@ -77,3 +82,140 @@ def test_unreadable_files(tmp_path: Path, content: bytes | None) -> None:
 def test_unreadable_json_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read as JSON"):
         read_config(StivConfig, tmp_path / "missing.json")
+
+
+PROGRESSIVE = """
+name = "progressive"
+[model]
+base = "small"
+blocks = 4
+full_blocks = 2
+[text]
+kind = "checkpoint"
+path = "checkpoints/tiny"
+[vae]
+kind = "checkpoint"
+path = "checkpoints/tiny"
+[data.digits]
+kind = "digits"
+[data.clips]
+kind = "videos"
+path = "clips"
+strides = [1, 2]
+[[stages]]
+name = "t2i-low"
+data = "digits"
+task = "t2i"
+resolution = [16, 16]
+mask_ratio = 0.5
+steps = 5
+batch = 4
+learning_rate = 1e-3
+[[stages]]
+name = "t2i-high"
+data = "digits"
+task = "t2i"
+steps = 5
+batch = 4
+learning_rate = 1e-3
+[[stages]]
+name = "t2v-low"
+data = "clips"
+task = "t2v"
+frames = 4
+buckets = [[16, 16], [16, 32]]
+spatial_from = "t2i-low"
+steps = 5
+batch = 4
+learning_rate = 1e-3
+[[stages]]
+name = "ti2v-high"
+data = "clips"
+task = "ti2v"
+frames = 8
+patch_frames = 2
+spatial_from = "t2i-high"
+temporal_from = "t2v-low"
+steps = 5
+batch = 4
+learning_rate = 1e-3
+"""
+
+
+@pytest.fixture
+def progressive_file(recipe_file: Path) -> Path:
+    recipe_file.write_text(PROGRESSIVE)
+    return recipe_file
+
+
+def test_progressive_recipe(progressive_file: Path) -> None:
+    recipe = load_recipe(progressive_file)
+    assert (recipe.model.blocks, recipe.model.full_blocks, recipe.model.width) == (4, 2, 32)
+    assert [stage.sizes for stage in recipe.stages] == [((16, 16),), ((32, 32),), ((16, 16), (16, 32)), ((32, 32),)]
+    models = [recipe.model_of(stage) for stage in recipe.stages]
+    assert [model.temporal for model in models] == [False, False, True, True]
+    assert [model.patch for model in models] == [(1, 2), (1, 2), (1, 2), (2, 2)]
+
+
+def test_a_recipe_survives_json(progressive_file: Path) -> None:
+    """States hold the recipe as JSON: it must come back as the same one."""
+    recipe = load_recipe(progressive_file)
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_a_rehearsal_has_all_stages_in_few_steps(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    short = recipe.rehearsal(3)
+    assert [stage.steps for stage in short.stages] == [3, 3]
+    assert short.vae.steps == 2  # of 2
+    assert [stage.model_copy(update={"steps": 5}) for stage in short.stages] == list(recipe.stages)
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.parent.glob("*.toml")), ids=lambda path: path.name)
+def test_every_shipped_recipe_is_valid(path: Path) -> None:
+    assert load_recipe(path).stages
+
+
+def test_the_documented_recipe_has_no_unknown_key() -> None:
+    text = (SHIPPED.parents[1] / "docs" / "training.md").read_text()
+    values = tomllib.loads(text.partition("```toml\n")[2].partition("```")[0])
+    [stage] = values["stages"]
+    values["stages"] = [{**stage, "spatial_from": "a/b", "temporal_from": "c/d"}]  # the page shows one stage only
+    recipe = Recipe.model_validate(values)
+    assert recipe.efficiency.micro_batch == 4
+    assert recipe.stages[0].sizes == ((256, 256),)
+
+
+PROGRESSIVE_FAULTS = {
+    "later stage": ('spatial_from = "t2i-low"', 'spatial_from = "ti2v-high"', "earlier stages are: t2i-low, t2i-high"),
+    "image has no time": (
+        'temporal_from = "t2v-low"',
+        'temporal_from = "t2i-low"',
+        "is an image stage, without temporal",
+    ),
+    "scratch takes no time": ('spatial_from = "t2i-high"', 'spatial_from = "scratch"', "starts all weights anew"),
+    "images need none": ('name = "t2i-high"', 'name = "t2i-high"\ntemporal_from = "x"', "has no meaning for t2i"),
+    "twice": ('name = "t2i-high"', 'name = "t2i-low"', "stage names must differ, 't2i-low' stands twice"),
+    "unknown data": ('data = "clips"', 'data = "films"', "stage t2v-low: data is 'films'; [data] has: digits, clips"),
+    "no data named": ('data = "clips"', "", "stage t2v-low: data is 'not given'; [data] has: digits, clips"),
+    "unknown kind": ('kind = "videos"', 'kind = "film"', "'digits', 'videos', 'shards'"),
+    "two sizes": ("buckets = ", "resolution = [16, 16]\nbuckets = ", "give resolution or buckets, not both"),
+    "wide digits": ("resolution = [16, 16]", "resolution = [16, 32]", "moving digits are square, resolution is 16x32"),
+    "odd digits": ("resolution = [16, 16]", "resolution = [24, 24]", "must be a multiple of 16 pixels, got 24"),
+    "masks without blocks": ("full_blocks = 2", "full_blocks = 0", "mask_ratio needs [model] full_blocks"),
+    "only full blocks": ("full_blocks = 2", "full_blocks = 4", "must leave main blocks, there are 4 in all"),
+    "unknown base": ('base = "small"', 'base = "huge"', "no model config named 'huge'"),
+    "unknown model key": ('base = "small"', 'base = "small"\ndepth = 3', "model.depth: Extra inputs"),
+    "whole mask": ("mask_ratio = 0.5", "mask_ratio = 1.0", "mask_ratio: Input should be less than 1"),
+}
+
+
+@pytest.mark.parametrize("fault", PROGRESSIVE_FAULTS)
+def test_impossible_progressive_recipes_are_one_clear_line(progressive_file: Path, fault: str) -> None:
+    old, new, message = PROGRESSIVE_FAULTS[fault]
+    assert old in PROGRESSIVE
+    progressive_file.write_text(PROGRESSIVE.replace(old, new, 1))
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(progressive_file)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

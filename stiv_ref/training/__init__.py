@@ -1,0 +1,1 @@
+"""Training: stages, optimizer, averages, sharding, state, log."""

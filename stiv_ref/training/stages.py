@@ -1,0 +1,225 @@
+"""Stages: where their weights come from, how their model is placed on the processes, and what they leave behind."""
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from stiv_deploy.stiv_ref.checkpoint import (
+    AnyTextEncoder,
+    Checkpoint,
+    CheckpointConfig,
+    load_checkpoint,
+    read_checkpoint_config,
+    save_checkpoint,
+)
+from stiv_deploy.stiv_ref.data.moving_digits import WORDS
+from stiv_deploy.stiv_ref.errors import CheckpointError
+from stiv_deploy.stiv_ref.initialization import check_fits, initialize_from
+from stiv_deploy.stiv_ref.model import Stiv
+from stiv_deploy.stiv_ref.objective import sample_generator
+from stiv_deploy.stiv_ref.recipe import SCRATCH, Efficiency, Recipe, WordText
+from stiv_deploy.stiv_ref.text import TextEncoder
+from stiv_deploy.stiv_ref.training.averages import start_averages
+from stiv_deploy.stiv_ref.training.optimizer import make_optimizer
+from stiv_deploy.stiv_ref.training.parallel import Team, shard, whole
+from stiv_deploy.stiv_ref.training.run import Run, make_vae
+from stiv_deploy.stiv_ref.training.text_conditions import make_text, word_encoder
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+NO_SAMPLE = 2**31
+"""Number of the generator that initializes a stage's weights: no sample has it."""
+STAGES = "stages"
+"""Folder of the finished stages' checkpoints in a run's folder."""
+
+
+def origins(recipe: Recipe, number: int, out: Path) -> tuple[Path | None, Path | None]:
+    """Checkpoint folders that stage ``number`` takes its spatial and its temporal weights from, ``None`` for nowhere.
+
+    Both are the stage before, unless the recipe says otherwise; an image stage gives no temporal weights.
+    """
+    stage = recipe.stages[number - 1]
+    if stage.spatial_from == SCRATCH:
+        return None, None
+    before = recipe.stages[number - 2] if number > 1 else None
+    spatial = stage.spatial_from or (before.name if before else "")
+    temporal = stage.temporal_from or (before.name if before and before.task != "t2i" and stage.task != "t2i" else "")
+
+    def folder(name: str) -> Path | None:
+        return Path(name) if "/" in name else out / STAGES / name if name else None
+
+    return folder(spatial), folder(temporal)
+
+
+def check_origins(recipe: Recipe) -> None:
+    """:class:`CheckpointError` if a checkpoint that a stage starts from is absent or does not fit its model."""
+    for stage in recipe.stages:
+        for key, name in (("spatial_from", stage.spatial_from), ("temporal_from", stage.temporal_from)):
+            if "/" in name:
+                config = read_checkpoint_config(Path(name)).model
+                check_fits(config, recipe.model_of(stage), f"stage {stage.name}: {key} {name}")
+                if key == "temporal_from" and not config.temporal:
+                    raise CheckpointError(
+                        f"stage {stage.name}: {key} {name} is an image model, without temporal weights"
+                    )
+
+
+def initial_weights(run: Run) -> dict[str, nn.Module]:
+    """What the running stage trains, with its first weights, whole, on the CPU: ``model`` and maybe ``text_encoder``.
+
+    A trained text encoder follows the origin of the temporal weights if there is one, else that of the spatial ones.
+    """
+    recipe = run.recipe
+    model = Stiv(recipe.model_of(run.current))
+    model.initialize(sample_generator(recipe.seed, run.stage, 0, NO_SAMPLE))
+    spatial, temporal = (
+        None if folder is None else load_checkpoint(folder) for folder in origins(recipe, run.stage, run.out)
+    )
+    if spatial is not None:
+        initialize_from(model, spatial.model, temporal.model if temporal else None)
+    if not isinstance(recipe.text, WordText):
+        return {"model": model}
+    text = word_encoder(recipe.text, recipe.model, run.text.tokenizer, recipe.seed)
+    if origin := temporal or spatial:
+        _take_text(text, origin)
+    return {"model": model, "text_encoder": text}
+
+
+def _take_text(encoder: TextEncoder, origin: Checkpoint) -> None:
+    if origin.text_encoder.config != encoder.config:
+        raise CheckpointError(
+            f"the text encoder of the stage's origin has other words or sizes than this run's ({origin.config.text} "
+            f"there, {encoder.config} here); use it frozen: [text] kind = 'checkpoint'"
+        )
+    encoder.load_state_dict(origin.text_encoder.state_dict())
+
+
+def make_efficient(model: Stiv, settings: Efficiency) -> None:
+    """Recompute the activations of each block in the backward pass, and compile each block, if asked for.
+
+    What is recomputed is the compiled block: the other way round torch would compile nothing, and not say so.
+    """
+    for block in model.blocks:
+        if settings.compile:
+            block.forward = torch.compile(block.forward)
+        if settings.activation_checkpointing:
+            block.forward = partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def _place(module: nn.Module, run: Run) -> None:
+    """Put ``module``, made on the meta device, where it is trained: on the run's device, sharded over its processes."""
+    team, efficiency = run.team, run.recipe.efficiency
+    if isinstance(module, Stiv):
+        make_efficient(module, efficiency)
+    shard(module, team, efficiency.precision)
+    module.to_empty(device=team.device)
+
+
+def _spread(module: nn.Module, whole: nn.Module | None, team: Team) -> None:
+    """Give ``module`` the weights of ``whole``, which only the first process has; all processes together."""
+    weights = {} if whole is None else whole.state_dict()
+    if team.world == 1:
+        module.load_state_dict(weights)
+    else:
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(module, weights, options=options)
+
+
+def begin_stage(run: Run, *, fresh: bool = True) -> None:
+    """Make model, optimizer and averages of stage ``run.stage``, with the weights of its origins if ``fresh``.
+
+    Otherwise their values are left to :func:`stiv_ref.training.state.load_state`. All processes must call it together.
+    """
+    recipe, team = run.recipe, run.team
+    run.optimizer, run.averages, run.model = None, {}, None
+    first = initial_weights(run) if fresh and team.first else {}
+    with torch.device("meta"):
+        run.model = Stiv(recipe.model_of(run.current))
+        if isinstance(run.text.encoder, TextEncoder) and run.text.trained:
+            run.text.encoder = TextEncoder(run.text.encoder.config)
+    for name, module in run.modules.items():
+        _place(module, run)
+        if fresh:
+            _spread(module, first.get(name), team)
+    parameters = run.parameters
+    run.optimizer = make_optimizer(recipe.optimizer, run.current, parameters)
+    run.averages = start_averages(parameters, recipe.efficiency.ema_device)
+
+
+def _on_cpu(module: AnyModule) -> AnyModule:
+    """``module``, or a copy of it if it is on another device."""
+    there = next(module.parameters()).device.type
+    return module if there == "cpu" else copy.deepcopy(module).cpu()
+
+
+@torch.no_grad()
+def gathered_averages(run: Run) -> dict[str, Tensor]:
+    """The averages, whole, in the first process's CPU memory, one after the other; nothing in the others."""
+    found = {}
+    for name, average in run.averages.items():
+        value = whole(average, run.team.device)
+        if run.team.first:
+            found[name] = value.to("cpu", copy=True)
+    return found
+
+
+def _with_averages(module: AnyModule, part: str, averages: dict[str, Tensor]) -> AnyModule:
+    """``module``, made on the meta device, with its part of ``averages``, in evaluation mode."""
+    weights = {name.removeprefix(f"{part}."): each for name, each in averages.items() if name.startswith(f"{part}.")}
+    module.load_state_dict(weights, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def averaged_checkpoint(run: Run) -> Checkpoint | None:
+    """The running stage's result so far: whole averaged weights on the CPU, in evaluation mode.
+
+    All processes must call it together; only the first one gets it.
+    """
+    averages = gathered_averages(run)
+    if not run.team.first:
+        return None
+    text: AnyTextEncoder = run.text.encoder
+    with torch.device("meta"):
+        model = Stiv(run.recipe.model_of(run.current))
+        trained = TextEncoder(text.config) if isinstance(text, TextEncoder) and run.text.trained else None
+    return Checkpoint(
+        config=CheckpointConfig(model=model.config, text=text.config, vae=run.vae.config, sampling=run.recipe.sampling),
+        model=_with_averages(model, "model", averages),
+        text_encoder=_with_averages(trained, "text_encoder", averages) if trained else _on_cpu(text),
+        vae=_on_cpu(run.vae),
+        tokenizer=run.text.tokenizer,
+    )
+
+
+def untrained_checkpoint(recipe: Recipe, words: Sequence[str] = WORDS) -> Checkpoint:
+    """What a run of ``recipe`` would give without a single step: its last stage's model, from scratch."""
+    team = Team(device=torch.device("cpu"))
+    last = recipe.stages[-1].model_copy(update={"spatial_from": SCRATCH, "temporal_from": ""})
+    alone = recipe.model_copy(update={"stages": (last,)})
+    run = Run(
+        recipe=alone,
+        out=Path(),
+        team=team,
+        text=make_text(recipe, words, None, team.device),
+        stage=1,
+        vae=make_vae(recipe, team.device),
+    )
+    begin_stage(run)
+    checkpoint = averaged_checkpoint(run)
+    assert checkpoint is not None
+    checkpoint.vae.eval().requires_grad_(False)
+    return checkpoint
+
+
+def keep_stage(run: Run) -> None:
+    """Write the finished stage's checkpoint, from which later stages can start; all processes together."""
+    checkpoint = averaged_checkpoint(run)
+    if checkpoint is not None:
+        save_checkpoint(run.out / STAGES / run.current.name, checkpoint)
+    run.team.barrier()

@@ -1,0 +1,161 @@
+"""The resumable state of a run: one format for one process and for many, only safetensors and JSON.
+
+``state/`` holds shards written by ``torch.distributed.checkpoint``, each process its own part, and ``position.json``,
+which is written last. Any number of processes can read it, also another one than wrote it. A process may be killed at
+any moment: a state is written under another name, and the old one goes only when the new one has its place.
+"""
+
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from stiv_deploy.stiv_ref.config import FrozenConfig, read_config
+from stiv_deploy.stiv_ref.errors import CheckpointError
+from stiv_deploy.stiv_ref.recipe import Recipe
+from stiv_deploy.stiv_ref.training.run import Run
+
+STATE, PARTIAL, OLD = "state", "state.partial", "state.old"
+POSITION = "position.json"
+Tensors = dict[str, Tensor]
+
+
+class Position(FrozenConfig):
+    """Contents of ``position.json``: where the run is, by which recipe, and the sizes of the shards in bytes."""
+
+    format: Literal["stiv-training-state"] = "stiv-training-state"
+    format_version: Literal[1] = 1
+    stage: int = Field(ge=0)
+    step: int = Field(ge=0)
+    processes: int = Field(gt=0)
+    recipe: dict[str, Any]
+    files: dict[str, int]
+
+
+def find_state(out: Path) -> Path | None:
+    """The folder of the newest whole state of the run in ``out``, ``None`` if there is none yet."""
+    return next((out / name for name in (STATE, OLD) if (out / name / POSITION).is_file()), None)
+
+
+def save_state(run: Run) -> None:
+    """Write the state of ``run``; all processes must call it together."""
+    partial = run.out / PARTIAL
+    if run.team.first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    run.team.barrier()
+    with _quiet():
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        save(dict(run.tensors()), storage_writer=writer, no_dist=run.team.world == 1)
+    run.team.barrier()
+    if run.team.first:
+        position = Position(
+            stage=run.stage,
+            step=run.step,
+            processes=run.team.world,
+            recipe=run.recipe.model_dump(mode="json"),
+            files={file.name: file.stat().st_size for file in sorted(partial.iterdir())},
+        )
+        (partial / POSITION).write_text(json.dumps(position.model_dump(mode="json"), indent=1), encoding="utf-8")
+        replace_state(run.out)
+    run.team.barrier()
+
+
+def replace_state(out: Path) -> None:
+    """Put the whole ``state.partial`` into the place of ``state``: after every single operation one can be found."""
+    if (out / STATE).exists():
+        shutil.rmtree(out / OLD, ignore_errors=True)
+        (out / STATE).rename(out / OLD)
+    (out / PARTIAL).rename(out / STATE)
+    shutil.rmtree(out / OLD, ignore_errors=True)
+
+
+def read_position(folder: Path) -> Position:
+    """Where the state in ``folder`` is; :class:`CheckpointError` unless all its shards are there in full length."""
+    position = read_config(Position, folder / POSITION)
+    for name, size in position.files.items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found} bytes of {size}"
+            raise CheckpointError(
+                f"{folder}: the state is damaged, {name} {what}; restore it, or delete the folder to start anew"
+            )
+    return position
+
+
+def load_tensors_into(tensors: Tensors, folder: Path, *, alone: bool) -> None:
+    """Fill ``tensors`` in place from the state in ``folder``; raises :class:`CheckpointError`.
+
+    ``alone``: this process reads without the others.
+    """
+    try:
+        with _quiet():
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+    except (CheckpointException, SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{folder}: the state cannot be read ({reason}); delete the folder to start anew"
+        ) from None
+
+
+def load_state(run: Run, folder: Path) -> None:
+    """Fill the components of ``run``, which is in the right stage, from ``folder``; all processes together."""
+    load_tensors_into(run.tensors(), folder, alone=run.team.world == 1)
+
+
+def _maths(recipe: dict[str, Any]) -> dict[str, Any]:
+    """``recipe`` without what may change from one start to the next: nothing of it changes what is computed."""
+    kept = {
+        key: value for key, value in recipe.items() if key not in ("threads", "save_every", "logging", "efficiency")
+    }
+    return {**kept, "precision": recipe.get("efficiency", {}).get("precision")}
+
+
+def _first_difference(there: Any, here: Any, where: str = "") -> str:
+    """Name and values of the first leaf in which two recipes differ."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+        return _first_difference(there.get(names[0]), here.get(names[0]), f"{where}.{names[0]}" if where else names[0])
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        number = next(index for index, pair in enumerate(zip(there, here, strict=True)) if pair[0] != pair[1])
+        return _first_difference(there[number], here[number], f"{where}.{number}")
+    return f"{where} is {str(there)[:60]} there, {str(here)[:60]} here"
+
+
+def check_recipe(position: Position, recipe: Recipe, folder: Path) -> None:
+    """:class:`CheckpointError` unless the state was trained by ``recipe``.
+
+    Threads, logging, how often it is saved, micro-batches and the other switches that only change speed may differ.
+    """
+    there, here = _maths(position.recipe), _maths(recipe.model_dump(mode="json"))
+    if there != here:
+        raise CheckpointError(
+            f"{folder}: this state belongs to another recipe; choose another --out or delete it "
+            f"({_first_difference(there, here)})"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the notes that torch.distributed.checkpoint writes when there is one process only."""
+    logger = logging.getLogger("torch.distributed.checkpoint")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
