@@ -1,0 +1,135 @@
+"""The base checkpoints that the studies start from: mini T2I and mini T2V, one pair per seed.
+
+    python benchmarks/studies/base.py [--seeds 0,1,2]
+
+T2I learns still digits; T2V starts from its weights (new temporal attention at zero gate) and learns 8 frames. Kept in
+``out/studies/base`` as safetensors with what they were trained by; made when a study first needs them.
+"""
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import above  # noqa: F401  # isort: split
+import command
+import torch
+import typer
+from harness import Frozen, Training, carry_over, frozen_hash, frozen_parts, mini, t2i, train, video
+from records import WORK, seeds_of
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stiv_deploy.stiv_ref.checkpoint import load_tensors
+from stiv_deploy.stiv_ref.model import Stiv
+
+T2I = Training(phases=(t2i(700),), stage=1)
+T2V = Training(phases=(video("t2v", 400, time_shift=20.0), video("t2v", 400, time_shift=3.0)), stage=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How the bases are trained."""
+
+    t2i: Training = T2I
+    t2v: Training = T2V
+
+    @property
+    def name(self) -> str:
+        """Hash over the recipe and the frozen parts: another recipe is another base."""
+        return hashlib.sha256(f"{self!r} {frozen_hash()}".encode()).hexdigest()[:8]
+
+
+FULL = Recipe()
+SMALLEST = Recipe(
+    t2i=Training(phases=(t2i(2, batch=4),), stage=1), t2v=Training(phases=(video("t2v", 2, batch=2),), stage=2)
+)
+
+
+def kept_or_made(path: Path, make: Any) -> dict[str, Tensor]:
+    """Weights in ``path``; if it is not there, those that ``make`` returns with its notes, written whole."""
+    if not path.is_file():
+        tensors, notes = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".partial")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"notes": json.dumps(notes)}
+        )
+        temporary.rename(path)
+    return load_tensors(path)
+
+
+def notes_of(path: Path) -> dict[str, Any]:
+    """What is noted beside the weights: losses and seconds."""
+    with safe_open(path, "pt") as file:
+        return json.loads((file.metadata() or {}).get("notes", "{}"))
+
+
+def file_digest(path: Path) -> str:
+    """First 12 hex digits of the file's SHA-256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def base_path(task: str, seed: int, recipe: Recipe, work: Path = WORK) -> Path:
+    """Where the base is kept."""
+    return work / "base" / f"{task}-{recipe.name}-{seed}.safetensors"
+
+
+def trained(
+    model: Stiv, training: Training, frozen: Frozen, seed: int, **options: Any
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Train ``model``: its averaged weights, and losses and seconds."""
+    started = time.perf_counter()
+    losses = train(model, training, frozen, seed, **options)
+    notes = {"losses": [round(loss, 5) for loss in losses], "seconds": round(time.perf_counter() - started, 1)}
+    return dict(model.state_dict()), notes
+
+
+def base(task: str, seed: int, frozen: Frozen, recipe: Recipe = FULL, work: Path = WORK) -> dict[str, Tensor]:
+    """Weights of the base ``task`` ('t2i' or 't2v') of ``seed``."""
+
+    def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if task == "t2i":
+            return trained(mini(temporal=False, seed=seed), recipe.t2i, frozen, seed)
+        model = mini(seed=seed)
+        carry_over(base("t2i", seed, frozen, recipe, work), model)
+        return trained(model, recipe.t2v, frozen, seed)
+
+    return kept_or_made(base_path(task, seed, recipe, work), make)
+
+
+def base_model(seed: int, frozen: Frozen, recipe: Recipe = FULL, work: Path = WORK) -> Stiv:
+    """The T2V base of ``seed``, for evaluation."""
+    model = mini(seed=seed)
+    model.load_state_dict(base("t2v", seed, frozen, recipe, work))
+    return model.eval().requires_grad_(False)
+
+
+def base_name(task: str, seed: int, recipe: Recipe, work: Path) -> str:
+    """File name and hash of a base, for a result file."""
+    path = base_path(task, seed, recipe, work)
+    return f"{path.name} {file_digest(path)}"
+
+
+def main(
+    seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0,1,2",
+    smallest: Annotated[bool, typer.Option(help="A few steps: shows that it runs.")] = False,
+    work: Annotated[Path, typer.Option(help="Folder of finished parts.")] = WORK,
+) -> None:
+    """Train the base checkpoints of all studies."""
+    torch.set_num_threads(1)
+    frozen, recipe = frozen_parts(), SMALLEST if smallest else FULL
+    for seed in seeds_of(seeds):
+        for task in ("t2i", "t2v"):
+            base(task, seed, frozen, recipe, work)
+            path = base_path(task, seed, recipe, work)
+            notes = notes_of(path)
+            last = notes["losses"][-50:]
+            typer.echo(f"{path.name} {file_digest(path)}: loss {sum(last) / len(last):.4f}, {notes['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    command.run(main)
