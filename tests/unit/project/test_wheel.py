@@ -101,7 +101,7 @@ def test_doctor_is_content_and_help_complete(bare: Path) -> None:
     ("command", "extra"),
     [
         (["export", "somewhere", "--out", "b"], "ref"),
-        (["train", str(ROOT / "stiv_ref" / "configs" / "tiny.toml"), "--out", "r"], "ref"),
+        (["train", str(ROOT / "recipes" / "tiny.toml"), "--out", "r"], "ref"),
         (["parity", "b"], "ref"),
     ],
 )
