@@ -1,7 +1,7 @@
 """Does the caption's digit move the caption's way? Measured on balanced prompts over guidance scales.
 
     python benchmarks/digit_scores.py CHECKPOINT_OR_BUNDLE --out benchmarks/results/digit_scores.json
-    python benchmarks/digit_scores.py runs/tiny/state.safetensors --recipe stiv_ref/configs/tiny.toml   # mid-training
+    python benchmarks/digit_scores.py runs/tiny   # a running training: its last saved state
 
 Every setting gets the same prompts and seeds. Text-to-video (T2V) at every scale; at the best one without
 renormalization and without guidance, and image-to-video (TI2V) from first frames of the *test* split. The scorers are
@@ -161,9 +161,7 @@ def cpu_name() -> str:
 
 
 def main(
-    source: Annotated[
-        Path, typer.Argument(help="Checkpoint folder, bundle folder, or a training's state.safetensors.")
-    ],
+    source: Annotated[Path, typer.Argument(help="Folder of a checkpoint, a bundle, or a training run.")],
     out: Annotated[Path, typer.Option(help="JSON file; the table and the contact sheet go beside it.")] = Path(
         "benchmarks/results/digit_scores.json"
     ),
@@ -171,7 +169,6 @@ def main(
     scales: Annotated[str, typer.Option(help="Guidance scales, with commas.")] = "1.5,2,3,4,6",
     steps: Annotated[int, typer.Option(min=1)] = 30,
     batch: Annotated[int, typer.Option(min=1, help="Clips generated at once.")] = 20,
-    recipe: Annotated[Path | None, typer.Option(help="Recipe of a training's state.")] = None,
     backend: Annotated[str, typer.Option(help="Runtime backend, for a bundle.")] = "onnxruntime",
     threads: Annotated[int, typer.Option(min=1)] = 1,
     time_shift: Annotated[
@@ -181,7 +178,7 @@ def main(
     """Measure digit and direction scores of SOURCE."""
     torch.set_num_threads(threads)
     values = [float(scale) for scale in scales.split(",")]
-    opened = open_source(source, recipe, backend, threads)
+    opened = open_source(source, backend, threads)
     requests = balanced_requests(samples, moving=opened.frames > 1)
     scorers = validate(opened)
     typer.echo(json.dumps(scorers), err=True)

@@ -76,7 +76,7 @@ class Experiment:
     @cached_property
     def truths(self) -> dict[str, trajectories.Truth]:
         """The float64 runs by task, on the first clips."""
-        settings = replace(settings_of(self.checkpoint), steps=self.plan.steps)
+        settings = replace(settings_of(self.checkpoint.config.sampling), steps=self.plan.steps)
         wide, count = exact(self.checkpoint), self.plan.clips
         return {
             task: trajectories.true_run(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import numpy as np
@@ -11,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, load_checkpoint
-from stiv_deploy.stiv_ref.errors import CheckpointError
 from stiv_deploy.stiv_ref.guidance import GuidanceMode
 from stiv_deploy.stiv_ref.sampler import SamplingSettings
+from stiv_deploy.stiv_ref.training.state import find_state
 
 Video = NDArray[np.float32]
 """[B, F, 3, H, W] in [-1, 1]."""
@@ -92,26 +93,23 @@ class ReferenceSource:
         return vae.decode(vae.encode(torch.from_numpy(video))).numpy()
 
 
-def from_state(state: Path, recipe_path: Path) -> ReferenceSource:
-    """A look into a *running* training: the averaged weights of its last saved state. Only reads the file."""
-    from stiv_deploy.stiv_ref.recipe import load_recipe
-    from stiv_deploy.stiv_ref.train import finished, load_state
+def from_run(run: Path) -> ReferenceSource:
+    """A look into a *running* training: the averaged weights of its last saved state. Only reads its files."""
+    from stiv_deploy.stiv_ref.training.consolidate import consolidate
 
-    recipe = load_recipe(recipe_path)
-    run = load_state(state, recipe)
-    what = {"state": str(state), "stage": f"{run.stage} {recipe.stages[run.stage - 1].task}", "step": str(run.step)}
-    return ReferenceSource(finished(run, recipe), what)
+    with TemporaryDirectory() as folder:
+        position = consolidate(run, Path(folder) / "checkpoint")
+        checkpoint = load_checkpoint(Path(folder) / "checkpoint")
+    return ReferenceSource(checkpoint, {"run": str(run), "stage": str(position.stage), "step": str(position.step)})
 
 
-def open_source(path: Path, recipe: Path | None, backend: str, threads: int) -> Source:
-    """The source behind ``path``: a checkpoint folder, a bundle folder, or a training state with its ``recipe``."""
-    if path.suffix == ".safetensors":
-        if recipe is None:
-            raise CheckpointError(f"{path} is a training state; name its recipe with --recipe")
-        return from_state(path, recipe)
+def open_source(path: Path, backend: str, threads: int) -> Source:
+    """The source behind ``path``: a checkpoint folder, a bundle folder, or the folder of a training run."""
     if (path / "manifest.json").is_file():
         from bundle_source import BundleSource
 
         return BundleSource(path, backend, threads)
+    if not (path / "config.json").is_file() and find_state(path) is not None:
+        return from_run(path)
     what = {"checkpoint": str(path), "model_sha256": digest(path / "model.safetensors")} if path.is_dir() else {}
     return ReferenceSource(load_checkpoint(path), what)

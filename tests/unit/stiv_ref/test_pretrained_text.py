@@ -340,6 +340,8 @@ def test_loading_is_quiet(text_folder: FolderFactory, capfd: pytest.CaptureFixtu
     from transformers.utils import logging
 
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    text_folder("t5")  # makes it, not quietly
+    capfd.readouterr()
     loaded(text_folder, "t5")
     assert capfd.readouterr() == ("", "")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
