@@ -17,7 +17,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 LINTED := calibration export runtime stiv_ref tests $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-fp8 test test-fast lint wheel clean
+.PHONY: help setup demo demo-fp8 plugins test test-fast lint wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,12 @@ test: $(STAMP) ## All tests, fast ones first, with the reasons of the skipped
 
 test-fast: $(STAMP) ## The tests that take a moment each
 	@$(BIN)/python -m pytest -q -rs -n auto -m "not slow and not gpu"
+
+plugins: $(STAMP) ## CUDA kernels, and the TensorRT plugins where its headers are (TENSORRT_ROOT), into runtime/plugins/_lib
+	@cmake -S . -B build/plugins $(if $(TENSORRT_ROOT),-DTENSORRT_ROOT=$(TENSORRT_ROOT))
+	@cmake --build build/plugins --parallel
+	@cmake --install build/plugins
+	@$(BIN)/python -m stiv_deploy.runtime.plugins.register_report build/plugins
 
 lint: $(STAMP) build/typing ## ruff and mypy
 	@$(BIN)/python -m ruff check $(LINTED)

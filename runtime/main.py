@@ -11,7 +11,10 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 GROUP = "stiv_deploy.commands"
-WORKFLOW = ("data", "train", "calibrate", "export", "build", "audit", "parity", "generate", "inspect", "doctor", "demo")
+WORKFLOW = (
+    *("data", "train", "plot", "consolidate", "calibrate", "export", "build", "audit", "parity", "generate"),
+    *("inspect", "doctor", "demo"),
+)
 INTERRUPTED = 130
 
 HELP = """STIV video diffusion: train it, export it, compile it, check it, run it.

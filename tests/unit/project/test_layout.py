@@ -87,13 +87,17 @@ def test_listed_packages_are_the_folders_with_init() -> None:
     assert set(pyproject()["tool"]["setuptools"]["packages"]) == {name.replace("/", ".") for name in found}
 
 
+UNPACKAGED = {".h", ".cuh", ".cu", ".cpp", ".cmake", ".sh", ".md"}
+"""Sources of the plugin libraries, and their page: they are built in a checkout, the wheel is pure Python."""
+
+
 def test_every_data_file_is_packaged() -> None:
     patterns = pyproject()["tool"]["setuptools"]["package-data"]["*"]
     files = [
         file
         for package in PACKAGES
         for file in (ROOT / package).rglob("*")
-        if file.is_file() and file.suffix != ".py" and "__pycache__" not in file.parts
+        if file.is_file() and file.suffix not in {".py", *UNPACKAGED} and not {"__pycache__", "_lib"} & {*file.parts}
     ]
     assert [file for file in files if not any(file.match(pattern) for pattern in patterns)] == []
 

@@ -1,0 +1,52 @@
+#include "attention_plugin.h"
+#include "plugin_spec.h"
+
+namespace stiv {
+namespace {
+
+class TemporalAttentionPlugin final : public AttentionPlugin {
+public:
+    explicit TemporalAttentionPlugin(const nvinfer1::PluginFieldCollection* fields)
+        : AttentionPlugin(kStivTemporalAttention, fields) {}
+
+private:
+    StivTemporalAttention arguments(const Call& call) const {
+        StivTemporalAttention arguments{};
+        arguments.batch = call.sizes[Symbol::kB];
+        arguments.frames = call.sizes[Symbol::kT];
+        arguments.positions = call.sizes[Symbol::kS];
+        arguments.heads = call.sizes.heads();
+        arguments.head_dim = call.sizes[Symbol::kDh];
+        arguments.dtype = call.dtype;
+        arguments.output_dtype = call.output_dtype;
+        arguments.epsilon = attributes_.real("epsilon");
+        return arguments;
+    }
+
+    int32_t plan(const Call& call) const override {
+        const StivTemporalAttention sizes = arguments(call);
+        StivPlan plan;
+        return stiv_temporal_attention_plan(&sizes, &plan);
+    }
+
+    int32_t launch(const Call& call, const void* const* inputs, void* const* outputs, void* stream) const override {
+        StivTemporalAttention all = arguments(call);
+        all.qkv = inputs[0];
+        all.bias = inputs[1];
+        all.q_gamma = inputs[2];
+        all.k_gamma = inputs[3];
+        all.cos = inputs[4];
+        all.sin = inputs[5];
+        if (call.output_dtype == STIV_FLOAT8_E4M3) all.output_scale = static_cast<const float*>(inputs[6]);
+        all.output = outputs[0];
+        return stiv_temporal_attention(&all, stream);
+    }
+};
+
+}  // namespace
+
+AttentionPlugin* make_temporal_attention(const nvinfer1::PluginFieldCollection* fields) {
+    return new TemporalAttentionPlugin(fields);
+}
+
+}  // namespace stiv
