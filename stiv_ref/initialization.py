@@ -21,6 +21,11 @@ def is_temporal(name: str) -> bool:
     return ".temporal" in name or name.startswith("frame_position.")
 
 
+def reads_text(name: str) -> bool:
+    """Whether the parameter ``name`` belongs to cross-attention or to what the text goes through before it."""
+    return ".cross." in name or name.startswith(("text_in.", "text_out.", "singleton.pooled."))
+
+
 def _patch_frames(weight: Tensor, old: int, new: int) -> Tensor:
     """Inputs (or outputs) of one patch [pt * n, D] for another number of frames: each new frame is the mean of all."""
     frames = weight.unflatten(0, (old, -1))
@@ -61,12 +66,16 @@ def check_fits(source: StivConfig, target: StivConfig, what: str) -> None:
 
 
 @torch.no_grad()
-def initialize_from(target: Stiv, spatial: Stiv, temporal: Stiv | None = None) -> list[str]:
+def initialize_from(
+    target: Stiv, spatial: Stiv, temporal: Stiv | None = None, *, text_with_temporal: bool = False
+) -> list[str]:
     """Fill the initialized ``target`` with the spatial weights of ``spatial`` and the temporal ones of ``temporal``.
 
-    Without ``temporal``, ``spatial`` gives its temporal weights too, if it has any. What none of them has stays as it
-    is: new temporal attention has a zero gate, so that the video model begins as the image model. Returns the names of
-    the parameters that were filled. Raises :class:`CheckpointError` if the architectures differ.
+    What reads the text counts as spatial, unless ``text_with_temporal``: where the image model's captions lack the
+    words of motion, only the video model's cross-attention has read them (benchmarks/results/studies). Without
+    ``temporal``, ``spatial`` gives its temporal weights too, if it has any. What none of them has stays as it is: new
+    temporal attention has a zero gate, so that the video model begins as the image model. Returns the names of the
+    parameters that were filled. Raises :class:`CheckpointError` if the architectures differ.
     """
     origins = ((spatial, "the origin of spatial weights"), (temporal or spatial, "the origin of temporal weights"))
     for origin, what in origins:
@@ -74,7 +83,8 @@ def initialize_from(target: Stiv, spatial: Stiv, temporal: Stiv | None = None) -
     own, filled = target.state_dict(), []
     for (origin, _), wanted in zip(origins, (False, True), strict=True):
         for name, weight in origin.state_dict().items():
-            if is_temporal(name) == wanted and name in own:
+            late = is_temporal(name) or (text_with_temporal and reads_text(name))
+            if late == wanted and name in own:
                 own[name].copy_(inflate(name, weight, origin.config, target.config))
                 filled.append(name)
     return filled

@@ -127,8 +127,9 @@ class Stage(Objective):
     ``spatial_from`` and ``temporal_from`` name earlier stages, or STIV checkpoint folders (a path with a slash):
     a high-resolution video stage takes its spatial weights from the high-resolution image stage and its temporal ones
     from the low-resolution video stage. Both are the stage before unless said; ``spatial_from = "scratch"`` starts
-    anew. ``patch_frames`` changes the temporal patch size (patch inflation). Learning rate: linear warm-up, then
-    cosine to a tenth. ``batch`` is that of all processes together.
+    anew. ``text_from`` says which of the two origins gives what reads the text (cross-attention, projections of the
+    text, a trained text encoder). ``patch_frames`` changes the temporal patch size (patch inflation). Learning rate:
+    linear warm-up, then cosine to a tenth. ``batch`` is that of all processes together.
     """
 
     name: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")
@@ -141,6 +142,7 @@ class Stage(Objective):
     patch_frames: int | None = Field(default=None, gt=0)
     spatial_from: str = ""
     temporal_from: str = ""
+    text_from: Literal["spatial", "temporal"] = "spatial"
     learning_rate: float = Field(gt=0)
     warmup: int = Field(default=100, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)

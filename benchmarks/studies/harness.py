@@ -183,16 +183,6 @@ def carry_over(
     model.load_state_dict({**own, **{name: value for name, value in tensors.items() if name in own and only(name)}})
 
 
-def is_temporal(name: str) -> bool:
-    """Whether a weight belongs to temporal attention: its projections, gate and frame positions."""
-    return ".temporal" in name or name.startswith("frame_position")
-
-
-def reads_text(name: str) -> bool:
-    """Whether a weight reads the text: cross-attention, and the projections of states and pooled text."""
-    return ".cross." in name or name.startswith(("text_in", "text_out", "singleton.pooled"))
-
-
 @dataclass
 class Average:
     """Exponential moving average of a model's parameters; the decay ramps up so that a short run is not stuck."""

@@ -24,10 +24,12 @@ import torch
 import typer
 from base import FULL, SMALLEST, Recipe, base, base_name, base_path, kept_or_made, notes_of, trained
 from evaluation import Trial, clips_for, generate, held_out_loss, scores, validation
-from harness import MINI_SAYS, Frozen, Training, carry_over, frozen_parts, is_temporal, mini, reads_text, t2i, video
+from harness import MINI_SAYS, Frozen, Training, carry_over, frozen_parts, mini, t2i, video
 from image_conditioning import settings
 from records import WORK, part, seeds_of, shown
 from report import Comparison, Out, Report, Seeds, Smallest, Work, band, default_out, save, table
+
+from stiv_deploy.stiv_ref.initialization import is_temporal, reads_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -73,7 +73,7 @@ def check_origins(recipe: Recipe) -> None:
 def initial_weights(run: Run) -> dict[str, nn.Module]:
     """What the running stage trains, with its first weights, whole, on the CPU: ``model`` and maybe ``text_encoder``.
 
-    A trained text encoder follows the origin of the temporal weights if there is one, else that of the spatial ones.
+    A trained text encoder comes from the same origin as the weights that read what it says (``text_from``).
     """
     recipe = run.recipe
     model = Stiv(recipe.model_of(run.current))
@@ -81,12 +81,13 @@ def initial_weights(run: Run) -> dict[str, nn.Module]:
     spatial, temporal = (
         None if folder is None else load_checkpoint(folder) for folder in origins(recipe, run.stage, run.out)
     )
+    late = run.current.text_from == "temporal" and temporal is not None
     if spatial is not None:
-        initialize_from(model, spatial.model, temporal.model if temporal else None)
+        initialize_from(model, spatial.model, temporal.model if temporal else None, text_with_temporal=late)
     if not isinstance(recipe.text, WordText):
         return {"model": model}
     text = word_encoder(recipe.text, recipe.model, run.text.tokenizer, recipe.seed)
-    if origin := temporal or spatial:
+    if origin := temporal if late else spatial:
         _take_text(text, origin)
     return {"model": model, "text_encoder": text}
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from stiv_deploy.stiv_ref.data.moving_digits import SIZE
 from stiv_deploy.stiv_ref.errors import DivergedError, StivRefError
 from stiv_deploy.stiv_ref.guidance import GuidanceMode
+from stiv_deploy.stiv_ref.initialization import is_temporal
 from stiv_deploy.stiv_ref.objective import Objective
 from stiv_deploy.stiv_ref.sampler import SamplingSettings
 from stiv_deploy.stiv_ref.text import TextStates
@@ -133,12 +134,12 @@ def test_dropouts_are_possible(harness: ModuleType, dropout: float) -> None:
 def test_carry_over_splits_space_and_time(harness: ModuleType) -> None:
     image, low, model = harness.mini(temporal=False, seed=1), harness.mini(seed=2), harness.mini(seed=3)
     harness.carry_over(image.state_dict(), model)
-    harness.carry_over(low.state_dict(), model, only=harness.is_temporal)
+    harness.carry_over(low.state_dict(), model, only=is_temporal)
     for name, value in model.state_dict().items():
-        source = low if harness.is_temporal(name) else image
+        source = low if is_temporal(name) else image
         torch.testing.assert_close(value, source.state_dict()[name], rtol=0, atol=0)
-    assert any(harness.is_temporal(name) for name in model.state_dict())
-    assert not any(harness.is_temporal(name) for name in image.state_dict())
+    assert any(is_temporal(name) for name in model.state_dict())
+    assert not any(is_temporal(name) for name in image.state_dict())
 
 
 # Variants
@@ -363,7 +364,7 @@ def test_progressive_starts_from_its_sources(
     monkeypatch.setattr(progressive, "base", lambda task, *arguments: low)
     plan = progressive.Plan()
     made = {name: progressive.start(name, 0, None, plan, tmp_path).state_dict() for name in progressive.ORDER}
-    temporal = [name for name in low if harness.is_temporal(name)]
+    temporal = [name for name in low if is_temporal(name)]
     torch.testing.assert_close({n: made["progressive"][n] for n in temporal}, {n: low[n] for n in temporal})
     torch.testing.assert_close({n: made["progressive"][n] for n in image}, dict(image))
     mixed = made["progressive, text from T2V"]

@@ -169,10 +169,10 @@ def test_a_stage_from_scratch_takes_nothing(recipe: Recipe, after_images: Path) 
     assert (run.parameters["model.head.out.weight"] == 0).all()
 
 
-def test_text_goes_with_time(recipe: Recipe, after_images: Path) -> None:
-    """The captions of videos were learned where time was: a third stage takes the text encoder from there."""
-    stages = tuple(PROGRESSIVE[:4])
-    progressive = staged(recipe, *stages)
+@pytest.mark.parametrize("text_from", ["spatial", "temporal"])
+def test_what_reads_the_text_comes_from_one_origin(recipe: Recipe, after_images: Path, text_from: str) -> None:
+    """Cross-attention, text projections and the trained encoder stay together: of the image or of the video model."""
+    progressive = staged(recipe, *PROGRESSIVE[:3], {**PROGRESSIVE[3], "text_from": text_from})
     image = load_checkpoint(after_images / "stages" / "1-t2i")
     save_checkpoint(after_images / "stages" / "i-high", image)
     video = untrained_checkpoint(recipe)
@@ -180,7 +180,10 @@ def test_text_goes_with_time(recipe: Recipe, after_images: Path) -> None:
         parameter += 1
     save_checkpoint(after_images / "stages" / "v-low", video)
     run = fresh(progressive, after_images, 4)
-    assert torch.equal(run.parameters["text_encoder.tokens.weight"], video.text_encoder.tokens.weight)
+    text = video if text_from == "temporal" else image
+    assert torch.equal(run.parameters["text_encoder.tokens.weight"], text.text_encoder.tokens.weight)
+    for name in ("text_in.weight", "text_out.bias", "blocks.1.cross.kv.weight", "singleton.pooled.weight"):
+        assert torch.equal(run.parameters[f"model.{name}"], text.model.state_dict()[name]), name
     assert torch.equal(run.parameters["model.patch.weight"], image.model.patch.weight)
     name = "blocks.0.temporal.qkv.weight"
     assert torch.equal(run.parameters[f"model.{name}"], video.model.state_dict()[name])
