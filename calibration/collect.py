@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stiv_deploy.calibration.errors import CalibrationError
-from stiv_deploy.calibration.files import replaced_file
 from stiv_deploy.calibration.observers import REQUEST, Clock, Statistic, band_of
 from stiv_deploy.calibration.quantize import observed
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.config import FrozenConfig
+from stiv_deploy.stiv_ref.files import replaced_file
 from stiv_deploy.stiv_ref.guidance import GuidanceMode
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, sample

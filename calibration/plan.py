@@ -6,9 +6,9 @@ from typing import Literal
 from pydantic import ValidationError
 
 from stiv_deploy.calibration.errors import CalibrationError
-from stiv_deploy.calibration.files import write_text
 from stiv_deploy.calibration.layers import Format, Layer, model_layers
 from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig
+from stiv_deploy.stiv_ref.files import write_text
 
 Choice = Literal["fp8", "int8", "high"]
 LEAST_TOKENS = 32

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from stiv_deploy.calibration.collect import Statistics
-from stiv_deploy.calibration.files import write_text
 from stiv_deploy.calibration.layers import Layer, model_layers
 from stiv_deploy.calibration.observers import Statistic, band_names, share_beyond
 from stiv_deploy.calibration.scales import Scales, tensor_names
 from stiv_deploy.stiv_ref.config import FrozenConfig
+from stiv_deploy.stiv_ref.files import write_text
 from stiv_deploy.stiv_ref.model import Stiv
 
 

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stiv_deploy.calibration.errors import CalibrationError
-from stiv_deploy.calibration.files import replaced_file
 from stiv_deploy.calibration.layers import LARGEST, OPERANDS, Format, Layer, model_layers
 from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig
+from stiv_deploy.stiv_ref.files import replaced_file
 
 HEADER = "stiv-scales"
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from stiv_deploy.calibration.collect import Material, Unit, unit_inputs, unit_settings
 from stiv_deploy.calibration.errors import CalibrationError
-from stiv_deploy.calibration.files import write_text
 from stiv_deploy.calibration.layers import Layer, model_layers
 from stiv_deploy.calibration.observers import BANDS, band_of
 from stiv_deploy.calibration.quantize import switch_on
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.config import StivConfig
+from stiv_deploy.stiv_ref.files import write_text
 from stiv_deploy.stiv_ref.flow import schedule
 from stiv_deploy.stiv_ref.guidance import GuidanceMode
 from stiv_deploy.stiv_ref.model import Stiv

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from stiv_deploy.calibration.files import replaced_file, write_text
 from stiv_deploy.stiv_ref.config import FrozenConfig
+from stiv_deploy.stiv_ref.files import replaced_file, write_text
 
 DECADES = 1e-3
 """Smallest error that has a color of its own, as a share of the largest: the color scale is logarithmic."""

@@ -5,10 +5,7 @@ differ in values only, so one trace serves them all.
 """
 
 import hashlib
-import logging
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from torch import Tensor, nn
 from stiv_deploy.export import passes
 from stiv_deploy.runtime.contract import GraphSpec, ModelFacts, TensorSpec, dimensions
 from stiv_deploy.runtime.manifest import FileRecord
+from stiv_deploy.stiv_ref.quiet import quiet
 
 OPSET = 23
 """The first opset with Attention, RMSNormalization and RotaryEmbedding."""
@@ -66,7 +64,7 @@ def trace(module: nn.Module, name: str, spec: GraphSpec, facts: ModelFacts) -> T
     example = tuple(
         torch.zeros(tensor.sized(_example_sizes(facts)), dtype=getattr(torch, tensor.dtype)) for tensor in spec.inputs
     )
-    with _quiet():
+    with quiet("torch.onnx._internal.exporter._registration"):  # remarks on optional packages and deprecations
         program = torch.export.export(
             module,
             example,
@@ -155,20 +153,6 @@ def _dynamic_shapes(module: nn.Module, spec: GraphSpec, facts: ModelFacts) -> di
         tensor.name: {axis: dim(size) for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
         for tensor in spec.inputs
     }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's remarks about optional packages and its own deprecations off the terminal."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def write_graph(template: Template, tensors: Mapping[str, Tensor], folder: Path, name: str) -> WrittenGraph:

@@ -210,6 +210,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     )
 
 
+def load_model(path: Path) -> Stiv:
+    """The transformer alone of a checkpoint folder, as :func:`load_checkpoint` gives it; raises the same."""
+    return _read_model(path, read_checkpoint_config(path).model)
+
+
 def load_text_encoder(path: Path) -> tuple[AnyTextEncoder, Tokenizer]:
     """The frozen text encoder of a checkpoint folder, and its tokenizer; raises :class:`CheckpointError`."""
     config = read_checkpoint_config(path)

@@ -108,11 +108,9 @@ def _first_speaks() -> Iterator[None]:
 def _prepare(folder: Path) -> None:
     """Make the run's folder and prove that it can be written, before any training; one clear line if not."""
     from stiv_deploy.stiv_ref.errors import StivRefError
+    from stiv_deploy.stiv_ref.files import make_writable
 
-    probe = folder / f".writable-{_rank()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        make_writable(folder)
     except OSError as error:
         raise StivRefError(f"{folder}: cannot write the run there ({error.strerror}); choose another --out") from None

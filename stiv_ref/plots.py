@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stiv_deploy.stiv_ref.errors import StivRefError
+from stiv_deploy.stiv_ref.files import replaced_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,10 +98,9 @@ def smooth(values: NDArray[np.float64], window: int = SMOOTHING) -> NDArray[np.f
 
 
 def _save(figure: "Figure", out: Path) -> None:
-    """Write ``figure`` as a PNG, under a temporary name first."""
-    temporary = out.with_name(f".{out.name}.partial")
-    figure.savefig(temporary, format="png", dpi=100)
-    temporary.rename(out)
+    """Write ``figure`` as a PNG, whole or not at all."""
+    with replaced_file(out) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
 
 
 def _places(stages: Sequence[StageLog]) -> list[NDArray[np.float64]]:
@@ -227,6 +227,5 @@ def contact_sheet(
     frame_size, captions = (width * zoom, height * zoom, frames), [row.caption for row in rows]
     info = PngImagePlugin.PngInfo()
     info.add_text("stiv", json.dumps({**(about or {}), "captions": captions, "frame": frame_size, "strips": strips}))
-    temporary = out.with_name(f".{out.name}.partial")
-    sheet.save(temporary, format="PNG", pnginfo=info)
-    temporary.rename(out)
+    with replaced_file(out) as temporary:
+        sheet.save(temporary, format="PNG", pnginfo=info)

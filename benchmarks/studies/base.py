@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stiv_deploy.stiv_ref.checkpoint import load_tensors
+from stiv_deploy.stiv_ref.files import replaced_file
 from stiv_deploy.stiv_ref.model import Stiv
 
 T2I = Training(phases=(t2i(700),), stage=1)
@@ -54,11 +55,9 @@ def kept_or_made(path: Path, make: Any) -> dict[str, Tensor]:
     if not path.is_file():
         tensors, notes = make()
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".partial")
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"notes": json.dumps(notes)}
-        )
-        temporary.rename(path)
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        with replaced_file(path) as temporary:
+            save_file(whole, temporary, {"notes": json.dumps(notes)})
     return load_tensors(path)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from stiv_deploy.stiv_ref import files
 from stiv_deploy.stiv_ref.errors import StivRefError
 
 WORK = Path("out/studies")
@@ -25,11 +26,9 @@ def seeds_of(text: str) -> list[int]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all, in a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)
+    files.write_text(path, text)
 
 
 def fingerprint(what: object) -> str:

@@ -15,6 +15,8 @@ import typer
 from digit_scores import cpu_name
 from records import paired, write_text
 
+from stiv_deploy.stiv_ref.files import replaced_file
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -116,9 +118,8 @@ def save_plot(path: Path, draw: Callable[["Figure"], None], size: tuple[float, f
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     draw(figure)
-    temporary = path.with_name(f".{path.name}.partial")
-    figure.savefig(temporary, format="png", dpi=100)
-    temporary.rename(path)
+    with replaced_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
 
 
 def save(

@@ -10,6 +10,7 @@ from stiv_deploy.stiv_ref.data.clips import Clip
 from stiv_deploy.stiv_ref.data.decode import key_frames, read_frames
 from stiv_deploy.stiv_ref.data.filters import Thresholds
 from stiv_deploy.stiv_ref.errors import VideoError
+from stiv_deploy.stiv_ref.files import replaced_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,9 +37,8 @@ def plot_scores(clips: Sequence[Clip], thresholds: Thresholds, out: Path) -> Non
     _histogram(right, clips, "seconds", "duration (s)", (of.min_seconds, of.max_seconds))
     left.set_ylabel("clips")
     left.legend()
-    temporary = out.with_name(f".{out.name}.partial")
-    figure.savefig(temporary, format="png", dpi=100)
-    temporary.replace(out)
+    with replaced_file(out) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
 
 
 def _histogram(
@@ -85,9 +85,8 @@ def clip_sheet(folder: Path, clips: Sequence[Clip], out: Path) -> None:
         draw.text((x, y + TEXT // 2), ", ".join(clip.dropped)[:34] or _scores(clip), fill=colour)
         sheet.paste(_tile(folder, clip), (x, y + TEXT))
         draw.rectangle((x - 2, y + TEXT - 2, x + TILE[0] + 1, y + TEXT + TILE[1] + 1), outline=colour, width=3)
-    temporary = out.with_name(f".{out.name}.partial")
-    sheet.save(temporary, format="PNG")
-    temporary.replace(out)
+    with replaced_file(out) as temporary:
+        sheet.save(temporary, format="PNG")
 
 
 def _title(clip: Clip) -> str:

@@ -1,6 +1,5 @@
 """The index of clips, ``clips.jsonl``: which frames of which videos are training data, and which are not and why."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.errors import ClipsError
+from stiv_deploy.stiv_ref.files import write_text
 
 INDEX_NAME = "clips.jsonl"
 
@@ -88,12 +88,8 @@ def write_clips(path: Path, clips: Iterable[Clip]) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it; raises :class:`ClipsError` if that cannot be."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Write a text file whole or not at all; raises :class:`ClipsError` if it cannot be written."""
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, text)
     except OSError as error:
         raise ClipsError(f"{path}: cannot be written ({error.strerror}); choose another folder") from None
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from stiv_deploy.stiv_ref.data.filters import SHORT_SIDE, Meter, Thresholds
 from stiv_deploy.stiv_ref.data.pool import run_jobs
 from stiv_deploy.stiv_ref.data.scenes import SceneCutter, SceneSettings
 from stiv_deploy.stiv_ref.errors import CaptionError, ClipsError, VideoError
+from stiv_deploy.stiv_ref.files import make_writable
 
 MEASURED_NAME = "measured.jsonl"
 REPORT_NAME = "report.json"
@@ -155,11 +156,8 @@ def cut(
 
 def prepare(out: Path) -> None:
     """Make the folder ``out`` and prove that it can be written; raises :class:`ClipsError`."""
-    probe_file = out / f".writable-{os.getpid()}"
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe_file.touch()
-        probe_file.unlink()
+        make_writable(out)
     except OSError as error:
         raise ClipsError(f"{out}: cannot be written ({error.strerror}); choose another folder") from None
 

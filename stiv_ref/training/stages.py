@@ -15,7 +15,8 @@ from stiv_deploy.stiv_ref.checkpoint import (
     AnyTextEncoder,
     Checkpoint,
     CheckpointConfig,
-    load_checkpoint,
+    load_model,
+    load_text_encoder,
     read_checkpoint_config,
     save_checkpoint,
 )
@@ -78,12 +79,11 @@ def initial_weights(run: Run) -> dict[str, nn.Module]:
     recipe = run.recipe
     model = Stiv(recipe.model_of(run.current))
     model.initialize(sample_generator(recipe.seed, run.stage, 0, NO_SAMPLE))
-    spatial, temporal = (
-        None if folder is None else load_checkpoint(folder) for folder in origins(recipe, run.stage, run.out)
-    )
+    spatial, temporal = origins(recipe, run.stage, run.out)
     late = run.current.text_from == "temporal" and temporal is not None
     if spatial is not None:
-        initialize_from(model, spatial.model, temporal.model if temporal else None, text_with_temporal=late)
+        other = None if temporal is None or temporal == spatial else load_model(temporal)  # none: spatial gives both
+        initialize_from(model, load_model(spatial), other, text_with_temporal=late)
     if not isinstance(recipe.text, WordText):
         return {"model": model}
     text = word_encoder(recipe.text, recipe.model, run.text.tokenizer, recipe.seed)
@@ -92,13 +92,14 @@ def initial_weights(run: Run) -> dict[str, nn.Module]:
     return {"model": model, "text_encoder": text}
 
 
-def _take_text(encoder: TextEncoder, origin: Checkpoint) -> None:
-    if origin.text_encoder.config != encoder.config:
+def _take_text(encoder: TextEncoder, origin: Path) -> None:
+    there, _ = load_text_encoder(origin)
+    if there.config != encoder.config:
         raise CheckpointError(
-            f"the text encoder of the stage's origin has other words or sizes than this run's ({origin.config.text} "
+            f"the text encoder of the stage's origin has other words or sizes than this run's ({there.config} "
             f"there, {encoder.config} here); use it frozen: [text] kind = 'checkpoint'"
         )
-    encoder.load_state_dict(origin.text_encoder.state_dict())
+    encoder.load_state_dict(there.state_dict())
 
 
 def make_efficient(model: Stiv, settings: Efficiency) -> None:

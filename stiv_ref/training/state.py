@@ -6,11 +6,7 @@ any moment: a state is written under another name, and the old one goes only whe
 """
 
 import json
-import logging
 import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from stiv_deploy.stiv_ref.config import FrozenConfig, read_config
 from stiv_deploy.stiv_ref.errors import CheckpointError
+from stiv_deploy.stiv_ref.quiet import quiet
 from stiv_deploy.stiv_ref.recipe import Recipe
 from stiv_deploy.stiv_ref.training.run import Run
 
@@ -56,7 +53,7 @@ def save_state(run: Run) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
     run.team.barrier()
-    with _quiet():
+    with quiet("torch.distributed.checkpoint"):  # it remarks on a single process
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         save(dict(run.tensors()), storage_writer=writer, no_dist=run.team.world == 1)
     run.team.barrier()
@@ -101,7 +98,7 @@ def load_tensors_into(tensors: Tensors, folder: Path, *, alone: bool) -> None:
     ``alone``: this process reads without the others.
     """
     try:
-        with _quiet():
+        with quiet("torch.distributed.checkpoint"):  # it remarks on a single process
             load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
     except (CheckpointException, SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__
@@ -145,17 +142,3 @@ def check_recipe(position: Position, recipe: Recipe, folder: Path) -> None:
             f"{folder}: this state belongs to another recipe; choose another --out or delete it "
             f"({_first_difference(there, here)})"
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the notes that torch.distributed.checkpoint writes when there is one process only."""
-    logger = logging.getLogger("torch.distributed.checkpoint")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

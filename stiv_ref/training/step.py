@@ -79,13 +79,11 @@ def sample_losses(run: Run, batch: Batch, part: range) -> tuple[Tensor, Tensor, 
     return losses, timesteps.to(device), tokens
 
 
-def check_finite(name: str, value: float, run: Run, names: Sequence[str]) -> None:
-    """:class:`DivergedError` naming the samples if ``value`` is not finite; called before it can reach a weight."""
-    if math.isfinite(value):
-        return
+def diverged(name: str, value: float, run: Run, names: Sequence[str]) -> DivergedError:
+    """What to raise, before it can reach a weight, for a ``value`` that is not finite; names the samples."""
     stage = run.current
     shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-    raise DivergedError(
+    return DivergedError(
         f"{name} is {value} at step {run.step} of stage {run.stage} ({stage.name}) for {shown}; the last saved state "
         "is kept. Lower learning_rate or gradient_clip in the recipe and train into another --out"
     )
@@ -125,10 +123,12 @@ def training_step(run: Run, batches: Sequence[Batch], parts: Sequence[range]) ->
     loss = losses.mean().item()
     if not losses.isfinite().all():
         names = team.gather_names([name for batch in batches for name in batch.names])
-        check_finite("loss", loss, run, [name for name, each in zip(names, losses, strict=True) if not each.isfinite()])
+        bad = [name for name, each in zip(names, losses, strict=True) if not each.isfinite()]
+        raise diverged("loss", loss, run, bad)
     norm = clip_gradients(run)
     if not math.isfinite(norm):
-        check_finite("gradient norm", norm, run, team.gather_names([name for batch in batches for name in batch.names]))
+        names = team.gather_names([name for batch in batches for name in batch.names])
+        raise diverged("gradient norm", norm, run, names)
     rate = learning_rate(stage, run.step)
     set_rate(run.optimizer, rate)
     run.optimizer.step()

@@ -19,6 +19,27 @@ struct Call {
     int32_t dtype, output_dtype;
 };
 
+// What the arguments of both kernels have in common: sizes and types of a call, and the first six inputs.
+template <class Arguments>
+void set_sizes(Arguments& arguments, const Call& call, float epsilon) {
+    arguments.positions = call.sizes[Symbol::kS];
+    arguments.heads = call.sizes.heads();
+    arguments.head_dim = call.sizes[Symbol::kDh];
+    arguments.dtype = call.dtype;
+    arguments.output_dtype = call.output_dtype;
+    arguments.epsilon = epsilon;
+}
+
+template <class Arguments>
+void set_inputs(Arguments& arguments, const void* const* inputs) {
+    arguments.qkv = inputs[0];
+    arguments.bias = inputs[1];
+    arguments.q_gamma = inputs[2];
+    arguments.k_gamma = inputs[3];
+    arguments.cos = inputs[4];
+    arguments.sin = inputs[5];
+}
+
 class AttentionPlugin : public nvinfer1::IPluginV3,
                         public nvinfer1::IPluginV3OneCore,
                         public nvinfer1::IPluginV3OneBuild,

@@ -14,12 +14,7 @@ private:
         StivTemporalAttention arguments{};
         arguments.batch = call.sizes[Symbol::kB];
         arguments.frames = call.sizes[Symbol::kT];
-        arguments.positions = call.sizes[Symbol::kS];
-        arguments.heads = call.sizes.heads();
-        arguments.head_dim = call.sizes[Symbol::kDh];
-        arguments.dtype = call.dtype;
-        arguments.output_dtype = call.output_dtype;
-        arguments.epsilon = attributes_.real("epsilon");
+        set_sizes(arguments, call, attributes_.real("epsilon"));
         return arguments;
     }
 
@@ -31,12 +26,7 @@ private:
 
     int32_t launch(const Call& call, const void* const* inputs, void* const* outputs, void* stream) const override {
         StivTemporalAttention all = arguments(call);
-        all.qkv = inputs[0];
-        all.bias = inputs[1];
-        all.q_gamma = inputs[2];
-        all.k_gamma = inputs[3];
-        all.cos = inputs[4];
-        all.sin = inputs[5];
+        set_inputs(all, inputs);
         if (call.output_dtype == STIV_FLOAT8_E4M3) all.output_scale = static_cast<const float*>(inputs[6]);
         all.output = outputs[0];
         return stiv_temporal_attention(&all, stream);
