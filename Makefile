@@ -1,5 +1,6 @@
 # Two commands do everything from a bare Python 3.11 or 3.12, set-up included: `make demo` and `make test`.
-# Variables: PYTHON=<interpreter>; TORCH_INDEX=<package index URL to take torch from> (README, "Install").
+# Variables: PYTHON=<interpreter>; TORCH_INDEX=<package index URL to take torch from> (README, "Install"). Of `make plugins`:
+# TENSORRT_ROOT=<folder with include/NvInferRuntime.h>; PLUGIN_BUILD, PLUGIN_FOLDER=<where to build and to install>.
 
 PYTHON ?= $(shell for python in python3.12 python3.11 python3 python; do \
 	"$$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
@@ -7,6 +8,8 @@ PYTHON ?= $(shell for python in python3.12 python3.11 python3 python; do \
 TORCH_INDEX ?=
 # TensorRT-RTX has wheels for this platform only; without it `stiv build` says what is missing.
 RTX := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(shell echo ,rtx))
+PLUGIN_BUILD ?= build/plugins
+PLUGIN_FOLDER ?=
 EXTRAS := calibration,data,encoders,export,tensorboard,dev
 
 VENV := .venv
@@ -50,10 +53,11 @@ test-fast: $(STAMP) ## The tests that take a moment each
 	@$(BIN)/python -m pytest -q -rs -n auto -m "not slow and not gpu"
 
 plugins: $(STAMP) ## CUDA kernels, and the TensorRT plugins where its headers are (TENSORRT_ROOT), into runtime/plugins/_lib
-	@cmake -S . -B build/plugins $(if $(TENSORRT_ROOT),-DTENSORRT_ROOT=$(TENSORRT_ROOT))
-	@cmake --build build/plugins --parallel
-	@cmake --install build/plugins
-	@$(BIN)/python -m stiv_deploy.runtime.plugins.register_report build/plugins
+	@cmake -S . -B $(PLUGIN_BUILD) $(if $(TENSORRT_ROOT),-DTENSORRT_ROOT=$(TENSORRT_ROOT)) \
+		$(if $(PLUGIN_FOLDER),-DSTIV_LIBRARY_FOLDER=$(abspath $(PLUGIN_FOLDER)))
+	@cmake --build $(PLUGIN_BUILD) --parallel
+	@cmake --install $(PLUGIN_BUILD)
+	@$(BIN)/python -m stiv_deploy.runtime.plugins.register_report $(PLUGIN_BUILD)
 
 lint: $(STAMP) build/typing ## ruff and mypy
 	@$(BIN)/python -m ruff check $(LINTED)

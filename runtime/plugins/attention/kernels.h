@@ -125,6 +125,11 @@ STIV_API void stiv_emulation_seed(uint64_t seed);
 /* Emulated build only, for tests: its number conversions, bits of `dtype` in 16-bit words. */
 STIV_API void stiv_emulation_round(int32_t dtype, const float* values, uint16_t* bits, int64_t count);
 STIV_API void stiv_emulation_widen(int32_t dtype, const uint16_t* bits, float* values, int64_t count);
+/* Emulated build only, for tests: one mma of m16n8k`depth` (16 or 8) on the registers of 32 lanes, a [32][depth / 4],
+ * b [32][depth / 8], c [32][4], sums in place; one ldmatrix of 8x8 `matrices` (2 or 4), rows [8 * matrices][8], out
+ * [32][matrices]. */
+STIV_API int32_t stiv_emulation_multiply(int32_t dtype, int32_t depth, const uint32_t* a, const uint32_t* b, float* c);
+STIV_API int32_t stiv_emulation_load_matrix(int32_t matrices, int32_t transposed, const uint16_t* rows, uint32_t* out);
 /* Emulated build only: the kernel that is shipped as PTX, of bfloat16 and Dh = 72; bias is needed. */
 STIV_API int32_t stiv_emulation_ptx_kernel(const StivTemporalAttention* call);
 #endif

@@ -1,0 +1,91 @@
+"""`make plugins` from nothing: kernels for every GPU within their register ceiling, libraries that load with no driver.
+
+The TensorRT plugins are compiled against the test interface and linked with the CUDA kernels, in folders of their own,
+so that what the user has built stays as it is.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stiv_deploy.runtime.plugins.spec import HEAD_DIMS
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[4]
+BUILD = ROOT / "build" / "plugins-test"
+INSTALLED = BUILD / "installed"
+GPUS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+CALL = """
+import sys
+from pathlib import Path
+from stiv_deploy.runtime.plugins.library import KernelDtype, KernelError, KernelLibrary, TemporalAttention
+
+library = KernelLibrary(Path(sys.argv[1]))
+tensors = dict.fromkeys(("qkv", "q_gamma", "k_gamma", "cos", "sin", "output"), 4096)
+sizes = dict(batch=1, frames=20, positions=256, heads=16, head_dim=72)
+call = TemporalAttention(**tensors, **sizes, dtype=KernelDtype.BFLOAT16, output_dtype=KernelDtype.BFLOAT16)
+print(library.backend, library.temporal_attention_plan(call).blocks > 0)
+if sys.argv[2] == "launch":
+    try:
+        library.temporal_attention(call)
+    except KernelError as error:
+        print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def built() -> str:
+    """What `make plugins` prints, compilers' messages included."""
+    missing = [tool for tool in ("make", "cmake", "nvcc", "g++") if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"the plugins cannot be built here: no {', '.join(missing)} on the path")
+    interface = ROOT / "tests" / "cpp" / "tensorrt_interface"
+    variables = [f"PLUGIN_BUILD={BUILD}", f"PLUGIN_FOLDER={INSTALLED}", f"TENSORRT_ROOT={interface}"]
+    done = subprocess.run(["make", "plugins", *variables], cwd=ROOT, capture_output=True, text=True, timeout=1100)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout + done.stderr
+
+
+def test_every_kernel_is_below_its_register_ceiling(built: str) -> None:
+    lines = [line.split() for line in built.splitlines() if line.endswith(" registers")]
+    kernels = {"temporal_attention", "temporal_attention_scalar", "spatial_qkv"}
+    assert {(kernel, gpu) for kernel, gpu, *_ in lines} == {(kernel, gpu) for kernel in kernels for gpu in GPUS}
+
+
+def test_no_warnings(built: str) -> None:
+    assert "warning" not in built.lower()
+
+
+def test_everything_is_installed(built: str) -> None:
+    ptx = {
+        f"stiv_temporal_attention_{dtype}_{head_dim}{fp8}.ptx"
+        for dtype in ("float16", "bfloat16")
+        for head_dim in HEAD_DIMS
+        for fp8 in ("", "_fp8")
+    }
+    assert {path.name for path in (INSTALLED / "ptx").iterdir()} == ptx
+    libraries = {"libstiv_kernels.so", "libstiv_kernels_emulated.so", "libstiv_plugins.so"}
+    assert {path.name for path in INSTALLED.glob("*.so")} == libraries
+
+
+def test_the_kernels_load_and_answer_without_a_driver(built: str) -> None:
+    on_gpu = shutil.which("nvidia-smi") is not None  # the addresses of the call are made up: not where it would run
+    what = "plan" if on_gpu else "launch"
+    command = [sys.executable, "-c", CALL, str(INSTALLED / "libstiv_kernels.so"), what]
+    done = subprocess.run(command, cwd=INSTALLED, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    first, *rest = done.stdout.splitlines()
+    assert first == "cuda True"
+    assert on_gpu or [("driver" in line) for line in rest] == [True]
+
+
+def test_the_plugins_on_cuda_kernels_answer_without_a_driver(built: str) -> None:
+    target = ["--build", str(BUILD), "--target", "stiv_plugin_harness"]
+    subprocess.run(["cmake", *target], check=True, capture_output=True, timeout=600)
+    command = [str(BUILD / "stiv_plugin_harness"), str(INSTALLED / "libstiv_plugins.so"), "build"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    failed = [line for line in done.stdout.splitlines() if not line.startswith("ok ")]
+    assert failed == ["0 failed"], done.stderr
