@@ -11,9 +11,13 @@ from stiv_deploy.calibration.plan import default_plan
 from stiv_deploy.calibration.scales import Provenance, Scales, tensor_names
 from stiv_deploy.export.audit import Audit, AuditReport
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
+from stiv_deploy.export.engine_from_onnx import build_engine
+from stiv_deploy.export.engine_job import EngineJob
 from stiv_deploy.export.fusion_audit import failures
+from stiv_deploy.export.layer_report import read_report
 from stiv_deploy.export.quantization import Quantization
 from stiv_deploy.runtime.bundle import Bundle, write_manifest
+from stiv_deploy.runtime.engine_files import profile
 from stiv_deploy.runtime.manifest import Bucket, Range
 from stiv_deploy.runtime.tensorrt_library import missing_library
 from stiv_deploy.stiv_ref.checkpoint import CheckpointConfig, checkpoint_hash
@@ -99,3 +103,20 @@ def test_float32_is_audited_without_fused_attention(bundle: Path) -> None:
     found = {row.name: row.found for row in report.rows if row.graph == "block_00"}
     assert found["spatial attention"] == "not fused"
     assert found["ffn.up GEMM"] == "Float x Float -> Float"
+
+
+def test_the_step_is_three_kernels(bundle: Path, tmp_path: Path) -> None:
+    """Two norms and everything else: why there is no guidance plugin (runtime/plugins/README.md)."""
+    manifest = Bundle.open(bundle).manifest
+    record, report = manifest.graphs["step"], tmp_path / "report.txt"
+    job = EngineJob(
+        graph="step",
+        onnx=str(bundle / record.file.path),
+        plan=str(tmp_path / "step.engine"),
+        backend="tensorrt-rtx",
+        sm="89",
+        profiles=tuple(profile(record.spec, manifest.model, bucket) for bucket in manifest.buckets),
+        report=str(report),
+    )
+    build_engine(job)
+    assert sum(layer.is_kernel for layer in read_report(report)) == 3
