@@ -15,6 +15,10 @@ class CheckpointError(StivRefError):
     """A checkpoint is missing, damaged, or does not fit its config."""
 
 
+class AttentionError(StivRefError):
+    """Fused attention cannot be used as asked: unknown form, or tensors that its kernels do not take."""
+
+
 class DivergedError(StivRefError):
     """Training produced a loss that is not finite."""
 

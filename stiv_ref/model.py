@@ -9,13 +9,13 @@ The forward pass is split where the deployment splits it: :meth:`Stiv.text_kv` o
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple, cast
+from typing import NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stiv_deploy.stiv_ref.block import MODULATIONS, RopeTables, StivBlock, stateless_norm
+from stiv_deploy.stiv_ref.block import MODULATIONS, Attention, RopeTables, StivBlock, stateless_norm
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.rope import spatial_table, temporal_table
 
@@ -149,6 +149,35 @@ class Stiv(nn.Module):
         if self.config.full_blocks:
             nn.init.normal_(self.mask_token, std=0.02, generator=generator)
         return self
+
+    def set_attention(self, attention: Attention) -> Self:
+        """Choose the form of self-attention in every block: ``native`` (the default) or ``fused``, which cannot train.
+
+        Raises :class:`AttentionError` if there is none of that name, and what :meth:`check_attention` does; the form
+        is then what it was.
+        """
+        if attention == "fused":
+            self._check_kernels()
+        for block in cast("Iterable[StivBlock]", self.blocks):
+            block.set_attention(attention)
+        return self
+
+    def check_attention(self) -> None:
+        """Of a model with fused attention on a GPU: that the kernel library is there and made for this model.
+
+        Raises :class:`AttentionError` or the library's ``KernelError``, which says how to build it. Elsewhere fused
+        attention computes with standard operators, and needs nothing.
+        """
+        if any(getattr(module, "attention", "native") == "fused" for module in self.modules()):
+            self._check_kernels()
+
+    def _check_kernels(self) -> None:
+        weight = self.patch.weight
+        if weight.is_cuda:
+            from stiv_deploy.stiv_ref.fused_launch import check_kernels, cuda_library
+
+            check_kernels(self.config.head_dim, weight.dtype)
+            cuda_library()
 
     def token_grid(self, latents_shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Token frames, rows and columns of latents [B, T, C, h, w]; ``ValueError`` if the patch does not fit."""

@@ -43,22 +43,25 @@ def sampling_inputs(
 ) -> SamplingInputs:
     """Inputs of :func:`stiv_ref.sampler.sample`, one sample for each prompt and seed, at the checkpoint's own size.
 
+    They are on the device of the model, where text encoder and VAE have to be, and text states are of its type.
     ``first_frames`` [B, 3, H, W] in [-1, 1] are given; ``frames`` of video default to the checkpoint's own number.
     Raises :class:`ConfigError` for a number of frames that the VAE cannot code.
     """
-    defaults, vae = checkpoint.config.sampling, checkpoint.vae
+    defaults, vae, weight = checkpoint.config.sampling, checkpoint.vae, next(checkpoint.model.parameters())
     if frames is None:
         frames = defaults.frames if checkpoint.config.model.temporal else 1
     size = (defaults.height // vae.config.spatial_factor, defaults.width // vae.config.spatial_factor)
-    noise = seeded_noise(seeds, (vae.latent_frames(frames), vae.config.latent_channels, *size))
-    clean, frame_mask = torch.zeros_like(noise), torch.zeros(noise.shape[:2], dtype=torch.bool)
+    noise = seeded_noise(seeds, (vae.latent_frames(frames), vae.config.latent_channels, *size)).to(weight.device)
+    clean = torch.zeros_like(noise)
+    frame_mask = torch.zeros(noise.shape[:2], dtype=torch.bool, device=weight.device)
     if first_frames is not None:
-        clean[:, :1], frame_mask[:, 0] = vae.encode(first_frames.unsqueeze(1)), True
-    micro = torch.tensor([[defaults.height, defaults.width, 0, 0, 1, frames]], dtype=torch.float32)
+        clean[:, :1], frame_mask[:, 0] = vae.encode(first_frames.unsqueeze(1).to(weight.device)), True
+    micro = noise.new_tensor([[defaults.height, defaults.width, 0, 0, 1, frames]])
 
     def encoded(texts: Sequence[str]) -> TextStates:
-        states: TextStates = checkpoint.text_encoder(*tokenize(checkpoint.tokenizer, texts))
-        return states
+        tokens = (tensor.to(weight.device) for tensor in tokenize(checkpoint.tokenizer, texts))
+        states, token_mask, pooled = checkpoint.text_encoder(*tokens)
+        return TextStates(states.to(weight.dtype), token_mask, pooled.to(weight.dtype))
 
     text, null = encoded(prompts), encoded([""] * len(noise))
     return SamplingInputs(noise, clean, frame_mask, text, null, micro.repeat(len(noise), 1))
@@ -76,8 +79,10 @@ def generate(
 ) -> Tensor:
     """Generate video fp32 [B, frames, 3, H, W] in [-1, 1], one clip for each prompt and seed.
 
-    ``first_frames`` [B, 3, H, W] in [-1, 1] makes it image-to-video. The size is the checkpoint's own.
+    ``first_frames`` [B, 3, H, W] in [-1, 1] makes it image-to-video. The size is the checkpoint's own. Its components
+    have to be on one device. Raises what :meth:`Stiv.check_attention` does, before any work.
     """
+    checkpoint.model.check_attention()
     inputs = sampling_inputs(checkpoint, prompts, seeds, first_frames, frames=frames)
     return checkpoint.vae.decode(sample(checkpoint.model, inputs, settings))
 

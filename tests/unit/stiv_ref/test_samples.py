@@ -44,6 +44,17 @@ def test_a_batch_equals_single_runs(checkpoint: Checkpoint) -> None:
         torch.testing.assert_close(alone[0], together[index], rtol=0, atol=1e-5)
 
 
+def test_a_model_with_fused_attention_or_of_a_narrow_type(checkpoint: Checkpoint) -> None:
+    settings, prompts = settings_of(checkpoint.config.sampling), ["digit one moving up"]
+    native = generate(checkpoint, prompts, [5], settings, frames=3)
+    checkpoint.model.set_attention("fused")
+    torch.testing.assert_close(generate(checkpoint, prompts, [5], settings, frames=3), native, rtol=0, atol=1e-5)
+    checkpoint.model.bfloat16()
+    narrow = generate(checkpoint, prompts, [5], settings, frames=3)
+    assert narrow.dtype == torch.float32
+    assert narrow.isfinite().all()
+
+
 def test_prompt_and_seed_matter(checkpoint: Checkpoint) -> None:
     settings = settings_of(checkpoint.config.sampling)
     base, other_prompt, other_seed = (
