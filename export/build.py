@@ -15,6 +15,7 @@ from stiv_deploy.export.builder_processes import BuilderProcesses
 from stiv_deploy.export.engine_install import commit, staged
 from stiv_deploy.export.engine_job import BUILDER_REVISION, EngineJob
 from stiv_deploy.export.plan_cache import CachedPlan, PlanCache, plan_key
+from stiv_deploy.export.plugin_graphs import BuildAttention, Packaging, choose_packaging
 from stiv_deploy.runtime.bundle import Bundle
 from stiv_deploy.runtime.engine_files import graph_hash, profile, sm_folder
 from stiv_deploy.runtime.errors import BackendError, EngineError, OutputError
@@ -29,7 +30,11 @@ Progress = Callable[["BuiltEngine"], None]
 
 @dataclass(frozen=True, kw_only=True)
 class BuildRequest:
-    """What to build. ``buckets`` and ``graphs`` empty mean all; ``jobs`` 0 means what suits the machine and builder."""
+    """What to build. ``buckets`` and ``graphs`` empty mean all; ``jobs`` 0 means what suits the machine and builder.
+
+    With ``attention`` "plugin" or "quick" graphs that have a form with plugin nodes are built from it, the others as
+    always; "plugin" takes the plugin library, "quick" the kernels that need no library where the engine runs.
+    """
 
     backend: Flavour
     sm: str
@@ -39,6 +44,7 @@ class BuildRequest:
     cache: Path
     rebuild: bool = False
     optimization_level: int | None = None
+    attention: BuildAttention = "native"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +131,8 @@ class EngineBuild:
     """One run of ``stiv build``: everything is checked on construction, before the first builder starts.
 
     Raises :class:`BundleError` for a damaged graph file, :class:`BackendError` for a missing library or an impossible
-    target, :class:`EngineError` for an unknown graph or bucket, :class:`OutputError` where it could not write.
+    target, :class:`EngineError` for an unknown graph or bucket, :class:`OutputError` where it could not write, and for
+    plugins whatever :func:`choose_packaging` does.
     """
 
     def __init__(self, bundle: Bundle, request: BuildRequest) -> None:
@@ -136,17 +143,30 @@ class EngineBuild:
         self.buckets = choose_buckets(bundle.manifest, request.buckets)
         self.graphs = known_names(request.graphs, list(bundle.manifest.graphs), "graph")
         check_fp8(bundle.manifest, self.graphs, self.sm)
+        self.packaging = choose_packaging(trt, bundle.manifest, self.graphs, request.backend, request.attention)
         if not os.access(bundle.folder, os.W_OK):
             raise OutputError(
                 f"{bundle.folder}: engines cannot be written into this bundle; copy it to a folder you own"
             )
         self.cache = PlanCache(request.cache)
-        self._onnx = {name: bundle.graph_file(name) for name in self.graphs}
+        self._onnx = {
+            name: bundle.graph_file(name) if self.packaging_of(name) is None else bundle.plugin_file(name)
+            for name in self.graphs
+        }
         self._builders = BuilderProcesses()
+
+    def packaging_of(self, graph: str) -> Packaging | None:
+        """What becomes of the plugin nodes of ``graph``, None if it is built from its native form."""
+        return None if self.bundle.manifest.graphs[graph].plugin is None else self.packaging
+
+    def _hash(self, graph: str) -> str:
+        """Of the file that ``graph`` is built from, with its weights."""
+        return graph_hash(self.bundle.manifest.graphs[graph], plugin=self.packaging_of(graph) is not None)
 
     def job(self, graph: str, plan: Path) -> EngineJob:
         """The job of ``graph``, to be written to ``plan``."""
-        manifest, flavour = self.bundle.manifest, self.request.backend
+        manifest, flavour, packaging = self.bundle.manifest, self.request.backend, self.packaging_of(graph)
+        library = None if packaging is None else packaging.library
         spec = manifest.graphs[graph].spec
         timing = self.cache.timing(f"{flavour}-{self.version}-sm{self.sm}") if flavour == "tensorrt" else None
         return EngineJob(
@@ -158,19 +178,23 @@ class EngineBuild:
             profiles=tuple(profile(spec, manifest.model, bucket) for bucket in self.buckets),
             optimization_level=self.request.optimization_level,
             timing_cache=None if timing is None else str(timing),
+            plugins=None if library is None else str(library.path),
+            quick=packaging is not None and library is None,
         )
 
     def key(self, graph: str) -> str:
         """The plan's key in the cache: equal graphs with equal weights share one."""
-        job = self.job(graph, Path())
+        job, packaging = self.job(graph, Path()), self.packaging_of(graph)
+        extra = {} if packaging is None else {"plugins": packaging.identity}  # native plans have the keys they had
         return plan_key(
-            onnx=graph_hash(self.bundle.manifest.graphs[graph]),
+            onnx=self._hash(graph),
             profiles=[sorted(values.items()) for values in job.profiles],
             backend=job.backend,
             version=self.version,
             sm=self.sm,
             optimization_level=job.optimization_level,
             revision=BUILDER_REVISION,
+            **extra,
         )
 
     def _build(self, graph: str, key: str) -> BuiltEngine:
@@ -214,7 +238,8 @@ class EngineBuild:
 
     def _records(self, engine: BuiltEngine) -> list[EngineRecord]:
         """Manifest entries of one engine: one per bucket."""
-        plan = engine.plan
+        plan, packaging = engine.plan, self.packaging_of(engine.graph)
+        library = None if packaging is None else packaging.library
         return [
             EngineRecord(
                 graph=engine.graph,
@@ -223,7 +248,8 @@ class EngineBuild:
                 backend_version=self.version,
                 sm=self.sm,
                 file=FileRecord(path=self._path(engine.graph), sha256=plan.sha256, bytes=plan.bytes),
-                onnx=graph_hash(self.bundle.manifest.graphs[engine.graph]),
+                onnx=self._hash(engine.graph),
+                plugins=None if library is None else library.sha256,
                 build_seconds=plan.build_seconds,
             )
             for bucket in self.buckets

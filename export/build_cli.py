@@ -1,7 +1,7 @@
 """``stiv build``: arguments in, a progress bar, and a table of the engines made."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -44,14 +44,15 @@ def _print_table(job: "EngineBuild", engines: "list[BuiltEngine]") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("graph", title=f"{job.request.backend} {job.version}, SM {job.sm}")
+    table = Table("graph", "attention", title=f"{job.request.backend} {job.version}, SM {job.sm}")
     for column in ("MiB", "build s", "from"):
         table.add_column(column, justify="right")
     for engine in engines:
         source = "cache" if engine.cached else "builder"
-        table.add_row(engine.graph, f"{engine.plan.bytes / MIB:.1f}", f"{engine.plan.build_seconds:.1f}", source)
+        form = "native" if job.packaging_of(engine.graph) is None else job.request.attention
+        table.add_row(engine.graph, form, f"{engine.plan.bytes / MIB:.1f}", f"{engine.plan.build_seconds:.1f}", source)
     total = sum(engine.plan.bytes for engine in engines) / MIB
-    table.add_row("[bold]all", f"{total:.1f}", "", "", end_section=True)
+    table.add_row("[bold]all", "", f"{total:.1f}", "", "", end_section=True)
     Console().print(table)
 
 
@@ -80,6 +81,13 @@ def build(
         int | None,
         typer.Option(help="The builder's effort, 0 to 5 (the builder's default if not given).", min=0, max=5),
     ] = None,
+    attention: Annotated[
+        Literal["native", "plugin", "quick"],
+        typer.Option(
+            help="TensorRT's own, or our plugins (backend tensorrt, 'make plugins'): 'plugin' takes all, from a "
+            "library that the engines need too, 'quick' temporal attention only, into the engines (16-bit bundles)."
+        ),
+    ] = "native",
 ) -> None:
     """Compile a bundle's graphs into engines for one kind of GPU.
 
@@ -104,6 +112,7 @@ def build(
         cache=default_cache() if cache is None else cache,
         rebuild=rebuild,
         optimization_level=optimization_level,
+        attention=attention,
     )
     job = EngineBuild(opened, request)
     _print_table(job, _with_progress(job))

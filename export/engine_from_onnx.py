@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stiv_deploy.export.engine_job import EngineJob, EngineResult, Profile
+from stiv_deploy.export.plugin_graphs import prepared
 from stiv_deploy.runtime.errors import EngineError
 from stiv_deploy.runtime.tensorrt_library import import_tensorrt, one_line, targets
 
@@ -47,11 +48,15 @@ def last_error(messages: list[tuple[str, str]]) -> str:
     return one_line((causes or errors or ["the builder gave no reason"])[-1])
 
 
-def parse(trt: Any, builder: Any, logger: Any, onnx: Path) -> Any:
-    """The network of an ONNX file (external weights beside it); :class:`EngineError` with the parser's own words."""
+def parse(trt: Any, builder: Any, logger: Any, onnx: Path, model: bytes | None = None) -> Any:
+    """The network of an ONNX file (external weights beside it); :class:`EngineError` with the parser's own words.
+
+    ``model`` is the file's content as it is to be read, if not as it is.
+    """
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(onnx)):
+    done = parser.parse_from_file(str(onnx)) if model is None else parser.parse(model, path=str(onnx.absolute()))
+    if not done:
         faults = [parser.get_error(index).desc() for index in range(parser.num_errors)]
         raise EngineError(
             f"the ONNX parser refused {onnx.name}: {one_line('; '.join(faults) or last_error(logger.messages))}"
@@ -135,7 +140,7 @@ def build_engine(job: EngineJob) -> EngineResult:
     start = time.perf_counter()
     logger = make_logger(trt)
     builder = trt.Builder(logger)
-    network = parse(trt, builder, logger, Path(job.onnx))
+    network = parse(trt, builder, logger, Path(job.onnx), prepared(trt, job))
     decompose_fp32_attention(trt, network)
     config = configure(trt, builder, network, job)
     plan = builder.build_serialized_network(network, config)

@@ -23,6 +23,8 @@ class EngineJob:
     ``sm`` is a compute capability without the dot (``"89"``), or ``None`` for an engine not bound to one.
     ``timing_cache`` is a file that TensorRT reads and extends (RTX measures nothing while building and has none).
     ``report`` is a text file to write the builder's layer report to: which kernels it chose, and their types.
+    ``plugins`` is the plugin library that the plugin nodes of ``onnx`` need; with ``quick`` they become quickly
+    deployable plugins instead, as far as there are such.
     """
 
     graph: str
@@ -34,6 +36,8 @@ class EngineJob:
     optimization_level: int | None = None
     timing_cache: str | None = None
     report: str | None = None
+    plugins: str | None = None
+    quick: bool = False
 
     def to_json(self) -> str:
         """This job as one line of JSON."""

@@ -202,8 +202,8 @@ def _size(count: int) -> str:
 
 
 def print_bundle(report: "BundleReport", console: "Console") -> None:
-    """Bundle as text: facts, buckets, graphs, layers in 8 bits, engines, parity."""
-    from stiv_deploy.runtime.inspection import plan_rows, precision_text
+    """Bundle as text: facts, buckets, graphs, their forms with plugins, layers in 8 bits, engines, parity."""
+    from stiv_deploy.runtime.inspection import plan_rows, plugin_rows, precision_text
 
     manifest = report.manifest
     model, sampling = manifest.model, manifest.sampling
@@ -242,6 +242,9 @@ def print_bundle(report: "BundleReport", console: "Console") -> None:
             for name, graph in manifest.graphs.items()
         ),
     )
+    rows = plugin_rows(manifest)
+    if rows:
+        print_table(console, "Forms with plugins ('stiv build --attention plugin')", ("plugins", "graphs"), rows)
     if manifest.quantization is not None:
         title = f"Precision plan (scales {manifest.quantization.scales[:12]})"
         print_table(console, title, ("layer", "layers", "precision"), plan_rows(manifest.quantization))
@@ -262,6 +265,9 @@ def _ranges(bucket: "Bucket") -> tuple["Range", ...]:
 
 def print_engine_records(report: "BundleReport", console: "Console") -> None:
     """Engines of a bundle, or how to build some."""
+    from stiv_deploy.runtime.engine_files import attention_form
+    from stiv_deploy.runtime.inspection import attention_text
+
     engines = report.manifest.engines
     if not engines:
         message = f"No engines; 'stiv build {report.path} --backend tensorrt-rtx --sm 89' compiles some.\n"
@@ -274,12 +280,14 @@ def print_engine_records(report: "BundleReport", console: "Console") -> None:
             each.backend,
             each.backend_version,
             each.sm,
+            attention_text(each, attention_form(each, report.manifest)),
             _size(each.file.bytes),
             f"{each.build_seconds:.1f} s",
         )
         for each in engines
     )
-    print_table(console, "Engines", ("graph", "bucket", "backend", "version", "SM", "size", "built in"), rows)
+    columns = ("graph", "bucket", "backend", "version", "SM", "attention", "size", "built in")
+    print_table(console, "Engines", columns, rows)
 
 
 def print_parity(report: "BundleReport", console: "Console") -> None:
@@ -312,16 +320,22 @@ def print_onnx(report: "OnnxReport", console: "Console") -> None:
     )
     rows = ((name, str(count)) for name, count in report.operators.items())
     print_table(console, "Operators", ("operator", "count"), rows)
+    if report.functions:
+        bodies = ((name, str(count)) for name, count in report.functions.items())
+        print_table(console, "Functions", ("function", "nodes"), bodies)
 
 
 def print_engine(report: "EngineReport", console: "Console") -> None:
     """Engine as text: its file, its record in the bundle, and what cannot be told here."""
+    from stiv_deploy.runtime.inspection import attention_text
+
     lines = [f"{report.path}: {_size(report.bytes)}, SHA-256 {report.sha256[:12]}"]
     if report.record is not None:
         record = report.record
         lines.append(
             f"graph {record.graph}, bucket {record.bucket}, {record.backend} {record.backend_version}, SM {record.sm}, "
-            f"built in {record.build_seconds:.1f} s, of the bundle {report.bundle}"
+            f"attention {attention_text(record, report.attention)}, built in {record.build_seconds:.1f} s, "
+            f"of the bundle {report.bundle}"
         )
     console.print("\n".join([*lines, report.note]), markup=False)
 
@@ -344,3 +358,5 @@ def print_doctor(report: "DoctorReport", console: "Console") -> None:
     print_table(console, "Packages", ("package", "extra", "version", "state"), packages)
     backends = ((each.name, "yes" if each.works else "no", each.reason) for each in report.backends)
     print_table(console, "Backends", ("backend", "works", "reason"), backends)
+    libraries = ((each.name, "yes" if each.works else "no", each.state) for each in report.libraries)
+    print_table(console, "Libraries of 'make plugins' (optional)", ("library", "works", "state"), libraries)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
+from stiv_deploy.runtime.errors import BackendError
+
 GIB = 2**30
 
 
@@ -69,6 +71,14 @@ class BackendState(BaseModel):
     reason: str
 
 
+class LibraryState(BaseModel):
+    """One of the libraries that ``make plugins`` builds: what it is, or why there is none and how to build it."""
+
+    name: str
+    works: bool
+    state: str
+
+
 class Report(BaseModel):
     """Everything that ``stiv doctor --json`` prints."""
 
@@ -88,6 +98,7 @@ class Report(BaseModel):
     mp4_problem: str | None
     packages: list[Package]
     backends: list[BackendState]
+    libraries: list[LibraryState]
 
     @property
     def healthy(self) -> bool:
@@ -173,6 +184,32 @@ def backend_states() -> list[BackendState]:
     ]
 
 
+def kernel_library() -> str:
+    """The kernel library in words; raises whatever is wrong with it."""
+    from stiv_deploy.runtime.plugins.library import ABI_VERSION, open_library
+
+    library = open_library()
+    return f"{library.path} ({library.backend}, ABI {ABI_VERSION})"
+
+
+def tensorrt_plugin_library() -> str:
+    """The TensorRT plugin library in words; raises whatever is wrong with it. TensorRT is not asked."""
+    from stiv_deploy.runtime.plugins.tensorrt_plugins import open_in_process, plugin_library
+
+    library = plugin_library()
+    if not hasattr(open_in_process(library), "getCreators"):
+        raise BackendError(f"{library.path} is no TensorRT plugin library: it has no function getCreators")
+    return str(library)
+
+
+def library_state(name: str, describe: Callable[[], str]) -> LibraryState:
+    """Whether ``describe`` finds a library that loads, and its words or its error's."""
+    try:
+        return LibraryState(name=name, works=True, state=describe())
+    except Exception as error:  # whatever is broken, the rest of the report is wanted
+        return LibraryState(name=name, works=False, state=" ".join(str(error).split()))
+
+
 def examine() -> Report:
     """Look at everything; never raises for something that is merely missing or broken."""
     gpus, gpu_problem = (
@@ -198,4 +235,8 @@ def examine() -> Report:
         mp4_problem=mp4_problem,
         packages=[check_package(dependency) for dependency in DEPENDENCIES],
         backends=backends or [BackendState(name="all", works=False, reason=backend_problem or "none registered")],
+        libraries=[
+            library_state("attention kernels", kernel_library),
+            library_state("TensorRT plugins", tensorrt_plugin_library),
+        ],
     )

@@ -4,19 +4,37 @@ Shared by the build, which writes the records, and the runtime, which believes t
 """
 
 import hashlib
+from typing import Literal
 
 from stiv_deploy.runtime.contract import GraphSpec, ModelFacts
 from stiv_deploy.runtime.errors import EngineError
 from stiv_deploy.runtime.manifest import PORTABLE, Bucket, EngineRecord, GraphRecord, Manifest
+from stiv_deploy.runtime.plugins.tensorrt_plugins import SHORT, PluginLibrary
 from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour
 
 Shape = tuple[int, ...]
+Attention = Literal["native", "plugin"]
+"""The two forms of a graph: attention of standard operators, or of plugin nodes."""
 
 
-def graph_hash(record: GraphRecord) -> str:
-    """SHA-256 (hex) over the hashes of a graph's ONNX file and external weights: ``EngineRecord.onnx``."""
-    parts = [record.file.sha256, "" if record.data is None else record.data.sha256]
+def graph_hash(record: GraphRecord, plugin: bool = False) -> str:
+    """SHA-256 (hex) over the hashes of a graph's ONNX file and external weights: ``EngineRecord.onnx``.
+
+    With ``plugin`` that of its form with plugin nodes, where it has one; both read the same weights.
+    """
+    file = record.plugin.file if plugin and record.plugin is not None else record.file
+    parts = [file.sha256, "" if record.data is None else record.data.sha256]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def attention_form(record: EngineRecord, manifest: Manifest) -> Attention | None:
+    """Which form of its graph, as it is now, an engine was built from; None if from neither."""
+    graph = manifest.graphs.get(record.graph)
+    if graph is not None and record.onnx == graph_hash(graph):
+        return "native"
+    if graph is not None and graph.plugin is not None and record.onnx == graph_hash(graph, plugin=True):
+        return "plugin"
+    return None
 
 
 def sm_folder(sm: str) -> str:
@@ -46,9 +64,23 @@ def buckets_holding(manifest: Manifest, graph: str, shapes: dict[str, Shape]) ->
     return [bucket.name for bucket in manifest.buckets if holds(bucket)]
 
 
-def build_command(flavour: Flavour, sm: str) -> str:
+def build_command(flavour: Flavour, sm: str, attention: str = "native") -> str:
     """The command that makes the engines anew."""
-    return f"run: stiv build BUNDLE --backend {flavour} --sm {sm}"
+    form = "" if attention == "native" else f" --attention {attention}"
+    return f"run: stiv build BUNDLE --backend {flavour} --sm {sm}{form}"
+
+
+def same_again(record: EngineRecord, manifest: Manifest, sm: str | None = None) -> str:
+    """The command that makes the engine of ``record`` anew, with plugins if it has some and its graph still can.
+
+    ``sm`` is what to build for, by default what it was built for.
+    """
+    graph, attention = manifest.graphs.get(record.graph), "native"
+    if record.plugins is not None and graph is not None and graph.plugin is not None:
+        attention = "plugin"
+    elif record.plugins is None and attention_form(record, manifest) == "plugin":
+        attention = "quick"  # its plugins lie in the engine
+    return build_command(record.backend, sm or record.sm, attention)
 
 
 def engine_records(manifest: Manifest, flavour: Flavour, sm: str) -> list[EngineRecord]:
@@ -68,12 +100,23 @@ def engine_records(manifest: Manifest, flavour: Flavour, sm: str) -> list[Engine
 
 def check_engine(record: EngineRecord, manifest: Manifest, version: str) -> None:
     """Compare a record with the graph as it is now and with the library's ``version``; raises :class:`EngineError`."""
-    graph = manifest.graphs.get(record.graph)
-    remedy = build_command(record.backend, record.sm)
-    if graph is None or graph_hash(graph) != record.onnx:
+    remedy = same_again(record, manifest)
+    if attention_form(record, manifest) is None:
         raise EngineError(f"engine {record.file.path} was built from another version of graph {record.graph}; {remedy}")
     if record.backend_version != version:
         raise EngineError(
             f"engine {record.file.path} was built by {TITLES[record.backend]} {record.backend_version}, "
             f"{version} is installed here; {remedy}"
+        )
+
+
+def check_plugin_library(record: EngineRecord, manifest: Manifest, library: PluginLibrary) -> None:
+    """:class:`EngineError` if the engine of ``record`` was built with another plugin library than ``library``.
+
+    Parameters of a plugin lie in the engine as its library wrote them, and kernels may differ between two builds.
+    """
+    if record.plugins is not None and record.plugins != library.sha256:
+        raise EngineError(
+            f"engine {record.file.path} was built with the plugin library {record.plugins[:SHORT]}, here is {library}; "
+            f"put that library there, or {same_again(record, manifest)}"
         )

@@ -9,8 +9,10 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from stiv_deploy.runtime.bundle import Bundle, read_manifest, sha256
+from stiv_deploy.runtime.engine_files import Attention, attention_form
 from stiv_deploy.runtime.errors import BundleError, EngineError, RequestError, StivError
 from stiv_deploy.runtime.manifest import MANIFEST, EngineRecord, Manifest, QuantizationRecord
+from stiv_deploy.runtime.plugins.tensorrt_plugins import SHORT
 
 BLOCK, ANY_BLOCK = re.compile(r"block_\d+\.|blocks\.\d+\."), "block_*."
 ENGINE_NOTE = "tensors and layers can be listed only on a GPU of the engine's architecture, by loading it"
@@ -34,7 +36,7 @@ class TensorReport(BaseModel):
 
 
 class OnnxReport(BaseModel):
-    """An ONNX graph. ``weight_bytes`` counts external weights too, by their shapes."""
+    """An ONNX graph. ``weight_bytes`` counts external weights too, by their shapes; ``functions`` their nodes."""
 
     kind: Literal["onnx"] = "onnx"
     path: str
@@ -42,6 +44,7 @@ class OnnxReport(BaseModel):
     producer: str
     nodes: int
     operators: dict[str, int]
+    functions: dict[str, int]
     initializers: int
     weight_bytes: int
     inputs: list[TensorReport]
@@ -49,7 +52,10 @@ class OnnxReport(BaseModel):
 
 
 class EngineReport(BaseModel):
-    """A compiled engine; ``record`` is its entry in the manifest of the bundle that it lies in, found by its hash."""
+    """A compiled engine; ``record`` is its entry in the manifest of the bundle that it lies in, found by its hash.
+
+    ``attention`` is the form of the graph that it was built from, None if the graph is another one by now.
+    """
 
     kind: Literal["engine"] = "engine"
     path: str
@@ -57,6 +63,7 @@ class EngineReport(BaseModel):
     sha256: str
     bundle: str | None
     record: EngineRecord | None
+    attention: Attention | None
     note: str
 
 
@@ -99,6 +106,22 @@ def plan_rows(record: QuantizationRecord) -> list[tuple[str, str, str]]:
     return [(layer, str(count), choice) for (layer, choice), count in counts.items()]
 
 
+def plugin_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    """Plugins that forms of graphs are made of, and the graphs that have such a form."""
+    graphs: dict[str, list[str]] = {}
+    for name, graph in manifest.graphs.items():
+        if graph.plugin is not None:
+            graphs.setdefault(", ".join(graph.plugin.plugins), []).append(name)
+    return [(plugins, ", ".join(names)) for plugins, names in graphs.items()]
+
+
+def attention_text(record: EngineRecord, attention: Attention | None) -> str:
+    """How an engine does attention: ``native``, ``plugin (library 0123456789ab)``, ``quick``, or ``outdated``."""
+    if attention == "plugin":
+        return "quick" if record.plugins is None else f"plugin (library {record.plugins[:SHORT]})"
+    return attention or "outdated"
+
+
 def _tensor(value: Any, dtype_name: Any) -> TensorReport:
     tensor = value.type.tensor_type
     shape = [dim.dim_param or dim.dim_value if dim.WhichOneof("value") else "?" for dim in tensor.shape.dim]
@@ -127,6 +150,7 @@ def inspect_onnx(path: Path) -> OnnxReport:
         producer=f"{model.producer_name} {model.producer_version}".strip(),
         nodes=len(graph.node),
         operators=dict(Counter(node.op_type for node in graph.node).most_common()),
+        functions={f"{each.domain}.{each.name}": len(each.node) for each in model.functions},
         initializers=len(graph.initializer),
         weight_bytes=sum(sizes),
         inputs=[_tensor(value, onnx.TensorProto.DataType.Name) for value in graph.input],
@@ -144,11 +168,12 @@ def inspect_engine(path: Path) -> EngineReport:
     if size == 0:
         raise EngineError(f"{path}: an empty file, no engine; build it again with 'stiv build'")
     digest, folder = sha256(path), _bundle_around(path)
-    record, note = None, f"not inside a bundle; {ENGINE_NOTE}"
+    record, attention, note = None, None, f"not inside a bundle; {ENGINE_NOTE}"
     if folder is not None:
         try:
-            engines = read_manifest(folder).engines
-            record = next((engine for engine in engines if engine.file.sha256 == digest), None)
+            manifest = read_manifest(folder)
+            record = next((engine for engine in manifest.engines if engine.file.sha256 == digest), None)
+            attention = None if record is None else attention_form(record, manifest)
             note = ENGINE_NOTE if record else f"no engine of {folder / MANIFEST} has this hash; build it again"
         except StivError as error:
             note = str(error)
@@ -158,5 +183,6 @@ def inspect_engine(path: Path) -> EngineReport:
         sha256=digest,
         bundle=str(folder) if folder else None,
         record=record,
+        attention=attention,
         note=note,
     )

@@ -20,6 +20,18 @@ class FileRecord(Frozen):
     bytes: int
 
 
+class PluginForm(Frozen):
+    """A graph's second file, with plugin nodes in place of native attention; it reads the same external weights.
+
+    ``plugins`` are the nodes' types with their versions (``StivTemporalAttention/1``). Every node comes with a function
+    body of standard operators, so that any runtime can execute the file.
+    """
+
+    file: FileRecord
+    topology: str
+    plugins: tuple[str, ...] = Field(min_length=1)
+
+
 class GraphRecord(Frozen):
     """One ONNX graph: its file, its external weights (if any), its contract, and the hash of its topology.
 
@@ -30,6 +42,7 @@ class GraphRecord(Frozen):
     data: FileRecord | None
     topology: str
     spec: GraphSpec
+    plugin: PluginForm | None = None
 
 
 class Range(Frozen):
@@ -90,7 +103,11 @@ class SamplingDefaults(Frozen):
 
 
 class EngineRecord(Frozen):
-    """One compiled engine. ``onnx`` is the combined hash of the graph and weights it was built from."""
+    """One compiled engine. ``onnx`` is the combined hash of the graph and weights it was built from.
+
+    ``plugins`` is the SHA-256 of the plugin library that it needs, None if it needs none: it was built from the native
+    form, or has the code of its plugins in it.
+    """
 
     graph: str
     bucket: str

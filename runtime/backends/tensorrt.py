@@ -16,9 +16,17 @@ from stiv_deploy.runtime.backends.base import ITEM_BYTES, Backend, Buffer, Call
 from stiv_deploy.runtime.backends.cuda import Cuda, Graph, Memory, Stream, load_cuda
 from stiv_deploy.runtime.bundle import Bundle
 from stiv_deploy.runtime.contract import DType
-from stiv_deploy.runtime.engine_files import buckets_holding, build_command, check_engine, engine_records
+from stiv_deploy.runtime.engine_files import (
+    buckets_holding,
+    build_command,
+    check_engine,
+    check_plugin_library,
+    engine_records,
+    same_again,
+)
 from stiv_deploy.runtime.errors import BackendError, EngineError
 from stiv_deploy.runtime.manifest import EngineRecord
+from stiv_deploy.runtime.plugins.tensorrt_plugins import load_plugins, plugin_library
 from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour, import_tensorrt, missing_library
 
 ALIGNMENT = 256
@@ -120,7 +128,8 @@ class TensorRTBackend(Backend):
     """The engines of ``bundle`` for the GPU of this machine.
 
     Records are checked against the graphs, the library's version and the GPU before anything is deserialized; raises
-    :class:`EngineError` with what differs and the command that mends it. ``trt`` and ``cuda`` are stand-ins for tests.
+    :class:`EngineError` with what differs and the command that mends it. The plugin library is loaded if one of the
+    engines was built with it; :class:`BackendError` if it is not there. ``trt`` and ``cuda`` are stand-ins for tests.
     """
 
     def __init__(self, bundle: Bundle, flavour: Flavour, *, trt: Any | None = None, cuda: Cuda | None = None) -> None:
@@ -134,6 +143,7 @@ class TensorRTBackend(Backend):
         self._records = self._checked_records(gpu.sm)
         self._logger = self._trt.Logger(self._trt.Logger.ERROR)
         self._runtime = self._trt.Runtime(self._logger)
+        self._load_plugins()
         self._stream = self._cuda.stream()
         self._arena = Arena(self._cuda)
         self._engines: dict[str, LoadedEngine] = {}
@@ -151,6 +161,19 @@ class TensorRTBackend(Backend):
             remedy = build_command(self._flavour, records[0].sm)
             raise EngineError(f"no {TITLES[self._flavour]} engine for {', '.join(missing)}; {remedy}")
         return {(record.graph, record.bucket): record for record in records}
+
+    def _load_plugins(self) -> None:
+        """Register the plugin library, if engines need it and it is the one that they were built with."""
+        needing = [record for record in self._records.values() if record.plugins is not None]
+        if not needing:
+            return
+        try:
+            library = plugin_library()
+        except BackendError as error:
+            raise BackendError(f"engine {needing[0].file.path} was built with plugins: {error}") from None
+        for record in needing:
+            check_plugin_library(record, self._bundle.manifest, library)
+        load_plugins(self._trt, library)
 
     def _record_for(self, graph: str, shapes: Shapes) -> EngineRecord:
         """The engine of ``graph`` whose bucket allows ``shapes``."""
@@ -172,9 +195,10 @@ class TensorRTBackend(Backend):
             plan = self._bundle.verified(record.file).read_bytes()
             engine = self._runtime.deserialize_cuda_engine(plan)
             if engine is None:
+                remedy = same_again(record, self._bundle.manifest, self._cuda.device.sm)
                 raise EngineError(
                     f"{record.file.path}: {TITLES[self._flavour]} {self._trt.__version__} refused this engine on "
-                    f"{self.device}{self._validity(plan)}; {build_command(self._flavour, self._cuda.device.sm)}"
+                    f"{self.device}{self._validity(plan)}; {remedy}"
                 )
             loaded = self._engines[record.file.path] = LoadedEngine(record, engine)
         return loaded
@@ -198,7 +222,7 @@ class TensorRTBackend(Backend):
                 return index
         raise EngineError(
             f"{loaded.record.file.path}: no optimization profile allows the shapes {shapes}; "
-            f"{build_command(self._flavour, loaded.record.sm)} --rebuild"
+            f"{same_again(loaded.record, self._bundle.manifest)} --rebuild"
         )
 
     def _context(self, loaded: LoadedEngine) -> Any:

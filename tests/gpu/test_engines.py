@@ -1,7 +1,7 @@
 """Real engines on a real GPU: every graph, a whole generation and CUDA graph replay, against ONNX Runtime."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from stiv_deploy.export.build import BuildRequest, EngineBuild
-from stiv_deploy.runtime.backends.base import Backend, Buffer, Call
 from stiv_deploy.runtime.backends.cuda import Cuda
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend, unavailable_reason
@@ -19,6 +18,7 @@ from stiv_deploy.runtime.pipeline import StivPipeline
 from stiv_deploy.runtime.tensorrt_library import FLAVOURS, Flavour, import_tensorrt, targets
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+Bind, RelL2 = Callable[..., Any], Callable[[np.ndarray, np.ndarray], float]
 BLOCK_GATE = 1e-5
 """Relative L2 error of a float32 graph: the project's promise for ONNX Runtime against torch, asked of engines too."""
 RUN_GATE = 1e-4
@@ -51,30 +51,8 @@ def backend(built: Bundle, flavour: Flavour) -> Iterator[TensorRTBackend]:
         yield opened
 
 
-def bind(backend: Backend, bundle: Bundle, graph: str, size: str) -> tuple[Call, dict[str, Buffer], dict[str, Buffer]]:
-    """Bind ``graph`` at a corner of the first bucket to inputs that depend on the graph and size only."""
-    manifest, generator = bundle.manifest, np.random.default_rng(len(graph))
-    spec, dims = manifest.graphs[graph].spec, manifest.buckets[0].dims(manifest.model, size)  # type: ignore[arg-type]
-    inputs = {}
-    for tensor in spec.inputs:
-        shape = tensor.sized(dims)
-        values: dict[str, Any] = {
-            "int64": lambda shape=shape: np.ones(shape, np.int64),
-            "bool": lambda shape=shape: generator.random(shape) < 0.5,
-        }
-        make = values.get(tensor.dtype, lambda shape=shape: generator.standard_normal(shape, np.float32))
-        inputs[tensor.name] = backend.upload(make())
-    outputs = {tensor.name: backend.empty(tensor.sized(dims), tensor.dtype) for tensor in spec.outputs}
-    return backend.bind(graph, inputs, outputs), inputs, outputs
-
-
-def rel_l2(found: np.ndarray, wanted: np.ndarray) -> float:
-    wanted = wanted.astype(np.float64)
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
-
-
 @pytest.mark.parametrize("size", ["min", "typical", "max"])
-def test_every_graph(backend: TensorRTBackend, built: Bundle, size: str) -> None:
+def test_every_graph(backend: TensorRTBackend, built: Bundle, size: str, bind: Bind, rel_l2: RelL2) -> None:
     errors = {}
     with OnnxRuntimeBackend(built) as reference:
         for graph in built.manifest.graphs:
@@ -86,7 +64,7 @@ def test_every_graph(backend: TensorRTBackend, built: Bundle, size: str) -> None
     assert {graph: error for graph, error in errors.items() if not error <= BLOCK_GATE} == {}
 
 
-def test_generation(backend: TensorRTBackend, built: Bundle) -> None:
+def test_generation(backend: TensorRTBackend, built: Bundle, rel_l2: RelL2) -> None:
     arguments: dict[str, Any] = {"prompt": "digit three moving left", "num_inference_steps": 3, "seed": 1}
     found = StivPipeline(built, backend)(**arguments)
     with OnnxRuntimeBackend(built) as reference:
@@ -100,7 +78,7 @@ def test_generation_twice_is_bit_equal(backend: TensorRTBackend, built: Bundle) 
     np.testing.assert_array_equal(first.latents, second.latents)
 
 
-def test_cuda_graph_replay_equals_the_call(backend: TensorRTBackend, built: Bundle) -> None:
+def test_cuda_graph_replay_equals_the_call(backend: TensorRTBackend, built: Bundle, bind: Bind) -> None:
     call, inputs, outputs = bind(backend, built, "head", "typical")
     replay = backend.capture([call])
     x = inputs["x"]
@@ -112,7 +90,7 @@ def test_cuda_graph_replay_equals_the_call(backend: TensorRTBackend, built: Bund
     np.testing.assert_array_equal(backend.read(outputs["velocity"]), expected)
 
 
-def test_arena_is_shared(backend: TensorRTBackend, built: Bundle) -> None:
+def test_arena_is_shared(backend: TensorRTBackend, built: Bundle, bind: Bind) -> None:
     """All graphs at their largest: the arena is what the greediest needs, not the sum."""
     needs = []
     for graph in built.manifest.graphs:

@@ -1,9 +1,10 @@
 """Temporal attention as a quickly deployable TensorRT plugin: one kernel, as PTX, that goes into the engine file.
 
-The kernel is that of the C++ plugin, compiled ahead of time (``make plugins``) for each 16-bit type and head size.
-TensorRT launches it with the inputs, then :data:`EXTRA_ARGUMENTS` as int32, then the output. Limits of this packaging
-against the C++ plugin: no fp32, ``epsilon`` is part of the PTX, and a process registers the plugin either with the
-output scale or without, under one name, as TensorRT has no optional inputs here.
+``stiv build --attention quick`` does all that it takes. The kernel is that of the C++ plugin, compiled ahead of time
+(``make plugins``) for each 16-bit type and head size. TensorRT launches it with the inputs, then
+:data:`EXTRA_ARGUMENTS` as int32, then the output. Limits of this packaging against the C++ plugin: no fp32,
+``epsilon`` is part of the PTX, and a process registers the plugin either with the output scale or without, under one
+name, as TensorRT has no optional inputs here.
 """
 
 import inspect
@@ -175,22 +176,34 @@ def _with_signature(
     return wrapped
 
 
+def require_tensorrt() -> None:
+    """Raise :class:`KernelError` without TensorRT's ``tensorrt.plugin``, or its part for kernels as PTX."""
+    try:
+        from tensorrt.plugin import aot_impl  # noqa: F401 - younger than the module
+    except ImportError as error:
+        raise KernelError(
+            f"quickly deployable plugins of PTX need TensorRT 10.9 or later in Python ({error})"
+        ) from error
+
+
 def register_temporal_attention(
     fp8_output: bool, library: KernelLibrary | None = None, ptx_folder: Path = FOLDER / "ptx"
 ) -> None:
     """Register the plugin with TensorRT in this process, before a graph is parsed; :data:`PLUGIN_ID`, version 1.
 
     With ``fp8_output`` it has the input ``output_scale`` and writes FP8. Nodes must carry every attribute of
-    :mod:`stiv_deploy.runtime.plugins.spec`: there are no defaults here. Give the network the creation flag
-    ``PREFER_AOT_PYTHON_PLUGINS``, and do not load ``libstiv_plugins.so`` in the same process: the names are the same.
+    :mod:`stiv_deploy.runtime.plugins.spec`, as there are no defaults here, with ``plugin_version`` and
+    ``plugin_namespace``; the function body of ``StivTemporalAttention`` must be out of the model, as
+    ``export/plugin_graphs.py`` takes it, or an early parser expands it instead. The network needs no creation flag and
+    the nodes no attribute ``aot``: they choose between two implementations, and this is the only one. Do not load
+    ``libstiv_plugins.so`` in the same process: the names are the same.
 
     Raises :class:`KernelError` without TensorRT's ``tensorrt.plugin`` or without the built kernels.
     """
-    try:
-        import tensorrt as trt
-        import tensorrt.plugin as trtp
-    except ImportError as error:
-        raise KernelError(f"quickly deployable plugins need TensorRT 10.7 or later in Python ({error})") from error
+    require_tensorrt()
+    import tensorrt as trt
+    import tensorrt.plugin as trtp
+
     quick = QuickTemporalAttention(trt, trtp, library or open_library(), fp8_output, ptx_folder)
     outputs = {"outputs": tuple[trtp.TensorDesc]}
     kernel = tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]

@@ -99,6 +99,51 @@ def test_missing_or_short_file(own_bundle: Path, name: str) -> None:
     one_line(caught)
 
 
+@pytest.fixture
+def plugin_path(own_bundle: Path) -> Path:
+    """The file of a plugin form that was put into the small bundle for ``block_00``."""
+    path = own_bundle / "onnx/block_00.plugin.onnx"
+    path.write_bytes(b"nodes of plugins")
+    record = file_record(own_bundle, "onnx/block_00.plugin.onnx").model_dump()
+    form = {"file": record, "topology": "0" * 64, "plugins": ["StivSpatialQkv/1"]}
+    edit_manifest(own_bundle, lambda m: m["graphs"]["block_00"].update(plugin=form))
+    return path
+
+
+def test_a_graph_may_have_a_plugin_form(own_bundle: Path, plugin_path: Path) -> None:
+    opened = Bundle.open(own_bundle)
+    assert opened.plugin_file("block_00") == plugin_path
+    assert opened.graph_file("block_00") == own_bundle / "onnx/block_00.onnx"
+    with pytest.raises(BundleError, match="graph head has no plugin form here; .* --attention plugin'") as caught:
+        opened.plugin_file("head")
+    one_line(caught)
+
+
+def test_a_plugin_form_is_checked_as_other_files_are(own_bundle: Path, plugin_path: Path) -> None:
+    plugin_path.write_bytes(b"nodes of plugging")
+    with pytest.raises(BundleError, match=f"{re.escape(str(plugin_path))}: damaged .* bytes, the manifest says"):
+        Bundle.open(own_bundle)
+    plugin_path.write_bytes(b"nodes of plugons")
+    opened = Bundle.open(own_bundle)
+    opened.graph_file("block_00")
+    with pytest.raises(BundleError, match=f"{re.escape(str(plugin_path))}: damaged .*SHA-256"):
+        opened.plugin_file("block_00")
+    plugin_path.unlink()
+    with pytest.raises(BundleError, match=f"{re.escape(str(plugin_path))}: missing from the bundle"):
+        Bundle.open(own_bundle)
+
+
+def test_weights_are_verified_for_the_plugin_form_too(own_bundle: Path, plugin_path: Path) -> None:
+    graphs = read_manifest(own_bundle).graphs
+    data = file_record(own_bundle, "onnx/text_encoder.onnx.data")
+    assert data == graphs["text_encoder"].data
+    edit_manifest(own_bundle, lambda m: m["graphs"]["block_00"].update(data=data.model_dump()))
+    path = own_bundle / data.path
+    path.write_bytes(bytes(len(path.read_bytes())))
+    with pytest.raises(BundleError, match=f"{re.escape(str(path))}: damaged .*SHA-256"):
+        Bundle.open(own_bundle).plugin_file("block_00")
+
+
 @pytest.mark.parametrize("name", ["onnx/text_encoder.onnx", "onnx/text_encoder.onnx.data"])
 def test_changed_byte_is_found_before_first_use(own_bundle: Path, name: str) -> None:
     path = own_bundle / name

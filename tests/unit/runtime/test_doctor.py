@@ -1,6 +1,8 @@
 """``stiv doctor``: it reports whatever is there, and outlives whatever is not."""
 
 import json
+import shutil
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 
 from stiv_deploy.runtime import doctor
 from stiv_deploy.runtime.cli import doctor as doctor_command
+from stiv_deploy.runtime.plugins import library, tensorrt_plugins
 
 app = typer.Typer()
 app.command()(doctor_command)
@@ -114,3 +117,49 @@ def test_every_dependency_is_declared_in_its_extra(root: Path) -> None:
     for dependency in ALL:
         names = {canonicalize_name(Requirement(text).name) for text in declared[dependency.extra]}
         assert canonicalize_name(dependency.distribution) in names
+
+
+@pytest.fixture
+def no_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where both libraries are looked for: an empty folder."""
+    for module in (library, tensorrt_plugins):
+        monkeypatch.setattr(module, "FOLDER", tmp_path)
+    monkeypatch.delenv(library.LIBRARY_VARIABLE, raising=False)
+    monkeypatch.delenv(tensorrt_plugins.PLUGIN_LIBRARY_VARIABLE, raising=False)
+    return tmp_path
+
+
+def test_libraries_that_are_not_built_name_the_command_and_are_no_illness(no_libraries: Path) -> None:
+    result = run(app, ["--json"])
+    assert result.exit_code == 0
+    kernels, plugins = json.loads(result.stdout)["libraries"]
+    assert (kernels["name"], kernels["works"]) == ("attention kernels", False)
+    assert (plugins["name"], plugins["works"]) == ("TensorRT plugins", False)
+    assert "build it with `make plugins`" in kernels["state"]
+    assert "build it with `make plugins TENSORRT_ROOT=DIR`" in plugins["state"]
+    assert "optional" in run(app, [], env={"COLUMNS": "200"}).stdout
+
+
+def test_libraries_that_do_not_load(no_libraries: Path) -> None:
+    for name in (library.KERNELS, tensorrt_plugins.PLUGIN_LIBRARY):
+        (no_libraries / name).write_bytes(b"not ELF")
+    states = doctor.examine().libraries
+    assert [each.works for each in states] == [False, False]
+    assert all("cannot be loaded (" in each.state for each in states)
+
+
+@pytest.mark.parametrize("function", ["getCreators", "other"])
+def test_the_plugin_library_is_opened_without_tensorrt(no_libraries: Path, function: str) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("a library to open needs a C compiler: cc was not found")
+    path = no_libraries / tensorrt_plugins.PLUGIN_LIBRARY
+    code = f"int {function}(void) {{ return 0; }}"
+    subprocess.run([compiler, "-shared", "-x", "c", "-", "-o", str(path)], input=code, text=True, check=True)
+    found = doctor.examine().libraries[1]
+    if function == "getCreators":
+        assert found.works
+        assert found.state == str(tensorrt_plugins.PluginLibrary.at(path))
+    else:
+        assert not found.works
+        assert found.state == f"{path} is no TensorRT plugin library: it has no function getCreators"

@@ -4,15 +4,17 @@ import json
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from stiv_deploy.runtime.bundle import file_record, read_manifest, write_manifest
 from stiv_deploy.runtime.cli import inspect as inspect_command
+from stiv_deploy.runtime.engine_files import graph_hash
 from stiv_deploy.runtime.errors import BundleError, EngineError, RequestError
 from stiv_deploy.runtime.inspection import EngineReport, inspect_path, plan_rows, precision_text
-from stiv_deploy.runtime.manifest import EngineRecord, ParityRow, QuantizationRecord
+from stiv_deploy.runtime.manifest import EngineRecord, FileRecord, ParityRow, PluginForm, QuantizationRecord
 
 app = typer.Typer()
 app.command()(inspect_command)
@@ -178,3 +180,55 @@ def test_the_vae_in_words(own_bundle: Path) -> None:
     causal = manifest.model.model_copy(update={"temporal_factor": 4, "causal_vae": True})
     write_manifest(own_bundle, manifest.model_copy(update={"model": causal}))
     assert "VAE 4 frames of 2x2 pixels a latent, first frame alone\n" in show(own_bundle)
+
+
+@pytest.fixture
+def with_plugins(engine: Path) -> Path:
+    """The bundle of ``engine``, in which head has a form with plugins, from which the engine was built."""
+    folder = engine.parents[3]
+    manifest = read_manifest(folder)
+    head = manifest.graphs["head"]
+    file = FileRecord(path="onnx/head.onnx", sha256="2" * 64, bytes=head.file.bytes)
+    form = PluginForm(file=file, topology="1" * 64, plugins=("StivSpatialQkv/1", "StivTemporalAttention/1"))
+    graphs = {**manifest.graphs, "head": head.model_copy(update={"plugin": form})}
+    update = {"onnx": graph_hash(graphs["head"], plugin=True), "plugins": "ab" * 32}
+    engines = (manifest.engines[0].model_copy(update=update),)
+    write_manifest(folder, manifest.model_copy(update={"graphs": graphs, "engines": engines}))
+    return folder
+
+
+def test_plugin_forms_and_the_form_of_engines(with_plugins: Path) -> None:
+    text = show(with_plugins)
+    assert "Forms with plugins" in text
+    assert ["StivSpatialQkv/1,", "StivTemporalAttention/1", "head"] in [line.split() for line in text.splitlines()]
+    assert "plugin (library abababababab)" in text
+    path = with_plugins / "engines/tensorrt-rtx/89/head.engine"
+    assert "attention plugin (library abababababab)" in show(path)
+    assert json.loads(show(path, "--json"))["attention"] == "plugin"
+    manifest = read_manifest(with_plugins)
+    quick = manifest.engines[0].model_copy(update={"plugins": None})
+    write_manifest(with_plugins, manifest.model_copy(update={"engines": (quick,)}))
+    assert "attention quick" in show(path)
+
+
+def test_engines_of_native_attention_and_of_graphs_that_changed(engine: Path) -> None:
+    folder = engine.parents[3]
+    assert "Forms with plugins" not in show(folder)
+    assert "attention outdated" in show(engine)
+    manifest = read_manifest(folder)
+    record = manifest.engines[0].model_copy(update={"onnx": graph_hash(manifest.graphs["head"])})
+    write_manifest(folder, manifest.model_copy(update={"engines": (record,)}))
+    assert "attention native" in show(engine)
+    assert " native " in show(folder)
+
+
+def test_function_bodies_of_an_onnx_file(own_bundle: Path) -> None:
+    path = own_bundle / "onnx" / "block_00.onnx"
+    assert "Functions" not in show(path)
+    model = onnx.load(path, load_external_data=False)
+    add = onnx.helper.make_node("Add", ["a", "b"], ["c"])
+    opset = [onnx.helper.make_opsetid("", 20)]
+    model.functions.append(onnx.helper.make_function("stiv", "Sum", ["a", "b"], ["c"], [add], opset))
+    path.write_bytes(model.SerializeToString())
+    assert json.loads(show(path, "--json"))["functions"] == {"stiv.Sum": 1}
+    assert "stiv.Sum" in show(path)

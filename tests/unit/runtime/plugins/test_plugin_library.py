@@ -17,6 +17,7 @@ import pytest
 from stiv_deploy.runtime.plugins.library import KernelLibrary, library_path
 from stiv_deploy.runtime.plugins.spec import DOMAIN, PLUGINS, VERSION
 from stiv_deploy.runtime.plugins.spec_header import HEADER, extent, header
+from stiv_deploy.runtime.plugins.tensorrt_plugins import PluginLibrary, open_in_process
 
 ROOT = Path(__file__).parents[4]
 ATTENTION = ROOT / "runtime" / "plugins" / "attention"
@@ -154,6 +155,11 @@ def test_creation_types_shapes_formats_and_serialization(build: Build) -> None:
 
 def test_enqueue_computes_what_the_oracle_does(build: Build) -> None:
     build.check("enqueue", least=60)
+
+
+def test_it_opens_in_a_process_without_tensorrt(build: Build) -> None:
+    """As `stiv doctor` does, and every load before TensorRT's own."""
+    assert hasattr(open_in_process(PluginLibrary.at(build.library)), "getCreators")
 
 
 def test_no_symbol_of_tensorrt_is_left_open(build: Build) -> None:

@@ -303,5 +303,5 @@ def test_no_ptx_for_these(tmp_path: Path, dtype: KernelDtype, head_dim: int, tex
 
 def test_without_tensorrt(monkeypatch: pytest.MonkeyPatch, emulated: KernelLibrary) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(KernelError, match=r"need TensorRT 10\.7 or later in Python"):
+    with pytest.raises(KernelError, match=r"need TensorRT 10\.9 or later in Python"):
         register_temporal_attention(False, emulated)
