@@ -18,8 +18,10 @@ from stiv_deploy.export.graphs import model_facts
 from stiv_deploy.export.onnx_from_module import OPSET
 from stiv_deploy.export.quantization import Quantization, check_quantization
 from stiv_deploy.runtime.contract import ModelFacts, Precision
+from stiv_deploy.runtime.engine_files import Attention
 from stiv_deploy.runtime.errors import OutputError
 from stiv_deploy.runtime.manifest import MANIFEST, Bucket, FileRecord, Manifest, Range, SamplingDefaults
+from stiv_deploy.runtime.plugins.spec import HEAD_DIMS, MAX_FRAMES
 from stiv_deploy.stiv_ref.checkpoint import (
     Checkpoint,
     CheckpointConfig,
@@ -41,15 +43,19 @@ def export_bundle(
     check: bool = True,
     progress: Progress = lambda text, done, total: None,
     quantization: Quantization | None = None,
+    attention: Attention = "native",
 ) -> Path:
     """Write the bundle of a checkpoint to the folder ``out`` and return its path.
 
     An existing bundle at ``out`` is replaced when the new one is complete, any other folder is refused. ``buckets``
     default to half to twice the checkpoint's own sizes. With ``check``, each graph is compared with the reference at
     the sizes of every bucket; the structural checks always run. With ``quantization``, layers run in 8 bits by its plan
-    and ``precision`` is the type of everything else. Raises :class:`CheckpointError`, :class:`CalibrationError` (scales
-    or plan of another model, or no ModelOpt for the comparison), :class:`ExportError` (sizes that the model cannot
-    take), :class:`OutputError`, or :class:`CheckError`.
+    and ``precision`` is the type of everything else. With ``attention`` ``plugin``, each block has a second file with
+    plugin nodes for its attention in space and time, over the same weights.
+
+    Raises :class:`CheckpointError`, :class:`CalibrationError` (scales or plan of another model, or no ModelOpt for the
+    comparison), :class:`ExportError` (sizes that the model or the plugins cannot take), :class:`OutputError`, or
+    :class:`CheckError`.
     """
     refuse_bad_target(out)
     checkpoint = load_checkpoint(checkpoint_path)
@@ -62,8 +68,10 @@ def export_bundle(
     chosen = tuple(buckets or (default_bucket(checkpoint.config.sampling, facts),))
     for bucket in chosen:
         validate_bucket(bucket, facts)
+    if attention == "plugin":
+        validate_plugins(chosen, facts)
     with written_folder(out) as folder:
-        writer = GraphWriter(checkpoint, folder / GRAPH_FOLDER, precision, quantization)
+        writer = GraphWriter(checkpoint, folder / GRAPH_FOLDER, precision, quantization, attention)
         graphs = writer.write_all(chosen, check, progress)
         manifest = Manifest(
             precision=precision,
@@ -162,6 +170,23 @@ def validate_bucket(bucket: Bucket, facts: ModelFacts) -> None:
             raise ExportError(f"{what} {given}: this model takes {takes}; change --{what}")
     if not facts.temporal and bucket.frames.max != 1:
         raise ExportError(f"frames up to {bucket.frames.max}: an image model makes one frame; use --frames 1:1:1")
+
+
+def validate_plugins(buckets: Sequence[Bucket], facts: ModelFacts) -> None:
+    """Raise :class:`ExportError` if the plugins cannot take the model's heads or the frames of a bucket."""
+    if facts.head_dim not in HEAD_DIMS:
+        known = ", ".join(map(str, HEAD_DIMS))
+        raise ExportError(
+            f"--attention plugin: the plugins take heads of {known}, this model has {facts.head_dim}; "
+            "use --attention native"
+        )
+    for bucket in buckets if facts.temporal else ():
+        frames = bucket.dims(facts, "max")["token_frames"]
+        if frames > MAX_FRAMES:
+            raise ExportError(
+                f"--attention plugin: the plugins take at most {MAX_FRAMES} token frames, bucket {bucket.name} has up "
+                f"to {frames} (frames up to {bucket.frames.max}); change --frames or use --attention native"
+            )
 
 
 def sampling_defaults(sampling: CheckpointDefaults, buckets: Sequence[Bucket]) -> SamplingDefaults:

@@ -3,12 +3,13 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, Literal, Self, cast, get_args
 
 import typer
 
 if TYPE_CHECKING:
     from stiv_deploy.export.quantization import Quantization
+    from stiv_deploy.runtime.engine_files import Attention
 
 Precision = Literal["float32", "float16", "bfloat16"]
 Format = Literal["fp8", "int8"]
@@ -41,6 +42,9 @@ def export(
     frames: Annotated[str | None, typer.Option(metavar=RANGE, help="Frames. [default: from the checkpoint]")] = None,
     height: Annotated[str | None, typer.Option(metavar=RANGE, help="Height in pixels, likewise.")] = None,
     width: Annotated[str | None, typer.Option(metavar=RANGE, help="Width in pixels, likewise.")] = None,
+    attention: Annotated[
+        str, typer.Option(help="native, or plugin: the blocks also in a form with nodes for the attention plugins.")
+    ] = "native",
     no_check: Annotated[bool, typer.Option("--no-check", help="Skip the comparison with the reference.")] = False,
 ) -> None:
     """Export a checkpoint to a bundle of ONNX graphs, each checked against the reference.
@@ -52,15 +56,18 @@ def export(
 
     started = time.monotonic()
     request = ExportRequest.parse(checkpoint, precision, scales, plan, activations)
+    form = parse_attention(attention)
     ranges = {"batch": batch, "frames": frames, "height": height, "width": width}
     given = {name: parse_range(name, text) for name, text in ranges.items() if text is not None}
-    bundle = _export_with_progress(request, out, given, not no_check)
+    bundle = _export_with_progress(request, out, given, not no_check, form)
     manifest = Manifest.model_validate_json((bundle / MANIFEST).read_text(encoding="utf-8"))
+    plugins = [graph.plugin for graph in manifest.graphs.values() if graph.plugin]
     files = [file for graph in manifest.graphs.values() for file in (graph.file, graph.data) if file]
-    megabytes = sum(file.bytes for file in files) / 1e6
+    megabytes = sum(file.bytes for file in [*files, *(plugin.file for plugin in plugins)]) / 1e6
+    graphs = f"{len(manifest.graphs)} graphs" + (f" ({len(plugins)} also with plugin nodes)" if plugins else "")
     checked = "not compared with the reference" if no_check else _checked(manifest.precision)
     typer.echo(
-        f"{bundle}: {len(manifest.graphs)} graphs, {megabytes:.1f} MB, {precision_text(manifest)}, {checked}, "
+        f"{bundle}: {graphs}, {megabytes:.1f} MB, {precision_text(manifest)}, {checked}, "
         f"{time.monotonic() - started:.0f} s"
     )
 
@@ -71,7 +78,9 @@ def _checked(precision: str) -> str:
     return "all checked against the reference"
 
 
-def _export_with_progress(request: "ExportRequest", out: Path, given: dict, check: bool) -> Path:
+def _export_with_progress(
+    request: "ExportRequest", out: Path, given: dict, check: bool, attention: "Attention"
+) -> Path:
     """Run the export under a progress bar."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -94,7 +103,7 @@ def _export_with_progress(request: "ExportRequest", out: Path, given: dict, chec
 
         buckets = buckets_for(request.checkpoint, given) if given else None
         quantization = request.quantization()
-        return export_bundle(request.checkpoint, out, request.precision, buckets, check, show, quantization)
+        return export_bundle(request.checkpoint, out, request.precision, buckets, check, show, quantization, attention)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +156,17 @@ def parse_precision(text: str, option: str = "precision") -> Precision:
         more = f", {' or '.join(FORMATS)}" if option == "precision" else ""
         wanted = f"float32, float16{',' if more else ' or'} bfloat16{more}"
         raise ExportError(f"--{option} {text}: no such precision; use {wanted}") from None
+
+
+def parse_attention(text: str) -> "Attention":
+    """The form of attention by its name; :class:`ExportError` if there is none."""
+    from stiv_deploy.export.errors import ExportError
+    from stiv_deploy.runtime.engine_files import Attention
+
+    forms = get_args(Attention)
+    if text not in forms:
+        raise ExportError(f"--attention {text}: no such form of attention; use {' or '.join(forms)}")
+    return cast(Attention, text)
 
 
 def parse_range(name: str, text: str) -> object:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,20 @@ from torch import Tensor, nn
 from stiv_deploy.export.errors import CheckError
 from stiv_deploy.export.graphs import FLOAT32_GRAPHS, Module, graph_modules, model_facts, torch_dtype
 from stiv_deploy.export.network_check import CheckRow, check_graph, executable, graph_sizes
-from stiv_deploy.export.onnx_from_module import Template, structure_faults, trace, write_graph
+from stiv_deploy.export.onnx_from_module import (
+    Template,
+    structure_faults,
+    trace,
+    write_graph,
+    write_second_form,
+)
+from stiv_deploy.export.plugin_nodes import plugin_names
 from stiv_deploy.export.quantization import LayerScheme, Quantization, StoredTensors, graph_scheme
 from stiv_deploy.export.quantized_graph import quantized_template
 from stiv_deploy.runtime.contract import GraphSpec, ModelFacts, Precision, graph_specs
-from stiv_deploy.runtime.manifest import Bucket, FileRecord, GraphRecord
+from stiv_deploy.runtime.engine_files import Attention
+from stiv_deploy.runtime.manifest import Bucket, FileRecord, GraphRecord, PluginForm
+from stiv_deploy.stiv_ref.block import StivBlock
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.pretrained_text import text_dtype
 
@@ -27,20 +37,27 @@ Progress = Callable[[str, int, int], None]
 class GraphWriter:
     """Writes the graphs of ``checkpoint`` into ``folder``, in ``precision`` and 8 bits where ``quantization`` says so.
 
-    The blocks share one trace, and blocks with equal plans one quantized template.
+    The blocks share one trace, and blocks with equal plans one quantized template. With ``attention`` ``plugin`` each
+    block has a second file with plugin nodes.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, folder: Path, precision: Precision, quantization: Quantization | None = None
+        self,
+        checkpoint: Checkpoint,
+        folder: Path,
+        precision: Precision,
+        quantization: Quantization | None = None,
+        attention: Attention = "native",
     ) -> None:
         self.checkpoint = checkpoint
         self.folder = folder
         self.dtype = torch_dtype(precision)
         self.quantization = quantization
+        self.attention = attention
         self.facts = model_facts(checkpoint.config)
         self.specs = graph_specs(self.facts, precision)
         self.modules = graph_modules(checkpoint)
-        self._templates: dict[tuple[str, tuple[LayerScheme, ...]], Template] = {}
+        self._templates: dict[tuple[str, tuple[LayerScheme, ...], Attention], Template] = {}
         self._checked: set[str] = set()
         self._simulated: Mapping[str, nn.Module] | None = None
 
@@ -52,6 +69,7 @@ class GraphWriter:
             records[name] = self.write(name)
             if check:
                 self.check(name, records[name].topology, buckets)
+                self.check_plugin(name, records[name], buckets)
         progress("manifest", len(self.modules), len(self.modules))
         return records
 
@@ -60,26 +78,49 @@ class GraphWriter:
         scheme = self._scheme(name)
         amax = None if self.quantization is None else self.quantization.scales.amax
         tensors = StoredTensors(self.modules[name], name, self._dtype(name), scheme, amax)
-        return write_checked(self._template(name, scheme), tensors, self.folder, name, self.specs[name])
+        native = self._template(name, scheme, "native")
+        record = write_checked(native, tensors, self.folder, name, self.specs[name])
+        if self.attention == "native" or not name.startswith("block_"):
+            return record
+        plugin = self._plugin_form(native, self._template(name, scheme, "plugin"), name)
+        return record.model_copy(update={"plugin": plugin})
+
+    def _plugin_form(self, native: Template, template: Template, name: str) -> PluginForm:
+        """Write the second file of a graph, over the data file that ``native`` was just written with."""
+        form = plugin_file(name)
+        written = write_second_form(template, native, self.folder, form)
+        check_structure(self.folder, form, self.specs[name])
+        return PluginForm(
+            file=_inside(written.file), topology=written.topology, plugins=plugin_names(template.model.graph)
+        )
 
     def check(self, name: str, topology: str, buckets: Sequence[Bucket]) -> None:
         """Compare a written graph with the reference; raises :class:`CheckError` where it differs.
 
         Bfloat16 graphs are not executed: ONNX Runtime has no such kernels on CPUs.
         """
+        self._check(name, name, topology, buckets)
+
+    def check_plugin(self, name: str, record: GraphRecord, buckets: Sequence[Bucket]) -> None:
+        """The same for the plugin form of a graph, if it has one, which is compared with its native form too."""
+        if record.plugin is not None:
+            self._check(name, plugin_file(name), record.plugin.topology, buckets)
+
+    def _check(self, name: str, file: str, topology: str, buckets: Sequence[Bucket]) -> None:
         if not executable(self.specs[name]):
             return
         sizes = _sizes(name, buckets, self.facts, everywhere=topology not in self._checked)
         quantization = self.quantization.format if self.quantization and self._scheme(name) else None
         rows = check_graph(
-            name,
-            self.folder / f"{name}.onnx",
+            file,
+            self.folder / f"{file}.onnx",
             self.specs[name],
             self.modules[name],
             self._simulation(name) if quantization else self._in_precision(name),
             sizes,
             self.checkpoint.config.text.vocabulary,
             quantization,
+            None if file == name else self.folder / f"{name}.onnx",
         )
         require_passed(rows)
         self._checked.add(topology)
@@ -94,16 +135,18 @@ class GraphWriter:
             return text_dtype(self.checkpoint.config.text, self.dtype)
         return torch.float32 if name in FLOAT32_GRAPHS else self.dtype
 
-    def _template(self, name: str, scheme: tuple[LayerScheme, ...]) -> Template:
+    def _template(self, name: str, scheme: tuple[LayerScheme, ...], attention: Attention) -> Template:
         """The template of a graph, made when first asked for; blocks are one kind of graph."""
         kind = "block" if name.startswith("block_") else name
-        if (kind, ()) not in self._templates:
-            traced = trace(self._in_precision(name), kind, self.specs[name], self.facts)
-            self._templates[kind, ()] = traced
-        if (kind, scheme) not in self._templates:
+        plain, wanted = (kind, (), attention), (kind, scheme, attention)
+        if plain not in self._templates:
+            module = self._in_precision(name)
+            module = fused(module) if attention == "plugin" else module
+            self._templates[plain] = trace(module, kind, self.specs[name], self.facts)
+        if wanted not in self._templates:
             head_dim = self.checkpoint.config.model.head_dim
-            self._templates[kind, scheme] = quantized_template(self._templates[kind, ()], scheme, head_dim)
-        return self._templates[kind, scheme]
+            self._templates[wanted] = quantized_template(self._templates[plain], scheme, head_dim)
+        return self._templates[wanted]
 
     def _in_precision(self, name: str) -> nn.Module:
         """The graph's module itself where it is float32, else a copy in the bundle's precision."""
@@ -136,20 +179,39 @@ def in_precision(module: Module, dtype: torch.dtype) -> Module:
     return copy.deepcopy(module, cast)  # what deepcopy finds in its memo it does not copy
 
 
+def fused(module: Module) -> Module:
+    """A copy of a block's graph module with fused attention; it shares the parameters."""
+    state: list[Tensor] = [*module.parameters(), *module.buffers()]
+    view = copy.deepcopy(module, {id(tensor): tensor for tensor in state})
+    cast(StivBlock, view.source).set_attention("fused")
+    return view
+
+
+def plugin_file(name: str) -> str:
+    """Name of the file of a graph's plugin form, without its suffix."""
+    return f"{name}.plugin"
+
+
 def write_checked(
     template: Template, tensors: Mapping[str, Tensor], folder: Path, name: str, spec: GraphSpec
 ) -> GraphRecord:
     """Write one graph into ``folder``, check its structure, and return its record, paths relative to the bundle."""
     written = write_graph(template, tensors, folder, name)
+    check_structure(folder, name, spec)
+    data = _inside(written.data) if written.data else None
+    return GraphRecord(file=_inside(written.file), data=data, topology=written.topology, spec=spec)
+
+
+def check_structure(folder: Path, name: str, spec: GraphSpec) -> None:
+    """Raise :class:`CheckError` if a written graph is not one, or not that of ``spec``."""
     faults = structure_faults(folder / f"{name}.onnx", spec)
     if faults:
         raise CheckError(f"graph {name} is not what the contract says: {faults[0]}; please report this")
 
-    def inside(record: FileRecord) -> FileRecord:
-        return record.model_copy(update={"path": f"{GRAPH_FOLDER}/{record.path}"})
 
-    data = inside(written.data) if written.data else None
-    return GraphRecord(file=inside(written.file), data=data, topology=written.topology, spec=spec)
+def _inside(record: FileRecord) -> FileRecord:
+    """``record`` with its path from the bundle's folder."""
+    return record.model_copy(update={"path": f"{GRAPH_FOLDER}/{record.path}"})
 
 
 def _sizes(name: str, buckets: Sequence[Bucket], facts: ModelFacts, everywhere: bool) -> dict[str, dict[str, int]]:
@@ -167,6 +229,6 @@ def require_passed(rows: Iterator[CheckRow]) -> None:
     for row in rows:
         if not row.passed:
             raise CheckError(
-                f"graph {row.graph} differs from the reference at the {row.size}: relative L2 error {row.rel_l2:.1e}, "
+                f"graph {row.graph} differs from {row.against} at the {row.size}: relative L2 error {row.rel_l2:.1e}, "
                 f"at most {row.gate:.1e} allowed; check the versions of torch and onnxruntime"
             )

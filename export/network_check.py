@@ -49,13 +49,17 @@ TOKEN_BYTES = 2**26
 
 @dataclass(frozen=True, kw_only=True)
 class CheckRow:
-    """Result of one graph at one size: the worst output's error and its gate. ``rel_l2`` is None if not executed."""
+    """Result of one graph at one size: the worst output's error and its gate. ``rel_l2`` is None if not executed.
+
+    ``against`` says what it was compared with.
+    """
 
     graph: str
     size: str
     rel_l2: float | None
     gate: float
     passed: bool
+    against: str = "the reference"
 
 
 def check_sizes(bucket: Bucket, facts: ModelFacts) -> dict[str, dict[str, int]]:
@@ -178,6 +182,7 @@ def check_graph(
     sizes: Mapping[str, dict[str, int]],
     vocabulary: int,
     quantization: Format | None = None,
+    native: Path | None = None,
 ) -> Iterator[CheckRow]:
     """Run a written graph at every one of ``sizes`` and compare it with its module.
 
@@ -186,28 +191,54 @@ def check_graph(
     Gates: :data:`FLOOR` of the output's type or of the graph's, whichever is coarser, plus the error of ``exported`` in
     torch times :data:`HALF_FACTOR` or :data:`QUANTIZED_FACTOR` where it differs from ``reference``. A float32 graph
     that misses its gate is judged like one in half precision, by float64: a deep encoder may be that ill-conditioned.
+    Where the graph is a second form of the one in ``native``, both are also compared with each other, by the same
+    gates: independent roundings lie 1.4 times their size apart, and the codes of 8 bits are common to both.
     """
     if not executable(spec):
         yield from (CheckRow(graph=name, size=size, rel_l2=None, gate=0.0, passed=True) for size in sizes)
         return
     dtype = _dtype(exported)
     session = open_session(path, quantization, _NAMES[dtype])
-    factor = HALF_FACTOR if quantization is None else QUANTIZED_FACTOR
-    floors = [max(FLOOR[dtype], FLOOR[getattr(torch, tensor.dtype)]) for tensor in spec.outputs]
-    exact: nn.Module | None = None
+    first = None if native is None else open_session(native, quantization, _NAMES[dtype])
+    judge = _Judge(name, spec, reference, exported, quantization)
     for size, dims in sizes.items():
         inputs = draw_inputs(spec, dims, vocabulary)
-        found = session.run(None, {key: tensor.numpy() for key, tensor in inputs.items()})
-        wanted = _run(reference, _cast(inputs, torch.float32))
-        if exported is not reference:
-            yield _row(name, size, found, wanted, _gates(_run(exported, inputs), wanted, factor, floors))
-            continue
-        row = _row(name, size, found, wanted, floors)
-        if not row.passed:
-            exact = exact or copy.deepcopy(reference).double()
-            truth = _run(exact, _cast(inputs, torch.float64))
-            row = _row(name, size, found, truth, _gates(wanted, truth, factor, floors))
+        feed = {key: tensor.numpy() for key, tensor in inputs.items()}
+        found = session.run(None, feed)
+        row, gates = judge(size, inputs, found)
         yield row
+        if first is not None:
+            other = [torch.from_numpy(value) for value in first.run(None, feed)]
+            yield _row(name, size, found, other, gates, "its native form")
+
+
+class _Judge:
+    """Measures what a graph computed by its module; see :func:`check_graph` for the rules."""
+
+    def __init__(
+        self, name: str, spec: GraphSpec, reference: nn.Module, exported: nn.Module, quantization: Format | None
+    ) -> None:
+        dtype = _dtype(exported)
+        self.name, self.reference, self.exported = name, reference, exported
+        self.factor = HALF_FACTOR if quantization is None else QUANTIZED_FACTOR
+        self.floors = [max(FLOOR[dtype], FLOOR[getattr(torch, tensor.dtype)]) for tensor in spec.outputs]
+        self._exact: nn.Module | None = None
+
+    def __call__(
+        self, size: str, inputs: Mapping[str, Tensor], found: Sequence[np.ndarray]
+    ) -> tuple[CheckRow, list[float]]:
+        """The row of one size, and the gates of all outputs."""
+        wanted = _run(self.reference, _cast(inputs, torch.float32))
+        if self.exported is not self.reference:
+            gates = _gates(_run(self.exported, inputs), wanted, self.factor, self.floors)
+            return _row(self.name, size, found, wanted, gates), gates
+        row = _row(self.name, size, found, wanted, self.floors)
+        if row.passed:
+            return row, self.floors
+        self._exact = self._exact or copy.deepcopy(self.reference).double()
+        truth = _run(self._exact, _cast(inputs, torch.float64))
+        gates = _gates(wanted, truth, self.factor, self.floors)
+        return _row(self.name, size, found, truth, gates), gates
 
 
 def _cast(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -224,7 +255,12 @@ def _gates(own: Sequence[Tensor], wanted: Sequence[Tensor], factor: float, floor
 
 
 def _row(
-    name: str, size: str, found: Sequence[np.ndarray], wanted: Sequence[Tensor], gates: Sequence[float]
+    name: str,
+    size: str,
+    found: Sequence[np.ndarray],
+    wanted: Sequence[Tensor],
+    gates: Sequence[float],
+    against: str = CheckRow.against,
 ) -> CheckRow:
     """The worst output of a graph, measured by its gate."""
     errors = [relative_error(value, oracle) for value, oracle in zip(found, wanted, strict=True)]
@@ -235,6 +271,7 @@ def _row(
         rel_l2=errors[worst],
         gate=gates[worst],
         passed=errors[worst] <= gates[worst] and [v.shape for v in found] == [tuple(w.shape) for w in wanted],
+        against=against,
     )
 
 

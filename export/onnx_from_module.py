@@ -16,7 +16,7 @@ import torch
 from onnxscript import opset23
 from torch import Tensor, nn
 
-from stiv_deploy.export import passes
+from stiv_deploy.export import passes, plugin_nodes
 from stiv_deploy.runtime.contract import GraphSpec, ModelFacts, TensorSpec, dimensions
 from stiv_deploy.runtime.manifest import FileRecord
 from stiv_deploy.stiv_ref.quiet import quiet
@@ -77,7 +77,7 @@ def trace(module: nn.Module, name: str, spec: GraphSpec, facts: ModelFacts) -> T
             program,
             dynamo=True,
             opset_version=OPSET,
-            custom_translation_table={torch.ops.aten.scalar_tensor.default: _scalar},
+            custom_translation_table={torch.ops.aten.scalar_tensor.default: _scalar, **plugin_nodes.translations()},
             optimize=False,
             verbose=False,
         )
@@ -101,6 +101,7 @@ def _finished(model: ir.Model, name: str, spec: GraphSpec, state: set[str]) -> T
     passes.simplify(model, parameters)
     passes.apply_contract(graph, spec)
     passes.name_by_scope(graph)
+    plugin_nodes.finish_plugin_nodes(model)
     names = [parameter for parameter in graph.initializers if parameter in parameters]
     for parameter in names:
         value = graph.initializers[parameter]
@@ -161,8 +162,24 @@ def write_graph(template: Template, tensors: Mapping[str, Tensor], folder: Path,
     ``tensors`` are the parameters in torch's own layout by the template's names. Equal input gives equal bytes. The
     data file may be of any size (T5's largest encoder has 9 GiB in bfloat16).
     """
-    path = folder / f"{name}.onnx"
-    data = _write_data(template, tensors, path.with_name(f"{name}.onnx.data")) if template.parameters else None
+    data = _write_data(template, tensors, folder / f"{name}.onnx.data") if template.parameters else None
+    return _write_model(template, folder / f"{name}.onnx", data)
+
+
+def write_second_form(template: Template, first: Template, folder: Path, name: str) -> WrittenGraph:
+    """Write ``folder/<name>.onnx``, another graph over the very parameters that ``first`` was just written with."""
+    written, own = first.model.graph.initializers, template.model.graph.initializers
+    assert set(template.parameters) == set(first.parameters), f"{name}: other parameters than the first form's"
+    for parameter in template.parameters:
+        value = own[parameter]
+        like = written[parameter]
+        assert (value.shape, value.dtype) == (like.shape, like.dtype), f"{parameter}: other than in the first form"
+        value.const_value = like.const_value
+    return _write_model(template, folder / f"{name}.onnx", None)
+
+
+def _write_model(template: Template, path: Path, data: FileRecord | None) -> WrittenGraph:
+    """Write the graph itself, its initializers pointing at what is in the data file."""
     proto = ir.to_proto(template.model).SerializeToString(deterministic=True)
     path.write_bytes(proto)
     return WrittenGraph(

@@ -21,6 +21,7 @@ import onnx_ir as ir
 from stiv_deploy.calibration.layers import LARGEST, OPERANDS, Format
 from stiv_deploy.export.attention_forms import adopt, constant, to_primitives
 from stiv_deploy.export.onnx_from_module import Template
+from stiv_deploy.export.plugin_nodes import absorb_quantization, attach_functions
 from stiv_deploy.export.quantization import LayerScheme
 
 TYPES = {"fp8": ir.DataType.FLOAT8E4M3FN, "int8": ir.DataType.INT8}
@@ -37,6 +38,8 @@ def quantized_template(template: Template, scheme: tuple[LayerScheme, ...], head
     for layer in scheme:
         if layer.kind == "linear":
             editor.quantize_linear(layer)
+    absorb_quantization(model.graph)
+    attach_functions(model)
     model.graph.sort()
     return Template(model=model, parameters=(*template.parameters, *editor.scales), transposed=template.transposed)
 

@@ -145,7 +145,8 @@ class Bundle:
 
     def _files(self) -> Iterator[FileRecord]:
         for graph in self.manifest.graphs.values():
-            yield from (record for record in (graph.file, graph.data) if record is not None)
+            plugin = None if graph.plugin is None else graph.plugin.file
+            yield from (record for record in (graph.file, graph.data, plugin) if record is not None)
         yield self.manifest.tokenizer
 
     def _path(self, record: FileRecord) -> Path:
@@ -178,6 +179,21 @@ class Bundle:
         if record.data is not None:
             self.verified(record.data)
         return self.verified(record.file)
+
+    def plugin_file(self, name: str) -> Path:
+        """Path of the ONNX file of graph ``name`` with plugin nodes, it and its external weights verified.
+
+        Raises :class:`BundleError` where the bundle has no such form of the graph.
+        """
+        record = self.manifest.graphs[name]
+        if record.plugin is None:
+            raise BundleError(
+                f"{self.folder}: graph {name} has no plugin form here; make the bundle again with 'stiv export "
+                "--attention plugin'"
+            )
+        if record.data is not None:
+            self.verified(record.data)
+        return self.verified(record.plugin.file)
 
     def tokenizer_file(self) -> Path:
         """Path of ``tokenizer.json``, verified."""
