@@ -178,6 +178,7 @@ def test_readme_python_is_python() -> None:
 def test_readme_python_runs(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bundle").symlink_to(bundle)
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     for block in blocks("python"):
         subprocess.run([sys.executable, "-c", block], check=True, timeout=300)
     assert list(tmp_path.glob("*.mp4"))
