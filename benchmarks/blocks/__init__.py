@@ -1,0 +1,1 @@
+"""Baselines of one whole block in PyTorch; :mod:`blocks.baselines` is where to begin."""
