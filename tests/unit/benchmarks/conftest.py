@@ -21,3 +21,23 @@ def benchmark_module() -> Callable[[str], ModuleType]:
             sys.path.remove(str(BENCHMARKS))
 
     return load
+
+
+@pytest.fixture(scope="session")
+def kernels(benchmark_module: Callable[[str], ModuleType]) -> Callable[[str], ModuleType]:
+    """A module of benchmarks/kernels by name, as ``bench_kernel.py`` has imported it."""
+    benchmark_module("bench_kernel")
+    return lambda name: sys.modules[f"kernels.{name}"]
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Callable[[str, str], Path]:
+    """A program of the given name that the shell runs, in a folder of the test's own."""
+
+    def write(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+        return path
+
+    return write

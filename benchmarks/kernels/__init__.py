@@ -1,0 +1,1 @@
+"""Parts of ``benchmarks/bench_kernel.py``: build, check and time the attention kernels."""
