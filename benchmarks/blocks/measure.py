@@ -6,14 +6,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from kernels.timing import Timing, buffer_sets, interleaved
+from torch import Tensor, nn
+
 from blocks.counts import Bound, Peaks, Precision, bound
 from blocks.fp8 import input_scales
 from blocks.kernel_times import Shares, kernel_times, shares
 from blocks.sizes import Case, Inputs, inputs_as, new_block, new_inputs
 from blocks.variants import VARIANTS, Call, Variant, obstacle, variant_block, variant_call
-from kernels.timing import Timing, buffer_sets, interleaved
-from torch import Tensor, nn
-
 from stiv_deploy.runtime.errors import StivError
 from stiv_deploy.stiv_ref.block import StivBlock
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from blocks.counts import Precision
 from blocks.fp8 import to_fp8
 from blocks.peaks import has_fp8
-from torch import Tensor
-
 from stiv_deploy.runtime.errors import StivError
 from stiv_deploy.runtime.plugins.library import open_library
 from stiv_deploy.stiv_ref.block import StivBlock
