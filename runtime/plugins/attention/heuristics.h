@@ -31,7 +31,7 @@ constexpr bool supported_head_dim(int64_t head_dim) {
 // share of a row in a lane.
 constexpr int blocks_per_sm(int head_dim, int tiles) {
     if (head_dim == 72) return tiles > 2 ? 3 : 4;
-    return head_dim == 64 || head_dim == 128 ? 5 : 4;
+    return (head_dim == 64 || head_dim == 128) && tiles < 3 ? 5 : 4;
 }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -39,7 +39,7 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Bytes from one row to the next in shared memory; Tile::kPitch at run time.
 constexpr int row_pitch(int head_dim, int element_bytes) {
     const int chunks = head_dim * element_bytes / 16;
-    return (chunks + (chunks % 8 == 0 || chunks == 4 || chunks % 2 ? 0 : 1)) * 16;
+    return (chunks + (chunks % 16 == 0 || chunks == 4 || chunks % 2 ? 0 : 1)) * 16;
 }
 
 // Lanes that share a row in the norm's pass; RowLanes::kLanes at run time.

@@ -118,10 +118,10 @@ struct RowTask {
 
     STIV_DEVICE RowTask(int task, int tasks, bool has_lanes, int kinds, int rows, int per_split) {
         active = has_lanes && task < tasks;
-        const int line = active ? task / kinds : 0;
-        kind = active ? task - line * kinds : 0;
-        t = line % rows;
-        first_item = line / rows * per_split;
+        const int line = active ? task / rows : 0;
+        t = active ? task - line * rows : 0;
+        kind = line % kinds;
+        first_item = line / kinds * per_split;
     }
 };
 
@@ -150,6 +150,7 @@ STIV_DEVICE void normalize_rows(unsigned char* shared, const Block& block, const
         const bool active = task.active;
         const int kind = task.kind, t = task.t, first_item = task.first_item;
         int head = first_item % block.heads;
+        const Number* const bias_of_lane = norm.bias + kind * norm.bias_stride + sub * 4;
 #pragma unroll 1
         for (int i = 0; i < per_split; ++i) {
             const bool valid = active && first_item + i < block.items();
@@ -162,11 +163,17 @@ STIV_DEVICE void normalize_rows(unsigned char* shared, const Block& block, const
                     load_unit<Number>(shared + Rows::byte_offset(row, unit * Rows::kUnitBytes), first[j]);
                     load_unit<Number>(shared + Rows::byte_offset(row, (unit + Lanes::kPairs) * Rows::kUnitBytes),
                                       second[j]);
-                    if (norm.bias) {
-                        const Number* bias = norm.bias + kind * norm.bias_stride + head * kHeadDim + unit * 4;
-                        add_bias(bias, first[j]);
-                        add_bias(bias + kHeadDim / 2, second[j]);
+                }
+                if (norm.bias) {
+                    const Number* const bias = bias_of_lane + head * kHeadDim;
+#pragma unroll
+                    for (int j = 0; j < Lanes::kUnits; ++j) {
+                        add_bias(bias + j * Lanes::kLanes * 4, first[j]);
+                        add_bias(bias + j * Lanes::kLanes * 4 + kHeadDim / 2, second[j]);
                     }
+                }
+#pragma unroll
+                for (int j = 0; j < Lanes::kUnits; ++j) {
 #pragma unroll
                     for (int e = 0; e < 4; ++e) {
                         squares = fused_multiply_add(first[j][e], first[j][e], squares);

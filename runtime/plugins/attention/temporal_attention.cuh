@@ -101,7 +101,7 @@ struct TemporalAttention {
 
     STIV_DEVICE void load(int threads) {
         const int64_t width = static_cast<int64_t>(p.heads) * kHeadDim, row = 3 * width * p.positions;
-        const Number* source = p.qkv + at.batch * p.frames * row + at.position * 3 * width + at.head * kHeadDim;
+        const Number* source = p.qkv + at.batch * (p.frames * row) + at.position * (3 * width) + at.head * kHeadDim;
         load_block<Number, kHeadDim>(shared, source, at.block, row, 3 * width, width, threads, 0, 2);
         load_block<Number, kHeadDim>(shared, source, at.block, row, 3 * width, width, threads, 2, 3);
         if (p.frames % 16 && thread_index() < Rows::kChunks)
@@ -218,6 +218,8 @@ struct TemporalAttention {
     template <int kTiles>
     STIV_DEVICE void multiply_values(int item, int tile, const uint32_t (&weights)[kTiles][4],
                                      const float (&scale)[2], float inverse) const {
+        const Place to = place(item, tile);
+        sync_warp();  // all lanes have read the rows of q that are written over now
 #pragma unroll 2
         for (int k = 0; k < kSteps; ++k) {
             float sums[2][4] = {};
@@ -228,8 +230,8 @@ struct TemporalAttention {
                 multiply_add(Number{}, sums[0], weights[n], values[0], values[1]);
                 multiply_add(Number{}, sums[1], weights[n], values[2], values[3]);
             }
-            write(item, tile, 2 * k, sums[0], scale, inverse);
-            write(item, tile, 2 * k + 1, sums[1], scale, inverse);
+            write(to, 2 * k, sums[0], scale, inverse);
+            write(to, 2 * k + 1, sums[1], scale, inverse);
         }
         if constexpr (kHalfStep) {
             float sums[4] = {};
@@ -239,35 +241,40 @@ struct TemporalAttention {
                 load_matrix_transposed(values, value_chunk(item, n * 16 + lane % 16, 2 * kSteps));
                 multiply_add(Number{}, sums, weights[n], values[0], values[1]);
             }
-            write(item, tile, 2 * kSteps, sums, scale, inverse);
+            write(to, 2 * kSteps, sums, scale, inverse);
         }
     }
 
-    // Output columns 8 * `column`.. of the tile's rows, over the tile's rows of q: this warp alone has read those.
-    STIV_DEVICE void write(int item, int tile, int column, const float (&sums)[4], const float (&scale)[2],
+    // A lane's place in the output of a task: over the tile's rows of q, which this warp alone has read.
+    struct Place {
+        const Number* bias;  // of the lane's first two columns, or null
+        int row;             // in shared memory, of the first of the lane's two rows
+        int rows;            // of the tile from that one on
+    };
+
+    STIV_DEVICE Place place(int item, int tile) const {
+        const int t = tile * 16 + lane / 4;
+        const int64_t head = 2 * static_cast<int64_t>(p.heads) + at.head + item % at.block.heads;
+        return {p.bias ? p.bias + head * kHeadDim + lane % 4 * 2 : nullptr, at.block.row(0, item, t),
+                p.frames - t};
+    }
+
+    STIV_DEVICE void write(const Place& to, int column, const float (&sums)[4], const float (&scale)[2],
                            float inverse) const {
-        const int element = column * 8 + lane % 4 * 2;
         float bias[2] = {0.0f, 0.0f};
-        if (p.bias) {
-            const int64_t head = at.head + item % at.block.heads;
-            const auto word = load_constant<uint32_t>(
-                p.bias + (static_cast<int64_t>(2) * p.heads + head) * kHeadDim + element);
-            unpack(Number{}, word, bias[0], bias[1]);
-        }
+        if (to.bias) unpack(Number{}, load_constant<uint32_t>(to.bias + column * 8), bias[0], bias[1]);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int t = tile * 16 + lane / 4 + 8 * half;
-            if (t >= p.frames) continue;
+            if (8 * half >= to.rows) continue;
             const float low = fused_multiply_add(sums[2 * half], scale[half], bias[0]);
             const float high = fused_multiply_add(sums[2 * half + 1], scale[half], bias[1]);
-            const int row = at.block.row(0, item, t);
-            if (p.output_scale) {
-                auto* to = reinterpret_cast<uint16_t*>(shared + Rows::byte_offset(row, element));
-                *to = pack_e4m3(low * inverse, high * inverse);
-            } else {
-                *reinterpret_cast<uint32_t*>(shared + Rows::byte_offset(row, element * 2)) =
+            const int row = to.row + 8 * half;
+            if (p.output_scale)
+                *reinterpret_cast<uint16_t*>(shared + Rows::byte_offset(row, column * 8 + lane % 4 * 2)) =
+                    pack_e4m3(low * inverse, high * inverse);
+            else
+                *reinterpret_cast<uint32_t*>(shared + Rows::chunk_offset(row, column) + lane % 4 * 4) =
                     pack(Number{}, low, high);
-            }
         }
     }
 
@@ -280,13 +287,23 @@ struct TemporalAttention {
         unsigned char* output = static_cast<unsigned char*>(p.output) +
                                 (static_cast<int64_t>(at.batch) * p.frames * p.positions + at.position) * width +
                                 at.head * (kHeadDim * kBytes / 8);
+        const int columns = at.block.heads * kPieces;
+        const Columns to(columns, threads);
 #pragma unroll 1
-        for (Walk to(thread_index(), threads, at.block.heads * kPieces, p.frames); to.plane < at.block.planes;
-             to.advance()) {
-            const int item = to.plane * at.block.heads + to.column / kPieces;
-            const int from = Rows::byte_offset(at.block.row(0, item, to.row), to.column % kPieces * kBytes);
-            *reinterpret_cast<Words*>(output + (static_cast<int64_t>(to.row) * p.positions + to.plane) * width +
-                                      to.column * kBytes) = *reinterpret_cast<const Words*>(shared + from);
+        for (int column = to.column; column < columns; column += to.column_step) {
+            const int head = column / kPieces, byte = column % kPieces * kBytes;
+#pragma unroll 1
+            for (int plane = 0; plane < at.block.planes; ++plane) {
+                const int item = plane * at.block.heads + head;
+                unsigned char* target =
+                    output + (static_cast<int64_t>(to.row) * p.positions + plane) * width + column * kBytes;
+#pragma unroll 1
+                for (int row = to.row; row < p.frames; row += to.row_step) {
+                    *reinterpret_cast<Words*>(target) = *reinterpret_cast<const Words*>(
+                        shared + Rows::byte_offset(at.block.row(0, item, row), byte));
+                    target += to.row_step * static_cast<int64_t>(p.positions) * width;
+                }
+            }
         }
     }
 };

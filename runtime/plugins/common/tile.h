@@ -51,7 +51,7 @@ template <class Number, int kHeadDim>
 struct Tile {
     static constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(Number));
     static constexpr int kChunks = kRowBytes / 16;
-    static constexpr int kPermuted = kChunks % 8 == 0 ? 8 : kChunks == 4 ? 4 : 0;
+    static constexpr int kPermuted = kChunks % 16 == 0 ? 8 : kChunks == 4 ? 4 : 0;
     static constexpr int kPitch = kRowBytes + (kPermuted || kChunks % 2 ? 0 : 16);
     static constexpr int kUnitBytes = 4 * static_cast<int>(sizeof(Number));
 
@@ -61,7 +61,10 @@ struct Tile {
         return row * kPitch + chunk * 16;
     }
 
-    static STIV_DEVICE int byte_offset(int row, int byte) { return chunk_offset(row, byte >> 4) + (byte & 15); }
+    static STIV_DEVICE int byte_offset(int row, int byte) {
+        if constexpr (kPermuted == 0) return row * kPitch + byte;
+        return chunk_offset(row, byte >> 4) + (byte & 15);
+    }
 };
 
 // A thread's way through [planes][rows][columns], `step` apart, without a division per step.
@@ -98,6 +101,20 @@ private:
     int columns_, rows_, step_column_, step_row_, step_plane_;
 };
 
+// A thread's share of [rows][columns]: one column, every `step`-th row; with more columns than threads several columns.
+struct Columns {
+    int row, column, row_step, column_step;
+
+    STIV_DEVICE Columns(int columns, int threads) {
+        const bool narrow = columns <= threads;
+        row_step = narrow ? threads / columns : 1;
+        column_step = narrow ? columns : threads;
+        row = narrow ? thread_index() / columns : 0;
+        column = thread_index() - row * columns;
+        if (row >= row_step) column = columns;  // left over
+    }
+};
+
 // The rows of q, k, v that a block works on: in shared memory [3][heads][rows] of a head each ("items" are heads, or
 // the heads of several positions), in global memory `row_stride`, `plane_stride` elements apart, heads side by side.
 struct Block {
@@ -115,16 +132,24 @@ STIV_DEVICE void load_block(unsigned char* shared, const Number* source, const B
                             int64_t plane_stride, int64_t matrix_stride, int threads, int first, int last) {
     using Rows = Tile<Number, kHeadDim>;
     constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Number));
+    const int columns = block.heads * Rows::kChunks;
+    const Columns at(columns, threads);
 #pragma unroll 1
-    for (Walk at(thread_index(), threads, block.heads * Rows::kChunks, block.rows); at.plane < block.planes;
-         at.advance()) {
-        const int head = at.column / Rows::kChunks, chunk = at.column % Rows::kChunks;
-        const Number* from = source + at.row * row_stride + at.plane * plane_stride + at.column * kPerChunk;
-        const int item = at.plane * block.heads + head;
+    for (int column = at.column; column < columns; column += at.column_step) {
+        const int head = column / Rows::kChunks, chunk = column % Rows::kChunks;
+#pragma unroll 1
+        for (int plane = 0; plane < block.planes; ++plane) {
+            const int item = plane * block.heads + head;
+            const Number* from = source + at.row * row_stride + plane * plane_stride + column * kPerChunk;
+#pragma unroll 1
+            for (int row = at.row; row < block.rows; row += at.row_step) {
 #pragma unroll
-        for (int matrix = first; matrix < last; ++matrix)
-            copy_async(shared + Rows::chunk_offset(block.row(matrix, item, at.row), chunk),
-                       from + matrix * matrix_stride);
+                for (int matrix = first; matrix < last; ++matrix)
+                    copy_async(shared + Rows::chunk_offset(block.row(matrix, item, row), chunk),
+                               from + matrix * matrix_stride);
+                from += at.row_step * row_stride;
+            }
+        }
     }
     copy_async_commit();
 }

@@ -4,6 +4,7 @@ The TensorRT plugins are compiled against the test interface and linked with the
 so that what the user has built stays as it is.
 """
 
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from stiv_deploy.runtime.plugins.spec import HEAD_DIMS
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[4]
+INTERFACE = ROOT / "tests" / "cpp" / "tensorrt_interface"
 BUILD = ROOT / "build" / "plugins-test"
 INSTALLED = BUILD / "installed"
 GPUS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -37,13 +39,16 @@ if sys.argv[2] == "launch":
 
 
 @pytest.fixture(scope="module")
-def built() -> str:
-    """What `make plugins` prints, compilers' messages included."""
+def _tools() -> None:
     missing = [tool for tool in ("make", "cmake", "nvcc", "g++") if shutil.which(tool) is None]
     if missing:
         pytest.skip(f"the plugins cannot be built here: no {', '.join(missing)} on the path")
-    interface = ROOT / "tests" / "cpp" / "tensorrt_interface"
-    variables = [f"PLUGIN_BUILD={BUILD}", f"PLUGIN_FOLDER={INSTALLED}", f"TENSORRT_ROOT={interface}"]
+
+
+@pytest.fixture(scope="module")
+def built(_tools: None) -> str:
+    """What `make plugins` prints, compilers' messages included."""
+    variables = [f"PLUGIN_BUILD={BUILD}", f"PLUGIN_FOLDER={INSTALLED}", f"TENSORRT_ROOT={INTERFACE}"]
     done = subprocess.run(["make", "plugins", *variables], cwd=ROOT, capture_output=True, text=True, timeout=1100)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done.stdout + done.stderr
@@ -67,6 +72,8 @@ def test_everything_is_installed(built: str) -> None:
         for fp8 in ("", "_fp8")
     }
     assert {path.name for path in (INSTALLED / "ptx").iterdir()} == ptx
+    fp8 = INSTALLED / "ptx" / "stiv_temporal_attention_bfloat16_72_fp8.ptx"
+    assert "cvt.rn.satfinite.e4m3x2" in fp8.read_text(), "FP8 is converted by many instructions, not by one"
     libraries = {"libstiv_kernels.so", "libstiv_kernels_emulated.so", "libstiv_plugins.so"}
     assert {path.name for path in INSTALLED.glob("*.so")} == libraries
 
@@ -89,3 +96,21 @@ def test_the_plugins_on_cuda_kernels_answer_without_a_driver(built: str) -> None
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     failed = [line for line in done.stdout.splitlines() if not line.startswith("ok ")]
     assert failed == ["0 failed"], done.stderr
+
+
+@pytest.mark.usefixtures("_tools")
+def test_the_headers_are_those_of_the_folder_that_is_given(tmp_path: Path) -> None:
+    def configured(root: Path) -> subprocess.CompletedProcess[str]:
+        command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), f"-DTENSORRT_ROOT={root}"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+    other = tmp_path / "other"
+    shutil.copytree(INTERFACE, other / "include")
+    for root, headers in ((INTERFACE, INTERFACE), (other, other / "include")):
+        assert configured(root).returncode == 0
+        found = re.findall("^TENSORRT_INCLUDE:PATH=(.*)$", (tmp_path / "build" / "CMakeCache.txt").read_text(), re.M)
+        assert found == [str(headers)]
+    refused = configured(tmp_path / "nowhere")
+    message = " ".join(refused.stderr.split())
+    assert refused.returncode != 0
+    assert f"TENSORRT_ROOT is {tmp_path / 'nowhere'}, which has no include/NvInferRuntime.h; give" in message
