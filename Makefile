@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 # TensorRT-RTX has wheels for this platform only; without it `stiv build` says what is missing.
 RTX := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(shell echo ,rtx))
 PLUGIN_BUILD ?= build/plugins
-PLUGIN_FOLDER ?=
+PLUGIN_FOLDER ?= runtime/plugins/_lib
 EXTRAS := calibration,data,encoders,export,tensorboard,dev
 
 VENV := .venv
@@ -54,7 +54,7 @@ test-fast: $(STAMP) ## The tests that take a moment each
 
 plugins: $(STAMP) ## CUDA kernels, and the TensorRT plugins where its headers are (TENSORRT_ROOT), into runtime/plugins/_lib
 	@cmake -S . -B $(PLUGIN_BUILD) $(if $(TENSORRT_ROOT),-DTENSORRT_ROOT=$(TENSORRT_ROOT)) \
-		$(if $(PLUGIN_FOLDER),-DSTIV_LIBRARY_FOLDER=$(abspath $(PLUGIN_FOLDER)))
+		-DSTIV_LIBRARY_FOLDER="$(abspath $(PLUGIN_FOLDER))"
 	@cmake --build $(PLUGIN_BUILD) --parallel
 	@cmake --install $(PLUGIN_BUILD)
 	@$(BIN)/python -m stiv_deploy.runtime.plugins.register_report $(PLUGIN_BUILD)

@@ -52,7 +52,8 @@ def choose_packaging(
     The plugin library is loaded in this process too: what is wrong with it shows before a builder starts. Raises
     :class:`BackendError` for a TensorRT without plugins or without the package onnx, and where there is no such
     library; :class:`KernelError` where the quickly deployable packaging lacks its kernels or TensorRT's part of it;
-    :class:`EngineError` where no graph of the bundle has a plugin form, or one that this package is not for.
+    :class:`EngineError` where no graph of the bundle has a plugin form, or one that this package is not for, or none
+    that the quickly deployable packaging is for.
     """
     if attention == "native":
         return None
@@ -93,6 +94,11 @@ def _quick_packaging(manifest: "Manifest") -> Packaging:
     from stiv_deploy.runtime.plugins.library import KernelDtype, open_library
     from stiv_deploy.runtime.plugins.quick.temporal_attention import ptx_file, require_tensorrt
 
+    if not manifest.model.temporal:
+        raise EngineError(
+            "--attention quick has temporal attention only, the bundle is of an image model, which has none; build it "
+            "with --attention plugin or native"
+        )
     if manifest.precision == "float32":
         raise EngineError(
             "--attention quick has kernels for float16 and bfloat16, the bundle is float32; build it with --attention "

@@ -194,11 +194,13 @@ def kernel_library() -> str:
 
 def tensorrt_plugin_library() -> str:
     """The TensorRT plugin library in words; raises whatever is wrong with it. TensorRT is not asked."""
-    from stiv_deploy.runtime.plugins.tensorrt_plugins import open_in_process, plugin_library
+    from stiv_deploy.runtime.plugins.tensorrt_plugins import BUILD_HINT, open_in_process, plugin_library
 
     library = plugin_library()
     if not hasattr(open_in_process(library), "getCreators"):
-        raise BackendError(f"{library.path} is no TensorRT plugin library: it has no function getCreators")
+        raise BackendError(
+            f"{library.path} is no TensorRT plugin library (it has no function getCreators); {BUILD_HINT}"
+        )
     return str(library)
 
 

@@ -15,9 +15,10 @@ from kernels.oracle import plain_spatial, plain_temporal
 from kernels.timing import Work, buffer_sets
 from stiv_deploy.runtime.plugins.library import KernelLibrary
 
-KERNEL, COPY, EAGER, COMPILED, FLEX = "kernel", "copy", "eager", "compile", "flex"
+KERNEL, UNBIASED, COPY, EAGER, COMPILED, FLEX = "kernel", "no bias", "copy", "eager", "compile", "flex"
 TITLES = {
     KERNEL: "our kernel",
+    UNBIASED: "our kernel without a bias, as where the linear in front adds it for nothing",
     COPY: "copy of as many bytes",
     EAGER: "torch SDPA with its transposes, eager",
     COMPILED: "torch.compile of the same chain",
@@ -75,7 +76,7 @@ def make_sets(bench: Bench, case: Case) -> list[Inputs]:
     count = buffer_sets(case.nbytes, bench.device)
     if bench.on_gpu:
         free = torch.cuda.mem_get_info(bench.device)[0]
-        if case.nbytes * (2 * count + EAGER_COPIES) > SPARE * free:
+        if case.nbytes * (3 * count + EAGER_COPIES) > SPARE * free:
             raise MemoryError(f"{free / 2**30:.0f} GiB are free, too few")
     generator = torch.Generator(bench.device).manual_seed(0)
     sets = [random_inputs(generator, case.leading, case.heads, case.head_dim, torch.bfloat16) for _ in range(count)]
@@ -135,6 +136,7 @@ def assemble(bench: Bench, case: Case, sets: list[Inputs]) -> Field:
     torch.compiler.reset()
     lineup = Field()
     lineup.works[KERNEL] = kernel_work(bench, sets)
+    lineup.works[UNBIASED] = kernel_work(bench, [replace(each, bias=None) for each in sets])
     lineup.works[COPY] = copy_work(bench, case, sets)
     lineup.works[EAGER] = chain_work(chain_of(case), sets)
     expected = _flat(lineup.works[EAGER](0))

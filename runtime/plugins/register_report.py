@@ -64,7 +64,10 @@ def read_reports(build: Path) -> list[KernelReport]:
     """Kernels of all objects below ``build``; :class:`RegisterError` if there are none."""
     reports = [report for path in sorted(build.rglob("*.ptxas.log")) for report in parse(path.read_text())]
     if not reports:
-        raise RegisterError(f"no ptxas report below {build}; run `make plugins` first")
+        raise RegisterError(
+            f"no ptxas report below {build}: no kernel was compiled for a GPU there; run `make plugins` where nvcc "
+            "(12.8 or later) is on the path"
+        )
     return reports
 
 

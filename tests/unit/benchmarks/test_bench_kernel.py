@@ -141,9 +141,9 @@ def test_dry_run(tmp_path: Path) -> None:
     assert sum(group["cases"] for group in checked) > 150
     rows = numbers["parts"]["speed"]["data"]["rows"]
     assert [sorted(row["times"]) for row in rows] == [
-        ["compile", "copy", "eager", "flex", "kernel"],
-        ["compile", "copy", "eager", "kernel"],
-        ["compile", "copy", "eager", "kernel"],
+        ["compile", "copy", "eager", "flex", "kernel", "no bias"],
+        ["compile", "copy", "eager", "kernel", "no bias"],
+        ["compile", "copy", "eager", "kernel", "no bias"],
     ]
     assert all(row["plan"]["threads"] == 128 for row in rows)
     assert len(list(tmp_path.glob("*-dry-run-kernels.png"))) == 1

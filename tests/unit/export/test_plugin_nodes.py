@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, helper
@@ -23,7 +24,7 @@ from stiv_deploy.export.onnx_from_module import (
     write_graph,
     write_second_form,
 )
-from stiv_deploy.export.plugin_nodes import attach_functions, plugin_names
+from stiv_deploy.export.plugin_nodes import absorb_quantization, attach_functions, plugin_names
 from stiv_deploy.export.quantization import LayerScheme, StoredTensors
 from stiv_deploy.export.quantized_graph import quantized_template
 from stiv_deploy.runtime.contract import GraphSpec, ModelFacts, Precision, graph_specs
@@ -290,6 +291,25 @@ def test_other_quantization_stays_as_it_is(traced_half: Traced, tmp_path: Path, 
     nodes = nodes_of(written(traced_half, tmp_path, scheme))
     assert "temporal.out.QuantizeLinear" in nodes
     assert len(nodes[TEMPORAL].input) == 6
+
+
+@pytest.mark.parametrize(
+    ("scales", "others", "absorbed"), [([], 0, True), ([], 1, False), ([8], 0, False)], ids=["all", "user", "channels"]
+)
+def test_quantization_is_absorbed_where_it_is_all_that_follows(scales: list[int], others: int, absorbed: bool) -> None:
+    def value(name: str, dtype: ir.DataType, shape: list[int]) -> ir.Value:
+        return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+
+    inputs = [value(tensor.name, ir.DataType.FLOAT, [8]) for tensor in TEMPORAL_ATTENTION.inputs[:6]]
+    scale, zero = value("scale", ir.DataType.FLOAT, scales), value("zero", ir.DataType.FLOAT8E4M3FN, scales)
+    node = ir.node(TEMPORAL_ATTENTION.name, inputs, domain=DOMAIN, name="temporal")
+    quantize = ir.node("QuantizeLinear", [node.outputs[0], scale, zero], name="quantize")
+    users = [quantize, *(ir.node("Identity", node.outputs, name=f"user_{index}") for index in range(others))]
+    ends = [ir.node("Identity", user.outputs, name=f"{user.name}_end") for user in users]
+    outputs = [end.outputs[0] for end in ends]
+    graph = ir.Graph([*inputs, scale, zero], outputs, nodes=[node, *users, *ends], name="graph")
+    absorb_quantization(graph)
+    assert (quantize not in list(graph), len(node.inputs)) == (absorbed, 7 if absorbed else 6)
 
 
 def test_fp8_attention_in_space_is_fed_in_fp8(traced_half: Traced, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -98,9 +98,13 @@ def exact_qkv(case: Case) -> list[np.ndarray]:
     return [normed(q, case.q_gamma, cos, sin, case.epsilon), normed(k, case.k_gamma, cos, sin, case.epsilon), v]
 
 
+def exact_logits(case: Case) -> np.ndarray:
+    q, k, _ = exact_qkv(case)  # [B, T, S, H, Dh]
+    return np.einsum("btshd,bushd->bshtu", q, k) / np.sqrt(q.shape[-1])
+
+
 def exact_temporal(case: Case) -> np.ndarray:
-    q, k, v = exact_qkv(case)  # [B, T, S, H, Dh]
-    logits = np.einsum("btshd,bushd->bshtu", q, k) / np.sqrt(q.shape[-1])
+    logits, v = exact_logits(case), exact_qkv(case)[2]
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     y = np.einsum("bshtu,bushd->btshd", weights / weights.sum(-1, keepdims=True), v)
     return y.reshape(*y.shape[:3], -1)
@@ -115,6 +119,15 @@ def allowed(plain: Tensor, exact: np.ndarray) -> float:
     """Twice what plain torch of the same type loses, and a rounding of the largest output."""
     lost, largest = np.abs(wide(plain) - exact).max(), np.abs(exact).max()
     return float(2 * lost + (2 * ROUNDOFF[plain.dtype] + 1e-7) * largest)
+
+
+def allowed_temporal(case: Case, exact: np.ndarray) -> float:
+    """With one fp32 rounding of the largest logit: weights change by as much, results by that of two largest values.
+
+    What plain torch happens to lose on a few numbers is no bound on that.
+    """
+    logit, value = np.abs(exact_logits(case)).max(), np.abs(exact_qkv(case)[2]).max()
+    return allowed(temporal_attention(**case.arguments), exact) + float(2 * 2.0**-24 * logit * value)
 
 
 def fp8_rounding(exact: np.ndarray, scale: float) -> np.ndarray:
@@ -147,6 +160,18 @@ relaxed = settings(max_examples=60, deadline=None, suppress_health_check=[Health
 
 
 @relaxed
+@example(  # plain torch is lucky here
+    batch=1,
+    frames=10,
+    tokens=1,
+    scaled=False,
+    heads=1,
+    head_dim=96,
+    dtype=torch.float32,
+    bias=False,
+    epsilon=1e-6,
+    seed=590,
+)
 @given(batch=st.integers(1, 2), frames=st.integers(1, 20), tokens=st.integers(1, 3), scaled=st.booleans(), **sizes)
 def test_temporal_attention(
     emulated: KernelLibrary,
@@ -164,7 +189,7 @@ def test_temporal_attention(
     case = make_case((batch, frames, tokens), heads, head_dim, dtype, bias=bias, seed=seed)
     case = replace(case, epsilon=epsilon)
     exact = exact_temporal(case)
-    slack = allowed(temporal_attention(**case.arguments), exact)
+    slack = allowed_temporal(case, exact)
     scale = torch.tensor(np.abs(exact).max() / 300, dtype=torch.float32) if scaled else None
     got = launch_temporal(emulated, case.tensors, heads, epsilon, scale)
     check(got, exact, slack, scale)
@@ -277,7 +302,7 @@ def gpu(emulated: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Gpu:
 def test_operators_on_a_gpu(gpu: Gpu) -> None:
     case, scale = make_case((2, 5, 3), 2, 48, torch.float16), torch.tensor(0.02)
     exact = exact_temporal(case)
-    slack = allowed(temporal_attention(**case.arguments), exact)
+    slack = allowed_temporal(case, exact)
     check(temporal_attention_on_gpu(**case.arguments), exact, slack, None)
     check(temporal_attention_on_gpu(**case.arguments, output_scale=scale), exact, slack, scale)
     case = replace(make_case((4, 5), 2, 48, torch.float16), epsilon=0.5)

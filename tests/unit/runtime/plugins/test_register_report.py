@@ -50,7 +50,7 @@ def test_the_summary_has_a_line_for_each_kernel_and_gpu() -> None:
 
 
 def test_a_folder_without_reports_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(RegisterError, match="make plugins"):
+    with pytest.raises(RegisterError, match="run `make plugins` where nvcc .12.8 or later. is on the path"):
         read_reports(tmp_path)
     assert main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: no ptxas report")

@@ -244,6 +244,18 @@ def test_quick_is_for_16_bits(plugin_bundle: Path, build: Build, builders: list[
     assert "--attention quick has kernels for float16 and bfloat16, the bundle is float32" in message
 
 
+def test_quick_is_for_video(half: Path, build: Build, builders: list[Any], kernels: Path) -> None:
+    def of_images(manifest: Manifest) -> dict[str, Any]:
+        model = manifest.model.model_copy(update={"temporal": False})
+        specs = graph_specs(model, "float16")
+        graphs = {name: each.model_copy(update={"spec": specs[name]}) for name, each in manifest.graphs.items()}
+        return {"model": model, "graphs": graphs}
+
+    change(half, of_images)
+    message = refused(build, EngineError, builders, attention="quick")
+    assert message.startswith("--attention quick has temporal attention only, the bundle is of an image model")
+
+
 def test_quick_needs_its_part_of_tensorrt(
     half: Path, build: Build, builders: list[Any], kernels: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
