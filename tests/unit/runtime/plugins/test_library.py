@@ -9,7 +9,6 @@ import pytest
 from stiv_deploy.runtime.errors import StivError
 from stiv_deploy.runtime.plugins import library as module
 from stiv_deploy.runtime.plugins.library import (
-    FOLDER,
     KERNELS,
     LIBRARY_VARIABLE,
     KernelDtype,
@@ -20,8 +19,6 @@ from stiv_deploy.runtime.plugins.library import (
     library_path,
     open_library,
 )
-
-NO_DRIVER = 35  # cudaErrorInsufficientDriver
 
 
 @pytest.fixture
@@ -162,18 +159,3 @@ def test_another_abi_is_refused(monkeypatch: pytest.MonkeyPatch, emulated: Kerne
     monkeypatch.setattr(module, "ABI_VERSION", 99)
     with pytest.raises(KernelError, match="has ABI 1, this package wants 99"):
         KernelLibrary(emulated.path)
-
-
-@pytest.mark.skipif(not (FOLDER / KERNELS).is_file(), reason="the CUDA kernels are not built: run `make plugins`")
-def test_the_cuda_library_loads_anywhere_and_a_launch_tells_what_is_missing(temporal: TemporalAttention) -> None:
-    library = KernelLibrary(FOLDER / KERNELS)
-    assert library.backend == "cuda"
-    assert library.temporal_attention_plan(temporal).threads == 128
-    assert "driver" in library.error_string(NO_DRIVER)
-    with pytest.raises(KernelError, match="need 16 bytes"):
-        library.temporal_attention(replace(temporal, qkv=1))
-    with pytest.raises(KernelError, match="only the emulated library"):
-        library.set_emulation_seed(1)
-    if not any(Path("/proc/driver").glob("nvidia")):
-        with pytest.raises(KernelError, match=r"code 35"):
-            library.temporal_attention(temporal)
