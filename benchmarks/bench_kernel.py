@@ -3,10 +3,11 @@
     python benchmarks/bench_kernel.py --out benchmarks/results
 
 Needs nvcc, CMake, torch with CUDA, typer and ml_dtypes (which onnx brings); compute-sanitizer and matplotlib if they
-are there. Nothing need be installed of this project (the block baselines need pydantic). Parts: ``check`` (fragment layouts, then results against fp64),
-``sanitizer``, ``speed``, ``step`` (does a kernel for the guidance step pay?), ``blocks`` (whole blocks in PyTorch), and
-on request ``sweep`` (other heuristics). Each runs in a process of its own: one that breaks is reported, the others
-give their results. ``--dry-run`` does all of it on a CPU with the emulated kernels, where no time means anything.
+are there. Nothing need be installed of this project (the block baselines need pydantic). Parts: ``check`` (fragment
+layouts, then results against fp64), ``sanitizer``, ``speed``, ``step`` (does a kernel for the guidance step pay?),
+``blocks`` (whole blocks in PyTorch), and on request ``sweep`` (other heuristics). Each runs in a process of its own:
+one that breaks is reported, the others give their results. ``--dry-run`` does all of it on a CPU with the emulated
+kernels, where no time means anything.
 """
 
 import os
