@@ -14,7 +14,7 @@ for (``stiv_ref/fused_launch.py``). A backward pass through them raises it too.
 """
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,44 @@ from stiv_deploy.stiv_ref.rope import rotate
 
 FP8 = torch.float8_e4m3fn
 LARGEST_FP8 = 448.0
+TENSORS: Final = 6
+"""Arguments that both operators begin with: qkv, bias, q_gamma, k_gamma, cos, sin."""
+
+
+class Temporal(NamedTuple):
+    """Arguments of :func:`temporal_attention`, as its kernels get them from PyTorch's dispatcher."""
+
+    qkv: Tensor
+    bias: Tensor | None
+    q_gamma: Tensor
+    k_gamma: Tensor
+    cos: Tensor
+    sin: Tensor
+    heads: int
+    epsilon: float = 1e-6
+    output_scale: Tensor | None = None
+
+
+class Spatial(NamedTuple):
+    """Arguments of :func:`spatial_qkv`, likewise."""
+
+    qkv: Tensor
+    bias: Tensor | None
+    q_gamma: Tensor
+    k_gamma: Tensor
+    cos: Tensor
+    sin: Tensor
+    heads: int
+    epsilon: float = 1e-6
+    query_scale: float = 1.0
+    q_scale: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    @property
+    def scales(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of q, k and v."""
+        return self.q_scale, self.k_scale, self.v_scale
 
 
 @torch.library.custom_op("stiv::temporal_attention", mutates_args=())
@@ -43,7 +81,7 @@ def temporal_attention(
 
     ``bias`` [3*H*Dh] or None; gammas [Dh]; tables [T, Dh/2]; ``output_scale`` [] makes the output FP8.
     """
-    _check_temporal(qkv, bias, q_gamma, k_gamma, cos, sin, heads, output_scale)
+    _check_temporal(Temporal(qkv, bias, q_gamma, k_gamma, cos, sin, heads, epsilon, output_scale))
     q, k, v = _heads_of(qkv, bias, heads).permute(3, 0, 2, 4, 1, 5)  # 3 x (B, S, H, T, Dh)
     q, k = _normed(q, q_gamma, cos, sin, epsilon), _normed(k, k_gamma, cos, sin, epsilon)
     y = F.scaled_dot_product_attention(q, k, v)  # (B, S, H, T, Dh)
@@ -51,40 +89,23 @@ def temporal_attention(
 
 
 @temporal_attention.register_kernel("cuda")
-def temporal_attention_on_gpu(
-    qkv: Tensor,
-    bias: Tensor | None,
-    q_gamma: Tensor,
-    k_gamma: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    epsilon: float = 1e-6,
-    output_scale: Tensor | None = None,
-) -> Tensor:
+def temporal_attention_on_gpu(*arguments: Any, **keywords: Any) -> Tensor:
     """The kernel's launch on the current stream of the tensors' device; adds ``KernelError`` to the operator's."""
     from stiv_deploy.stiv_ref.fused_launch import cuda_library, current_stream, launch_temporal
 
-    _check_temporal(qkv, bias, q_gamma, k_gamma, cos, sin, heads, output_scale)
-    with torch.cuda.device(qkv.device):
-        tensors = (qkv, bias, q_gamma, k_gamma, cos, sin)
-        return launch_temporal(cuda_library(), tensors, heads, epsilon, output_scale, current_stream())
+    call = Temporal(*arguments, **keywords)
+    _check_temporal(call)
+    with torch.cuda.device(call.qkv.device):
+        return launch_temporal(
+            cuda_library(), call[:TENSORS], call.heads, call.epsilon, call.output_scale, current_stream()
+        )
 
 
 @temporal_attention.register_fake
-def _(
-    qkv: Tensor,
-    bias: Tensor | None,
-    q_gamma: Tensor,
-    k_gamma: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    epsilon: float = 1e-6,
-    output_scale: Tensor | None = None,
-) -> Tensor:
-    _check_temporal(qkv, bias, q_gamma, k_gamma, cos, sin, heads, output_scale)
-    return empty_temporal(qkv, output_scale)
+def _(*arguments: Any, **keywords: Any) -> Tensor:
+    call = Temporal(*arguments, **keywords)
+    _check_temporal(call)
+    return empty_temporal(call.qkv, call.output_scale)
 
 
 @torch.library.custom_op("stiv::spatial_qkv", mutates_args=())
@@ -107,7 +128,8 @@ def spatial_qkv(
     ``bias`` [3*H*Dh] or None; gammas [Dh]; tables [S, Dh/2]; q is multiplied by ``query_scale``. The three scales [],
     given together, make the outputs FP8.
     """
-    _check_spatial(qkv, bias, q_gamma, k_gamma, cos, sin, heads, (q_scale, k_scale, v_scale))
+    scales = (q_scale, k_scale, v_scale)
+    _check_spatial(Spatial(qkv, bias, q_gamma, k_gamma, cos, sin, heads, epsilon, query_scale, *scales))
     q, k, v = _heads_of(qkv, bias, heads).permute(2, 0, 3, 1, 4)  # 3 x (N, H, S, Dh)
     q, k = _normed(q, q_gamma, cos, sin, epsilon), _normed(k, k_gamma, cos, sin, epsilon)
     q = q if query_scale == 1.0 else q * query_scale
@@ -115,47 +137,29 @@ def spatial_qkv(
 
 
 @spatial_qkv.register_kernel("cuda")
-def spatial_qkv_on_gpu(
-    qkv: Tensor,
-    bias: Tensor | None,
-    q_gamma: Tensor,
-    k_gamma: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    epsilon: float = 1e-6,
-    query_scale: float = 1.0,
-    q_scale: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def spatial_qkv_on_gpu(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel's launch on the current stream of the tensors' device; adds ``KernelError`` to the operator's."""
     from stiv_deploy.stiv_ref.fused_launch import cuda_library, current_stream, launch_spatial
 
-    scales = (q_scale, k_scale, v_scale)
-    _check_spatial(qkv, bias, q_gamma, k_gamma, cos, sin, heads, scales)
-    with torch.cuda.device(qkv.device):
-        tensors = (qkv, bias, q_gamma, k_gamma, cos, sin)
-        return launch_spatial(cuda_library(), tensors, heads, epsilon, query_scale, scales, current_stream())
+    call = Spatial(*arguments, **keywords)
+    _check_spatial(call)
+    with torch.cuda.device(call.qkv.device):
+        return launch_spatial(
+            cuda_library(),
+            call[:TENSORS],
+            call.heads,
+            call.epsilon,
+            call.query_scale,
+            call.scales,
+            current_stream(),
+        )
 
 
 @spatial_qkv.register_fake
-def _(
-    qkv: Tensor,
-    bias: Tensor | None,
-    q_gamma: Tensor,
-    k_gamma: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    epsilon: float = 1e-6,
-    query_scale: float = 1.0,
-    q_scale: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_spatial(qkv, bias, q_gamma, k_gamma, cos, sin, heads, (q_scale, k_scale, v_scale))
-    return empty_spatial(qkv, heads, q_scale)
+def _(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = Spatial(*arguments, **keywords)
+    _check_spatial(call)
+    return empty_spatial(call.qkv, call.heads, call.q_scale)
 
 
 def _refuse_backward(*_: object) -> NoReturn:
@@ -199,39 +203,21 @@ def _stored(x: Tensor, scale: Tensor | None) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _check_temporal(
-    qkv: Tensor,
-    bias: Tensor | None,
-    q_gamma: Tensor,
-    k_gamma: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    scale: Tensor | None,
-) -> None:
+def _check_temporal(call: Temporal) -> None:
     what = "fused temporal attention"
-    _check_qkv(what, qkv, ("B", "T", "S", "3*H*Dh"), heads)
-    _check_parameters(what, qkv, bias, (q_gamma, k_gamma), (cos, sin), heads, length=qkv.shape[1])
-    _check_scales(what, qkv, () if scale is None else (scale,))
+    _check_qkv(what, call.qkv, ("B", "T", "S", "3*H*Dh"), call.heads)
+    _check_parameters(what, call)
+    _check_scales(what, call.qkv, () if call.output_scale is None else (call.output_scale,))
 
 
-def _check_spatial(
-    qkv: Tensor,
-    bias: Tensor | None,
-    q_gamma: Tensor,
-    k_gamma: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    scales: tuple[Tensor | None, Tensor | None, Tensor | None],
-) -> None:
+def _check_spatial(call: Spatial) -> None:
     what = "fused spatial pre-processing"
-    _check_qkv(what, qkv, ("N", "S", "3*H*Dh"), heads)
-    _check_parameters(what, qkv, bias, (q_gamma, k_gamma), (cos, sin), heads, length=qkv.shape[1])
-    given = tuple(scale for scale in scales if scale is not None)
+    _check_qkv(what, call.qkv, ("N", "S", "3*H*Dh"), call.heads)
+    _check_parameters(what, call)
+    given = tuple(scale for scale in call.scales if scale is not None)
     if len(given) not in (0, 3):
         raise AttentionError(f"{what}: {len(given)} of the scales of q, k and v given; give all three, or none")
-    _check_scales(what, qkv, given)
+    _check_scales(what, call.qkv, given)
 
 
 def shape_text(tensor: Tensor) -> str:
@@ -254,24 +240,17 @@ def _check_qkv(what: str, qkv: Tensor, axes: tuple[str, ...], heads: int) -> Non
         raise AttentionError(f"{what}: qkv {shape_text(qkv)} is not contiguous; give the linear's output as it is")
 
 
-def _check_parameters(
-    what: str,
-    qkv: Tensor,
-    bias: Tensor | None,
-    gammas: tuple[Tensor, Tensor],
-    tables: tuple[Tensor, Tensor],
-    heads: int,
-    length: int,
-) -> None:
-    head_dim = qkv.shape[-1] // (3 * heads)
+def _check_parameters(what: str, call: Temporal | Spatial) -> None:
+    qkv, heads = call.qkv, call.heads
+    length, head_dim = qkv.shape[1], qkv.shape[-1] // (3 * heads)
     wanted: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        "q_gamma": (gammas[0], (head_dim,)),
-        "k_gamma": (gammas[1], (head_dim,)),
-        "cos": (tables[0], (length, head_dim // 2)),
-        "sin": (tables[1], (length, head_dim // 2)),
+        "q_gamma": (call.q_gamma, (head_dim,)),
+        "k_gamma": (call.k_gamma, (head_dim,)),
+        "cos": (call.cos, (length, head_dim // 2)),
+        "sin": (call.sin, (length, head_dim // 2)),
     }
-    if bias is not None:
-        wanted["bias"] = (bias, (qkv.shape[-1],))
+    if call.bias is not None:
+        wanted["bias"] = (call.bias, (qkv.shape[-1],))
     for name, (tensor, shape) in wanted.items():
         if tuple(tensor.shape) != shape:
             sizes = f"[{', '.join(str(size) for size in shape)}]"
