@@ -150,7 +150,8 @@ STIV_DEVICE void normalize_rows(unsigned char* shared, const Block& block, const
         const bool active = task.active;
         const int kind = task.kind, t = task.t, first_item = task.first_item;
         int head = first_item % block.heads;
-        const Number* const bias_of_lane = norm.bias + kind * norm.bias_stride + sub * 4;
+        const Number* const bias_of_lane =
+            norm.bias ? norm.bias + kind * norm.bias_stride + sub * 4 : nullptr;
 #pragma unroll 1
         for (int i = 0; i < per_split; ++i) {
             const bool valid = active && first_item + i < block.items();
@@ -164,7 +165,7 @@ STIV_DEVICE void normalize_rows(unsigned char* shared, const Block& block, const
                     load_unit<Number>(shared + Rows::byte_offset(row, (unit + Lanes::kPairs) * Rows::kUnitBytes),
                                       second[j]);
                 }
-                if (norm.bias) {
+                if (bias_of_lane) {
                     const Number* const bias = bias_of_lane + head * kHeadDim;
 #pragma unroll
                     for (int j = 0; j < Lanes::kUnits; ++j) {
