@@ -36,7 +36,7 @@ from stiv_deploy.export.graphs import graph_modules, model_facts
 from stiv_deploy.export.network_check import draw_inputs, relative_error
 from stiv_deploy.export.quantization import Quantization
 from stiv_deploy.runtime.backends.onnxruntime import session_options
-from stiv_deploy.runtime.backends.onnxruntime_int8 import EXACT, cpu_flags
+from stiv_deploy.runtime.backends.onnxruntime_int8 import EXACT, VNNI, cpu_flags
 from stiv_deploy.runtime.contract import Precision, graph_specs
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 
@@ -66,9 +66,15 @@ VARIANTS = {
     BASELINE: Variant(int8=False),
     "int8": Variant(),
     "int8, unsigned weights (exact without VNNI)": Variant(entries=((EXACT, "1"),)),
-    "int8, signed activations as they are": Variant(entries=(("session.qdqisint8allowed", "1"),)),
     "int8, float16 activations": Variant(activations="float16"),
 }
+WITH_VNNI = {"int8, signed activations as they are": Variant(entries=(("session.qdqisint8allowed", "1"),))}
+"""Without VNNI the runtime asks for unsigned weights, and ONNX Runtime refuses both options together."""
+
+
+def variants(flags: frozenset[str] | None = None) -> dict[str, Variant]:
+    """What a CPU with these instruction sets (None: the one here) can run, by name."""
+    return VARIANTS | (WITH_VNNI if VNNI & (cpu_flags() if flags is None else flags) else {})
 
 
 def block_inputs(checkpoint: Checkpoint, batch: int, frames: int, tokens: int) -> Inputs:
@@ -105,7 +111,7 @@ def quantization_of(checkpoint: Checkpoint, ranges: Mapping[str, torch.Tensor]) 
 def write_graphs(checkpoint: Checkpoint, inputs: Inputs, folder: Path) -> None:
     """The graphs of all variants, each in a folder of its own below ``folder``."""
     quantization = quantization_of(checkpoint, block_ranges(checkpoint, inputs))
-    for variant in {variant.folder: variant for variant in VARIANTS.values()}.values():
+    for variant in {variant.folder: variant for variant in variants().values()}.values():
         target = folder / variant.folder
         target.mkdir(parents=True)
         GraphWriter(checkpoint, target, variant.activations, quantization if variant.int8 else None).write(BLOCK)
@@ -178,14 +184,14 @@ def by_operator(events: list[dict[str, Any]], runs: int) -> dict[str, float]:
 
 def measure_block(folder: Path, inputs: Inputs, threads: int, repeats: int) -> dict[str, Any]:
     """Speed, error and time by operator of all variants at the size of ``inputs``."""
-    sessions = {name: open_session(variant, folder, threads) for name, variant in VARIANTS.items()}
+    sessions = {name: open_session(variant, folder, threads) for name, variant in variants().items()}
     feeds = {name: fed(session, inputs) for name, session in sessions.items()}
     outputs = {name: session.run(None, feeds[name])[0] for name, session in sessions.items()}
     calls = {
         name: (lambda session=session, feed=feeds[name]: session.run(None, feed)) for name, session in sessions.items()
     }
     rows: dict[str, dict[str, Any]] = dict(speed_rows(in_turns(calls, repeats), BASELINE))
-    for name, variant in VARIANTS.items():
+    for name, variant in variants().items():
         rows[name]["rel_l2"] = round(relative_error(outputs[name], outputs[BASELINE]), 5)
         rows[name]["milliseconds_by_operator"] = dict(
             list(operator_times(variant, folder, inputs, threads).items())[:8]
