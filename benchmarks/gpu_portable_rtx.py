@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from stiv_deploy.export.build import BuildRequest, EngineBuild
-from stiv_deploy.export.plan_cache import default_cache
+from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
+from stiv_deploy.export.engines.plan_cache import default_cache
 from stiv_deploy.runtime.backends.base import Backend, Buffer
 from stiv_deploy.runtime.backends.cuda import Cuda
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend

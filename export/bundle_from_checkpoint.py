@@ -13,10 +13,10 @@ import torch
 
 from stiv_deploy.calibration.quantize import require_modelopt
 from stiv_deploy.export.errors import ExportError
-from stiv_deploy.export.graph_writer import GRAPH_FOLDER, GraphWriter, Progress
-from stiv_deploy.export.graphs import model_facts
-from stiv_deploy.export.onnx_from_module import OPSET
-from stiv_deploy.export.quantization import Quantization, check_quantization
+from stiv_deploy.export.graphs.writer import GRAPH_FOLDER, GraphWriter, Progress
+from stiv_deploy.export.graphs.modules import model_facts
+from stiv_deploy.export.graphs.onnx_from_module import OPSET
+from stiv_deploy.export.graphs.quantization import Quantization, check_quantization
 from stiv_deploy.runtime.contract import ModelFacts, Precision
 from stiv_deploy.runtime.engine_files import Attention
 from stiv_deploy.runtime.errors import OutputError

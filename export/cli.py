@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self, cast, get_args
 import typer
 
 if TYPE_CHECKING:
-    from stiv_deploy.export.quantization import Quantization
+    from stiv_deploy.export.graphs.quantization import Quantization
     from stiv_deploy.runtime.engine_files import Attention
 
 Precision = Literal["float32", "float16", "bfloat16"]
@@ -141,7 +141,7 @@ class ExportRequest:
         """Scales and plan, read and checked against the checkpoint."""
         if self.format is None or self.scales is None:
             return None
-        from stiv_deploy.export.quantization import load_quantization
+        from stiv_deploy.export.graphs.quantization import load_quantization
 
         return load_quantization(self.checkpoint, self.format, self.scales, self.plan)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stiv_deploy.export.build import BuildRequest, EngineBuild
+from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
 from stiv_deploy.runtime.backends.cuda import Cuda
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend, unavailable_reason

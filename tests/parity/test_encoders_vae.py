@@ -18,9 +18,9 @@ from torch import Tensor
 
 from stiv_deploy.export.bundle_from_checkpoint import default_bucket, export_bundle, validate_bucket
 from stiv_deploy.export.errors import ExportError
-from stiv_deploy.export.graphs import model_facts
-from stiv_deploy.export.network_check import check_sizes
-from stiv_deploy.export.parity import run_parity
+from stiv_deploy.export.graphs.modules import model_facts
+from stiv_deploy.export.graphs.check import check_sizes
+from stiv_deploy.export.parity.ladder import run_parity
 from stiv_deploy.runtime import StivPipeline
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.contract import GraphSpec, dimensions, graph_specs

@@ -26,8 +26,8 @@ from stiv_deploy.stiv_ref.text import TextConfig, TextEncoder, word_tokenizer
 from stiv_deploy.stiv_ref.vae import Vae, VaeConfig
 
 if TYPE_CHECKING:
-    from stiv_deploy.export.onnx_from_module import Template
-    from stiv_deploy.export.quantization import Quantization
+    from stiv_deploy.export.graphs.onnx_from_module import Template
+    from stiv_deploy.export.graphs.quantization import Quantization
 
 MAX_TOKENS = 8
 MICRO = StivConfig(
@@ -56,8 +56,8 @@ class TracedGraph(NamedTuple):
 
 def traced_graph(checkpoint: Checkpoint, name: str) -> TracedGraph:
     """Trace one float32 graph of a checkpoint."""
-    from stiv_deploy.export.graphs import graph_modules, model_facts
-    from stiv_deploy.export.onnx_from_module import trace
+    from stiv_deploy.export.graphs.modules import graph_modules, model_facts
+    from stiv_deploy.export.graphs.onnx_from_module import trace
 
     facts = model_facts(checkpoint.config)
     spec, module = graph_specs(facts, "float32")[name], graph_modules(checkpoint)[name]
@@ -123,7 +123,7 @@ def quantize(micro: Checkpoint, micro_path: Path) -> Callable[..., "Quantization
     from stiv_deploy.calibration.layers import OPERANDS, Format, model_layers
     from stiv_deploy.calibration.plan import PrecisionPlan, default_plan
     from stiv_deploy.calibration.scales import Provenance, Scales
-    from stiv_deploy.export.quantization import Quantization
+    from stiv_deploy.export.graphs.quantization import Quantization
 
     config = micro.config.model
 

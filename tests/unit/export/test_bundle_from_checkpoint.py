@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stiv_deploy.export import bundle_from_checkpoint, graph_writer
+from stiv_deploy.export import bundle_from_checkpoint
+from stiv_deploy.export.graphs import writer as graph_writer
 from stiv_deploy.export.bundle_from_checkpoint import (
     buckets_for,
     default_bucket,
@@ -18,8 +19,8 @@ from stiv_deploy.export.bundle_from_checkpoint import (
     validate_bucket,
 )
 from stiv_deploy.export.errors import CheckError, ExportError
-from stiv_deploy.export.graphs import model_facts
-from stiv_deploy.export.onnx_from_module import structure_faults
+from stiv_deploy.export.graphs.modules import model_facts
+from stiv_deploy.export.graphs.onnx_from_module import structure_faults
 from stiv_deploy.runtime.contract import graph_specs
 from stiv_deploy.runtime.errors import OutputError
 from stiv_deploy.runtime.manifest import MANIFEST, Bucket, Manifest, Range

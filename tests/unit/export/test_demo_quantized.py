@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from stiv_deploy.export import demo_quantized
-from stiv_deploy.export.demo_quantized import QuantizedDemo, StageError, quantized_demo
+from stiv_deploy.export.demo import quantized as demo_quantized
+from stiv_deploy.export.demo.quantized import QuantizedDemo, StageError, quantized_demo
 
 CHECKPOINT = Path("checkpoints/tiny")
 
@@ -93,7 +93,7 @@ def test_without_the_builder_the_report_says_why(run: QuantizedDemo, monkeypatch
 
 
 def test_unknown_precision_is_one_line_and_writes_nothing(tmp_path: Path) -> None:
-    from stiv_deploy.export.demo import demo
+    from stiv_deploy.export.demo.demo import demo
     from stiv_deploy.export.errors import ExportError
 
     with pytest.raises(ExportError, match="--precision fp4: the demo has fp8 and int8"):

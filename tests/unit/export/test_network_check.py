@@ -11,9 +11,9 @@ from torch import nn
 
 from stiv_deploy.export.bundle_from_checkpoint import default_bucket
 from stiv_deploy.export.errors import CheckError
-from stiv_deploy.export.graph_writer import require_passed
-from stiv_deploy.export.graphs import graph_modules, model_facts
-from stiv_deploy.export.network_check import (
+from stiv_deploy.export.graphs.writer import require_passed
+from stiv_deploy.export.graphs.modules import graph_modules, model_facts
+from stiv_deploy.export.graphs.check import (
     TOKEN_BYTES,
     VAE_PIXELS,
     CheckRow,
@@ -25,7 +25,7 @@ from stiv_deploy.export.network_check import (
     graph_sizes,
     relative_error,
 )
-from stiv_deploy.export.onnx_from_module import Template, parameters_of, write_graph
+from stiv_deploy.export.graphs.onnx_from_module import Template, parameters_of, write_graph
 from stiv_deploy.runtime.contract import MASKED, GraphSpec, graph_specs
 from stiv_deploy.runtime.manifest import Bucket, Range
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint

@@ -12,10 +12,10 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from stiv_deploy.export import onnx_from_module
-from stiv_deploy.export.graphs import graph_modules, model_facts
-from stiv_deploy.export.network_check import draw_inputs, open_session
-from stiv_deploy.export.onnx_from_module import (
+from stiv_deploy.export.graphs import onnx_from_module
+from stiv_deploy.export.graphs.modules import graph_modules, model_facts
+from stiv_deploy.export.graphs.check import draw_inputs, open_session
+from stiv_deploy.export.graphs.onnx_from_module import (
     Template,
     parameters_of,
     structure_faults,
@@ -23,7 +23,7 @@ from stiv_deploy.export.onnx_from_module import (
     trace,
     write_graph,
 )
-from stiv_deploy.export.passes import NAME_SCOPES
+from stiv_deploy.export.graphs.passes import NAME_SCOPES
 from stiv_deploy.runtime.contract import GraphSpec, dimensions, graph_specs
 from stiv_deploy.runtime.manifest import MANIFEST, Manifest
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint

@@ -14,12 +14,12 @@ from stiv_deploy.calibration.layers import LARGEST, Format, model_layers
 from stiv_deploy.calibration.plan import default_plan
 from stiv_deploy.calibration.scales import Provenance, Scales, file_hash, save_scales, scale_of, tensor_names
 from stiv_deploy.export.bundle_from_checkpoint import default_bucket, sampling_defaults
-from stiv_deploy.export.graphs import model_facts
-from stiv_deploy.export.oracle import Oracle
-from stiv_deploy.export.parity_draws import DRAWS, SPREADS, Draws, on_grid, quantized_gate, rel_l2
-from stiv_deploy.export.parity_files import opened_scales
-from stiv_deploy.export.parity_requests import Request, parity_requests
-from stiv_deploy.export.parity_runs import probe
+from stiv_deploy.export.graphs.modules import model_facts
+from stiv_deploy.export.parity.oracle import Oracle
+from stiv_deploy.export.parity.draws import DRAWS, SPREADS, Draws, on_grid, quantized_gate, rel_l2
+from stiv_deploy.export.parity.files import opened_scales
+from stiv_deploy.export.parity.requests import Request, parity_requests
+from stiv_deploy.export.parity.runs import probe
 from stiv_deploy.runtime.errors import BundleError
 from stiv_deploy.runtime.manifest import FileRecord, Manifest, QuantizationRecord
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint

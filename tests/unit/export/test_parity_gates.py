@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stiv_deploy.export.parity import UNIT_ROUNDING, ParityReport, VideoGate, gate_of, rel_l2
-from stiv_deploy.export.parity_files import check_json_target, report_json, write_json
+from stiv_deploy.export.parity.ladder import UNIT_ROUNDING, ParityReport, VideoGate, gate_of, rel_l2
+from stiv_deploy.export.parity.files import check_json_target, report_json, write_json
 from stiv_deploy.runtime.errors import OutputError
 from stiv_deploy.runtime.manifest import ParityRow
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stiv_deploy.export import passes
+from stiv_deploy.export.graphs import passes
 from stiv_deploy.runtime.contract import GraphSpec, TensorSpec
 
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from stiv_deploy.export.network_check import FLOAT32_GATE, FLOOR, HALF_FACTOR, open_session, relative_error
-from stiv_deploy.export.onnx_from_module import (
+from stiv_deploy.export.graphs.check import FLOAT32_GATE, FLOOR, HALF_FACTOR, open_session, relative_error
+from stiv_deploy.export.graphs.onnx_from_module import (
     OPSET,
 )
-from stiv_deploy.export.plugin_functions import plugin_function
+from stiv_deploy.export.graphs.plugin_functions import plugin_function
 from stiv_deploy.runtime.plugins.spec import (
     DOMAIN,
     HEAD_DIMS,

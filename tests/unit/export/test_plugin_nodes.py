@@ -13,9 +13,9 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from stiv_deploy.calibration.layers import Format
-from stiv_deploy.export.graphs import model_facts
-from stiv_deploy.export.network_check import FLOAT32_GATE, open_session, relative_error
-from stiv_deploy.export.onnx_from_module import (
+from stiv_deploy.export.graphs.modules import model_facts
+from stiv_deploy.export.graphs.check import FLOAT32_GATE, open_session, relative_error
+from stiv_deploy.export.graphs.onnx_from_module import (
     OPSET,
     Template,
     parameters_of,
@@ -24,9 +24,9 @@ from stiv_deploy.export.onnx_from_module import (
     write_graph,
     write_second_form,
 )
-from stiv_deploy.export.plugin_nodes import absorb_quantization, attach_functions, plugin_names
-from stiv_deploy.export.quantization import LayerScheme, StoredTensors
-from stiv_deploy.export.quantized_graph import quantized_template
+from stiv_deploy.export.graphs.plugin_nodes import absorb_quantization, attach_functions, plugin_names
+from stiv_deploy.export.graphs.quantization import LayerScheme, StoredTensors
+from stiv_deploy.export.graphs.quantized_graph import quantized_template
 from stiv_deploy.runtime.contract import GraphSpec, ModelFacts, Precision, graph_specs
 from stiv_deploy.runtime.plugins.spec import (
     DOMAIN,
@@ -346,7 +346,7 @@ def test_absorbed_quantization_computes_what_it_did_before(
     traced: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schemes: tuple[LayerScheme, ...]
 ) -> None:
     """Float32 graphs with and without the pass agree but for codes at ties, and differ from no quantization at all."""
-    from stiv_deploy.export import quantized_graph
+    from stiv_deploy.export.graphs import quantized_graph
 
     inputs = drawn(traced, 2, 3, 5)
     found = run(write(traced, tmp_path, *schemes), inputs, "fp8")

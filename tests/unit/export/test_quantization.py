@@ -16,11 +16,12 @@ from stiv_deploy.calibration.errors import CalibrationError
 from stiv_deploy.calibration.layers import Format
 from stiv_deploy.calibration.plan import default_plan, everything, save_plan
 from stiv_deploy.calibration.scales import file_hash, save_scales
-from stiv_deploy.export import bundle_from_checkpoint, graph_writer
+from stiv_deploy.export import bundle_from_checkpoint
+from stiv_deploy.export.graphs import writer as graph_writer
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
 from stiv_deploy.export.errors import ExportError
-from stiv_deploy.export.graphs import graph_modules
-from stiv_deploy.export.quantization import (
+from stiv_deploy.export.graphs.modules import graph_modules
+from stiv_deploy.export.graphs.quantization import (
     Quantization,
     StoredTensors,
     check_quantization,

@@ -18,11 +18,11 @@ from stiv_deploy.calibration.plan import everything
 from stiv_deploy.calibration.scales import scale_of
 from stiv_deploy.export.bundle_from_checkpoint import default_bucket, export_bundle
 from stiv_deploy.export.errors import CheckError
-from stiv_deploy.export.graph_writer import GraphWriter, in_precision
-from stiv_deploy.export.network_check import FLOOR, draw_inputs, open_session, relative_error
-from stiv_deploy.export.onnx_from_module import Template, structure_faults, write_graph
-from stiv_deploy.export.quantization import LayerScheme, Quantization, StoredTensors, graph_scheme
-from stiv_deploy.export.quantized_graph import TYPES, quantized_template
+from stiv_deploy.export.graphs.writer import GraphWriter, in_precision
+from stiv_deploy.export.graphs.check import FLOOR, draw_inputs, open_session, relative_error
+from stiv_deploy.export.graphs.onnx_from_module import Template, structure_faults, write_graph
+from stiv_deploy.export.graphs.quantization import LayerScheme, Quantization, StoredTensors, graph_scheme
+from stiv_deploy.export.graphs.quantized_graph import TYPES, quantized_template
 from stiv_deploy.runtime.contract import GraphSpec, Precision, dimensions
 from stiv_deploy.runtime.manifest import MANIFEST, Manifest
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
@@ -101,7 +101,7 @@ def test_a_quantized_linear_computes_what_torch_computes(
 
 
 def sizes(micro: Checkpoint) -> dict[str, int]:
-    from stiv_deploy.export.graphs import model_facts
+    from stiv_deploy.export.graphs.modules import model_facts
 
     return dimensions(
         model_facts(micro.config), batch=1, branches=2, video_frames=3, height=40, width=24, text_tokens=5
@@ -204,7 +204,7 @@ def test_linears_that_became_gemm(written: Callable[[Format], dict[str, onnx.Mod
 def test_one_trace_serves_all_plans(
     micro: Checkpoint, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stiv_deploy.export import graph_writer
+    from stiv_deploy.export.graphs import writer as graph_writer
 
     traced: list[str] = []
 

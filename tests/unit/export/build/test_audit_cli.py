@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from stiv_deploy.export import audit
-from stiv_deploy.export.engine_job import EngineJob, EngineResult
+from stiv_deploy.export.audit import audit
+from stiv_deploy.export.engines.job import EngineJob, EngineResult
 from stiv_deploy.runtime.bundle import read_manifest, write_manifest
 from stiv_deploy.runtime.main import main
 from stiv_deploy.runtime.manifest import QuantizationRecord

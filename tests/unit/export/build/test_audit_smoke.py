@@ -9,13 +9,13 @@ import torch
 from stiv_deploy.calibration.layers import Format, model_layers
 from stiv_deploy.calibration.plan import default_plan
 from stiv_deploy.calibration.scales import Provenance, Scales, tensor_names
-from stiv_deploy.export.audit import Audit, AuditReport
+from stiv_deploy.export.audit.audit import Audit, AuditReport
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
-from stiv_deploy.export.engine_from_onnx import build_engine
-from stiv_deploy.export.engine_job import EngineJob
-from stiv_deploy.export.fusion_audit import failures
-from stiv_deploy.export.layer_report import read_report
-from stiv_deploy.export.quantization import Quantization
+from stiv_deploy.export.engines.engine_from_onnx import build_engine
+from stiv_deploy.export.engines.job import EngineJob
+from stiv_deploy.export.audit.fusion_audit import failures
+from stiv_deploy.export.audit.layer_report import read_report
+from stiv_deploy.export.graphs.quantization import Quantization
 from stiv_deploy.runtime.bundle import Bundle, write_manifest
 from stiv_deploy.runtime.engine_files import profile
 from stiv_deploy.runtime.manifest import Bucket, Range

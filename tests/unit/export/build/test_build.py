@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from stiv_deploy.export import build as build_module
-from stiv_deploy.export import engine_install
-from stiv_deploy.export.build import BuildRequest, BuiltEngine, EngineBuild, default_jobs
-from stiv_deploy.export.builder_processes import BuilderProcesses
-from stiv_deploy.export.engine_job import EngineJob, EngineResult
+from stiv_deploy.export.engines import build as build_module
+from stiv_deploy.export.engines import install as engine_install
+from stiv_deploy.export.engines.build import BuildRequest, BuiltEngine, EngineBuild, default_jobs
+from stiv_deploy.export.engines.processes import BuilderProcesses
+from stiv_deploy.export.engines.job import EngineJob, EngineResult
 from stiv_deploy.runtime.bundle import Bundle, file_record, write_manifest
 from stiv_deploy.runtime.engine_files import graph_hash
 from stiv_deploy.runtime.errors import BundleError, EngineError, OutputError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stiv_deploy.export.build_cli import expanded, listed
+from stiv_deploy.export.engines.cli import expanded, listed
 from stiv_deploy.runtime import tensorrt_library
 from stiv_deploy.runtime.bundle import read_manifest, write_manifest
 from stiv_deploy.runtime.manifest import QuantizationRecord

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from stiv_deploy.export.build import BuildRequest, EngineBuild
+from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
 from stiv_deploy.runtime.bundle import Bundle
 from stiv_deploy.runtime.tensorrt_library import missing_library

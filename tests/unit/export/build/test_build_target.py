@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from stiv_deploy.export import build as build_module
-from stiv_deploy.export.build import resolve_sm
+from stiv_deploy.export.engines import build as build_module
+from stiv_deploy.export.engines.build import resolve_sm
 from stiv_deploy.runtime import tensorrt_library
 from stiv_deploy.runtime.errors import BackendError
 from stiv_deploy.runtime.tensorrt_library import import_tensorrt, missing_library, parse_flavour, targets

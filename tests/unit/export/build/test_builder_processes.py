@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from stiv_deploy.export.builder_processes import BuilderProcesses
-from stiv_deploy.export.engine_job import EngineJob
+from stiv_deploy.export.engines.processes import BuilderProcesses
+from stiv_deploy.export.engines.job import EngineJob
 from stiv_deploy.runtime.errors import EngineError
 
 JOB = EngineJob(graph="head", onnx="head.onnx", plan="head.plan", backend="tensorrt-rtx", sm="89", profiles=())

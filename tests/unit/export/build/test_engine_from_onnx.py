@@ -11,11 +11,11 @@ import onnx
 import pytest
 from onnx import parser
 
-from stiv_deploy.export.builder_processes import BuilderProcesses
-from stiv_deploy.export.engine_from_onnx import configure, last_error, make_logger, parse
-from stiv_deploy.export.engine_job import EngineJob
-from stiv_deploy.export.engine_worker import run
-from stiv_deploy.export.layer_report import read_report
+from stiv_deploy.export.engines.processes import BuilderProcesses
+from stiv_deploy.export.engines.engine_from_onnx import configure, last_error, make_logger, parse
+from stiv_deploy.export.engines.job import EngineJob
+from stiv_deploy.export.engines.worker import run
+from stiv_deploy.export.audit.layer_report import read_report
 from stiv_deploy.runtime.tensorrt_library import import_tensorrt, missing_library, targets
 
 pytestmark = pytest.mark.skipif(
@@ -151,7 +151,7 @@ def test_worker_process_answers_with_json_only(tmp_path: Path) -> None:
 
 def test_builder_process_imports_nothing_heavy() -> None:
     """It starts once for every engine."""
-    program = "import sys, stiv_deploy.export.engine_worker; print(*sys.modules)"
+    program = "import sys, stiv_deploy.export.engines.worker; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ)
     assert not {"torch", "onnx", "onnxruntime", "pydantic", "numpy", "typer"} & set(found.stdout.split())
 

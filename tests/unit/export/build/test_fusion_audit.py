@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stiv_deploy.export.fusion_audit import (
+from stiv_deploy.export.audit.fusion_audit import (
     BLOCK_LINEARS,
     AuditRow,
     Choice,
@@ -16,7 +16,7 @@ from stiv_deploy.export.fusion_audit import (
     expected_fusions,
     failures,
 )
-from stiv_deploy.export.layer_report import EngineLayer, parse_report, read_report
+from stiv_deploy.export.audit.layer_report import EngineLayer, parse_report, read_report
 from stiv_deploy.runtime.bundle import read_manifest
 from stiv_deploy.runtime.manifest import Manifest, QuantizationRecord
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stiv_deploy.export.plan_cache import PlanCache, default_cache, plan_key
+from stiv_deploy.export.engines.plan_cache import PlanCache, default_cache, plan_key
 
 KEY = "ab" * 32
 parts = st.dictionaries(

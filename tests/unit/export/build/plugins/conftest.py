@@ -217,7 +217,7 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
     """Stands for TensorRT in this process, on a machine with an H100."""
     trt = FakeTensorRT()
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
-    monkeypatch.setattr("stiv_deploy.export.build.gpu_sm", lambda: "90")
+    monkeypatch.setattr("stiv_deploy.export.engines.build.gpu_sm", lambda: "90")
     return trt
 
 
@@ -251,9 +251,9 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def builders(monkeypatch: pytest.MonkeyPatch, tensorrt: FakeTensorRT) -> list[Any]:
     """Runs the builder processes' program in this process, each time with a TensorRT of its own; returns the jobs."""
-    from stiv_deploy.export.builder_processes import BuilderProcesses
-    from stiv_deploy.export.engine_job import EngineJob, EngineResult
-    from stiv_deploy.export.engine_worker import run
+    from stiv_deploy.export.engines.processes import BuilderProcesses
+    from stiv_deploy.export.engines.job import EngineJob, EngineResult
+    from stiv_deploy.export.engines.worker import run
 
     jobs: list[EngineJob] = []
 
@@ -270,7 +270,7 @@ def builders(monkeypatch: pytest.MonkeyPatch, tensorrt: FakeTensorRT) -> list[An
 @pytest.fixture
 def build(plugin_bundle: Path, builders: list[Any]) -> Callable[..., Any]:
     """Builds chosen graphs of :func:`plugin_bundle`, by default in the form with plugins."""
-    from stiv_deploy.export.build import BuildRequest, EngineBuild
+    from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
     from stiv_deploy.runtime.bundle import Bundle
 
     def make(*graphs: str, **update: Any) -> Any:

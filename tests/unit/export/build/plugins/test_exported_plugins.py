@@ -8,11 +8,11 @@ from typing import Any
 import onnx
 import pytest
 
-from stiv_deploy.export.build import BuildRequest, EngineBuild
+from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
-from stiv_deploy.export.engine_job import EngineJob
-from stiv_deploy.export.engine_worker import run
-from stiv_deploy.export.plugin_graphs import KNOWN, without_functions
+from stiv_deploy.export.engines.job import EngineJob
+from stiv_deploy.export.engines.worker import run
+from stiv_deploy.export.engines.plugin_graphs import KNOWN, without_functions
 from stiv_deploy.runtime.bundle import Bundle
 from stiv_deploy.runtime.engine_files import profile
 from stiv_deploy.runtime.plugins.spec import DOMAIN, PLUGINS

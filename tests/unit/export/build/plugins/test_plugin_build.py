@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stiv_deploy.export.build import BuildRequest, EngineBuild
+from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
 from stiv_deploy.runtime.bundle import Bundle, read_manifest, write_manifest
 from stiv_deploy.runtime.contract import graph_specs
 from stiv_deploy.runtime.engine_files import attention_form, graph_hash, same_again
@@ -138,7 +138,7 @@ def test_a_bundle_without_plugin_forms(plugin_bundle: Path, build: Build, builde
 def test_rtx_takes_no_plugins(
     plugin_bundle: Path, build: Build, builders: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stiv_deploy.export.build.import_tensorrt", lambda flavour: sys.modules["tensorrt"])
+    monkeypatch.setattr("stiv_deploy.export.engines.build.import_tensorrt", lambda flavour: sys.modules["tensorrt"])
     message = refused(build, BackendError, builders, backend="tensorrt-rtx", sm="auto")
     assert "TensorRT-RTX takes no plugins: build with --attention native" in message
     assert "or with --backend tensorrt" in message
@@ -165,7 +165,7 @@ def test_fp8_where_there_is_none(
 ) -> None:
     record = QuantizationRecord(format="fp8", scales="0" * 64, layers={"block_01.spatial.attention": "fp8"})
     change(plugin_bundle, lambda manifest: {"quantization": record})
-    monkeypatch.setattr("stiv_deploy.export.build.gpu_sm", lambda: "80")
+    monkeypatch.setattr("stiv_deploy.export.engines.build.gpu_sm", lambda: "80")
     message = refused(build, BackendError, builders)
     assert "SM 80 has no FP8 arithmetic" in message
     assert "block_01.spatial.attention" in message
@@ -192,7 +192,7 @@ def test_plugins_of_another_package(plugin_bundle: Path, build: Build, builders:
 def test_onnx_is_needed(
     build: Build, builders: list[Any], library: PluginLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stiv_deploy.export.plugin_graphs.find_spec", lambda name: None)
+    monkeypatch.setattr("stiv_deploy.export.engines.plugin_graphs.find_spec", lambda name: None)
     message = refused(build, BackendError, builders)
     assert message == "building with plugins needs onnx; run: pip install 'stiv-deploy[export]'"
 

@@ -12,10 +12,10 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from stiv_deploy.export.engine_from_onnx import make_logger, parse
-from stiv_deploy.export.engine_job import EngineJob
-from stiv_deploy.export.engine_worker import run
-from stiv_deploy.export.plugin_graphs import without_functions
+from stiv_deploy.export.engines.engine_from_onnx import make_logger, parse
+from stiv_deploy.export.engines.job import EngineJob
+from stiv_deploy.export.engines.worker import run
+from stiv_deploy.export.engines.plugin_graphs import without_functions
 from stiv_deploy.runtime.errors import EngineError
 from stiv_deploy.runtime.plugins.spec import DOMAIN, SPATIAL_QKV, TEMPORAL_ATTENTION
 from stiv_deploy.runtime.plugins.tensorrt_plugins import PluginLibrary

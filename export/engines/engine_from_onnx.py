@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stiv_deploy.export.engine_job import EngineJob, EngineResult, Profile
-from stiv_deploy.export.plugin_graphs import prepared
+from stiv_deploy.export.engines.job import EngineJob, EngineResult, Profile
+from stiv_deploy.export.engines.plugin_graphs import prepared
 from stiv_deploy.runtime.errors import EngineError
 from stiv_deploy.runtime.tensorrt_library import import_tensorrt, one_line, targets
 

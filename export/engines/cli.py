@@ -8,7 +8,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from stiv_deploy.export.build import BuiltEngine, EngineBuild
+    from stiv_deploy.export.engines.build import BuiltEngine, EngineBuild
 
 MIB = 2**20
 
@@ -93,8 +93,8 @@ def build(
 
     TensorRT-RTX needs no GPU for it. The engines go into the bundle, all or none; equal plans are taken from the cache.
     """
-    from stiv_deploy.export.build import BuildRequest, EngineBuild
-    from stiv_deploy.export.plan_cache import default_cache
+    from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
+    from stiv_deploy.export.engines.plan_cache import default_cache
     from stiv_deploy.runtime.bundle import Bundle
     from stiv_deploy.runtime.errors import EngineError
     from stiv_deploy.runtime.tensorrt_library import parse_flavour

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from stiv_deploy.export.passes import NAME_SCOPES
+from stiv_deploy.export.graphs.passes import NAME_SCOPES
 
 
 class Primitives(NamedTuple):

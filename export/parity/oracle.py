@@ -22,7 +22,7 @@ from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, guide
 from stiv_deploy.stiv_ref.text import TextStates
 
 if TYPE_CHECKING:
-    from stiv_deploy.export.parity_requests import Request
+    from stiv_deploy.export.parity.requests import Request
 
 Tensors = dict[str, Tensor]
 HOST_GRAPHS = ("embed", "step")

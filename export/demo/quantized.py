@@ -12,7 +12,7 @@ from typing import Literal
 
 from PIL import Image
 
-from stiv_deploy.export.demo import (
+from stiv_deploy.export.demo.demo import (
     PROMPT,
     SEED,
     STILL,

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from stiv_deploy.export.errors import CheckError
-from stiv_deploy.export.graphs import FLOAT32_GRAPHS, Module, graph_modules, model_facts, torch_dtype
-from stiv_deploy.export.network_check import CheckRow, check_graph, executable, graph_sizes
-from stiv_deploy.export.onnx_from_module import (
+from stiv_deploy.export.graphs.modules import FLOAT32_GRAPHS, Module, graph_modules, model_facts, torch_dtype
+from stiv_deploy.export.graphs.check import CheckRow, check_graph, executable, graph_sizes
+from stiv_deploy.export.graphs.onnx_from_module import (
     Template,
     structure_faults,
     trace,
     write_graph,
     write_second_form,
 )
-from stiv_deploy.export.plugin_nodes import plugin_names
-from stiv_deploy.export.quantization import LayerScheme, Quantization, StoredTensors, graph_scheme
-from stiv_deploy.export.quantized_graph import quantized_template
+from stiv_deploy.export.graphs.plugin_nodes import plugin_names
+from stiv_deploy.export.graphs.quantization import LayerScheme, Quantization, StoredTensors, graph_scheme
+from stiv_deploy.export.graphs.quantized_graph import quantized_template
 from stiv_deploy.runtime.contract import GraphSpec, ModelFacts, Precision, graph_specs
 from stiv_deploy.runtime.engine_files import Attention
 from stiv_deploy.runtime.manifest import Bucket, FileRecord, GraphRecord, PluginForm

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from stiv_deploy.export.engine_job import EngineJob
+from stiv_deploy.export.engines.job import EngineJob
 from stiv_deploy.runtime.errors import BackendError, EngineError
 from stiv_deploy.runtime.plugins.spec import DOMAIN, PLUGINS, TEMPORAL_ATTENTION, VERSION
 from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour

@@ -3,7 +3,7 @@
 Linears: QuantizeLinear, DequantizeLinear on the input, per tensor; the weight lies in the file in 8 bits, [in, out],
 behind a DequantizeLinear of its own (per tensor, or per output channel on axis 1). Scales have the type of the
 activations and are parameters as the weights are: blocks with equal plans have equal topology. Attention: see
-:mod:`export.attention_forms`; the softmax's output lies in [0, 1], its scale is a constant.
+:mod:`export.graphs.attention_forms`; the softmax's output lies in [0, 1], its scale is a constant.
 
 QuantizeLinear saturates INT8 at -128, one code below the symmetric grid of the calibration: values that the calibration
 would clip lose a little less. Weights keep to -127.
@@ -19,10 +19,10 @@ within the error of torch in the same precision (tests/unit/export/test_quantize
 import onnx_ir as ir
 
 from stiv_deploy.calibration.layers import LARGEST, OPERANDS, Format
-from stiv_deploy.export.attention_forms import adopt, constant, to_primitives
-from stiv_deploy.export.onnx_from_module import Template
-from stiv_deploy.export.plugin_nodes import absorb_quantization, attach_functions
-from stiv_deploy.export.quantization import LayerScheme
+from stiv_deploy.export.graphs.attention_forms import adopt, constant, to_primitives
+from stiv_deploy.export.graphs.onnx_from_module import Template
+from stiv_deploy.export.graphs.plugin_nodes import absorb_quantization, attach_functions
+from stiv_deploy.export.graphs.quantization import LayerScheme
 
 TYPES = {"fp8": ir.DataType.FLOAT8E4M3FN, "int8": ir.DataType.INT8}
 """ONNX types of the 8-bit formats."""

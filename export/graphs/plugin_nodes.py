@@ -14,8 +14,8 @@ import torch
 from onnx.defs import OpSchema
 from onnxscript.values import Op, Opset
 
-from stiv_deploy.export.attention_forms import adopt
-from stiv_deploy.export.plugin_functions import IDENTITY, plugin_function
+from stiv_deploy.export.graphs.attention_forms import adopt
+from stiv_deploy.export.graphs.plugin_functions import IDENTITY, plugin_function
 from stiv_deploy.runtime.plugins.spec import DOMAIN, PLUGINS, SPATIAL_QKV, TEMPORAL_ATTENTION, VERSION, PluginSpec
 from stiv_deploy.stiv_ref import fused_attention  # noqa: F401 -- registers the operators
 

@@ -55,8 +55,8 @@ def export_stage(run: DemoRun, checkpoint: Path) -> None:
 
 def build_stage(run: DemoRun, sm: str) -> None:
     """Bundle -> engines, where the builder is installed; otherwise the report says why there are none."""
-    from stiv_deploy.export.build import BuildRequest, EngineBuild
-    from stiv_deploy.export.plan_cache import default_cache
+    from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
+    from stiv_deploy.export.engines.plan_cache import default_cache
     from stiv_deploy.runtime.bundle import Bundle
     from stiv_deploy.runtime.tensorrt_library import missing_library
 
@@ -72,8 +72,8 @@ def build_stage(run: DemoRun, sm: str) -> None:
 
 def parity_stage(run: DemoRun) -> None:
     """Bundle -> parity.json, and the rows in its manifest."""
-    from stiv_deploy.export.parity import run_parity
-    from stiv_deploy.export.parity_files import opened_pair, record_rows, runnable, write_json
+    from stiv_deploy.export.parity.ladder import run_parity
+    from stiv_deploy.export.parity.files import opened_pair, record_rows, runnable, write_json
 
     with run.stage("Parity with the float64 reference"):
         bundle, checkpoint = opened_pair(run.out / "bundle", None, CHECKPOINT.parent)
@@ -204,7 +204,7 @@ def _plain(out: Path, checkpoint: Path, sm: str) -> bool:
 
 def _quantized(out: Path, checkpoint: Path, sm: str, precision: str) -> bool:
     """The 8-bit chain of commands; whether its gates passed."""
-    from stiv_deploy.export.demo_quantized import FORMATS, QuantizedDemo, quantized_demo
+    from stiv_deploy.export.demo.quantized import FORMATS, QuantizedDemo, quantized_demo
     from stiv_deploy.export.errors import ExportError
 
     chosen = next((name for name in FORMATS if name == precision), None)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stiv_deploy.export.builder_processes import BuilderProcesses
-from stiv_deploy.export.engine_install import commit, staged
-from stiv_deploy.export.engine_job import BUILDER_REVISION, EngineJob
-from stiv_deploy.export.plan_cache import CachedPlan, PlanCache, plan_key
-from stiv_deploy.export.plugin_graphs import BuildAttention, Packaging, choose_packaging
+from stiv_deploy.export.engines.processes import BuilderProcesses
+from stiv_deploy.export.engines.install import commit, staged
+from stiv_deploy.export.engines.job import BUILDER_REVISION, EngineJob
+from stiv_deploy.export.engines.plan_cache import CachedPlan, PlanCache, plan_key
+from stiv_deploy.export.engines.plugin_graphs import BuildAttention, Packaging, choose_packaging
 from stiv_deploy.runtime.bundle import Bundle
 from stiv_deploy.runtime.engine_files import graph_hash, profile, sm_folder
 from stiv_deploy.runtime.errors import BackendError, EngineError, OutputError

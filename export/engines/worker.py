@@ -1,14 +1,14 @@
 """Entry point of a builder process: a job as JSON on standard input, its result as JSON on standard output.
 
 A crash or an exhausted memory of the builder ends this process only. Run as
-``python -m stiv_deploy.export.engine_worker``.
+``python -m stiv_deploy.export.engines.worker``.
 """
 
 import os
 import sys
 
-from stiv_deploy.export.engine_from_onnx import build_engine
-from stiv_deploy.export.engine_job import EngineJob, EngineResult
+from stiv_deploy.export.engines.engine_from_onnx import build_engine
+from stiv_deploy.export.engines.job import EngineJob, EngineResult
 from stiv_deploy.runtime.errors import StivError
 from stiv_deploy.runtime.tensorrt_library import one_line
 

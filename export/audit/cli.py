@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stiv_deploy.export.build_cli import MIB, expanded, listed
+from stiv_deploy.export.engines.cli import MIB, expanded, listed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from stiv_deploy.export.audit import Audit, AuditReport
-    from stiv_deploy.export.fusion_audit import AuditRow
+    from stiv_deploy.export.audit.audit import Audit, AuditReport
+    from stiv_deploy.export.audit.fusion_audit import AuditRow
     from stiv_deploy.runtime.bundle import Bundle
 
 DEFAULT_SMS = ("89", "120")
@@ -44,7 +44,7 @@ def audit(
     """
     from rich.console import Console
 
-    from stiv_deploy.export.fusion_audit import failures
+    from stiv_deploy.export.audit.fusion_audit import failures
     from stiv_deploy.runtime.bundle import Bundle
 
     if json_file is not None:
@@ -70,8 +70,8 @@ def audit(
 def _built(
     bundle: "Bundle", backend: str, sms: tuple[str, ...], graphs: tuple[str, ...], jobs: int | None
 ) -> "tuple[str, AuditReport]":
-    from stiv_deploy.export.audit import Audit
-    from stiv_deploy.export.build import default_jobs
+    from stiv_deploy.export.audit.audit import Audit
+    from stiv_deploy.export.engines.build import default_jobs
     from stiv_deploy.runtime.tensorrt_library import parse_flavour
 
     flavour = parse_flavour(backend)
@@ -88,7 +88,7 @@ def _with_progress(run: "Audit") -> "AuditReport":
 
 
 def _logged(bundle: "Bundle", graphs: tuple[str, ...], log: Path) -> "AuditReport":
-    from stiv_deploy.export.audit import audit_log
+    from stiv_deploy.export.audit.audit import audit_log
     from stiv_deploy.runtime.errors import EngineError
 
     chosen = graphs or ("block_00",)
@@ -107,7 +107,7 @@ def check_target(path: Path) -> None:
 
 
 def _write(path: Path, bundle: "Bundle", title: str, report: "AuditReport") -> None:
-    from stiv_deploy.export.fusion_audit import audit_json
+    from stiv_deploy.export.audit.fusion_audit import audit_json
 
     quantization = bundle.manifest.quantization
     facts = {

@@ -16,7 +16,7 @@ import torch
 from onnxscript import opset23
 from torch import Tensor, nn
 
-from stiv_deploy.export import passes, plugin_nodes
+from stiv_deploy.export.graphs import passes, plugin_nodes
 from stiv_deploy.runtime.contract import GraphSpec, ModelFacts, TensorSpec, dimensions
 from stiv_deploy.runtime.manifest import FileRecord
 from stiv_deploy.stiv_ref.quiet import quiet

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from stiv_deploy.export.oracle import Oracle, Tensors
-from stiv_deploy.export.parity_requests import Request
+from stiv_deploy.export.parity.oracle import Oracle, Tensors
+from stiv_deploy.export.parity.requests import Request
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle import Bundle
 from stiv_deploy.runtime.contract import block_names

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from stiv_deploy.export.layer_report import EngineLayer
+from stiv_deploy.export.audit.layer_report import EngineLayer
 from stiv_deploy.runtime.contract import Frozen, Precision
 from stiv_deploy.runtime.manifest import Manifest
 
@@ -96,7 +96,7 @@ class Expectation(Frozen):
 @cache
 def expected_fusions() -> ExpectedFusions:
     """The table in the package."""
-    return ExpectedFusions.model_validate_json((files("stiv_deploy.export") / TABLE).read_text(encoding="utf-8"))
+    return ExpectedFusions.model_validate_json((files("stiv_deploy.export.audit") / TABLE).read_text(encoding="utf-8"))
 
 
 def expectation(manifest: Manifest, graph: str) -> Expectation:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from stiv_deploy.export.parity import ParityReport
+    from stiv_deploy.export.parity.ladder import ParityReport
 
 CHECKPOINTS = Path("checkpoints")
 
@@ -37,8 +37,8 @@ def parity(
     """
     from rich.console import Console
 
-    from stiv_deploy.export.parity import run_parity
-    from stiv_deploy.export.parity_files import (
+    from stiv_deploy.export.parity.ladder import run_parity
+    from stiv_deploy.export.parity.files import (
         check_json_target,
         opened_pair,
         opened_scales,
@@ -95,7 +95,7 @@ def parity_table(report: "ParityReport", backend: str) -> Any:
 
 
 def _direct(level: str) -> bool:
-    from stiv_deploy.export.parity import DIRECT
+    from stiv_deploy.export.parity.ladder import DIRECT
 
     return level.startswith(DIRECT)
 

@@ -1,6 +1,6 @@
 """What a quantized bundle is made from: scales and plan, checked against their checkpoint, and the stored 8-bit values.
 
-Numbers are here, the graph that uses them is in :mod:`export.quantized_graph`; both go by the same names: in a graph,
+Numbers are here, the graph that uses them is in :mod:`export.graphs.quantized_graph`; both go by the same names: in a graph,
 a layer has ``<module>.input_scale`` [], ``<module>.weight_scale`` [] or [out], its 8-bit ``<module>.weight`` and, with
 SmoothQuant, ``<module>.inverse_smooth`` [in]; attention has ``<module>.q_scale``, ``.k_scale`` and ``.v_scale`` [].
 """
@@ -18,7 +18,7 @@ from stiv_deploy.calibration.layers import LARGEST, OPERANDS, Format, Layer, mod
 from stiv_deploy.calibration.plan import PrecisionPlan, checked_plan, default_plan, load_plan
 from stiv_deploy.calibration.scales import Scales, check_fits, check_ranges, file_hash, load_scales, scale_of
 from stiv_deploy.export.errors import ExportError
-from stiv_deploy.export.onnx_from_module import parameters_of
+from stiv_deploy.export.graphs.onnx_from_module import parameters_of
 from stiv_deploy.runtime.manifest import QuantizationRecord
 from stiv_deploy.stiv_ref.checkpoint import CheckpointConfig, checkpoint_hash
 from stiv_deploy.stiv_ref.config import StivConfig, read_config

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stiv_deploy.calibration.scales import Scales, file_hash, load_scales
-from stiv_deploy.export.parity import ParityReport
+from stiv_deploy.export.parity.ladder import ParityReport
 from stiv_deploy.runtime.backends import BACKENDS, available
 from stiv_deploy.runtime.bundle import Bundle, write_manifest
 from stiv_deploy.runtime.errors import BackendError, BundleError, OutputError

@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from stiv_deploy.export.build import check_fp8, known_names, resolve_sm
-from stiv_deploy.export.builder_processes import BuilderProcesses
-from stiv_deploy.export.engine_job import EngineJob
-from stiv_deploy.export.fusion_audit import AuditRow, Expectation, audit_graph, expectation
-from stiv_deploy.export.layer_report import EngineLayer, read_report
+from stiv_deploy.export.engines.build import check_fp8, known_names, resolve_sm
+from stiv_deploy.export.engines.processes import BuilderProcesses
+from stiv_deploy.export.engines.job import EngineJob
+from stiv_deploy.export.audit.fusion_audit import AuditRow, Expectation, audit_graph, expectation
+from stiv_deploy.export.audit.layer_report import EngineLayer, read_report
 from stiv_deploy.runtime.bundle import Bundle
 from stiv_deploy.runtime.engine_files import profile, sm_folder
 from stiv_deploy.runtime.errors import EngineError

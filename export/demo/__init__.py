@@ -1,0 +1,1 @@
+"""The whole chain on the shipped checkpoint, as one command."""

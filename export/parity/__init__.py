@@ -1,0 +1,1 @@
+"""The parity ladder: a bundle against its checkpoint, level by level."""
