@@ -26,7 +26,7 @@ import typer
 from one_block import one_block_checkpoint
 from PIL import Image
 
-from stiv_deploy.runtime.bundle import read_manifest
+from stiv_deploy.runtime.bundle.bundle import read_manifest
 from stiv_deploy.stiv_ref.checkpoint import save_checkpoint
 
 GIB, MIB = 2**30, 2**20

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from sources import Settings, Video, digest
 
-from stiv_deploy.runtime.pipeline import StivPipeline
+from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 
 
 def as_video(frames: np.ndarray) -> Video:

@@ -37,7 +37,7 @@ from stiv_deploy.export.graphs.check import draw_inputs, relative_error
 from stiv_deploy.export.graphs.quantization import Quantization
 from stiv_deploy.runtime.backends.onnxruntime import session_options
 from stiv_deploy.runtime.backends.onnxruntime_int8 import EXACT, VNNI, cpu_flags
-from stiv_deploy.runtime.contract import Precision, graph_specs
+from stiv_deploy.runtime.bundle.contract import Precision, graph_specs
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 
 BLOCK = "block_00"
@@ -202,7 +202,7 @@ def measure_block(folder: Path, inputs: Inputs, threads: int, repeats: int) -> d
 
 def measure_bundles(paths: tuple[Path, Path], threads: int, repeats: int, steps: int) -> dict[str, Any]:
     """A generation with the float32 and the INT8 bundle in turns."""
-    from stiv_deploy.runtime.pipeline import StivPipeline
+    from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 
     with (
         StivPipeline.from_bundle(paths[0], threads=threads) as plain,

@@ -25,7 +25,7 @@ CHILD = "--child"
 
 def generate_once(bundle: Path, steps: int, backend: str) -> dict[str, float]:
     """In a fresh process: one generation; its peak resident set in MiB."""
-    from stiv_deploy.runtime.pipeline import StivPipeline
+    from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 
     with StivPipeline.from_bundle(bundle, backend=backend) as pipe:
         pipe(prompt=PROMPT, num_inference_steps=steps, seed=0)
@@ -45,7 +45,7 @@ def peak_memory(bundle: Path, steps: list[int], backend: str, repeats: int) -> d
 
 def overhead(bundle: Path, steps: int, backend: str, repeats: int) -> dict[str, Any]:
     """Seconds in all, inside graphs, and the share outside, by median over ``repeats`` generations."""
-    from stiv_deploy.runtime.pipeline import StivPipeline
+    from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 
     totals, shares = [], []
     with StivPipeline.from_bundle(bundle, backend=backend, profile=True) as pipe:

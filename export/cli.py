@@ -9,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from stiv_deploy.export.graphs.quantization import Quantization
-    from stiv_deploy.runtime.engine_files import Attention
+    from stiv_deploy.runtime.bundle.engine_files import Attention
 
 Precision = Literal["float32", "float16", "bfloat16"]
 Format = Literal["fp8", "int8"]
@@ -51,8 +51,8 @@ def export(
 
     Sizes are ranges: what requests may ask for, and what engines are tuned for.
     """
-    from stiv_deploy.runtime.inspection import precision_text
-    from stiv_deploy.runtime.manifest import MANIFEST, Manifest
+    from stiv_deploy.runtime.command.inspection import precision_text
+    from stiv_deploy.runtime.bundle.manifest import MANIFEST, Manifest
 
     started = time.monotonic()
     request = ExportRequest.parse(checkpoint, precision, scales, plan, activations)
@@ -161,7 +161,7 @@ def parse_precision(text: str, option: str = "precision") -> Precision:
 def parse_attention(text: str) -> "Attention":
     """The form of attention by its name; :class:`ExportError` if there is none."""
     from stiv_deploy.export.errors import ExportError
-    from stiv_deploy.runtime.engine_files import Attention
+    from stiv_deploy.runtime.bundle.engine_files import Attention
 
     forms = get_args(Attention)
     if text not in forms:
@@ -174,7 +174,7 @@ def parse_range(name: str, text: str) -> object:
     from pydantic import ValidationError
 
     from stiv_deploy.export.errors import ExportError
-    from stiv_deploy.runtime.manifest import Range
+    from stiv_deploy.runtime.bundle.manifest import Range
 
     parts = text.split(":")
     try:

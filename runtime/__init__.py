@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stiv_deploy.runtime.backends import BACKENDS, available, open_backend
-    from stiv_deploy.runtime.bundle import Bundle
+    from stiv_deploy.runtime.bundle.bundle import Bundle
     from stiv_deploy.runtime.errors import (
         BackendError,
         BundleError,
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
         RequestError,
         StivError,
     )
-    from stiv_deploy.runtime.guidance import GuidanceMode
-    from stiv_deploy.runtime.pipeline import StivOutput, StivPipeline
-    from stiv_deploy.runtime.sampler import Solver
+    from stiv_deploy.runtime.sampling.guidance import GuidanceMode
+    from stiv_deploy.runtime.pipeline.pipeline import StivOutput, StivPipeline
+    from stiv_deploy.runtime.sampling.sampler import Solver
 
 _MODULES = {
     "BACKENDS": "backends",
     "available": "backends",
     "open_backend": "backends",
-    "Bundle": "bundle",
+    "Bundle": "bundle.bundle",
     "BackendError": "errors",
     "BundleError": "errors",
     "Cancelled": "errors",
@@ -37,10 +37,10 @@ _MODULES = {
     "OutputError": "errors",
     "RequestError": "errors",
     "StivError": "errors",
-    "GuidanceMode": "guidance",
-    "StivOutput": "pipeline",
-    "StivPipeline": "pipeline",
-    "Solver": "sampler",
+    "GuidanceMode": "sampling.guidance",
+    "StivOutput": "pipeline.pipeline",
+    "StivPipeline": "pipeline.pipeline",
+    "Solver": "sampling.sampler",
 }
 """Where each public name lives; loaded on first use, so that ``stiv --help`` does not import ONNX Runtime."""
 

@@ -23,7 +23,7 @@ def no_gpu_reason() -> str | None:
     if shutil.which("nvidia-smi") is None:
         return "no NVIDIA GPU: nvidia-smi is not found"
     try:
-        from stiv_deploy.runtime.doctor import cuda_driver
+        from stiv_deploy.runtime.command.doctor import cuda_driver
 
         cuda_driver()
     except Exception as error:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from stiv_deploy.export.audit.audit import Audit, AuditReport
     from stiv_deploy.export.audit.fusion_audit import AuditRow
-    from stiv_deploy.runtime.bundle import Bundle
+    from stiv_deploy.runtime.bundle.bundle import Bundle
 
 DEFAULT_SMS = ("89", "120")
 
@@ -45,7 +45,7 @@ def audit(
     from rich.console import Console
 
     from stiv_deploy.export.audit.fusion_audit import failures
-    from stiv_deploy.runtime.bundle import Bundle
+    from stiv_deploy.runtime.bundle.bundle import Bundle
 
     if json_file is not None:
         check_target(json_file)

@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from stiv_deploy.export.audit.layer_report import EngineLayer
-from stiv_deploy.runtime.contract import Frozen, Precision
-from stiv_deploy.runtime.manifest import Manifest
+from stiv_deploy.runtime.bundle.contract import Frozen, Precision
+from stiv_deploy.runtime.bundle.manifest import Manifest
 
 Choice = Literal["fp8", "int8", "high"]
 Activations = Literal["float32", "16-bit"]

@@ -57,7 +57,7 @@ def build_stage(run: DemoRun, sm: str) -> None:
     """Bundle -> engines, where the builder is installed; otherwise the report says why there are none."""
     from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
     from stiv_deploy.export.engines.plan_cache import default_cache
-    from stiv_deploy.runtime.bundle import Bundle
+    from stiv_deploy.runtime.bundle.bundle import Bundle
     from stiv_deploy.runtime.tensorrt_library import missing_library
 
     reason = missing_library("tensorrt-rtx")
@@ -98,8 +98,8 @@ def generate_stage(run: DemoRun) -> None:
     """Bundle -> one T2V and one TI2V clip as mp4, GIF and contact sheet, by the torch-free runtime."""
     from PIL import Image
 
-    from stiv_deploy.runtime.media import contact_sheet, write_video
-    from stiv_deploy.runtime.pipeline import StivPipeline
+    from stiv_deploy.runtime.pipeline.media import contact_sheet, write_video
+    from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 
     digit, direction = STILL
     first = run.out / "first.png"

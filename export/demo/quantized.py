@@ -63,7 +63,7 @@ class QuantizedDemo(DemoRun):
         self.commands[name] = f"stiv {' '.join(words)}"
         with self.stage(name):
             self.console.print(f"  {self.commands[name]}", highlight=False, markup=False, soft_wrap=True)
-            done = subprocess.run([sys.executable, "-m", "stiv_deploy.runtime.main", *words], check=False)
+            done = subprocess.run([sys.executable, "-m", "stiv_deploy.runtime.command.main", *words], check=False)
         if done.returncode == FAILED and command in GATES:
             self.failed.append(command)
         elif done.returncode:

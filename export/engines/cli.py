@@ -95,7 +95,7 @@ def build(
     """
     from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
     from stiv_deploy.export.engines.plan_cache import default_cache
-    from stiv_deploy.runtime.bundle import Bundle
+    from stiv_deploy.runtime.bundle.bundle import Bundle
     from stiv_deploy.runtime.errors import EngineError
     from stiv_deploy.runtime.tensorrt_library import parse_flavour
 

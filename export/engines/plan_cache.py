@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stiv_deploy.runtime.bundle import sha256
+from stiv_deploy.runtime.bundle.bundle import sha256
 from stiv_deploy.runtime.errors import OutputError
 
 

@@ -19,7 +19,7 @@ from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-    from stiv_deploy.runtime.manifest import Manifest
+    from stiv_deploy.runtime.bundle.manifest import Manifest
     from stiv_deploy.runtime.plugins.tensorrt_plugins import PluginLibrary
 
 BuildAttention = Literal["native", "plugin", "quick"]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from stiv_deploy.calibration.layers import Format
 from stiv_deploy.runtime.backends.onnxruntime import set_quantization
-from stiv_deploy.runtime.contract import MASKED, MAX_BRANCHES, GraphSpec, ModelFacts, Precision, TensorSpec, dimensions
-from stiv_deploy.runtime.manifest import Bucket, Range
-from stiv_deploy.runtime.tiling import plan_tiles
+from stiv_deploy.runtime.bundle.contract import MASKED, MAX_BRANCHES, GraphSpec, ModelFacts, Precision, TensorSpec, dimensions
+from stiv_deploy.runtime.bundle.manifest import Bucket, Range
+from stiv_deploy.runtime.pipeline.tiling import plan_tiles
 
 FLOAT32_GATE = 1e-5
 """Largest relative L2 error of a float32 graph against torch in float32.

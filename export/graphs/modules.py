@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from stiv_deploy.runtime.contract import ModelFacts, Precision, block_names
+from stiv_deploy.runtime.bundle.contract import ModelFacts, Precision, block_names
 from stiv_deploy.stiv_ref.block import RopeTables, StivBlock
 from stiv_deploy.stiv_ref.checkpoint import AnyTextEncoder, AnyVae, Checkpoint, CheckpointConfig
 from stiv_deploy.stiv_ref.guidance import NORM_FLOOR

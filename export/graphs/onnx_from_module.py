@@ -17,8 +17,8 @@ from onnxscript import opset23
 from torch import Tensor, nn
 
 from stiv_deploy.export.graphs import passes, plugin_nodes
-from stiv_deploy.runtime.contract import GraphSpec, ModelFacts, TensorSpec, dimensions
-from stiv_deploy.runtime.manifest import FileRecord
+from stiv_deploy.runtime.bundle.contract import GraphSpec, ModelFacts, TensorSpec, dimensions
+from stiv_deploy.runtime.bundle.manifest import FileRecord
 from stiv_deploy.stiv_ref.quiet import quiet
 
 OPSET = 23

@@ -19,7 +19,7 @@ from onnxscript.rewriter.rules.common import (
     unsqueeze_unsqueeze_rule,
 )
 
-from stiv_deploy.runtime.contract import DType, GraphSpec
+from stiv_deploy.runtime.bundle.contract import DType, GraphSpec
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 """Node metadata that leads from a node back to its module: the list of enclosing module names."""

@@ -22,9 +22,9 @@ from stiv_deploy.export.graphs.onnx_from_module import (
 from stiv_deploy.export.graphs.plugin_nodes import plugin_names
 from stiv_deploy.export.graphs.quantization import LayerScheme, Quantization, StoredTensors, graph_scheme
 from stiv_deploy.export.graphs.quantized_graph import quantized_template
-from stiv_deploy.runtime.contract import GraphSpec, ModelFacts, Precision, graph_specs
-from stiv_deploy.runtime.engine_files import Attention
-from stiv_deploy.runtime.manifest import Bucket, FileRecord, GraphRecord, PluginForm
+from stiv_deploy.runtime.bundle.contract import GraphSpec, ModelFacts, Precision, graph_specs
+from stiv_deploy.runtime.bundle.engine_files import Attention
+from stiv_deploy.runtime.bundle.manifest import Bucket, FileRecord, GraphRecord, PluginForm
 from stiv_deploy.stiv_ref.block import StivBlock
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.pretrained_text import text_dtype

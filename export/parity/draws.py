@@ -35,7 +35,7 @@ from stiv_deploy.calibration.scales import Scales, scale_of
 from stiv_deploy.export.graphs.modules import torch_dtype
 from stiv_deploy.export.parity.oracle import Boundary, Oracle, Tensors
 from stiv_deploy.export.parity.requests import Request
-from stiv_deploy.runtime.manifest import Manifest
+from stiv_deploy.runtime.bundle.manifest import Manifest
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, sample

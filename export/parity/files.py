@@ -9,9 +9,9 @@ from typing import Any
 from stiv_deploy.calibration.scales import Scales, file_hash, load_scales
 from stiv_deploy.export.parity.ladder import ParityReport
 from stiv_deploy.runtime.backends import BACKENDS, available
-from stiv_deploy.runtime.bundle import Bundle, write_manifest
+from stiv_deploy.runtime.bundle.bundle import Bundle, write_manifest
 from stiv_deploy.runtime.errors import BackendError, BundleError, OutputError
-from stiv_deploy.runtime.media import written_whole
+from stiv_deploy.runtime.pipeline.media import written_whole
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, checkpoint_hash, load_checkpoint
 
 

@@ -31,10 +31,10 @@ from stiv_deploy.export.parity.requests import Request, parity_requests
 from stiv_deploy.export.parity.runs import TeacherForced, prepared_denoiser, probe
 from stiv_deploy.runtime.backends import open_backend
 from stiv_deploy.runtime.backends.base import Backend
-from stiv_deploy.runtime.bundle import Bundle
-from stiv_deploy.runtime.contract import dimensions, graph_specs
-from stiv_deploy.runtime.manifest import ParityRow
-from stiv_deploy.runtime.sampler import Sampler
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.contract import dimensions, graph_specs
+from stiv_deploy.runtime.bundle.manifest import ParityRow
+from stiv_deploy.runtime.sampling.sampler import Sampler
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.sampler import sample
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stiv_deploy.runtime.contract import block_names
+from stiv_deploy.runtime.bundle.contract import block_names
 from stiv_deploy.stiv_ref.block import RopeTables
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.conditioning import noise_frames, replace_frames

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stiv_deploy.runtime.conditioning import branch_mask
-from stiv_deploy.runtime.guidance import GuidanceMode as RuntimeMode
-from stiv_deploy.runtime.guidance import branch_weights
-from stiv_deploy.runtime.manifest import Manifest
-from stiv_deploy.runtime.sampler import SamplingSettings as RuntimeSettings
-from stiv_deploy.runtime.sampler import Solver as RuntimeSolver
+from stiv_deploy.runtime.sampling.conditioning import branch_mask
+from stiv_deploy.runtime.sampling.guidance import GuidanceMode as RuntimeMode
+from stiv_deploy.runtime.sampling.guidance import branch_weights
+from stiv_deploy.runtime.bundle.manifest import Manifest
+from stiv_deploy.runtime.sampling.sampler import SamplingSettings as RuntimeSettings
+from stiv_deploy.runtime.sampling.sampler import Solver as RuntimeSolver
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.flow import schedule
 from stiv_deploy.stiv_ref.guidance import GuidanceMode

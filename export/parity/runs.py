@@ -8,9 +8,9 @@ from torch import Tensor
 from stiv_deploy.export.parity.oracle import Oracle, Tensors
 from stiv_deploy.export.parity.requests import Request
 from stiv_deploy.runtime.backends.base import Backend
-from stiv_deploy.runtime.bundle import Bundle
-from stiv_deploy.runtime.contract import block_names
-from stiv_deploy.runtime.denoiser import Denoiser
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.contract import block_names
+from stiv_deploy.runtime.sampling.denoiser import Denoiser
 
 
 def probe(oracle: Oracle, request: Request, blocks: int) -> Iterator[tuple[str, Tensors]]:

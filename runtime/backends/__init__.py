@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Literal, cast
 
 from stiv_deploy.runtime.backends.base import Backend
-from stiv_deploy.runtime.bundle import Bundle
+from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.errors import BackendError, BundleError, EngineError
 
 ONNXRUNTIME, ONNXRUNTIME_CUDA, TENSORRT, TENSORRT_RTX = "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"

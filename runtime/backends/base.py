@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from stiv_deploy.runtime.contract import DType
+from stiv_deploy.runtime.bundle.contract import DType
 
 ITEM_BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
 Call = Callable[[], None]

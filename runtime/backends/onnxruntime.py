@@ -17,8 +17,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from stiv_deploy.runtime.backends.base import ITEM_BYTES, Backend, Buffer, Call
 from stiv_deploy.runtime.backends.onnxruntime_int8 import keep_products_exact
-from stiv_deploy.runtime.bundle import AGAIN, Bundle
-from stiv_deploy.runtime.contract import DType, Precision
+from stiv_deploy.runtime.bundle.bundle import AGAIN, Bundle
+from stiv_deploy.runtime.bundle.contract import DType, Precision
 from stiv_deploy.runtime.errors import BackendError, BundleError, StivError
 
 THREADS_VARIABLE = "STIV_THREADS"

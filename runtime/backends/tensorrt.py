@@ -14,9 +14,9 @@ import numpy as np
 
 from stiv_deploy.runtime.backends.base import ITEM_BYTES, Backend, Buffer, Call
 from stiv_deploy.runtime.backends.cuda import Cuda, Graph, Memory, Stream, load_cuda
-from stiv_deploy.runtime.bundle import Bundle
-from stiv_deploy.runtime.contract import DType
-from stiv_deploy.runtime.engine_files import (
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.contract import DType
+from stiv_deploy.runtime.bundle.engine_files import (
     buckets_holding,
     build_command,
     check_engine,
@@ -25,7 +25,7 @@ from stiv_deploy.runtime.engine_files import (
     same_again,
 )
 from stiv_deploy.runtime.errors import BackendError, EngineError
-from stiv_deploy.runtime.manifest import EngineRecord
+from stiv_deploy.runtime.bundle.manifest import EngineRecord
 from stiv_deploy.runtime.plugins.tensorrt_plugins import load_plugins, plugin_library
 from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour, import_tensorrt, missing_library
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stiv_deploy.runtime.backends.base import Backend, Buffer, Call
-from stiv_deploy.runtime.bundle import Bundle
+from stiv_deploy.runtime.bundle.bundle import Bundle
 
 Bound = tuple[Call, dict[str, Buffer], dict[str, Buffer]]
 

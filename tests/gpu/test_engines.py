@@ -12,9 +12,9 @@ from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
 from stiv_deploy.runtime.backends.cuda import Cuda
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend, unavailable_reason
-from stiv_deploy.runtime.bundle import Bundle
-from stiv_deploy.runtime.manifest import PORTABLE
-from stiv_deploy.runtime.pipeline import StivPipeline
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.manifest import PORTABLE
+from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 from stiv_deploy.runtime.tensorrt_library import FLAVOURS, Flavour, import_tensorrt, targets
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]

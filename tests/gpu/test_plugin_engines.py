@@ -13,10 +13,10 @@ from stiv_deploy.export.engines.plugin_graphs import BuildAttention
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend, unavailable_reason
-from stiv_deploy.runtime.bundle import Bundle
-from stiv_deploy.runtime.contract import Precision
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.contract import Precision
 from stiv_deploy.runtime.errors import BackendError
-from stiv_deploy.runtime.pipeline import StivPipeline
+from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 from stiv_deploy.runtime.plugins.library import KernelError, library_path
 from stiv_deploy.runtime.plugins.tensorrt_plugins import plugin_library
 

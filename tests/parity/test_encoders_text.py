@@ -25,10 +25,10 @@ from stiv_deploy.export.graphs.writer import GraphWriter
 from stiv_deploy.export.graphs.modules import torch_dtype
 from stiv_deploy.export.parity.oracle import Oracle
 from stiv_deploy.runtime import StivPipeline
-from stiv_deploy.runtime.bundle import Bundle
-from stiv_deploy.runtime.contract import Precision
-from stiv_deploy.runtime.request import draw_noise
-from stiv_deploy.runtime.tokenization import PromptTokenizer
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.contract import Precision
+from stiv_deploy.runtime.pipeline.request import draw_noise
+from stiv_deploy.runtime.pipeline.tokenization import PromptTokenizer
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, CheckpointConfig, SamplingDefaults, save_checkpoint
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.guidance import GuidanceMode

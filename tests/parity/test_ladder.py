@@ -12,14 +12,14 @@ import pytest
 
 from stiv_deploy.export.parity.ladder import run_parity
 from stiv_deploy.export.parity.files import opened_pair, runnable
-from stiv_deploy.runtime.bundle import Bundle, file_record, write_manifest
+from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, write_manifest
 from stiv_deploy.runtime.errors import BackendError, BundleError
 
 LEVELS = {"op", "block", "step", "teacher_forced", "free_run"}
 
 
 def stiv(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "stiv_deploy.runtime.main", *map(str, arguments)]
+    command = [sys.executable, "-m", "stiv_deploy.runtime.command.main", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -26,10 +26,10 @@ from stiv_deploy.export.graphs.modules import model_facts
 from stiv_deploy.export.audit.layer_report import EngineLayer, read_report
 from stiv_deploy.export.graphs.check import FLOAT32_GATE, CheckRow, check_graph, check_sizes
 from stiv_deploy.export.graphs.quantization import Quantization, load_quantization
-from stiv_deploy.runtime.bundle import Bundle
-from stiv_deploy.runtime.contract import block_names, dimensions
-from stiv_deploy.runtime.engine_files import profile
-from stiv_deploy.runtime.manifest import Bucket, GraphRecord, Range
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.contract import block_names, dimensions
+from stiv_deploy.runtime.bundle.engine_files import profile
+from stiv_deploy.runtime.bundle.manifest import Bucket, GraphRecord, Range
 from stiv_deploy.runtime.plugins.spec import DOMAIN, PLUGINS
 from stiv_deploy.runtime.tensorrt_library import missing_library
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, load_checkpoint

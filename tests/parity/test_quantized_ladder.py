@@ -19,8 +19,8 @@ from stiv_deploy.export.parity.draws import Draws, quantized_gate, rel_l2
 from stiv_deploy.export.parity.files import opened_pair, opened_scales
 from stiv_deploy.export.parity.requests import Request, parity_requests
 from stiv_deploy.export.graphs.quantization import load_quantization
-from stiv_deploy.runtime.bundle import Bundle
-from stiv_deploy.runtime.manifest import Manifest, QuantizationRecord
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.manifest import Manifest, QuantizationRecord
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, load_checkpoint
 from stiv_deploy.stiv_ref.sampler import sample
 
@@ -81,7 +81,7 @@ def spoil_low_bits(data: bytearray) -> None:
 
 def trusting(bundle: Bundle) -> Bundle:
     """``bundle`` with a manifest that believes its files as they are now."""
-    from stiv_deploy.runtime.bundle import file_record, write_manifest
+    from stiv_deploy.runtime.bundle.bundle import file_record, write_manifest
 
     graphs = {
         name: record.model_copy(update={"data": file_record(bundle.folder, record.data.path)})

@@ -15,7 +15,7 @@ import torch
 
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
 from stiv_deploy.runtime import StivPipeline
-from stiv_deploy.runtime.request import draw_noise
+from stiv_deploy.runtime.pipeline.request import draw_noise
 from stiv_deploy.stiv_ref.checkpoint import (
     Checkpoint,
     CheckpointConfig,

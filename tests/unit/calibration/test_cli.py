@@ -11,7 +11,7 @@ import torch
 
 from stiv_deploy.calibration.plan import default_plan, load_plan
 from stiv_deploy.calibration.scales import check_fits, load_scales
-from stiv_deploy.runtime.main import main
+from stiv_deploy.runtime.command.main import main
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, checkpoint_hash
 
 Stiv = Callable[..., tuple[int, str, str]]

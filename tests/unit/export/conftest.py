@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from stiv_deploy.runtime.contract import GraphSpec, graph_specs
+from stiv_deploy.runtime.bundle.contract import GraphSpec, graph_specs
 from stiv_deploy.stiv_ref.checkpoint import (
     Checkpoint,
     CheckpointConfig,

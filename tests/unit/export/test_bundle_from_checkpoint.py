@@ -21,9 +21,9 @@ from stiv_deploy.export.bundle_from_checkpoint import (
 from stiv_deploy.export.errors import CheckError, ExportError
 from stiv_deploy.export.graphs.modules import model_facts
 from stiv_deploy.export.graphs.onnx_from_module import structure_faults
-from stiv_deploy.runtime.contract import graph_specs
+from stiv_deploy.runtime.bundle.contract import graph_specs
 from stiv_deploy.runtime.errors import OutputError
-from stiv_deploy.runtime.manifest import MANIFEST, Bucket, Manifest, Range
+from stiv_deploy.runtime.bundle.manifest import MANIFEST, Bucket, Manifest, Range
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, checkpoint_hash, load_checkpoint, save_checkpoint
 from stiv_deploy.stiv_ref.checkpoint import SamplingDefaults as CheckpointDefaults
 from stiv_deploy.stiv_ref.config import CONFIGS, StivConfig

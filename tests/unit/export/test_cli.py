@@ -7,7 +7,7 @@ import pytest
 
 from stiv_deploy.export.cli import ExportRequest, parse_precision, parse_range
 from stiv_deploy.export.errors import ExportError
-from stiv_deploy.runtime.manifest import Range
+from stiv_deploy.runtime.bundle.manifest import Range
 
 CHECKPOINT, SCALES = Path("some/checkpoint"), Path("fp8.safetensors")
 COMMAND = "import typer; from stiv_deploy.export.cli import export; typer.run(export)"

@@ -20,7 +20,7 @@ class Commands:
         self.codes, self.asked = codes, []
 
     def __call__(self, words: list[str], check: bool) -> Any:
-        assert words[1:3] == ["-m", "stiv_deploy.runtime.main"]
+        assert words[1:3] == ["-m", "stiv_deploy.runtime.command.main"]
         self.asked.append(words[3:])
         return subprocess.CompletedProcess(words, self.codes.get(words[3], 0))
 

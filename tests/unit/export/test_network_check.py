@@ -26,8 +26,8 @@ from stiv_deploy.export.graphs.check import (
     relative_error,
 )
 from stiv_deploy.export.graphs.onnx_from_module import Template, parameters_of, write_graph
-from stiv_deploy.runtime.contract import MASKED, GraphSpec, graph_specs
-from stiv_deploy.runtime.manifest import Bucket, Range
+from stiv_deploy.runtime.bundle.contract import MASKED, GraphSpec, graph_specs
+from stiv_deploy.runtime.bundle.manifest import Bucket, Range
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 
 SIDE = Range(min=64, typical=128, max=256)

@@ -24,8 +24,8 @@ from stiv_deploy.export.graphs.onnx_from_module import (
     write_graph,
 )
 from stiv_deploy.export.graphs.passes import NAME_SCOPES
-from stiv_deploy.runtime.contract import GraphSpec, dimensions, graph_specs
-from stiv_deploy.runtime.manifest import MANIFEST, Manifest
+from stiv_deploy.runtime.bundle.contract import GraphSpec, dimensions, graph_specs
+from stiv_deploy.runtime.bundle.manifest import MANIFEST, Manifest
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 
 TracedGraph = tuple[Template, nn.Module, GraphSpec]

@@ -21,7 +21,7 @@ from stiv_deploy.export.parity.files import opened_scales
 from stiv_deploy.export.parity.requests import Request, parity_requests
 from stiv_deploy.export.parity.runs import probe
 from stiv_deploy.runtime.errors import BundleError
-from stiv_deploy.runtime.manifest import FileRecord, Manifest, QuantizationRecord
+from stiv_deploy.runtime.bundle.manifest import FileRecord, Manifest, QuantizationRecord
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.sampler import sample
 

@@ -10,7 +10,7 @@ import torch
 from stiv_deploy.export.parity.ladder import UNIT_ROUNDING, ParityReport, VideoGate, gate_of, rel_l2
 from stiv_deploy.export.parity.files import check_json_target, report_json, write_json
 from stiv_deploy.runtime.errors import OutputError
-from stiv_deploy.runtime.manifest import ParityRow
+from stiv_deploy.runtime.bundle.manifest import ParityRow
 
 
 def row(error: float, passed: bool) -> ParityRow:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stiv_deploy.export.graphs import passes
-from stiv_deploy.runtime.contract import GraphSpec, TensorSpec
+from stiv_deploy.runtime.bundle.contract import GraphSpec, TensorSpec
 
 
 def initializer(name: str, values: np.ndarray) -> ir.Value:

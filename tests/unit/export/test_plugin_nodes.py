@@ -27,7 +27,7 @@ from stiv_deploy.export.graphs.onnx_from_module import (
 from stiv_deploy.export.graphs.plugin_nodes import absorb_quantization, attach_functions, plugin_names
 from stiv_deploy.export.graphs.quantization import LayerScheme, StoredTensors
 from stiv_deploy.export.graphs.quantized_graph import quantized_template
-from stiv_deploy.runtime.contract import GraphSpec, ModelFacts, Precision, graph_specs
+from stiv_deploy.runtime.bundle.contract import GraphSpec, ModelFacts, Precision, graph_specs
 from stiv_deploy.runtime.plugins.spec import (
     DOMAIN,
     PLUGINS,

@@ -23,8 +23,8 @@ from stiv_deploy.export.graphs.check import FLOOR, draw_inputs, open_session, re
 from stiv_deploy.export.graphs.onnx_from_module import Template, structure_faults, write_graph
 from stiv_deploy.export.graphs.quantization import LayerScheme, Quantization, StoredTensors, graph_scheme
 from stiv_deploy.export.graphs.quantized_graph import TYPES, quantized_template
-from stiv_deploy.runtime.contract import GraphSpec, Precision, dimensions
-from stiv_deploy.runtime.manifest import MANIFEST, Manifest
+from stiv_deploy.runtime.bundle.contract import GraphSpec, Precision, dimensions
+from stiv_deploy.runtime.bundle.manifest import MANIFEST, Manifest
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 
 Quantize = Callable[..., Quantization]

@@ -18,7 +18,7 @@ import typer
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from stiv_deploy.runtime.main import app
+from stiv_deploy.runtime.command.main import app
 
 ROOT = Path(__file__).parents[3]
 MIB = 2**20

@@ -79,7 +79,7 @@ def test_everything_of_the_base_install_imports(bare: Path) -> None:
 
 
 def test_it_generates(bare: Path, bundle: Path, tmp_path: Path) -> None:
-    from stiv_deploy.runtime.media import read_image
+    from stiv_deploy.runtime.pipeline.media import read_image
 
     arguments = ("--prompt", "digit three moving left", "--steps", 4, "--seed", 3)
     done = call(bare / "stiv", "generate", bundle, *arguments, "--out", tmp_path / "text.mp4", cwd=tmp_path)

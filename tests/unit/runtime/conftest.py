@@ -13,9 +13,9 @@ import onnx
 import pytest
 from onnx import parser
 
-from stiv_deploy.runtime.bundle import Bundle, file_record, write_manifest
-from stiv_deploy.runtime.contract import ModelFacts, graph_specs
-from stiv_deploy.runtime.manifest import Bucket, GraphRecord, Manifest, Range, SamplingDefaults
+from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, write_manifest
+from stiv_deploy.runtime.bundle.contract import ModelFacts, graph_specs
+from stiv_deploy.runtime.bundle.manifest import Bucket, GraphRecord, Manifest, Range, SamplingDefaults
 
 WORDS = ("digit", "three", "moving", "left", "right")
 EMBEDDING = np.array([0.05, -0.02, 0.03, 0.01], dtype=np.float32)

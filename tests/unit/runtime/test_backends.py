@@ -5,9 +5,9 @@ import pytest
 
 from stiv_deploy.runtime import backends
 from stiv_deploy.runtime.backends import BACKENDS, available, open_backend
-from stiv_deploy.runtime.bundle import Bundle
+from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.errors import BackendError, EngineError
-from stiv_deploy.runtime.manifest import EngineRecord, FileRecord
+from stiv_deploy.runtime.bundle.manifest import EngineRecord, FileRecord
 
 Opened = list[str]
 

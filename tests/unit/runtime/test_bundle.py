@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stiv_deploy.runtime.bundle import Bundle, file_record, read_manifest, write_manifest
+from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, read_manifest, write_manifest
 from stiv_deploy.runtime.errors import BundleError, OutputError, RequestError
-from stiv_deploy.runtime.manifest import Bucket, Range
+from stiv_deploy.runtime.bundle.manifest import Bucket, Range
 
 Edit = Callable[[dict[str, Any]], object]
 
@@ -161,7 +161,7 @@ def test_unreadable_file(bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def fail(_: Path) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("stiv_deploy.runtime.bundle.sha256", fail)
+    monkeypatch.setattr("stiv_deploy.runtime.bundle.bundle.sha256", fail)
     with pytest.raises(BundleError, match=r"head.onnx: cannot be read \(Permission denied\)") as caught:
         Bundle.open(bundle_path).graph_file("head")
     one_line(caught)
@@ -170,7 +170,7 @@ def test_unreadable_file(bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_file_is_hashed_once(bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy_bundle = Bundle.open(bundle_path)
     toy_bundle.graph_file("head")
-    monkeypatch.setattr("stiv_deploy.runtime.bundle.sha256", lambda _: pytest.fail("hashed again"))
+    monkeypatch.setattr("stiv_deploy.runtime.bundle.bundle.sha256", lambda _: pytest.fail("hashed again"))
     toy_bundle.graph_file("head")
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stiv_deploy.runtime import main as main_module
-from stiv_deploy.runtime.cli import parse_frames
+from stiv_deploy.runtime.command import main as main_module
+from stiv_deploy.runtime.command.cli import parse_frames
 from stiv_deploy.runtime.errors import RequestError
 
 Run = Callable[..., tuple[int, str, str]]
@@ -166,7 +166,7 @@ def test_usage_error_is_one_line(run: Run) -> None:
 def test_help_is_fast() -> None:
     """No heavy library is imported for --help."""
     code = (
-        "import sys; sys.argv = ['stiv', '--help']; from stiv_deploy.runtime.main import main; main();"
+        "import sys; sys.argv = ['stiv', '--help']; from stiv_deploy.runtime.command.main import main; main();"
         "heavy = {'onnxruntime', 'torch', 'onnx', 'av', 'sklearn'} & set(sys.modules); sys.exit(str(heavy))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
@@ -190,7 +190,7 @@ def test_generate_writes_a_clip(run: Run, bundle_path: Path, tmp_path: Path) -> 
 def test_generate_passes_every_option_on(
     run: Run, bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stiv_deploy.runtime.pipeline import StivPipeline
+    from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 
     seen = {}
     original = StivPipeline.__call__
@@ -353,7 +353,7 @@ def test_parse_frames() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_between_steps(bundle_path: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C, or a polite kill, in a real process: code 130, no traceback, no file."""
-    command = [sys.executable, "-m", "stiv_deploy.runtime.main", "generate", str(bundle_path), "--prompt", "digit"]
+    command = [sys.executable, "-m", "stiv_deploy.runtime.command.main", "generate", str(bundle_path), "--prompt", "digit"]
     command += ["--steps", "1000000", "--out", str(tmp_path / "clip.mp4")]
     # made to believe in a terminal, the progress bar tells when the steps have begun
     environment = os.environ | {"FORCE_COLOR": "1", "OMP_NUM_THREADS": "1"}

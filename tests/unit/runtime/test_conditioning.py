@@ -4,9 +4,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stiv_deploy.runtime import conditioning
+from stiv_deploy.runtime.sampling import conditioning
 from stiv_deploy.runtime.errors import RequestError
-from stiv_deploy.runtime.guidance import GuidanceMode
+from stiv_deploy.runtime.sampling.guidance import GuidanceMode
 from stiv_deploy.stiv_ref import model as reference
 from stiv_deploy.stiv_ref.data.moving_digits import micro_conditions
 

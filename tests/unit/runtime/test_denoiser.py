@@ -3,12 +3,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stiv_deploy.runtime import rope
+from stiv_deploy.runtime.sampling import rope
 from stiv_deploy.runtime.backends.base import Call
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from stiv_deploy.runtime.bundle import Bundle
-from stiv_deploy.runtime.contract import dimensions
-from stiv_deploy.runtime.denoiser import Denoiser, GraphClock
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.contract import dimensions
+from stiv_deploy.runtime.sampling.denoiser import Denoiser, GraphClock
 
 EPS = np.finfo(np.float32).eps
 

@@ -14,8 +14,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from typer.testing import CliRunner
 
-from stiv_deploy.runtime import doctor
-from stiv_deploy.runtime.cli import doctor as doctor_command
+from stiv_deploy.runtime.command import doctor
+from stiv_deploy.runtime.command.cli import doctor as doctor_command
 from stiv_deploy.runtime.plugins import library, tensorrt_plugins
 
 app = typer.Typer()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stiv_deploy.runtime.errors import RequestError
-from stiv_deploy.runtime.guidance import BRANCHES, GuidanceMode, branch_weights
+from stiv_deploy.runtime.sampling.guidance import BRANCHES, GuidanceMode, branch_weights
 from stiv_deploy.stiv_ref import guidance as reference
 
 scales = st.floats(-20, 20, width=32)

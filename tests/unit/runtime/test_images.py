@@ -7,10 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from stiv_deploy.runtime.bundle import Bundle
-from stiv_deploy.runtime.contract import ModelFacts
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.contract import ModelFacts
 from stiv_deploy.runtime.errors import RequestError
-from stiv_deploy.runtime.images import (
+from stiv_deploy.runtime.pipeline.images import (
     check_given_frames,
     clip_from_images,
     fitted_image,

@@ -9,12 +9,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from stiv_deploy.runtime.bundle import file_record, read_manifest, write_manifest
-from stiv_deploy.runtime.cli import inspect as inspect_command
-from stiv_deploy.runtime.engine_files import graph_hash
+from stiv_deploy.runtime.bundle.bundle import file_record, read_manifest, write_manifest
+from stiv_deploy.runtime.command.cli import inspect as inspect_command
+from stiv_deploy.runtime.bundle.engine_files import graph_hash
 from stiv_deploy.runtime.errors import BundleError, EngineError, RequestError
-from stiv_deploy.runtime.inspection import EngineReport, inspect_path, plan_rows, precision_text
-from stiv_deploy.runtime.manifest import EngineRecord, FileRecord, ParityRow, PluginForm, QuantizationRecord
+from stiv_deploy.runtime.command.inspection import EngineReport, inspect_path, plan_rows, precision_text
+from stiv_deploy.runtime.bundle.manifest import EngineRecord, FileRecord, ParityRow, PluginForm, QuantizationRecord
 
 app = typer.Typer()
 app.command()(inspect_command)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from stiv_deploy.runtime import media
+from stiv_deploy.runtime.pipeline import media
 from stiv_deploy.runtime.errors import OutputError, RequestError
 
 FORMATS = ["clip.mp4", "clip.gif", "clip.webp", "clip.png", "clip"]

@@ -12,9 +12,9 @@ from onnx import parser
 from stiv_deploy.runtime.backends import onnxruntime as module
 from stiv_deploy.runtime.backends.base import Buffer
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend, session_options, thread_count
-from stiv_deploy.runtime.bundle import Bundle, file_record, read_manifest, write_manifest
+from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, read_manifest, write_manifest
 from stiv_deploy.runtime.errors import BackendError, BundleError, StivError
-from stiv_deploy.runtime.manifest import QuantizationRecord
+from stiv_deploy.runtime.bundle.manifest import QuantizationRecord
 
 
 @pytest.fixture

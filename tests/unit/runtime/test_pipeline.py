@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from stiv_deploy.runtime import Bundle, BundleError, Cancelled, RequestError, StivPipeline
-from stiv_deploy.runtime.request import draw_noise
+from stiv_deploy.runtime.pipeline.request import draw_noise
 
 PROMPT = "digit three moving left"
 RED = np.zeros((8, 8, 3), dtype=np.uint8)

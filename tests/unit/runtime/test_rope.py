@@ -2,8 +2,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stiv_deploy.runtime import rope
-from stiv_deploy.runtime.contract import ModelFacts
+from stiv_deploy.runtime.sampling import rope
+from stiv_deploy.runtime.bundle.contract import ModelFacts
 from stiv_deploy.stiv_ref import rope as reference
 
 ULP = np.finfo(np.float32).eps

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from stiv_deploy.runtime import rope
+from stiv_deploy.runtime.sampling import rope
 from stiv_deploy.runtime.backends.base import Call
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from stiv_deploy.runtime.bundle import Bundle
-from stiv_deploy.runtime.conditioning import frame_mask
-from stiv_deploy.runtime.contract import dimensions
-from stiv_deploy.runtime.denoiser import Denoiser
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.sampling.conditioning import frame_mask
+from stiv_deploy.runtime.bundle.contract import dimensions
+from stiv_deploy.runtime.sampling.denoiser import Denoiser
 from stiv_deploy.runtime.errors import Cancelled, RequestError, StivError
-from stiv_deploy.runtime.guidance import BRANCHES, GuidanceMode
-from stiv_deploy.runtime.sampler import Sampler, SamplingSettings, Solver, StepRecord
+from stiv_deploy.runtime.sampling.guidance import BRANCHES, GuidanceMode
+from stiv_deploy.runtime.sampling.sampler import Sampler, SamplingSettings, Solver, StepRecord
 from stiv_deploy.stiv_ref import sampler as reference
 from stiv_deploy.stiv_ref.guidance import GuidanceMode as ReferenceMode
 from stiv_deploy.stiv_ref.text import TextStates

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stiv_deploy.runtime.errors import RequestError
-from stiv_deploy.runtime.schedule import schedule
+from stiv_deploy.runtime.sampling.schedule import schedule
 from stiv_deploy.stiv_ref import flow
 
 shifts = st.floats(0.05, 20.0)

@@ -13,11 +13,11 @@ from PIL import Image
 from stiv_deploy.runtime import StivPipeline
 from stiv_deploy.runtime.backends import open_backend
 from stiv_deploy.runtime.backends.base import Backend
-from stiv_deploy.runtime.bundle import Bundle
-from stiv_deploy.runtime.contract import ModelFacts, dimensions, graph_specs
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.contract import ModelFacts, dimensions, graph_specs
 from stiv_deploy.runtime.errors import RequestError
-from stiv_deploy.runtime.manifest import Bucket, Range
-from stiv_deploy.runtime.tiling import (
+from stiv_deploy.runtime.bundle.manifest import Bucket, Range
+from stiv_deploy.runtime.pipeline.tiling import (
     PIXELS_AT_ONCE,
     Cut,
     TiledGraph,

@@ -144,7 +144,7 @@ def test_a_bad_recipe_leaves_no_folder(app: typer.Typer, tmp_path: Path) -> None
 
 
 def run_stiv(*arguments: object) -> subprocess.Popen[str]:
-    program = "import sys; from stiv_deploy.runtime.main import main; sys.exit(main())"
+    program = "import sys; from stiv_deploy.runtime.command.main import main; sys.exit(main())"
     command = [sys.executable, "-c", program, "train", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from stiv_deploy.runtime.bundle import file_record, write_manifest
-from stiv_deploy.runtime.contract import ModelFacts, graph_specs
-from stiv_deploy.runtime.main import main
-from stiv_deploy.runtime.manifest import Bucket, GraphRecord, Manifest, Range, SamplingDefaults
+from stiv_deploy.runtime.bundle.bundle import file_record, write_manifest
+from stiv_deploy.runtime.bundle.contract import ModelFacts, graph_specs
+from stiv_deploy.runtime.command.main import main
+from stiv_deploy.runtime.bundle.manifest import Bucket, GraphRecord, Manifest, Range, SamplingDefaults
 
 FACTS = ModelFacts(
     name="toy",

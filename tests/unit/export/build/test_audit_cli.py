@@ -10,9 +10,9 @@ import pytest
 
 from stiv_deploy.export.audit import audit
 from stiv_deploy.export.engines.job import EngineJob, EngineResult
-from stiv_deploy.runtime.bundle import read_manifest, write_manifest
-from stiv_deploy.runtime.main import main
-from stiv_deploy.runtime.manifest import QuantizationRecord
+from stiv_deploy.runtime.bundle.bundle import read_manifest, write_manifest
+from stiv_deploy.runtime.command.main import main
+from stiv_deploy.runtime.bundle.manifest import QuantizationRecord
 from stiv_deploy.runtime.tensorrt_library import missing_library
 
 Stiv = Callable[..., tuple[int, str]]

@@ -16,9 +16,9 @@ from stiv_deploy.export.engines.job import EngineJob
 from stiv_deploy.export.audit.fusion_audit import failures
 from stiv_deploy.export.audit.layer_report import read_report
 from stiv_deploy.export.graphs.quantization import Quantization
-from stiv_deploy.runtime.bundle import Bundle, write_manifest
-from stiv_deploy.runtime.engine_files import profile
-from stiv_deploy.runtime.manifest import Bucket, Range
+from stiv_deploy.runtime.bundle.bundle import Bundle, write_manifest
+from stiv_deploy.runtime.bundle.engine_files import profile
+from stiv_deploy.runtime.bundle.manifest import Bucket, Range
 from stiv_deploy.runtime.tensorrt_library import missing_library
 from stiv_deploy.stiv_ref.checkpoint import CheckpointConfig, checkpoint_hash
 from stiv_deploy.stiv_ref.config import read_config

@@ -15,10 +15,10 @@ from stiv_deploy.export.engines import install as engine_install
 from stiv_deploy.export.engines.build import BuildRequest, BuiltEngine, EngineBuild, default_jobs
 from stiv_deploy.export.engines.processes import BuilderProcesses
 from stiv_deploy.export.engines.job import EngineJob, EngineResult
-from stiv_deploy.runtime.bundle import Bundle, file_record, write_manifest
-from stiv_deploy.runtime.engine_files import graph_hash
+from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, write_manifest
+from stiv_deploy.runtime.bundle.engine_files import graph_hash
 from stiv_deploy.runtime.errors import BundleError, EngineError, OutputError
-from stiv_deploy.runtime.manifest import Manifest
+from stiv_deploy.runtime.bundle.manifest import Manifest
 
 RTX = SimpleNamespace(
     __version__="1.7.1",

@@ -8,8 +8,8 @@ import pytest
 
 from stiv_deploy.export.engines.cli import expanded, listed
 from stiv_deploy.runtime import tensorrt_library
-from stiv_deploy.runtime.bundle import read_manifest, write_manifest
-from stiv_deploy.runtime.manifest import QuantizationRecord
+from stiv_deploy.runtime.bundle.bundle import read_manifest, write_manifest
+from stiv_deploy.runtime.bundle.manifest import QuantizationRecord
 from stiv_deploy.runtime.tensorrt_library import missing_library
 
 Stiv = Callable[..., tuple[int, str]]

@@ -12,7 +12,7 @@ import pytest
 
 from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
-from stiv_deploy.runtime.bundle import Bundle
+from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.tensorrt_library import missing_library
 
 pytestmark = [
@@ -78,7 +78,7 @@ def test_all_bfloat16_graphs_for_blackwell(bfloat16_bundle: Path) -> None:
 def test_ctrl_c_leaves_no_builder_and_nothing_half_written(own_bundle: Path) -> None:
     before = {path: path.read_bytes() for path in own_bundle.rglob("*") if path.is_file()}
     cache = own_bundle.parent / "other cache"
-    command = [sys.executable, "-m", "stiv_deploy.runtime.main", "build", str(own_bundle), "--sm", "121"]
+    command = [sys.executable, "-m", "stiv_deploy.runtime.command.main", "build", str(own_bundle), "--sm", "121"]
     process = subprocess.Popen(
         [*command, "--cache", str(cache)],
         stderr=subprocess.PIPE,

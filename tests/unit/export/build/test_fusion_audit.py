@@ -17,8 +17,8 @@ from stiv_deploy.export.audit.fusion_audit import (
     failures,
 )
 from stiv_deploy.export.audit.layer_report import EngineLayer, parse_report, read_report
-from stiv_deploy.runtime.bundle import read_manifest
-from stiv_deploy.runtime.manifest import Manifest, QuantizationRecord
+from stiv_deploy.runtime.bundle.bundle import read_manifest
+from stiv_deploy.runtime.bundle.manifest import Manifest, QuantizationRecord
 
 REPORTS = Path(__file__).parent / "reports"
 SMALL = "{ Name: s, Dimensions: [1], Datatype: Float }"

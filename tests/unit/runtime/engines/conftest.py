@@ -17,9 +17,9 @@ import pytest
 
 from stiv_deploy.runtime.backends.cuda import Cuda
 from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend
-from stiv_deploy.runtime.bundle import Bundle, file_record, write_manifest
-from stiv_deploy.runtime.engine_files import graph_hash, profile
-from stiv_deploy.runtime.manifest import EngineRecord
+from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, write_manifest
+from stiv_deploy.runtime.bundle.engine_files import graph_hash, profile
+from stiv_deploy.runtime.bundle.manifest import EngineRecord
 
 VERSION = "1.7.1"
 OK, OUT_OF_MEMORY = 0, 2

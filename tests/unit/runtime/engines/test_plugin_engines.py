@@ -12,11 +12,11 @@ from onnx import helper
 
 from stiv_deploy.runtime.backends import open_backend
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from stiv_deploy.runtime.bundle import Bundle, file_record, read_manifest, write_manifest
-from stiv_deploy.runtime.engine_files import attention_form, graph_hash, same_again
+from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, read_manifest, write_manifest
+from stiv_deploy.runtime.bundle.engine_files import attention_form, graph_hash, same_again
 from stiv_deploy.runtime.errors import BackendError, EngineError
-from stiv_deploy.runtime.manifest import EngineRecord, GraphRecord, PluginForm
-from stiv_deploy.runtime.pipeline import StivPipeline
+from stiv_deploy.runtime.bundle.manifest import EngineRecord, GraphRecord, PluginForm
+from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 from stiv_deploy.runtime.plugins import tensorrt_plugins
 from stiv_deploy.runtime.plugins.spec import DOMAIN, PLUGINS, TEMPORAL_ATTENTION, VERSION
 from stiv_deploy.runtime.plugins.tensorrt_plugins import PLUGIN_LIBRARY, PLUGIN_LIBRARY_VARIABLE, PluginLibrary

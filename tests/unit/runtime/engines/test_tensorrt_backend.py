@@ -11,10 +11,10 @@ import pytest
 
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend
-from stiv_deploy.runtime.bundle import Bundle
-from stiv_deploy.runtime.contract import dimensions
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.contract import dimensions
 from stiv_deploy.runtime.errors import BackendError, EngineError
-from stiv_deploy.runtime.pipeline import StivPipeline
+from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 
 
 def decoder_arrays(batch: int = 1, frames: int = 4) -> np.ndarray:

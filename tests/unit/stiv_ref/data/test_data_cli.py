@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stiv_deploy.runtime import main as main_module
+from stiv_deploy.runtime.command import main as main_module
 from stiv_deploy.stiv_ref.data import clip_plots
 from stiv_deploy.stiv_ref.data.clips import Clip, read_clips
 from stiv_deploy.stiv_ref.data.filters import Thresholds

@@ -104,7 +104,7 @@ def start(processes: int, *command: object) -> subprocess.Popen[str]:
 
 
 def launch(processes: int, recipe: Path, out: Path) -> subprocess.Popen[str]:
-    return start(processes, "-m", "stiv_deploy.runtime.main", "train", recipe, "--out", out, "--quiet")
+    return start(processes, "-m", "stiv_deploy.runtime.command.main", "train", recipe, "--out", out, "--quiet")
 
 
 def finished(process: subprocess.Popen[str]) -> tuple[int, str]:

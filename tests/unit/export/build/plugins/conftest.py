@@ -12,9 +12,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from stiv_deploy.runtime.bundle import file_record, read_manifest, write_manifest
-from stiv_deploy.runtime.contract import GraphSpec
-from stiv_deploy.runtime.manifest import PluginForm
+from stiv_deploy.runtime.bundle.bundle import file_record, read_manifest, write_manifest
+from stiv_deploy.runtime.bundle.contract import GraphSpec
+from stiv_deploy.runtime.bundle.manifest import PluginForm
 from stiv_deploy.runtime.plugins import tensorrt_plugins
 from stiv_deploy.runtime.plugins.spec import DOMAIN, PLUGINS, SPATIAL_QKV, TEMPORAL_ATTENTION, VERSION
 from stiv_deploy.runtime.plugins.tensorrt_plugins import PLUGIN_LIBRARY, PLUGIN_LIBRARY_VARIABLE, PluginLibrary
@@ -271,7 +271,7 @@ def builders(monkeypatch: pytest.MonkeyPatch, tensorrt: FakeTensorRT) -> list[An
 def build(plugin_bundle: Path, builders: list[Any]) -> Callable[..., Any]:
     """Builds chosen graphs of :func:`plugin_bundle`, by default in the form with plugins."""
     from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
-    from stiv_deploy.runtime.bundle import Bundle
+    from stiv_deploy.runtime.bundle.bundle import Bundle
 
     def make(*graphs: str, **update: Any) -> Any:
         values = {"backend": "tensorrt", "sm": "auto", "attention": "plugin", "cache": plugin_bundle.parent / "cache"}

@@ -13,8 +13,8 @@ from stiv_deploy.export.bundle_from_checkpoint import export_bundle
 from stiv_deploy.export.engines.job import EngineJob
 from stiv_deploy.export.engines.worker import run
 from stiv_deploy.export.engines.plugin_graphs import KNOWN, without_functions
-from stiv_deploy.runtime.bundle import Bundle
-from stiv_deploy.runtime.engine_files import profile
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.engine_files import profile
 from stiv_deploy.runtime.plugins.spec import DOMAIN, PLUGINS
 from stiv_deploy.runtime.plugins.tensorrt_plugins import PluginLibrary
 from stiv_deploy.runtime.tensorrt_library import missing_library

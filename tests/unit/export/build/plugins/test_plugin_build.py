@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
-from stiv_deploy.runtime.bundle import Bundle, read_manifest, write_manifest
-from stiv_deploy.runtime.contract import graph_specs
-from stiv_deploy.runtime.engine_files import attention_form, graph_hash, same_again
+from stiv_deploy.runtime.bundle.bundle import Bundle, read_manifest, write_manifest
+from stiv_deploy.runtime.bundle.contract import graph_specs
+from stiv_deploy.runtime.bundle.engine_files import attention_form, graph_hash, same_again
 from stiv_deploy.runtime.errors import BackendError, BundleError, EngineError, StivError
-from stiv_deploy.runtime.manifest import EngineRecord, Manifest, QuantizationRecord
+from stiv_deploy.runtime.bundle.manifest import EngineRecord, Manifest, QuantizationRecord
 from stiv_deploy.runtime.plugins import tensorrt_plugins
 from stiv_deploy.runtime.plugins.library import KernelError
 from stiv_deploy.runtime.plugins.tensorrt_plugins import PLUGIN_LIBRARY_VARIABLE, PluginLibrary

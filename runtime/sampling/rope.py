@@ -6,7 +6,7 @@ is "rotate half": the graphs rotate pairs (i, i + head_dim / 2).
 
 import numpy as np
 
-from stiv_deploy.runtime.contract import ModelFacts
+from stiv_deploy.runtime.bundle.contract import ModelFacts
 
 
 def positions(size: int, base: int) -> np.ndarray:

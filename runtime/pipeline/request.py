@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from stiv_deploy.runtime.bundle import Bundle
+from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.errors import RequestError
-from stiv_deploy.runtime.guidance import GuidanceMode
-from stiv_deploy.runtime.manifest import SamplingDefaults
-from stiv_deploy.runtime.sampler import SamplingSettings, Solver
+from stiv_deploy.runtime.sampling.guidance import GuidanceMode
+from stiv_deploy.runtime.bundle.manifest import SamplingDefaults
+from stiv_deploy.runtime.sampling.sampler import SamplingSettings, Solver
 
 Name = TypeVar("Name", bound=StrEnum)
 SEED_LIMIT = 2**63

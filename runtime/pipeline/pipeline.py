@@ -13,21 +13,21 @@ import numpy as np
 
 from stiv_deploy.runtime.backends import open_backend
 from stiv_deploy.runtime.backends.base import Backend
-from stiv_deploy.runtime.bundle import Bundle
-from stiv_deploy.runtime.conditioning import frame_mask, micro_conditions, scatter_frames
-from stiv_deploy.runtime.contract import dimensions, graph_specs
-from stiv_deploy.runtime.denoiser import Denoiser, GraphClock
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.sampling.conditioning import frame_mask, micro_conditions, scatter_frames
+from stiv_deploy.runtime.bundle.contract import dimensions, graph_specs
+from stiv_deploy.runtime.sampling.denoiser import Denoiser, GraphClock
 from stiv_deploy.runtime.errors import RequestError
-from stiv_deploy.runtime.guidance import BRANCHES
-from stiv_deploy.runtime.images import (
+from stiv_deploy.runtime.sampling.guidance import BRANCHES
+from stiv_deploy.runtime.pipeline.images import (
     ImageLike,
     check_given_frames,
     clip_from_images,
     frames_from_video,
     given_images,
 )
-from stiv_deploy.runtime.manifest import Bucket
-from stiv_deploy.runtime.request import (
+from stiv_deploy.runtime.bundle.manifest import Bucket
+from stiv_deploy.runtime.pipeline.request import (
     GenerationRequest,
     Sample,
     VideoSize,
@@ -38,9 +38,9 @@ from stiv_deploy.runtime.request import (
     video_size,
     whole_number,
 )
-from stiv_deploy.runtime.sampler import Observer, Sampler, StepRecord
-from stiv_deploy.runtime.tiling import Bind, TiledGraph, TilePlan, check_tile, plan_tiles
-from stiv_deploy.runtime.tokenization import PromptTokenizer
+from stiv_deploy.runtime.sampling.sampler import Observer, Sampler, StepRecord
+from stiv_deploy.runtime.pipeline.tiling import Bind, TiledGraph, TilePlan, check_tile, plan_tiles
+from stiv_deploy.runtime.pipeline.tokenization import PromptTokenizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from stiv_deploy.runtime.contract import MASKED
+from stiv_deploy.runtime.bundle.contract import MASKED
 from stiv_deploy.runtime.errors import RequestError
-from stiv_deploy.runtime.guidance import BRANCHES, GuidanceMode
+from stiv_deploy.runtime.sampling.guidance import BRANCHES, GuidanceMode
 
 
 def frame_indices(indices: Iterable[int], frames: int) -> list[int]:

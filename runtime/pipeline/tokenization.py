@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stiv_deploy.runtime.bundle import AGAIN, Bundle
+from stiv_deploy.runtime.bundle.bundle import AGAIN, Bundle
 from stiv_deploy.runtime.errors import BundleError
 
 

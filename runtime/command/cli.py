@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
-    from stiv_deploy.runtime.contract import ModelFacts
-    from stiv_deploy.runtime.doctor import Report as DoctorReport
-    from stiv_deploy.runtime.inspection import BundleReport, EngineReport, OnnxReport
-    from stiv_deploy.runtime.manifest import Bucket, Range
-    from stiv_deploy.runtime.pipeline import StepCallback
+    from stiv_deploy.runtime.bundle.contract import ModelFacts
+    from stiv_deploy.runtime.command.doctor import Report as DoctorReport
+    from stiv_deploy.runtime.command.inspection import BundleReport, EngineReport, OnnxReport
+    from stiv_deploy.runtime.bundle.manifest import Bucket, Range
+    from stiv_deploy.runtime.pipeline.pipeline import StepCallback
 
 MIB = 2**20
 
@@ -101,8 +101,8 @@ def generate(
 
     stiv generate bundle --prompt "digit three moving left" --out three.mp4
     """
-    from stiv_deploy.runtime.media import check_output, write_video
-    from stiv_deploy.runtime.pipeline import StivPipeline
+    from stiv_deploy.runtime.pipeline.media import check_output, write_video
+    from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 
     images = parse_frames(image, frame or [])
     targets = check_output(out, len(prompt))
@@ -146,7 +146,7 @@ def inspect(
     """
     from rich.console import Console
 
-    from stiv_deploy.runtime.inspection import BundleReport, OnnxReport, inspect_path
+    from stiv_deploy.runtime.command.inspection import BundleReport, OnnxReport, inspect_path
 
     report = inspect_path(path)
     if as_json:
@@ -166,7 +166,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     """
     from rich.console import Console
 
-    from stiv_deploy.runtime.doctor import examine
+    from stiv_deploy.runtime.command.doctor import examine
 
     report = examine()
     if as_json:
@@ -203,7 +203,7 @@ def _size(count: int) -> str:
 
 def print_bundle(report: "BundleReport", console: "Console") -> None:
     """Bundle as text: facts, buckets, graphs, their forms with plugins, layers in 8 bits, engines, parity."""
-    from stiv_deploy.runtime.inspection import plan_rows, plugin_rows, precision_text
+    from stiv_deploy.runtime.command.inspection import plan_rows, plugin_rows, precision_text
 
     manifest = report.manifest
     model, sampling = manifest.model, manifest.sampling
@@ -265,8 +265,8 @@ def _ranges(bucket: "Bucket") -> tuple["Range", ...]:
 
 def print_engine_records(report: "BundleReport", console: "Console") -> None:
     """Engines of a bundle, or how to build some."""
-    from stiv_deploy.runtime.engine_files import attention_form
-    from stiv_deploy.runtime.inspection import attention_text
+    from stiv_deploy.runtime.bundle.engine_files import attention_form
+    from stiv_deploy.runtime.command.inspection import attention_text
 
     engines = report.manifest.engines
     if not engines:
@@ -327,7 +327,7 @@ def print_onnx(report: "OnnxReport", console: "Console") -> None:
 
 def print_engine(report: "EngineReport", console: "Console") -> None:
     """Engine as text: its file, its record in the bundle, and what cannot be told here."""
-    from stiv_deploy.runtime.inspection import attention_text
+    from stiv_deploy.runtime.command.inspection import attention_text
 
     lines = [f"{report.path}: {_size(report.bytes)}, SHA-256 {report.sha256[:12]}"]
     if report.record is not None:

@@ -6,9 +6,9 @@ Shared by the build, which writes the records, and the runtime, which believes t
 import hashlib
 from typing import Literal
 
-from stiv_deploy.runtime.contract import GraphSpec, ModelFacts
+from stiv_deploy.runtime.bundle.contract import GraphSpec, ModelFacts
 from stiv_deploy.runtime.errors import EngineError
-from stiv_deploy.runtime.manifest import PORTABLE, Bucket, EngineRecord, GraphRecord, Manifest
+from stiv_deploy.runtime.bundle.manifest import PORTABLE, Bucket, EngineRecord, GraphRecord, Manifest
 from stiv_deploy.runtime.plugins.tensorrt_plugins import SHORT, PluginLibrary
 from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour
 

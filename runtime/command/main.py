@@ -50,7 +50,7 @@ def _commands() -> dict[str, EntryPoint]:
 
 def _needs(error: ImportError) -> str | None:
     """What to install for a module that is missing; None if it is not one of our optional dependencies."""
-    from stiv_deploy.runtime.doctor import DEPENDENCIES
+    from stiv_deploy.runtime.command.doctor import DEPENDENCIES
 
     missing = (error.name or "").partition(".")[0]
     extras = [each.extra for each in DEPENDENCIES if each.module.partition(".")[0] == missing]

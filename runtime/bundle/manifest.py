@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from stiv_deploy.runtime.contract import MAX_BRANCHES, Frozen, GraphSpec, ModelFacts, Precision, dimensions
+from stiv_deploy.runtime.bundle.contract import MAX_BRANCHES, Frozen, GraphSpec, ModelFacts, Precision, dimensions
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from stiv_deploy.runtime import media
-from stiv_deploy.runtime.conditioning import frame_indices
-from stiv_deploy.runtime.contract import ModelFacts
+from stiv_deploy.runtime.pipeline import media
+from stiv_deploy.runtime.sampling.conditioning import frame_indices
+from stiv_deploy.runtime.bundle.contract import ModelFacts
 from stiv_deploy.runtime.errors import RequestError
 
 ImageLike: TypeAlias = Image.Image | np.ndarray | str | PathLike[str]

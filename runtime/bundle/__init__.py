@@ -1,0 +1,1 @@
+"""The contract on disk: graphs and their tensors, manifest, files with hashes."""

@@ -1,0 +1,1 @@
+"""The command line: stiv, its dispatcher, and the commands that need no torch."""

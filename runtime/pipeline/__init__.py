@@ -1,0 +1,1 @@
+"""From a request to video: prompts, pictures, tiles, clips."""

@@ -1,0 +1,1 @@
+"""The sampling loop on bound graphs: schedule, guidance, frame replacement."""
