@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stiv_deploy.stiv_ref import fused_attention
+from stiv_deploy.stiv_ref.fused import attention as fused_attention
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.errors import AttentionError
 from stiv_deploy.stiv_ref.rope import rotate
 
 MODULATIONS = 6  # shift, scale, gate of spatial attention, then of the FFN
 Attention = Literal["native", "fused"]
-"""Form of self-attention: standard operators, or the project's own (:mod:`~stiv_deploy.stiv_ref.fused_attention`)."""
+"""Form of self-attention: standard operators, or the project's own (:mod:`~stiv_deploy.stiv_ref.fused.attention`)."""
 
 
 class RopeTables(NamedTuple):

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig, read_config
 from stiv_deploy.stiv_ref.errors import CheckpointError, ConfigError
 from stiv_deploy.stiv_ref.model import Stiv
-from stiv_deploy.stiv_ref.pretrained_text import PretrainedTextConfig, PretrainedTextEncoder, read_text_encoder
-from stiv_deploy.stiv_ref.pretrained_vae import PretrainedVae, PretrainedVaeConfig, read_vae
+from stiv_deploy.stiv_ref.pretrained.text import PretrainedTextConfig, PretrainedTextEncoder, read_text_encoder
+from stiv_deploy.stiv_ref.pretrained.vae import PretrainedVae, PretrainedVaeConfig, read_vae
 from stiv_deploy.stiv_ref.text import TextConfig, TextEncoder, load_tokenizer
 from stiv_deploy.stiv_ref.vae import Vae, VaeConfig
 

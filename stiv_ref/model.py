@@ -174,7 +174,7 @@ class Stiv(nn.Module):
     def _check_kernels(self) -> None:
         weight = self.patch.weight
         if weight.is_cuda:
-            from stiv_deploy.stiv_ref.fused_launch import check_kernels, cuda_library
+            from stiv_deploy.stiv_ref.fused.launch import check_kernels, cuda_library
 
             check_kernels(self.config.head_dim, weight.dtype)
             cuda_library()

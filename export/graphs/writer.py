@@ -27,7 +27,7 @@ from stiv_deploy.runtime.bundle.engine_files import Attention
 from stiv_deploy.runtime.bundle.manifest import Bucket, FileRecord, GraphRecord, PluginForm
 from stiv_deploy.stiv_ref.block import StivBlock
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
-from stiv_deploy.stiv_ref.pretrained_text import text_dtype
+from stiv_deploy.stiv_ref.pretrained.text import text_dtype
 
 GRAPH_FOLDER = "onnx"
 Progress = Callable[[str, int, int], None]

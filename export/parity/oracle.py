@@ -17,7 +17,7 @@ from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.conditioning import noise_frames, replace_frames
 from stiv_deploy.stiv_ref.guidance import cfg_renorm
 from stiv_deploy.stiv_ref.model import Stiv, TextKV
-from stiv_deploy.stiv_ref.pretrained_text import text_dtype
+from stiv_deploy.stiv_ref.pretrained.text import text_dtype
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, guided_velocity
 from stiv_deploy.stiv_ref.text import TextStates
 

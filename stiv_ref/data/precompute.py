@@ -26,8 +26,8 @@ from stiv_deploy.stiv_ref.data.tars import write_shard
 from stiv_deploy.stiv_ref.data.videos import VideoDataset
 from stiv_deploy.stiv_ref.errors import DataError
 from stiv_deploy.stiv_ref.objective import sample_generator
-from stiv_deploy.stiv_ref.pretrained_text import load_pretrained_text
-from stiv_deploy.stiv_ref.pretrained_vae import load_pretrained_vae
+from stiv_deploy.stiv_ref.pretrained.text import load_pretrained_text
+from stiv_deploy.stiv_ref.pretrained.vae import load_pretrained_vae
 from stiv_deploy.stiv_ref.text import tokenize
 
 Advance = Callable[[int, int], None]

@@ -13,7 +13,7 @@ from stiv_deploy.stiv_ref.checkpoint import AnyVae, fill, load_tensors, stored
 from stiv_deploy.stiv_ref.checkpoint import load_vae as load_checkpoint_vae
 from stiv_deploy.stiv_ref.files import replaced_file
 from stiv_deploy.stiv_ref.model import Stiv
-from stiv_deploy.stiv_ref.pretrained_vae import load_pretrained_vae
+from stiv_deploy.stiv_ref.pretrained.vae import load_pretrained_vae
 from stiv_deploy.stiv_ref.recipe import FrozenVae, Recipe, Stage, TrainedVae
 from stiv_deploy.stiv_ref.text import load_tokenizer
 from stiv_deploy.stiv_ref.training.averages import Averages

@@ -11,7 +11,7 @@ from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.data.source import Batch
 from stiv_deploy.stiv_ref.errors import ConfigError
 from stiv_deploy.stiv_ref.objective import drop_text
-from stiv_deploy.stiv_ref.pretrained_text import load_pretrained_text
+from stiv_deploy.stiv_ref.pretrained.text import load_pretrained_text
 from stiv_deploy.stiv_ref.recipe import FrozenText, Recipe, WordText
 from stiv_deploy.stiv_ref.text import TextConfig, TextEncoder, TextStates, tokenize, word_tokenizer
 

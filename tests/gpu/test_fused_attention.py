@@ -17,8 +17,8 @@ from stiv_deploy.stiv_ref.block import RopeTables, StivBlock
 from stiv_deploy.stiv_ref.checkpoint import load_checkpoint
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.errors import AttentionError
-from stiv_deploy.stiv_ref.fused_attention import spatial_qkv, temporal_attention
-from stiv_deploy.stiv_ref.fused_launch import cuda_library
+from stiv_deploy.stiv_ref.fused.attention import spatial_qkv, temporal_attention
+from stiv_deploy.stiv_ref.fused.launch import cuda_library
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.rope import rotate
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, sample

@@ -33,7 +33,7 @@ from stiv_deploy.stiv_ref.checkpoint import Checkpoint, CheckpointConfig, Sampli
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.guidance import GuidanceMode
 from stiv_deploy.stiv_ref.model import Stiv
-from stiv_deploy.stiv_ref.pretrained_text import PretrainedTextEncoder, load_pretrained_text
+from stiv_deploy.stiv_ref.pretrained.text import PretrainedTextEncoder, load_pretrained_text
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, sample
 from stiv_deploy.stiv_ref.text import tokenize
 from stiv_deploy.stiv_ref.vae import Vae, VaeConfig

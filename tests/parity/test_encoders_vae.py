@@ -30,7 +30,7 @@ from stiv_deploy.runtime.pipeline.request import draw_noise
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, CheckpointConfig, SamplingDefaults, save_checkpoint
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.model import Stiv
-from stiv_deploy.stiv_ref.pretrained_vae import CLASSES, PretrainedVae, PretrainedVaeConfig, load_pretrained_vae
+from stiv_deploy.stiv_ref.pretrained.vae import CLASSES, PretrainedVae, PretrainedVaeConfig, load_pretrained_vae
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, sample
 from stiv_deploy.stiv_ref.text import TextConfig, TextEncoder, tokenize, word_tokenizer
 

@@ -28,7 +28,7 @@ from stiv_deploy.runtime.plugins.spec import (
     VERSION,
     PluginSpec,
 )
-from stiv_deploy.stiv_ref import fused_attention
+from stiv_deploy.stiv_ref.fused import attention as fused_attention
 
 ONNX_TYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,

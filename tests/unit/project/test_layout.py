@@ -24,8 +24,8 @@ ALLOWED = (
     # Looks at the package inside a function and works without it.
     ("runtime/inspection.py", "onnx"),
     # The loader of the kernel library and its limits are plain ctypes; PyTorch operators and plugins launch the same.
-    ("stiv_ref/fused_launch.py", "stiv_deploy.runtime.plugins.library"),
-    ("stiv_ref/fused_launch.py", "stiv_deploy.runtime.plugins.spec"),
+    ("stiv_ref/fused/launch.py", "stiv_deploy.runtime.plugins.library"),
+    ("stiv_ref/fused/launch.py", "stiv_deploy.runtime.plugins.spec"),
 )
 """Files, and the modules that just they may import besides."""
 

@@ -25,7 +25,7 @@ from stiv_deploy.stiv_ref.checkpoint import (
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.errors import CheckpointError, StivRefError
 from stiv_deploy.stiv_ref.model import Stiv
-from stiv_deploy.stiv_ref.pretrained_text import PretrainedTextEncoder, load_pretrained_text
+from stiv_deploy.stiv_ref.pretrained.text import PretrainedTextEncoder, load_pretrained_text
 from stiv_deploy.stiv_ref.text import TextConfig, TextEncoder, word_tokenizer
 from stiv_deploy.stiv_ref.vae import Vae, VaeConfig
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from stiv_deploy.stiv_ref import config
 from stiv_deploy.stiv_ref.checkpoint import load_checkpoint
-from stiv_deploy.stiv_ref.cli import consolidate, train
+from stiv_deploy.stiv_ref.commands.train import consolidate, train
 from stiv_deploy.stiv_ref.errors import StivRefError
 from stiv_deploy.stiv_ref.training import step as step_module
 from stiv_deploy.stiv_ref.training import trainer

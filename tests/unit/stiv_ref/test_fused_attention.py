@@ -18,7 +18,7 @@ from stiv_deploy.runtime.plugins.library import LIBRARY_VARIABLE, KernelError
 from stiv_deploy.stiv_ref.block import RopeTables, SelfAttention, StivBlock
 from stiv_deploy.stiv_ref.config import CONFIGS, StivConfig
 from stiv_deploy.stiv_ref.errors import AttentionError
-from stiv_deploy.stiv_ref.fused_attention import spatial_qkv, temporal_attention
+from stiv_deploy.stiv_ref.fused.attention import spatial_qkv, temporal_attention
 from stiv_deploy.stiv_ref.guidance import GuidanceMode
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, sample
@@ -372,7 +372,7 @@ def test_mixed_types_are_refused(random_model: ModelFactory) -> None:
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModelFactory]:
     """Models of fake CUDA tensors, and a kernel library that is missing."""
-    from stiv_deploy.stiv_ref.fused_launch import cuda_library
+    from stiv_deploy.stiv_ref.fused.launch import cuda_library
 
     monkeypatch.setenv(LIBRARY_VARIABLE, str(tmp_path / "missing.so"))
     cuda_library.cache_clear()

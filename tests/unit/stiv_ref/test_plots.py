@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from stiv_deploy.stiv_ref.errors import StivRefError
-from stiv_deploy.stiv_ref.plot_cli import plot
+from stiv_deploy.stiv_ref.commands.plot import plot
 from stiv_deploy.stiv_ref.plots import Row, contact_sheet, plot_training, read_stages, smooth
 
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 
-from stiv_deploy.stiv_ref import pretrained_text
+from stiv_deploy.stiv_ref.pretrained import text as pretrained_text
 from stiv_deploy.stiv_ref.errors import CheckpointError
-from stiv_deploy.stiv_ref.pretrained_text import (
+from stiv_deploy.stiv_ref.pretrained.text import (
     PretrainedTextConfig,
     PretrainedTextEncoder,
     TabledBias,

@@ -23,7 +23,7 @@ from stiv_deploy.stiv_ref.checkpoint import (
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.errors import CheckpointError, ConfigError
 from stiv_deploy.stiv_ref.model import Stiv
-from stiv_deploy.stiv_ref.pretrained_vae import (
+from stiv_deploy.stiv_ref.pretrained.vae import (
     CLASSES,
     WEIGHTS,
     PretrainedVae,

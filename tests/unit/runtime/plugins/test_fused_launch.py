@@ -23,16 +23,16 @@ from stiv_deploy.runtime.plugins.library import (
     SpatialQkv,
     TemporalAttention,
 )
-from stiv_deploy.stiv_ref import fused_attention, fused_launch
+from stiv_deploy.stiv_ref.fused import attention as fused_attention, launch as fused_launch
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.errors import AttentionError
-from stiv_deploy.stiv_ref.fused_attention import (
+from stiv_deploy.stiv_ref.fused.attention import (
     spatial_qkv,
     spatial_qkv_on_gpu,
     temporal_attention,
     temporal_attention_on_gpu,
 )
-from stiv_deploy.stiv_ref.fused_launch import cuda_library, launch_spatial, launch_temporal
+from stiv_deploy.stiv_ref.fused.launch import cuda_library, launch_spatial, launch_temporal
 from stiv_deploy.stiv_ref.model import Stiv
 
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}

@@ -10,7 +10,7 @@ but the scales, fp32 numbers; a scale makes the output FP8 E4M3: x / scale, to n
 
 Both raise :class:`AttentionError`, at tracing and at run time, on tensors that do not fit each other or a ``qkv`` that
 is not contiguous (a copy would cost what the kernel saves). CUDA tensors are also held to what the kernels are compiled
-for (``stiv_ref/fused_launch.py``). A backward pass through them raises it too.
+for (``stiv_ref/fused/launch.py``). A backward pass through them raises it too.
 """
 
 from collections.abc import Sequence
@@ -91,7 +91,7 @@ def temporal_attention(
 @temporal_attention.register_kernel("cuda")
 def temporal_attention_on_gpu(*arguments: Any, **keywords: Any) -> Tensor:
     """The kernel's launch on the current stream of the tensors' device; adds ``KernelError`` to the operator's."""
-    from stiv_deploy.stiv_ref.fused_launch import cuda_library, current_stream, launch_temporal
+    from stiv_deploy.stiv_ref.fused.launch import cuda_library, current_stream, launch_temporal
 
     call = Temporal(*arguments, **keywords)
     _check_temporal(call)
@@ -139,7 +139,7 @@ def spatial_qkv(
 @spatial_qkv.register_kernel("cuda")
 def spatial_qkv_on_gpu(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel's launch on the current stream of the tensors' device; adds ``KernelError`` to the operator's."""
-    from stiv_deploy.stiv_ref.fused_launch import cuda_library, current_stream, launch_spatial
+    from stiv_deploy.stiv_ref.fused.launch import cuda_library, current_stream, launch_spatial
 
     call = Spatial(*arguments, **keywords)
     _check_spatial(call)

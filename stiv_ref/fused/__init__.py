@@ -1,0 +1,1 @@
+"""Fused attention: the kernels of runtime/plugins as PyTorch operators."""

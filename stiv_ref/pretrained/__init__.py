@@ -1,0 +1,1 @@
+"""Text encoders and VAEs of other projects, from local folders."""
