@@ -31,10 +31,10 @@ from stiv_deploy.calibration.layers import OPERANDS, block_layers
 from stiv_deploy.calibration.plan import default_plan
 from stiv_deploy.calibration.ranges import activation_range, weight_range
 from stiv_deploy.calibration.scales import Provenance, Scales
-from stiv_deploy.export.graphs.writer import GraphWriter
-from stiv_deploy.export.graphs.modules import graph_modules, model_facts
 from stiv_deploy.export.graphs.check import draw_inputs, relative_error
+from stiv_deploy.export.graphs.modules import graph_modules, model_facts
 from stiv_deploy.export.graphs.quantization import Quantization
+from stiv_deploy.export.graphs.writer import GraphWriter
 from stiv_deploy.runtime.backends.onnxruntime import session_options
 from stiv_deploy.runtime.backends.onnxruntime_int8 import EXACT, VNNI, cpu_flags
 from stiv_deploy.runtime.bundle.contract import Precision, graph_specs

@@ -25,8 +25,8 @@ from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend
 from stiv_deploy.runtime.bundle.bundle import Bundle, write_manifest
 from stiv_deploy.runtime.bundle.contract import TensorSpec
-from stiv_deploy.runtime.errors import StivError
 from stiv_deploy.runtime.bundle.manifest import PORTABLE
+from stiv_deploy.runtime.errors import StivError
 from stiv_deploy.runtime.tensorrt_library import import_tensorrt
 
 SEED = 0

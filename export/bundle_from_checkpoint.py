@@ -13,14 +13,14 @@ import torch
 
 from stiv_deploy.calibration.quantize import require_modelopt
 from stiv_deploy.export.errors import ExportError
-from stiv_deploy.export.graphs.writer import GRAPH_FOLDER, GraphWriter, Progress
 from stiv_deploy.export.graphs.modules import model_facts
 from stiv_deploy.export.graphs.onnx_from_module import OPSET
 from stiv_deploy.export.graphs.quantization import Quantization, check_quantization
+from stiv_deploy.export.graphs.writer import GRAPH_FOLDER, GraphWriter, Progress
 from stiv_deploy.runtime.bundle.contract import ModelFacts, Precision
 from stiv_deploy.runtime.bundle.engine_files import Attention
-from stiv_deploy.runtime.errors import OutputError
 from stiv_deploy.runtime.bundle.manifest import MANIFEST, Bucket, FileRecord, Manifest, Range, SamplingDefaults
+from stiv_deploy.runtime.errors import OutputError
 from stiv_deploy.runtime.plugins.spec import HEAD_DIMS, MAX_FRAMES
 from stiv_deploy.stiv_ref.checkpoint import (
     Checkpoint,

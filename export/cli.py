@@ -51,8 +51,8 @@ def export(
 
     Sizes are ranges: what requests may ask for, and what engines are tuned for.
     """
-    from stiv_deploy.runtime.command.inspection import precision_text
     from stiv_deploy.runtime.bundle.manifest import MANIFEST, Manifest
+    from stiv_deploy.runtime.command.inspection import precision_text
 
     started = time.monotonic()
     request = ExportRequest.parse(checkpoint, precision, scales, plan, activations)

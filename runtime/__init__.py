@@ -21,8 +21,8 @@ if TYPE_CHECKING:
         RequestError,
         StivError,
     )
-    from stiv_deploy.runtime.sampling.guidance import GuidanceMode
     from stiv_deploy.runtime.pipeline.pipeline import StivOutput, StivPipeline
+    from stiv_deploy.runtime.sampling.guidance import GuidanceMode
     from stiv_deploy.runtime.sampling.sampler import Solver
 
 _MODULES = {

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stiv_deploy.stiv_ref.fused import attention as fused_attention
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.errors import AttentionError
+from stiv_deploy.stiv_ref.fused import attention as fused_attention
 from stiv_deploy.stiv_ref.rope import rotate
 
 MODULATIONS = 6  # shift, scale, gate of spatial attention, then of the FFN

@@ -6,15 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from stiv_deploy.export.engines.build import check_fp8, known_names, resolve_sm
-from stiv_deploy.export.engines.processes import BuilderProcesses
-from stiv_deploy.export.engines.job import EngineJob
 from stiv_deploy.export.audit.fusion_audit import AuditRow, Expectation, audit_graph, expectation
 from stiv_deploy.export.audit.layer_report import EngineLayer, read_report
+from stiv_deploy.export.engines.build import check_fp8, known_names, resolve_sm
+from stiv_deploy.export.engines.job import EngineJob
+from stiv_deploy.export.engines.processes import BuilderProcesses
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.engine_files import profile, sm_folder
-from stiv_deploy.runtime.errors import EngineError
 from stiv_deploy.runtime.bundle.manifest import PORTABLE, Bucket, Manifest
+from stiv_deploy.runtime.errors import EngineError
 from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour, import_tensorrt
 
 AUDITED = ("text_kv", "embed", "head", "step")

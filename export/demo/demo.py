@@ -72,8 +72,8 @@ def build_stage(run: DemoRun, sm: str) -> None:
 
 def parity_stage(run: DemoRun) -> None:
     """Bundle -> parity.json, and the rows in its manifest."""
-    from stiv_deploy.export.parity.ladder import run_parity
     from stiv_deploy.export.parity.files import opened_pair, record_rows, runnable, write_json
+    from stiv_deploy.export.parity.ladder import run_parity
 
     with run.stage("Parity with the float64 reference"):
         bundle, checkpoint = opened_pair(run.out / "bundle", None, CHECKPOINT.parent)

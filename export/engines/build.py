@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stiv_deploy.export.engines.processes import BuilderProcesses
 from stiv_deploy.export.engines.install import commit, staged
 from stiv_deploy.export.engines.job import BUILDER_REVISION, EngineJob
 from stiv_deploy.export.engines.plan_cache import CachedPlan, PlanCache, plan_key
 from stiv_deploy.export.engines.plugin_graphs import BuildAttention, Packaging, choose_packaging
+from stiv_deploy.export.engines.processes import BuilderProcesses
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.engine_files import graph_hash, profile, sm_folder
-from stiv_deploy.runtime.errors import BackendError, EngineError, OutputError
 from stiv_deploy.runtime.bundle.manifest import PORTABLE, Bucket, EngineRecord, FileRecord, Manifest
+from stiv_deploy.runtime.errors import BackendError, EngineError, OutputError
 from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour, import_tensorrt, targets
 
 AUTO = "auto"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from stiv_deploy.runtime.bundle.bundle import Bundle, write_manifest
-from stiv_deploy.runtime.errors import BundleError, OutputError
 from stiv_deploy.runtime.bundle.manifest import EngineRecord
+from stiv_deploy.runtime.errors import BundleError, OutputError
 
 HELD_BACK = (signal.SIGINT, signal.SIGTERM)
 

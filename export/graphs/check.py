@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from stiv_deploy.calibration.layers import Format
 from stiv_deploy.runtime.backends.onnxruntime import set_quantization
-from stiv_deploy.runtime.bundle.contract import MASKED, MAX_BRANCHES, GraphSpec, ModelFacts, Precision, TensorSpec, dimensions
+from stiv_deploy.runtime.bundle.contract import (
+    MASKED,
+    MAX_BRANCHES,
+    GraphSpec,
+    ModelFacts,
+    Precision,
+    TensorSpec,
+    dimensions,
+)
 from stiv_deploy.runtime.bundle.manifest import Bucket, Range
 from stiv_deploy.runtime.pipeline.tiling import plan_tiles
 

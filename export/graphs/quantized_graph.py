@@ -13,7 +13,7 @@ LayerNormalization and RMSNormalization (``stash_type`` 1), as squares of activa
 sinusoids of timestep and micro-conditions, whose angles reach 1000; and everything in image encoder, step and decoder.
 Softmax needs no more than that: QK-norm keeps the scores of self-attention below Dh ** 0.5 times the norms' weights,
 and fused kernels add in float32. No other island is needed: blocks of width 1152 with activations of 20000 stay
-within the error of torch in the same precision (tests/unit/export/test_quantized_graph.py).
+within the error of torch in the same precision (tests/unit/export/graphs/test_quantized_graph.py).
 """
 
 import onnx_ir as ir

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from stiv_deploy.export.errors import CheckError
-from stiv_deploy.export.graphs.modules import FLOAT32_GRAPHS, Module, graph_modules, model_facts, torch_dtype
 from stiv_deploy.export.graphs.check import CheckRow, check_graph, executable, graph_sizes
+from stiv_deploy.export.graphs.modules import FLOAT32_GRAPHS, Module, graph_modules, model_facts, torch_dtype
 from stiv_deploy.export.graphs.onnx_from_module import (
     Template,
     structure_faults,

@@ -37,7 +37,6 @@ def parity(
     """
     from rich.console import Console
 
-    from stiv_deploy.export.parity.ladder import run_parity
     from stiv_deploy.export.parity.files import (
         check_json_target,
         opened_pair,
@@ -46,6 +45,7 @@ def parity(
         runnable,
         write_json,
     )
+    from stiv_deploy.export.parity.ladder import run_parity
 
     if json_file is not None:
         check_json_target(json_file)

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from stiv_deploy.calibration.scales import Scales
 from stiv_deploy.export.graphs.modules import torch_dtype
-from stiv_deploy.export.parity.oracle import Oracle, Tensors
 from stiv_deploy.export.parity.draws import UNIT_ROUNDING, Draws, quantized_gate, rel_l2
+from stiv_deploy.export.parity.oracle import Oracle, Tensors
 from stiv_deploy.export.parity.requests import Request, parity_requests
 from stiv_deploy.export.parity.runs import TeacherForced, prepared_denoiser, probe
 from stiv_deploy.runtime.backends import open_backend

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stiv_deploy.runtime.bundle.manifest import Manifest
 from stiv_deploy.runtime.sampling.conditioning import branch_mask
 from stiv_deploy.runtime.sampling.guidance import GuidanceMode as RuntimeMode
 from stiv_deploy.runtime.sampling.guidance import branch_weights
-from stiv_deploy.runtime.bundle.manifest import Manifest
 from stiv_deploy.runtime.sampling.sampler import SamplingSettings as RuntimeSettings
 from stiv_deploy.runtime.sampling.sampler import Solver as RuntimeSolver
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint

@@ -24,8 +24,8 @@ from stiv_deploy.runtime.bundle.engine_files import (
     engine_records,
     same_again,
 )
-from stiv_deploy.runtime.errors import BackendError, EngineError
 from stiv_deploy.runtime.bundle.manifest import EngineRecord
+from stiv_deploy.runtime.errors import BackendError, EngineError
 from stiv_deploy.runtime.plugins.tensorrt_plugins import load_plugins, plugin_library
 from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour, import_tensorrt, missing_library
 

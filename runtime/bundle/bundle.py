@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from stiv_deploy.runtime.bundle.contract import GraphSpec, graph_specs
-from stiv_deploy.runtime.errors import BundleError, OutputError, RequestError
 from stiv_deploy.runtime.bundle.manifest import FORMAT_VERSION, MANIFEST, Bucket, FileRecord, Manifest, Range
+from stiv_deploy.runtime.errors import BundleError, OutputError, RequestError
 
 REMEDY = "make it with 'stiv export CHECKPOINT --out BUNDLE'"
 AGAIN = "make the bundle again with 'stiv export'"

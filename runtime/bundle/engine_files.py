@@ -7,8 +7,8 @@ import hashlib
 from typing import Literal
 
 from stiv_deploy.runtime.bundle.contract import GraphSpec, ModelFacts
-from stiv_deploy.runtime.errors import EngineError
 from stiv_deploy.runtime.bundle.manifest import PORTABLE, Bucket, EngineRecord, GraphRecord, Manifest
+from stiv_deploy.runtime.errors import EngineError
 from stiv_deploy.runtime.plugins.tensorrt_plugins import SHORT, PluginLibrary
 from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour
 

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from stiv_deploy.runtime.bundle.contract import ModelFacts
+    from stiv_deploy.runtime.bundle.manifest import Bucket, Range
     from stiv_deploy.runtime.command.doctor import Report as DoctorReport
     from stiv_deploy.runtime.command.inspection import BundleReport, EngineReport, OnnxReport
-    from stiv_deploy.runtime.bundle.manifest import Bucket, Range
     from stiv_deploy.runtime.pipeline.pipeline import StepCallback
 
 MIB = 2**20

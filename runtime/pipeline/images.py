@@ -8,10 +8,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from stiv_deploy.runtime.pipeline import media
-from stiv_deploy.runtime.sampling.conditioning import frame_indices
 from stiv_deploy.runtime.bundle.contract import ModelFacts
 from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.pipeline import media
+from stiv_deploy.runtime.sampling.conditioning import frame_indices
 
 ImageLike: TypeAlias = Image.Image | np.ndarray | str | PathLike[str]
 """A PIL image, a uint8 array [H, W, 3], or the path of an image file."""

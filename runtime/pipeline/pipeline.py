@@ -14,11 +14,9 @@ import numpy as np
 from stiv_deploy.runtime.backends import open_backend
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.sampling.conditioning import frame_mask, micro_conditions, scatter_frames
 from stiv_deploy.runtime.bundle.contract import dimensions, graph_specs
-from stiv_deploy.runtime.sampling.denoiser import Denoiser, GraphClock
+from stiv_deploy.runtime.bundle.manifest import Bucket
 from stiv_deploy.runtime.errors import RequestError
-from stiv_deploy.runtime.sampling.guidance import BRANCHES
 from stiv_deploy.runtime.pipeline.images import (
     ImageLike,
     check_given_frames,
@@ -26,7 +24,6 @@ from stiv_deploy.runtime.pipeline.images import (
     frames_from_video,
     given_images,
 )
-from stiv_deploy.runtime.bundle.manifest import Bucket
 from stiv_deploy.runtime.pipeline.request import (
     GenerationRequest,
     Sample,
@@ -38,9 +35,12 @@ from stiv_deploy.runtime.pipeline.request import (
     video_size,
     whole_number,
 )
-from stiv_deploy.runtime.sampling.sampler import Observer, Sampler, StepRecord
 from stiv_deploy.runtime.pipeline.tiling import Bind, TiledGraph, TilePlan, check_tile, plan_tiles
 from stiv_deploy.runtime.pipeline.tokenization import PromptTokenizer
+from stiv_deploy.runtime.sampling.conditioning import frame_mask, micro_conditions, scatter_frames
+from stiv_deploy.runtime.sampling.denoiser import Denoiser, GraphClock
+from stiv_deploy.runtime.sampling.guidance import BRANCHES
+from stiv_deploy.runtime.sampling.sampler import Observer, Sampler, StepRecord
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.manifest import SamplingDefaults
 from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.sampling.guidance import GuidanceMode
-from stiv_deploy.runtime.bundle.manifest import SamplingDefaults
 from stiv_deploy.runtime.sampling.sampler import SamplingSettings, Solver
 
 Name = TypeVar("Name", bound=StrEnum)

@@ -15,8 +15,8 @@ import numpy as np
 
 from stiv_deploy.runtime.backends.base import Backend, Buffer, Call
 from stiv_deploy.runtime.bundle.contract import GraphSpec, ModelFacts, dimensions
-from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.bundle.manifest import Bucket
+from stiv_deploy.runtime.errors import RequestError
 
 PIXELS_AT_ONCE = 2**20
 """Pixels of a frame, times latent frames, that a VAE codes in one call unless told otherwise: 4 frames of 512x512.

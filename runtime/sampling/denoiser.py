@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 
 from stiv_deploy.runtime.backends.base import Backend, Buffer, Call
-from stiv_deploy.runtime.sampling.conditioning import additive_mask
 from stiv_deploy.runtime.bundle.contract import block_names, graph_specs
 from stiv_deploy.runtime.bundle.manifest import Manifest
+from stiv_deploy.runtime.sampling.conditioning import additive_mask
 from stiv_deploy.runtime.sampling.rope import rope_tables
 
 Hook = Callable[[str, Call], Call]

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from stiv_deploy.runtime.backends.base import Backend, Buffer, Call
+from stiv_deploy.runtime.errors import Cancelled, RequestError, StivError
 from stiv_deploy.runtime.sampling.conditioning import branch_mask
 from stiv_deploy.runtime.sampling.denoiser import Denoiser
-from stiv_deploy.runtime.errors import Cancelled, RequestError, StivError
 from stiv_deploy.runtime.sampling.guidance import BRANCHES, GuidanceMode, branch_weights
 from stiv_deploy.runtime.sampling.schedule import schedule
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
+from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
 from stiv_deploy.export.engines.plugin_graphs import BuildAttention
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend

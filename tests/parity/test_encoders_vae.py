@@ -18,14 +18,14 @@ from torch import Tensor
 
 from stiv_deploy.export.bundle_from_checkpoint import default_bucket, export_bundle, validate_bucket
 from stiv_deploy.export.errors import ExportError
-from stiv_deploy.export.graphs.modules import model_facts
 from stiv_deploy.export.graphs.check import check_sizes
+from stiv_deploy.export.graphs.modules import model_facts
 from stiv_deploy.export.parity.ladder import run_parity
 from stiv_deploy.runtime import StivPipeline
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.contract import GraphSpec, dimensions, graph_specs
-from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.bundle.manifest import Range
+from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.pipeline.request import draw_noise
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, CheckpointConfig, SamplingDefaults, save_checkpoint
 from stiv_deploy.stiv_ref.config import StivConfig

@@ -17,15 +17,15 @@ from stiv_deploy.calibration.collect import CalibrationSettings
 from stiv_deploy.calibration.layers import Format
 from stiv_deploy.calibration.run import CalibrationRequest, calibrate, finish
 from stiv_deploy.export.audit.audit import kernel_count
+from stiv_deploy.export.audit.layer_report import EngineLayer, read_report
 from stiv_deploy.export.bundle_from_checkpoint import default_bucket
 from stiv_deploy.export.engines.engine_from_onnx import build_engine
 from stiv_deploy.export.engines.job import EngineJob
 from stiv_deploy.export.errors import CheckError
-from stiv_deploy.export.graphs.writer import GRAPH_FOLDER, GraphWriter, in_precision
-from stiv_deploy.export.graphs.modules import model_facts
-from stiv_deploy.export.audit.layer_report import EngineLayer, read_report
 from stiv_deploy.export.graphs.check import FLOAT32_GATE, CheckRow, check_graph, check_sizes
+from stiv_deploy.export.graphs.modules import model_facts
 from stiv_deploy.export.graphs.quantization import Quantization, load_quantization
+from stiv_deploy.export.graphs.writer import GRAPH_FOLDER, GraphWriter, in_precision
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import block_names, dimensions
 from stiv_deploy.runtime.bundle.engine_files import profile

@@ -13,12 +13,12 @@ from stiv_deploy.calibration.plan import PrecisionPlan, default_plan, everything
 from stiv_deploy.calibration.run import CalibrationRequest, calibrate, finish
 from stiv_deploy.calibration.scales import Scales, load_scales
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
-from stiv_deploy.export.parity.oracle import Oracle
-from stiv_deploy.export.parity.ladder import run_parity
+from stiv_deploy.export.graphs.quantization import load_quantization
 from stiv_deploy.export.parity.draws import Draws, quantized_gate, rel_l2
 from stiv_deploy.export.parity.files import opened_pair, opened_scales
+from stiv_deploy.export.parity.ladder import run_parity
+from stiv_deploy.export.parity.oracle import Oracle
 from stiv_deploy.export.parity.requests import Request, parity_requests
-from stiv_deploy.export.graphs.quantization import load_quantization
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.manifest import Manifest, QuantizationRecord
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, load_checkpoint

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stiv_deploy.export import bundle_from_checkpoint
-from stiv_deploy.export.graphs import writer as graph_writer
 from stiv_deploy.export.bundle_from_checkpoint import (
     buckets_for,
     default_bucket,
@@ -19,11 +18,12 @@ from stiv_deploy.export.bundle_from_checkpoint import (
     validate_bucket,
 )
 from stiv_deploy.export.errors import CheckError, ExportError
+from stiv_deploy.export.graphs import writer as graph_writer
 from stiv_deploy.export.graphs.modules import model_facts
 from stiv_deploy.export.graphs.onnx_from_module import structure_faults
 from stiv_deploy.runtime.bundle.contract import graph_specs
-from stiv_deploy.runtime.errors import OutputError
 from stiv_deploy.runtime.bundle.manifest import MANIFEST, Bucket, Manifest, Range
+from stiv_deploy.runtime.errors import OutputError
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, checkpoint_hash, load_checkpoint, save_checkpoint
 from stiv_deploy.stiv_ref.checkpoint import SamplingDefaults as CheckpointDefaults
 from stiv_deploy.stiv_ref.config import CONFIGS, StivConfig

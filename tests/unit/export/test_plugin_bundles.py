@@ -6,7 +6,6 @@ from pathlib import Path
 import onnx
 import pytest
 
-from stiv_deploy.export.graphs import writer as graph_writer
 from stiv_deploy.export.bundle_from_checkpoint import (
     buckets_for,
     default_bucket,
@@ -15,8 +14,9 @@ from stiv_deploy.export.bundle_from_checkpoint import (
 )
 from stiv_deploy.export.cli import parse_attention
 from stiv_deploy.export.errors import ExportError
-from stiv_deploy.export.graphs.writer import GraphWriter, fused
+from stiv_deploy.export.graphs import writer as graph_writer
 from stiv_deploy.export.graphs.modules import graph_modules, model_facts
+from stiv_deploy.export.graphs.writer import GraphWriter, fused
 from stiv_deploy.runtime.bundle.manifest import GraphRecord, Range
 from stiv_deploy.runtime.plugins.spec import DOMAIN, HEAD_DIMS, MAX_FRAMES
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint

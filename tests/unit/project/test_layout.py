@@ -22,7 +22,7 @@ OURS = {
 FOREIGN_TO_RUNTIME = {"torch", "torchvision", "safetensors", "sklearn", "scipy", "matplotlib", "onnx", "onnxscript"}
 ALLOWED = (
     # Looks at the package inside a function and works without it.
-    ("runtime/inspection.py", "onnx"),
+    ("runtime/command/inspection.py", "onnx"),
     # The loader of the kernel library and its limits are plain ctypes; PyTorch operators and plugins launch the same.
     ("stiv_ref/fused/launch.py", "stiv_deploy.runtime.plugins.library"),
     ("stiv_ref/fused/launch.py", "stiv_deploy.runtime.plugins.spec"),

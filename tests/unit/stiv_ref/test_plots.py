@@ -9,8 +9,8 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from stiv_deploy.stiv_ref.errors import StivRefError
 from stiv_deploy.stiv_ref.commands.plot import plot
+from stiv_deploy.stiv_ref.errors import StivRefError
 from stiv_deploy.stiv_ref.plots import Row, contact_sheet, plot_training, read_stages, smooth
 
 

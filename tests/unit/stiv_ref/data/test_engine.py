@@ -234,7 +234,17 @@ def test_interrupt_leaves_no_worker(
     for name in range(1, 2000):
         one.with_name(f"{name}.mp4").hardlink_to(one)
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "stiv_deploy.runtime.command.main", "data", "cut", one.parent, out, "--workers", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "stiv_deploy.runtime.command.main",
+        "data",
+        "cut",
+        one.parent,
+        out,
+        "--workers",
+        "2",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
     while not (out / "measured.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:

@@ -1,0 +1,41 @@
+"""The kernels' host build: made once from the sources at hand, by the C++ compiler alone."""
+
+import hashlib
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from stiv_deploy.runtime.plugins.library import EMULATED, KernelLibrary
+
+ROOT = Path(__file__).parents[2]
+PLUGINS = ROOT / "runtime" / "plugins"
+SOURCES = ("attention/kernels_emulated.cpp", "common/emulation.cpp", "common/device_error.cpp")
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-DSTIV_BUILD", "-DSTIV_EMULATE"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]
+
+
+def _fingerprint() -> str:
+    files = sorted(path for folder in ("attention", "common") for path in (PLUGINS / folder).glob("*.*"))
+    digest = hashlib.sha256(" ".join((*FLAGS, *WARNINGS)).encode())
+    for path in files:
+        if path.suffix in {".h", ".cuh", ".cu", ".cpp"} and "plugin" not in path.name:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@pytest.fixture(scope="session")
+def emulated() -> KernelLibrary:
+    """The emulated kernel library; compiled when a source has changed since the last time."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("the emulated kernels need a C++ compiler: g++ was not found")
+    target = ROOT / "build" / "emulated" / _fingerprint() / EMULATED
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_suffix(f".{id(target)}.tmp")
+        sources = [str(PLUGINS / name) for name in SOURCES]
+        subprocess.run([compiler, *FLAGS, *WARNINGS, *sources, "-o", str(temporary)], check=True, timeout=600)
+        temporary.replace(target)
+    return KernelLibrary(target)

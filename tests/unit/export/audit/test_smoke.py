@@ -1,0 +1,122 @@
+"""The audit with the real TensorRT-RTX builder, on the CPU, of real bundles in each precision."""
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+from stiv_deploy.calibration.layers import Format, model_layers
+from stiv_deploy.calibration.plan import default_plan
+from stiv_deploy.calibration.scales import Provenance, Scales, tensor_names
+from stiv_deploy.export.audit.audit import Audit, AuditReport
+from stiv_deploy.export.audit.fusion_audit import failures
+from stiv_deploy.export.audit.layer_report import read_report
+from stiv_deploy.export.bundle_from_checkpoint import export_bundle
+from stiv_deploy.export.engines.engine_from_onnx import build_engine
+from stiv_deploy.export.engines.job import EngineJob
+from stiv_deploy.export.graphs.quantization import Quantization
+from stiv_deploy.runtime.bundle.bundle import Bundle, write_manifest
+from stiv_deploy.runtime.bundle.engine_files import profile
+from stiv_deploy.runtime.bundle.manifest import Bucket, Range
+from stiv_deploy.runtime.tensorrt_library import missing_library
+from stiv_deploy.stiv_ref.checkpoint import CheckpointConfig, checkpoint_hash
+from stiv_deploy.stiv_ref.config import read_config
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(missing_library("tensorrt-rtx") is not None, reason=str(missing_library("tensorrt-rtx"))),
+]
+
+
+def sized(pixels: Range) -> tuple[Bucket, ...]:
+    one = Range(min=1, typical=1, max=2)
+    return (Bucket(name="default", batch=one, frames=Range(min=1, typical=8, max=8), height=pixels, width=pixels),)
+
+
+LARGE = sized(Range(min=48, typical=64, max=64))
+"""36 to 64 tokens a frame: TensorRT has an FP8 attention kernel from 32 on."""
+SMALL = sized(Range(min=16, typical=32, max=32))
+"""4 to 16 tokens a frame."""
+
+
+def quantization(checkpoint: Path, chosen: Format, attention: bool) -> Quantization:
+    """The default plan, with or without spatial attention; all ranges are 4, as fusion asks for types only."""
+    config = read_config(CheckpointConfig, checkpoint / "config.json").model
+    plan = default_plan(config, chosen)
+    layers = {name: "high" for name in plan.layers if name.endswith("attention")}
+    plan = plan.model_copy(update={"layers": {**plan.layers, **dict.fromkeys(layers, chosen if attention else "high")}})
+    provenance = Provenance(
+        quantization=chosen, checkpoint=checkpoint_hash(checkpoint), model=config, recipe={}, prompts="", tools={}
+    )
+    names = [name for layer in model_layers(config) for name in tensor_names(layer)]
+    return Quantization(
+        scales=Scales(provenance=provenance, amax={name: torch.tensor(4.0) for name in names}),
+        plan=plan,
+        sha256="0" * 64,
+    )
+
+
+def audited(folder: Path, *sms: str) -> AuditReport:
+    return Audit(Bundle.open(folder), "tensorrt-rtx", sms, ["block_00", "step"], 1).run(lambda text, done, total: None)
+
+
+@pytest.fixture(scope="module", params=get_args(Format))
+def bundle_8_bit(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped checkpoint at sizes where 8-bit attention fuses, with 8-bit attention."""
+    chosen = quantization(checkpoint, request.param, attention=True)
+    folder = tmp_path_factory.mktemp(request.param) / "bundle"
+    return export_bundle(checkpoint, folder, "float16", LARGE, check=False, quantization=chosen)
+
+
+def test_8_bit_bundles_fuse(bundle_8_bit: Path) -> None:
+    report = audited(bundle_8_bit, "89", "120")
+    assert failures(report.rows) == []
+    names = {row.name for row in report.rows}
+    assert {"spatial attention", "ffn.down GEMM", "kernels", "float32 GEMMs"} <= names
+    assert {engine.target for engine in report.engines} == {"sm89", "sm120"}
+
+
+def test_fp8_attention_at_few_tokens_is_caught(bundle_8_bit: Path) -> None:
+    """The same graph at 4 to 16 tokens a frame: what was one kernel becomes two products and more."""
+    bundle = Bundle.open(bundle_8_bit)
+    record = bundle.manifest.quantization
+    assert record is not None
+    write_manifest(bundle_8_bit, bundle.manifest.model_copy(update={"buckets": SMALL}))
+    failed = {row.name for row in audited(bundle_8_bit, "89").rows if not row.passed}
+    write_manifest(bundle_8_bit, bundle.manifest)
+    assert failed == ({"spatial attention", "kernels"} if record.format == "fp8" else set())
+
+
+def test_bfloat16_fuses_each_attention_into_one_kernel(checkpoint: Path, tmp_path: Path) -> None:
+    folder = export_bundle(checkpoint, tmp_path / "bundle", "bfloat16", SMALL, check=False)
+    report = audited(folder, "89")
+    assert failures(report.rows) == []
+    found = {row.name: row.found for row in report.rows if row.graph == "block_00"}
+    attention = [found[f"{name} attention"] for name in ("spatial", "temporal", "cross")]
+    assert attention == ["1 fused kernel, BFloat16"] * 3
+
+
+def test_float32_is_audited_without_fused_attention(bundle: Path) -> None:
+    report = audited(bundle, "89")
+    assert failures(report.rows) == []
+    found = {row.name: row.found for row in report.rows if row.graph == "block_00"}
+    assert found["spatial attention"] == "not fused"
+    assert found["ffn.up GEMM"] == "Float x Float -> Float"
+
+
+def test_the_step_is_three_kernels(bundle: Path, tmp_path: Path) -> None:
+    """Two norms and everything else: why there is no guidance plugin (runtime/plugins/README.md)."""
+    manifest = Bundle.open(bundle).manifest
+    record, report = manifest.graphs["step"], tmp_path / "report.txt"
+    job = EngineJob(
+        graph="step",
+        onnx=str(bundle / record.file.path),
+        plan=str(tmp_path / "step.engine"),
+        backend="tensorrt-rtx",
+        sm="89",
+        profiles=tuple(profile(record.spec, manifest.model, bucket) for bucket in manifest.buckets),
+        report=str(report),
+    )
+    build_engine(job)
+    assert sum(layer.is_kernel for layer in read_report(report)) == 3

@@ -1,0 +1,309 @@
+"""``stiv build`` without a builder: what is checked, what is cached, what is installed, and what a failure leaves."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from stiv_deploy.export.engines import build as build_module
+from stiv_deploy.export.engines import install as engine_install
+from stiv_deploy.export.engines.build import BuildRequest, BuiltEngine, EngineBuild, default_jobs
+from stiv_deploy.export.engines.job import EngineJob, EngineResult
+from stiv_deploy.export.engines.processes import BuilderProcesses
+from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, write_manifest
+from stiv_deploy.runtime.bundle.engine_files import graph_hash
+from stiv_deploy.runtime.bundle.manifest import Manifest
+from stiv_deploy.runtime.errors import BundleError, EngineError, OutputError
+
+RTX = SimpleNamespace(
+    __version__="1.7.1",
+    ComputeCapability=SimpleNamespace(__members__={"NONE": 0, "SM86": 86, "SM89": 89, "SM120": 120}),
+)
+
+
+@pytest.fixture
+def folder(words_bundle: Path) -> Path:
+    return words_bundle
+
+
+class Builders:
+    """Stands for the builder processes: writes a plan that tells the job, and keeps the jobs."""
+
+    def __init__(self) -> None:
+        self.jobs: list[EngineJob] = []
+        self.fail: dict[str, str] = {}
+        self.before: Callable[[EngineJob], None] = lambda job: None
+
+    def run(self, job: EngineJob) -> EngineResult:
+        self.before(job)
+        self.jobs.append(job)
+        if job.graph in self.fail:
+            return EngineResult(error=self.fail[job.graph])
+        plan = json.dumps([job.graph, job.sm, len(self.jobs)])
+        Path(job.plan).write_text(plan)
+        return EngineResult(seconds=1.5, bytes=len(plan))
+
+
+@pytest.fixture
+def builders(monkeypatch: pytest.MonkeyPatch) -> Builders:
+    """Stand-ins for the builder processes, and a library that knows SM 86, 89 and 120."""
+    stand_in = Builders()
+    monkeypatch.setattr(BuilderProcesses, "run", lambda self, job: stand_in.run(job))
+    monkeypatch.setattr(build_module, "import_tensorrt", lambda flavour: RTX)
+    return stand_in
+
+
+def request_for(folder: Path, **update: object) -> BuildRequest:
+    values = {"backend": "tensorrt-rtx", "sm": "89", "cache": folder.parent / "cache", **update}
+    return BuildRequest(**values)  # type: ignore[arg-type]
+
+
+def build(folder: Path, **update: object) -> list[BuiltEngine]:
+    return EngineBuild(Bundle.open(folder), request_for(folder, **update)).run(lambda engine: None)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if ".partial" in path.name or path.name.startswith(".")]
+
+
+def test_every_graph_gets_an_engine_and_a_record(folder: Path, builders: Builders) -> None:
+    engines = build(folder)
+    bundle = Bundle.open(folder)
+    assert [engine.graph for engine in engines] == list(bundle.manifest.graphs)
+    assert len(bundle.manifest.engines) == 2 * len(bundle.manifest.graphs)  # one for each bucket
+    for record in bundle.manifest.engines:
+        assert record.file.path == f"engines/tensorrt-rtx/sm89/{record.graph}.engine"
+        assert bundle.verified(record.file).is_file()
+        assert record.onnx == graph_hash(bundle.manifest.graphs[record.graph])
+        assert (record.backend, record.backend_version, record.sm) == ("tensorrt-rtx", "1.7.1", "89")
+        assert record.build_seconds == 1.5
+    assert not leftovers(folder.parent)
+
+
+def test_profiles_are_the_corners_of_the_buckets(folder: Path, builders: Builders) -> None:
+    build(folder, graphs=("step",))
+    (job,) = builders.jobs
+    short, long = job.profiles
+    assert short["velocity"] == ((1, 1, 1, 4, 2, 2), (2, 1, 2, 4, 4, 4), (3, 2, 4, 4, 6, 6))
+    assert long["velocity"][2] == (3, 2, 9, 4, 6, 6)
+    assert short["dt"] == ((1,), (1,), (1,))
+    assert EngineJob.from_json(job.to_json()) == job
+
+
+def test_equal_graphs_are_built_once(folder: Path, builders: Builders) -> None:
+    engines = {engine.graph: engine for engine in build(folder, graphs=("block_00", "block_01", "block_02"))}
+    assert len(builders.jobs) == 2
+    assert [engines[f"block_0{index}"].cached for index in range(3)] == [False, False, True]
+    assert engines["block_01"].plan.sha256 == engines["block_02"].plan.sha256
+
+
+def test_second_build_takes_identical_plans_from_the_cache(folder: Path, builders: Builders) -> None:
+    build(folder)
+    first, number = snapshot(folder), len(builders.jobs)
+    engines = build(folder)
+    assert len(builders.jobs) == number
+    assert all(engine.cached for engine in engines)
+    assert snapshot(folder) == first
+
+
+def test_rebuild_ignores_the_cache(folder: Path, builders: Builders) -> None:
+    build(folder, graphs=("head",))
+    build(folder, graphs=("head",), rebuild=True)
+    assert len(builders.jobs) == 2
+    record = Bundle.open(folder).manifest.engines[0]
+    assert json.loads((folder / record.file.path).read_text()) == ["head", "89", 2]
+
+
+@pytest.mark.parametrize("update", [{"sm": "120"}, {"buckets": ("short",)}, {"optimization_level": 4}])
+def test_what_decides_the_plan_is_in_its_key(folder: Path, builders: Builders, update: dict[str, object]) -> None:
+    build(folder, graphs=("head",))
+    build(folder, graphs=("head",), **update)
+    assert len(builders.jobs) == 2
+
+
+def test_weights_and_library_version_are_in_the_key(
+    folder: Path, builders: Builders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(folder, graphs=("head",))
+    newer = SimpleNamespace(__version__="1.8", ComputeCapability=RTX.ComputeCapability)
+    monkeypatch.setattr(build_module, "import_tensorrt", lambda flavour: newer)
+    build(folder, graphs=("head",))
+    (folder / "onnx/head.onnx.data").write_text("other weights")
+    manifest = read(folder)
+    head = manifest.graphs["head"].model_copy(update={"data": file_record(folder, "onnx/head.onnx.data")})
+    write_manifest(folder, manifest.model_copy(update={"graphs": {**manifest.graphs, "head": head}}))
+    build(folder, graphs=("head",))
+    assert len(builders.jobs) == 3
+
+
+def read(folder: Path) -> Manifest:
+    return Manifest.model_validate_json((folder / "manifest.json").read_text())
+
+
+def test_engines_of_another_sm_stay(folder: Path, builders: Builders) -> None:
+    build(folder)
+    build(folder, sm="120")
+    build(folder, sm="portable", graphs=("head",))
+    records = read(folder).engines
+    graphs = len(read(folder).graphs)
+    assert [sum(record.sm == sm for record in records) for sm in ("89", "120", "portable")] == [
+        2 * graphs,
+        2 * graphs,
+        2,
+    ]
+    assert (folder / "engines/tensorrt-rtx/portable/head.engine").is_file()
+    assert builders.jobs[-1].sm is None
+
+
+def test_engine_for_one_bucket_does_not_touch_the_others(folder: Path, builders: Builders) -> None:
+    build(folder, graphs=("head",))
+    build(folder, graphs=("head",), buckets=("long",))
+    assert len(builders.jobs[-1].profiles) == 1
+    paths = {record.bucket: record.file.path for record in read(folder).engines}
+    base = "engines/tensorrt-rtx/sm89/head"
+    assert paths == {"short": f"{base}.engine", "long": f"{base}.long.engine"}
+    build(folder, graphs=("head",))
+    assert {record.file.path for record in read(folder).engines} == {f"{base}.engine"}
+    assert not (folder / f"{base}.long.engine").exists(), "no record names it any more"
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        ({"graphs": ("heat",)}, r"unknown graph heat; the bundle has text_encoder, "),
+        ({"buckets": ("wide",)}, "unknown bucket wide; the bundle has short, long"),
+    ],
+)
+def test_unknown_names(folder: Path, builders: Builders, update: dict[str, object], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        build(folder, **update)
+    assert not builders.jobs
+
+
+def test_damaged_graph_is_found_before_any_builder_runs(folder: Path, builders: Builders) -> None:
+    (folder / "onnx/decoder.onnx").write_text("graph DECODER")
+    with pytest.raises(BundleError, match=r"decoder.onnx: damaged"):
+        build(folder)
+    assert not builders.jobs
+    assert not (folder / "engines").exists()
+
+
+def test_failed_graph_leaves_the_bundle_as_it_was(folder: Path, builders: Builders) -> None:
+    build(folder, graphs=("head",))
+    before = snapshot(folder)
+    builders.fail["step"] = "Error Code 4: this op is unknown"
+    with pytest.raises(EngineError, match=r"step: TensorRT-RTX 1.7.1 cannot build it for sm89: Error Code 4: this op"):
+        build(folder, rebuild=True)
+    assert snapshot(folder) == before
+    assert not leftovers(folder.parent)
+
+
+def test_interrupt_while_building_leaves_the_bundle_as_it_was(folder: Path, builders: Builders) -> None:
+    before = snapshot(folder)
+
+    def interrupt(engine: BuiltEngine) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        EngineBuild(Bundle.open(folder), request_for(folder)).run(interrupt)
+    assert snapshot(folder) == before
+    assert not leftovers(folder.parent)
+
+
+def test_failure_while_installing_leaves_the_bundle_as_it_was(
+    folder: Path, builders: Builders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, copies = snapshot(folder), []
+
+    def full(source: Path, target: Path) -> None:
+        if len(copies) == 3:
+            raise OSError(28, "No space left on device")
+        copies.append(target)
+        Path(target).write_bytes(b"half")
+
+    monkeypatch.setattr(engine_install.shutil, "copyfile", full)
+    with pytest.raises(OutputError, match="the engines cannot be written .No space left on device"):
+        build(folder)
+    assert snapshot(folder) == before
+
+
+def test_ctrl_c_while_committing_waits_for_its_end(
+    folder: Path, builders: Builders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(target: Path, manifest: Manifest) -> Path:
+        os.kill(os.getpid(), signal.SIGINT)
+        return write_manifest(target, manifest)
+
+    monkeypatch.setattr(engine_install, "write_manifest", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(folder, graphs=("head",))
+    bundle = Bundle.open(folder)
+    assert {record.graph for record in bundle.manifest.engines} == {"head"}
+    assert bundle.verified(bundle.manifest.engines[0].file).is_file()
+
+
+def test_bundle_exported_again_meanwhile(folder: Path, builders: Builders) -> None:
+    def export_again(job: EngineJob) -> None:
+        manifest = read(folder)
+        graphs = {**manifest.graphs, "step": manifest.graphs["step"].model_copy(update={"topology": "1" * 64})}
+        write_manifest(folder, manifest.model_copy(update={"graphs": graphs}))
+
+    builders.before = export_again
+    with pytest.raises(BundleError, match="the graphs changed while their engines were built; run the build again"):
+        build(folder, graphs=("head",))
+    assert not read(folder).engines
+    assert not leftovers(folder)
+
+
+def test_engines_added_meanwhile_are_kept(folder: Path, builders: Builders) -> None:
+    def other_build(job: EngineJob) -> None:
+        builders.before = lambda job: None
+        build(folder, graphs=("step",), sm="120")
+
+    builders.before = other_build
+    build(folder, graphs=("head",))
+    assert {(record.graph, record.sm) for record in read(folder).engines} == {("head", "89"), ("step", "120")}
+
+
+def test_bundle_that_cannot_be_written(folder: Path, builders: Builders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_module.os, "access", lambda path, mode: False)
+    with pytest.raises(OutputError, match="engines cannot be written into this bundle"):
+        build(folder)
+    assert not (folder.parent / "cache").exists()
+
+
+def test_cache_that_cannot_be_written(folder: Path, builders: Builders) -> None:
+    (folder.parent / "file").write_text("")
+    with pytest.raises(OutputError, match=r"the plan cache .* cannot be written .*; give --cache DIR"):
+        build(folder, cache=folder.parent / "file" / "cache")
+
+
+def test_timing_cache_is_for_tensorrt_only(folder: Path, builders: Builders, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(folder, graphs=("head",))
+    assert builders.jobs[-1].timing_cache is None
+    monkeypatch.setattr(build_module, "import_tensorrt", lambda flavour: SimpleNamespace(__version__="11.4"))
+    monkeypatch.setattr(build_module, "gpu_sm", lambda: "90")
+    build(folder, graphs=("head",), backend="tensorrt", sm="auto")
+    assert builders.jobs[-1].timing_cache == str(folder.parent / "cache/timing/tensorrt-11.4-sm90.cache")
+    assert builders.jobs[-1].sm == "90"
+
+
+def test_builders_run_side_by_side(folder: Path, builders: Builders) -> None:
+    together = threading.Barrier(2, timeout=20)
+    builders.before = lambda job: together.wait() and None
+    build(folder, graphs=("head", "step"), jobs=2)
+    assert len(builders.jobs) == 2
+
+
+def test_tensorrt_builds_one_at_a_time_by_default() -> None:
+    assert default_jobs("tensorrt") == 1
+    assert 1 <= default_jobs("tensorrt-rtx") <= 4

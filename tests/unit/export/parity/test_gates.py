@@ -1,0 +1,79 @@
+"""The rules of the parity ladder that need no bundle: errors, gates, the report."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from stiv_deploy.export.parity.files import check_json_target, report_json, write_json
+from stiv_deploy.export.parity.ladder import UNIT_ROUNDING, ParityReport, VideoGate, gate_of, rel_l2
+from stiv_deploy.runtime.bundle.manifest import ParityRow
+from stiv_deploy.runtime.errors import OutputError
+
+
+def row(error: float, passed: bool) -> ParityRow:
+    return ParityRow(
+        level="block",
+        name="block_00",
+        backend="onnxruntime",
+        precision="float32",
+        rel_l2=error,
+        max_abs=error,
+        gate=1e-5,
+        passed=passed,
+    )
+
+
+def test_relative_error_is_the_ratio_of_norms() -> None:
+    assert rel_l2(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)
+
+
+def test_relative_error_of_nan_is_nan_which_no_gate_passes() -> None:
+    error = rel_l2(torch.tensor([float("nan"), 1.0]), torch.ones(2))
+    assert math.isnan(error)
+    assert not error <= gate_of("block", "float32", 0.0)
+
+
+@pytest.mark.parametrize(("level", "cap"), [("op", 1e-5), ("block", 1e-5), ("step", 1e-4), ("teacher_forced", 1e-4)])
+def test_float32_gates_have_the_promised_caps(level: str, cap: float) -> None:
+    assert gate_of(level, "float32", 1.0) == cap
+
+
+def test_gates_follow_the_yardstick_below_the_cap() -> None:
+    assert gate_of("block", "float32", 1e-7) == pytest.approx(2e-7 + 4 * UNIT_ROUNDING["float32"])
+    assert gate_of("free_run", "float32", 1e-2) == pytest.approx(4e-2, rel=1e-4)
+    assert gate_of("block", "bfloat16", 1e-2) == pytest.approx(2e-2 + 4 * UNIT_ROUNDING["bfloat16"])
+
+
+@pytest.mark.parametrize(
+    ("error", "passed", "value", "expected"),
+    [(1e-7, True, 1.0, True), (1.0, False, 1.0, False), (1e-7, True, 0.5, False), (1e-7, True, math.nan, False)],
+)
+def test_a_report_passes_only_if_every_row_and_video_gate_does(
+    error: float, passed: bool, value: float, expected: bool
+) -> None:
+    report = ParityReport((row(error, passed),), (1e-7,), (VideoGate("motion", "onnxruntime", value, 0.9),))
+    assert report.passed is expected
+
+
+def test_json_has_the_promised_fields_and_is_strict_json(tmp_path: Path) -> None:
+    report = ParityReport((row(math.nan, False),), (1e-7,), (VideoGate("motion", "onnxruntime", math.inf, 0.9),))
+    write_json(tmp_path / "parity.json", report)
+
+    def refuse(text: str) -> None:
+        raise AssertionError(text)
+
+    read = json.loads((tmp_path / "parity.json").read_text(), parse_constant=refuse)
+    assert read["passed"] is False
+    assert read == report_json(report)
+    (only,) = read["rows"]
+    assert {"level", "name", "backend", "precision", "rel_l2", "max_abs", "gate", "passed"} <= set(only)
+    assert only["rel_l2"] is None
+
+
+def test_a_json_target_is_checked_before_the_run(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing" / "parity.json"):
+        with pytest.raises(OutputError, match="cannot be written"):
+            check_json_target(path)

@@ -1,0 +1,251 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx import parser
+
+from stiv_deploy.runtime.backends import onnxruntime as module
+from stiv_deploy.runtime.backends.base import Buffer
+from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend, session_options, thread_count
+from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, read_manifest, write_manifest
+from stiv_deploy.runtime.bundle.manifest import QuantizationRecord
+from stiv_deploy.runtime.errors import BackendError, BundleError, StivError
+
+
+@pytest.fixture
+def backend(toy_bundle: Bundle) -> OnnxRuntimeBackend:
+    return OnnxRuntimeBackend(toy_bundle)
+
+
+@pytest.fixture(params=["host", "device"])
+def memory(request: pytest.FixtureRequest, toy_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> OnnxRuntimeBackend:
+    """The CPU backend on numpy memory, and on the ``OrtValue`` memory that the CUDA provider gets."""
+    if request.param == "device":
+        monkeypatch.setattr(module, "_HostMemory", lambda nbytes: module._DeviceMemory(nbytes, "cpu"))
+    return OnnxRuntimeBackend(toy_bundle)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@given(shape=st.lists(st.integers(1, 5), min_size=1, max_size=4), dtype=st.sampled_from(["float32", "int64", "bool"]))
+def test_what_is_written_is_read(memory: OnnxRuntimeBackend, shape: list[int], dtype: Any) -> None:
+    array = (np.arange(np.prod(shape)) % 2).reshape(shape).astype(dtype)
+    buffer = memory.upload(array)
+    assert buffer.address % 4 == 0
+    read = memory.read(buffer)
+    assert read.dtype == dtype
+    np.testing.assert_array_equal(read, array)
+    read[:] = 0
+    np.testing.assert_array_equal(memory.read(buffer), array)
+
+
+def test_views_share_memory(memory: OnnxRuntimeBackend) -> None:
+    buffer = memory.upload(np.zeros((3, 2, 2), dtype=np.float32))
+    rows = np.ones((2, 2), dtype=np.float32)
+    memory.write(buffer[1], rows)
+    np.testing.assert_array_equal(memory.read(buffer)[:, 0, 0], [0, 1, 0])
+    np.testing.assert_array_equal(memory.read(buffer[1]), rows)
+    np.testing.assert_array_equal(memory.read(buffer.reshape(3, 4)[1]), rows.reshape(4))
+
+
+def test_strided_arrays_are_written_in_order(memory: OnnxRuntimeBackend) -> None:
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    buffer = memory.empty((3, 2), "float32")
+    memory.write(buffer, array.T)
+    np.testing.assert_array_equal(memory.read(buffer), array.T)
+
+
+def test_half_precision_is_read(memory: OnnxRuntimeBackend) -> None:
+    values = np.array([1.5, -2.0, 0.15625], dtype=np.float32)
+    half, brain = memory.empty((3,), "float16"), memory.empty((3,), "bfloat16")
+    half.owner.write(0, values.astype(np.float16).view(np.uint8))
+    brain.owner.write(0, (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8))
+    assert memory.read(half).dtype == np.float16
+    assert memory.read(brain).dtype == np.float32
+    np.testing.assert_array_equal(memory.read(half), values)
+    np.testing.assert_array_equal(memory.read(brain), values)
+
+
+def bind_text(backend: OnnxRuntimeBackend, rows: int, length: int) -> tuple[Any, dict[str, Buffer], dict[str, Buffer]]:
+    ids = backend.upload(np.arange(rows * length, dtype=np.int64).reshape(rows, length))
+    mask = backend.upload(np.ones((rows, length), dtype=np.int64))
+    inputs = {"token_ids": ids, "token_mask": mask}
+    outputs = {
+        "text_states": backend.empty((rows, length, 4), "float32"),
+        "pooled": backend.empty((rows, 4), "float32"),
+    }
+    return backend.bind("text_encoder", inputs, outputs), inputs, outputs
+
+
+def test_a_bound_graph_runs_on_its_buffers(memory: OnnxRuntimeBackend, toy: Any) -> None:
+    call, inputs, outputs = bind_text(memory, 2, 3)
+    for ids in (np.arange(6), np.arange(6)[::-1]):
+        ids = ids.reshape(2, 3).astype(np.int64)
+        memory.write(inputs["token_ids"], ids)
+        call()
+        states, pooled = toy.text(ids, np.ones((2, 3)))
+        np.testing.assert_allclose(memory.read(outputs["text_states"]), states, rtol=1e-6)
+        np.testing.assert_allclose(memory.read(outputs["pooled"]), pooled, rtol=1e-6)
+
+
+def test_bindings_of_one_graph_do_not_disturb_each_other(backend: OnnxRuntimeBackend) -> None:
+    small, _, small_out = bind_text(backend, 1, 2)
+    large, _, large_out = bind_text(backend, 3, 5)
+    large()
+    before = backend.read(large_out["pooled"])
+    small()
+    np.testing.assert_array_equal(backend.read(large_out["pooled"]), before)
+    assert backend.read(small_out["pooled"]).shape == (1, 4)
+    assert len(backend._sessions) == 1
+
+
+def test_a_binding_keeps_its_buffers_alive(backend: OnnxRuntimeBackend) -> None:
+    import gc
+
+    call, _, outputs = bind_text(backend, 2, 3)
+    call()
+    wanted = backend.read(outputs["pooled"])
+    for _ in range(20):
+        gc.collect()
+        backend.upload(np.full((2, 3), 7, dtype=np.int64))  # would take the place of a freed input
+        call()
+    np.testing.assert_array_equal(backend.read(outputs["pooled"]), wanted)
+
+
+def test_graphs_are_loaded_on_first_use_only(backend: OnnxRuntimeBackend) -> None:
+    assert not backend._sessions
+    bind_text(backend, 1, 1)
+    assert list(backend._sessions) == ["text_encoder"]
+    backend.close()
+    assert not backend._sessions
+
+
+def replace_graph(folder: Path, name: str, data: bytes) -> Bundle:
+    """A bundle whose manifest vouches for a graph file with other contents."""
+    path = folder / f"onnx/{name}.onnx"
+    path.write_bytes(data)
+    manifest = read_manifest(folder)
+    record = manifest.graphs[name].model_copy(update={"file": file_record(folder, f"onnx/{name}.onnx")})
+    return Bundle(folder, manifest.model_copy(update={"graphs": {**manifest.graphs, name: record}}))
+
+
+@pytest.mark.parametrize("data", [b"", b"not a graph at all", b"\x08\x0a" * 30])
+def test_corrupt_graph_with_a_matching_hash(own_bundle: Path, data: bytes) -> None:
+    backend = OnnxRuntimeBackend(replace_graph(own_bundle, "head", data))
+    with pytest.raises(BundleError, match=r"head.onnx: not a graph that ONNX Runtime can load .*stiv export") as caught:
+        backend.bind("head", {}, {})
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_graph_is_not_even_parsed(own_bundle: Path) -> None:
+    path = own_bundle / "onnx/head.onnx"
+    toy_bundle = Bundle.open(own_bundle)
+    path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(BundleError, match="SHA-256"):
+        OnnxRuntimeBackend(toy_bundle).bind("head", {}, {})
+
+
+def test_unsupported_precision_names_another(own_bundle: Path) -> None:
+    text = '<ir_version: 10, opset_import: ["": 20]> g (bfloat16[N] x) => (bfloat16[N] y) { y = Sigmoid (x) }'
+    model = parser.parse_model(text)
+    toy_bundle = replace_graph(own_bundle, "head", onnx.ModelProto.SerializeToString(model))
+    with pytest.raises(BackendError, match="onnxruntime cannot run this float32 graph .*--precision float32"):
+        OnnxRuntimeBackend(toy_bundle).bind("head", {}, {})
+    record = QuantizationRecord(format="int8", scales="", layers={})
+    quantized = Bundle(own_bundle, toy_bundle.manifest.model_copy(update={"quantization": record}))
+    with pytest.raises(BackendError, match="onnxruntime cannot run this float32 graph .*--activations float32"):
+        OnnxRuntimeBackend(quantized).bind("head", {}, {})
+
+
+def test_failure_inside_a_graph_is_one_line(backend: OnnxRuntimeBackend) -> None:
+    x = backend.upload(np.zeros((1, 2, 3, 4), dtype=np.float32))
+    condition = backend.upload(np.zeros((1, 4), dtype=np.float32))
+    model_input = backend.upload(np.zeros((1, 2, 4, 5, 5), dtype=np.float32))
+    velocity = backend.empty((1, 2, 4, 5, 5), "float32")
+    call = backend.bind("head", {"x": x, "condition": condition, "model_input": model_input}, {"velocity": velocity})
+    with pytest.raises(StivError, match="graph head failed in ONNX Runtime") as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_threads_from_argument_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STIV_THREADS", raising=False)
+    assert thread_count(None) == 0
+    monkeypatch.setenv("STIV_THREADS", "3")
+    assert thread_count(None) == 3
+    assert thread_count(2) == 2
+    monkeypatch.setenv("STIV_THREADS", "many")
+    with pytest.raises(BackendError, match="whole number, 0 for all cores; got 'many'"):
+        thread_count(None)
+    with pytest.raises(BackendError, match="got '-1'"):
+        thread_count(-1)
+
+
+def test_another_thread_count_in_the_same_process_still_runs(toy_bundle: Bundle) -> None:
+    for threads in (1, 2, 1):
+        call, _, _ = bind_text(OnnxRuntimeBackend(toy_bundle, threads=threads), 1, 2)
+        call()
+
+
+FAKE_FP8 = """
+<ir_version: 10, opset_import: ["": 23]>
+g (float[M,4] x) => (float[M,3] y) <
+    float scale = {0.03125}, float8e4m3fn zero, float8e4m3fn weight
+> {
+    q = QuantizeLinear (x, scale, zero)
+    d = DequantizeLinear (q, scale, zero)
+    w = DequantizeLinear (weight, scale)
+    shape = Constant <value_ints=[-1, 2, 2]> ()
+    r = Reshape (d, shape)
+    t = Transpose <perm=[0, 2, 1]> (r)
+    back = Constant <value_ints=[-1, 4]> ()
+    s = Reshape (t, back)
+    y = MatMul (s, w)
+}"""
+
+
+def fp8_graph(path: Path) -> None:
+    model = parser.parse_model(FAKE_FP8.replace(", float8e4m3fn zero, float8e4m3fn weight", ""))
+    kind = onnx.TensorProto.FLOAT8E4M3FN
+    one = 0x38  # sign 0, exponent 7 (bias 7), mantissa 0
+    weight = onnx.helper.make_tensor("weight", kind, [4, 3], bytes([one] * 12), raw=True)
+    model.graph.initializer.extend([onnx.helper.make_tensor("zero", kind, [], b"\0", raw=True), weight])
+    onnx.save(model, path)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_fp8_graphs_load(tmp_path: Path, precision: Any) -> None:
+    """By default, ONNX Runtime makes products of them that it has no kernels for."""
+    fp8_graph(tmp_path / "g.onnx")
+    with pytest.raises(Exception, match="float8e4m3fn"):
+        ort.InferenceSession(tmp_path / "g.onnx", session_options(1), providers=["CPUExecutionProvider"])
+    options = session_options(1, "fp8", precision)
+    session = ort.InferenceSession(tmp_path / "g.onnx", options, providers=["CPUExecutionProvider"])
+    x = np.array([[1.0, 2.0, 3.0, 4.03]], dtype=np.float32)  # 4.03 / scale = 128.96: codes there are 16 apart
+    (y,) = session.run(None, {"x": x})
+    np.testing.assert_array_equal(y, np.full((1, 3), 10 * 0.03125, dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "precision", "kept"),
+    [(None, "float16", False), ("fp8", "float32", True), ("int8", "float16", True), ("int8", "float32", False)],
+)
+def test_integer_products_are_made_where_there_are_kernels(quantization: Any, precision: Any, kept: bool) -> None:
+    options = session_options(1, quantization, precision)
+    try:
+        value = options.get_session_config_entry("session.disable_quant_qdq")
+    except RuntimeError:
+        value = "0"
+    assert (value == "1") == kept
+
+
+def test_the_backend_reads_the_manifest(own_bundle: Path) -> None:
+    manifest = read_manifest(own_bundle)
+    record = QuantizationRecord(format="fp8", scales="", layers={})
+    write_manifest(own_bundle, manifest.model_copy(update={"quantization": record}))
+    backend = OnnxRuntimeBackend(Bundle.open(own_bundle))
+    assert backend._options.get_session_config_entry("session.disable_quant_qdq") == "1"
