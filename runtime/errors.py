@@ -19,6 +19,10 @@ class BackendError(StivError):
     """A backend is unknown, not installed, or cannot run this bundle here."""
 
 
+class CaptureError(BackendError):
+    """Calls cannot be captured into one graph here; run one after another they still work."""
+
+
 class EngineError(StivError):
     """An engine is missing or was built for another GPU, version or graph."""
 

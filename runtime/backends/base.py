@@ -5,8 +5,9 @@ engines with fixed addresses and ONNX Runtime's I/O binding all want.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -37,10 +38,22 @@ class Buffer:
         assert np.prod(shape, dtype=np.int64) == np.prod(self.shape, dtype=np.int64)
         return Buffer(self.address, shape, self.dtype, self.owner)
 
+    def first(self, count: int) -> "Buffer":
+        """The first ``count`` rows along the first axis, as a view."""
+        assert 0 <= count <= self.shape[0]
+        return Buffer(self.address, (count, *self.shape[1:]), self.dtype, self.owner)
+
     def __getitem__(self, index: int) -> "Buffer":
         """Row ``index`` along the first axis, as a view."""
         assert 0 <= index < self.shape[0]
         return Buffer(self.address + index * (self.nbytes // self.shape[0]), self.shape[1:], self.dtype, self.owner)
+
+
+def from_bytes(raw: np.ndarray, dtype: DType, shape: tuple[int, ...]) -> np.ndarray:
+    """Array of ``shape`` from its bytes (uint8, owned); bfloat16, a float32's upper half, is widened to float32."""
+    if dtype != "bfloat16":
+        return raw.view(dtype).reshape(shape)
+    return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
 
 
 class Backend(ABC):
@@ -67,12 +80,28 @@ class Backend(ABC):
         """Bind ``graph`` to buffers, loading it on first use, and return the call that runs it."""
 
     @abstractmethod
+    def copy(self, target: Buffer, source: Buffer) -> None:
+        """Queue a copy within the device between buffers of equal shape and dtype, views included.
+
+        They must not overlap.
+        """
+
+    @abstractmethod
     def synchronize(self) -> None:
         """Wait until all queued work is done."""
 
     @abstractmethod
     def close(self) -> None:
         """Release sessions, engines and streams."""
+
+    def capture(self, calls: Sequence[Call]) -> Call:
+        """One call for ``calls`` in their order; each must have run once since it was bound.
+
+        A backend may record them here and replay the record: shapes and addresses are then frozen, contents are not.
+        Nothing runs until the result is called. Raises :class:`CaptureError` where that is refused; ``calls`` and the
+        backend work on as before.
+        """
+        return partial(_run_in_order, tuple(calls))
 
     def upload(self, array: np.ndarray) -> Buffer:
         """Allocate a buffer for ``array`` and copy it there."""
@@ -85,3 +114,8 @@ class Backend(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _run_in_order(calls: tuple[Call, ...]) -> None:
+    for call in calls:
+        call()

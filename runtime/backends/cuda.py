@@ -52,8 +52,13 @@ class Cuda:
         if int(status) != 0:
             _, name = self.api.cudaGetErrorName(status)
             _, meaning = self.api.cudaGetErrorString(status)
+            self.forget_error()
             raise BackendError(f"{function} failed: {_text(name)} ({_text(meaning)})")
         return values[0] if values else None
+
+    def forget_error(self) -> None:
+        """Clear CUDA's note of the last fault, which the next library that asks would take for its own."""
+        self.api.cudaGetLastError()
 
     def _describe(self, index: int) -> Device:
         attribute = self.api.cudaDeviceAttr
@@ -126,6 +131,7 @@ class Stream:
         _, graph = self._cuda.api.cudaStreamEndCapture(self._stream)
         if graph is not None and int(graph):
             self._cuda.call("cudaGraphDestroy", graph)
+        self._cuda.forget_error()
 
     def close(self) -> None:
         """Wait for queued work and destroy the stream."""

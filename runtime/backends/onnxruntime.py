@@ -15,8 +15,9 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from stiv_deploy.runtime.backends.base import ITEM_BYTES, Backend, Buffer, Call
+from stiv_deploy.runtime.backends.base import ITEM_BYTES, Backend, Buffer, Call, from_bytes
 from stiv_deploy.runtime.backends.onnxruntime_int8 import keep_products_exact
+from stiv_deploy.runtime.backends.onnxruntime_memory import DeviceMemory, HostMemory
 from stiv_deploy.runtime.bundle.bundle import AGAIN, Bundle
 from stiv_deploy.runtime.bundle.contract import DType, Precision
 from stiv_deploy.runtime.errors import BackendError, BundleError, StivError
@@ -24,7 +25,6 @@ from stiv_deploy.runtime.errors import BackendError, BundleError, StivError
 THREADS_VARIABLE = "STIV_THREADS"
 ONNX_TYPES: dict[DType, int] = {"float32": 1, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
 """``TensorProto.DataType`` numbers, without importing onnx."""
-ALIGNMENT = 64
 ERRORS_ONLY = 3
 DAMAGED = (
     ort_errors.InvalidProtobuf,
@@ -105,48 +105,6 @@ def session_options(
     return options
 
 
-class _HostMemory:
-    """A numpy allocation; reads and writes go straight to it."""
-
-    def __init__(self, nbytes: int) -> None:
-        raw = np.empty(nbytes + ALIGNMENT, dtype=np.uint8)
-        start = -raw.ctypes.data % ALIGNMENT
-        self.raw = raw[start : start + nbytes]
-        self.address = self.raw.ctypes.data
-
-    def write(self, offset: int, data: np.ndarray) -> None:
-        self.raw[offset : offset + data.nbytes] = data
-
-    def read(self, offset: int, nbytes: int) -> np.ndarray:
-        return self.raw[offset : offset + nbytes].copy()
-
-
-class _DeviceMemory:
-    """An ``OrtValue`` of bytes on ``device``; a part of it is written through a copy of the whole, which is rare."""
-
-    def __init__(self, nbytes: int, device: str) -> None:
-        self.value = ort.OrtValue.ortvalue_from_shape_and_type([max(nbytes, 1)], np.uint8, device, 0)
-        self.address = self.value.data_ptr()
-        self.nbytes = max(nbytes, 1)
-
-    def write(self, offset: int, data: np.ndarray) -> None:
-        if data.nbytes != self.nbytes:
-            whole = self.value.numpy()
-            whole[offset : offset + data.nbytes] = data
-            data = whole
-        self.value.update_inplace(data)
-
-    def read(self, offset: int, nbytes: int) -> np.ndarray:
-        return self.value.numpy()[offset : offset + nbytes].copy()
-
-
-def from_bytes(raw: np.ndarray, dtype: DType, shape: tuple[int, ...]) -> np.ndarray:
-    """Array of ``shape`` from its bytes (uint8, owned); bfloat16 is widened to float32, exactly."""
-    if dtype != "bfloat16":
-        return raw.view(dtype).reshape(shape)
-    return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
-
-
 class OnnxRuntimeBackend(Backend):
     """Runs a bundle in ONNX Runtime on ``device``. Calls are synchronous."""
 
@@ -165,7 +123,7 @@ class OnnxRuntimeBackend(Backend):
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Buffer:
         """Allocate uninitialized memory."""
         nbytes = int(np.prod(shape, dtype=np.int64)) * ITEM_BYTES[dtype]
-        memory = _HostMemory(nbytes) if self._where == "cpu" else _DeviceMemory(nbytes, self._where)
+        memory = HostMemory(nbytes) if self._where == "cpu" else DeviceMemory(nbytes, self._where)
         return Buffer(memory.address, tuple(shape), dtype, memory)
 
     def write(self, buffer: Buffer, array: np.ndarray) -> None:
@@ -179,6 +137,12 @@ class OnnxRuntimeBackend(Backend):
         """Return a host copy (bfloat16 as float32)."""
         raw = buffer.owner.read(buffer.address - buffer.owner.address, buffer.nbytes)
         return from_bytes(raw, buffer.dtype, buffer.shape)
+
+    def copy(self, target: Buffer, source: Buffer) -> None:
+        """Copy between buffers of equal shape and dtype that do not overlap."""
+        assert (target.shape, target.dtype) == (source.shape, source.dtype)
+        start = source.address - source.owner.address
+        target.owner.copy(target.address - target.owner.address, source.owner, start, source.nbytes)
 
     def bind(self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         """Bind ``graph`` to buffers, loading it on first use, and return the call that runs it.

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from stiv_deploy.runtime.backends.base import ITEM_BYTES, Backend, Buffer, Call
+from stiv_deploy.runtime.backends.base import ITEM_BYTES, Backend, Buffer, Call, from_bytes
 from stiv_deploy.runtime.backends.cuda import Cuda, Graph, Memory, Stream, load_cuda
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import DType
@@ -25,7 +25,7 @@ from stiv_deploy.runtime.bundle.engine_files import (
     same_again,
 )
 from stiv_deploy.runtime.bundle.manifest import EngineRecord
-from stiv_deploy.runtime.errors import BackendError, EngineError
+from stiv_deploy.runtime.errors import BackendError, CaptureError, EngineError
 from stiv_deploy.runtime.plugins.tensorrt_plugins import load_plugins, plugin_library
 from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour, import_tensorrt, missing_library
 
@@ -97,6 +97,12 @@ class BoundGraph:
         self.kept: tuple[Buffer, ...] = ()
         """Buffers that the context points into, kept alive with this binding."""
         self._generation = 0  # of the arena that the context knows; a reference to it would keep it from being freed
+
+    @property
+    def capturable(self) -> bool:
+        """What the library says of capturing this context; TensorRT, unlike RTX, is not asked."""
+        ask = getattr(self._context, "is_stream_capturable", None)
+        return ask is None or bool(ask(self._stream.handle))
 
     def __call__(self) -> None:
         """Queue one run."""
@@ -284,21 +290,31 @@ class TensorRTBackend(Backend):
         return call
 
     def capture(self, calls: Sequence[Call]) -> Call:
-        """One call that replays ``calls`` as a CUDA graph: bind everything, run once uncaptured, then capture.
+        """One call that replays ``calls`` as a CUDA graph; each must have run once since it was bound.
 
-        Shapes and addresses are frozen in it. Buffers may be rewritten between replays.
+        Contexts set themselves up in their first run after a change of shape, which cannot be captured. Shapes and
+        addresses are frozen in the graph, buffers may be rewritten between replays. Raises :class:`CaptureError` if
+        the library or CUDA refuses; the stream and ``calls`` work on as before.
         """
-        for call in calls:  # contexts set themselves up in their first run after a change of shape
-            call()
+        refused = [call.name for call in calls if isinstance(call, BoundGraph) and not call.capturable]
+        if refused:
+            raise CaptureError(f"{TITLES[self._flavour]} cannot capture {', '.join(refused)} into a CUDA graph")
         self.synchronize()
-        self._stream.begin_capture()
+        return CapturedCalls(self._record(calls), calls, self._arena.memory)
+
+    def _record(self, calls: Sequence[Call]) -> Graph:
+        """The CUDA graph of ``calls``; :class:`CaptureError` if one of them cannot be recorded."""
         try:
-            for call in calls:
-                call()
-        except BaseException:
-            self._stream.abandon_capture()
-            raise
-        return CapturedCalls(self._stream.end_capture(), calls, self._arena.memory)
+            self._stream.begin_capture()
+            try:
+                for call in calls:
+                    call()
+            except BaseException:
+                self._stream.abandon_capture()
+                raise
+            return self._stream.end_capture()
+        except BackendError as error:
+            raise CaptureError(f"no CUDA graph could be captured: {error}") from error
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Buffer:
         """Allocate with ``cudaMalloc``; freed with the last buffer that views it."""
@@ -313,11 +329,14 @@ class TensorRTBackend(Backend):
 
     def read(self, buffer: Buffer) -> np.ndarray:
         """Copy to the host after all queued work; bfloat16 comes back as float32."""
-        raw = np.empty(buffer.shape, np.uint16 if buffer.dtype == "bfloat16" else buffer.dtype)
+        raw = np.empty(buffer.nbytes, np.uint8)
         self._stream.copy_out(raw, buffer.address)
-        if buffer.dtype != "bfloat16":
-            return raw
-        return (raw.astype(np.uint32) << 16).view(np.float32)  # bfloat16 is the upper half of a float32
+        return from_bytes(raw, buffer.dtype, buffer.shape)
+
+    def copy(self, target: Buffer, source: Buffer) -> None:
+        """Queue a copy on the engines' stream between buffers of equal shape and dtype."""
+        assert (target.shape, target.dtype) == (source.shape, source.dtype)
+        self._stream.copy(target.address, source.address, source.nbytes)
 
     def synchronize(self) -> None:
         """Wait for the stream."""

@@ -80,6 +80,7 @@ def test_generation_twice_is_bit_equal(backend: TensorRTBackend, built: Bundle) 
 
 def test_cuda_graph_replay_equals_the_call(backend: TensorRTBackend, built: Bundle, bind: Bind) -> None:
     call, inputs, outputs = bind(backend, built, "head", "typical")
+    call()
     replay = backend.capture([call])
     x = inputs["x"]
     backend.write(x, np.random.default_rng(9).standard_normal(x.shape, np.float32))

@@ -104,6 +104,7 @@ def test_generation(built: Bundle, rel_l2: RelL2) -> None:
 
 def test_cuda_graph_replay_equals_the_call(backend: TensorRTBackend, built: Bundle, bind: Bind) -> None:
     call, inputs, outputs = bind(backend, built, "block_00", "typical")
+    call()
     replay = backend.capture([call])
     x, y = inputs["x"], outputs["x_out"]
     backend.write(x, np.random.default_rng(9).standard_normal(x.shape, np.float32))

@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,12 @@ import onnxruntime as ort
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from onnx import parser
+from onnx import parser, printer
 
 from stiv_deploy.runtime.backends import onnxruntime as module
 from stiv_deploy.runtime.backends.base import Buffer
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend, session_options, thread_count
+from stiv_deploy.runtime.backends.onnxruntime_memory import DeviceMemory, identity_graph
 from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, read_manifest, write_manifest
 from stiv_deploy.runtime.bundle.manifest import QuantizationRecord
 from stiv_deploy.runtime.errors import BackendError, BundleError, StivError
@@ -26,7 +28,7 @@ def backend(toy_bundle: Bundle) -> OnnxRuntimeBackend:
 def memory(request: pytest.FixtureRequest, toy_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> OnnxRuntimeBackend:
     """The CPU backend on numpy memory, and on the ``OrtValue`` memory that the CUDA provider gets."""
     if request.param == "device":
-        monkeypatch.setattr(module, "_HostMemory", lambda nbytes: module._DeviceMemory(nbytes, "cpu"))
+        monkeypatch.setattr(module, "HostMemory", lambda nbytes: DeviceMemory(nbytes, "cpu"))
     return OnnxRuntimeBackend(toy_bundle)
 
 
@@ -50,6 +52,60 @@ def test_views_share_memory(memory: OnnxRuntimeBackend) -> None:
     np.testing.assert_array_equal(memory.read(buffer)[:, 0, 0], [0, 1, 0])
     np.testing.assert_array_equal(memory.read(buffer[1]), rows)
     np.testing.assert_array_equal(memory.read(buffer.reshape(3, 4)[1]), rows.reshape(4))
+
+
+SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3)
+DTYPES = st.sampled_from(["float32", "int64", "bool"])
+
+
+def numbered(shape: list[int], dtype: str, start: int) -> np.ndarray:
+    """Values that all differ, as far as the type has that many."""
+    return (start + np.arange(np.prod(shape))).reshape(shape).astype(dtype)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@given(shape=SHAPES, dtype=DTYPES, data=st.data())
+def test_rows_are_views_and_are_copied_alone(
+    memory: OnnxRuntimeBackend, shape: list[int], dtype: Any, data: st.DataObject
+) -> None:
+    """``first`` and an index share memory; a copy between views changes the target's rows and nothing else."""
+    ours, theirs = numbered(shape, dtype, 0), numbered(shape, dtype, 1000)
+    target, source = memory.upload(ours), memory.upload(theirs)
+    count = data.draw(st.integers(0, shape[0]))
+    memory.copy(target.first(count), source.first(count))
+    ours[:count] = theirs[:count]
+    np.testing.assert_array_equal(memory.read(target), ours)
+    to, of = (data.draw(st.integers(0, shape[0] - 1)) for _ in range(2))
+    memory.copy(target[to], source[of])
+    ours[to] = theirs[of]
+    np.testing.assert_array_equal(memory.read(target), ours)
+    np.testing.assert_array_equal(memory.read(source), theirs)
+    np.testing.assert_array_equal(memory.read(target.first(count)), ours[:count])
+
+
+def test_copies_are_between_equals(memory: OnnxRuntimeBackend) -> None:
+    target = memory.empty((2, 3), "float32")
+    for other in (memory.empty((3, 2), "float32"), memory.empty((2, 3), "float16")):
+        with pytest.raises(AssertionError):
+            memory.copy(target, other)
+    with pytest.raises(AssertionError):
+        target.first(3)
+
+
+def test_the_graph_that_copies_is_onnx() -> None:
+    model = onnx.load_from_string(identity_graph())
+    onnx.checker.check_model(model, full_check=True)
+    wanted = '<ir_version: 8, opset_import: ["": 14]> copy (uint8[n] x) => (uint8[n] y) { y = Identity (x) }'
+    assert printer.to_text(model) == printer.to_text(parser.parse_model(wanted))
+
+
+def test_capture_by_default_runs_the_calls_in_order(backend: OnnxRuntimeBackend) -> None:
+    ran: list[str] = []
+    whole = backend.capture([partial(ran.append, "embed"), partial(ran.append, "head")])
+    assert not ran
+    whole()
+    whole()
+    assert ran == ["embed", "head"] * 2
 
 
 def test_strided_arrays_are_written_in_order(memory: OnnxRuntimeBackend) -> None:

@@ -22,7 +22,12 @@ from stiv_deploy.runtime.bundle.engine_files import graph_hash, profile
 from stiv_deploy.runtime.bundle.manifest import EngineRecord
 
 VERSION = "1.7.1"
-OK, OUT_OF_MEMORY = 0, 2
+OK, OUT_OF_MEMORY, NOT_SUPPORTED, CAPTURE_INVALIDATED = 0, 2, 801, 901
+FAULTS = {
+    OUT_OF_MEMORY: ("cudaErrorMemoryAllocation", "out of memory"),
+    NOT_SUPPORTED: ("cudaErrorNotSupported", "operation not supported"),
+    CAPTURE_INVALIDATED: ("cudaErrorStreamCaptureInvalidated", "operation failed due to a previous error"),
+}
 ORT_TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
 
 
@@ -43,6 +48,10 @@ class FakeCudart:
         self.streams: set[int] = set()
         self.calls: list[str] = []
         self.captured: list[Callable[[], None]] | None = None
+        self.spoilt = False
+        """Whether the capture that is on has met something that cannot be captured."""
+        self.last_error = OK
+        self.refuse_graphs = False
 
     def __getattribute__(self, name: str) -> Any:
         if name.startswith("cuda") and name not in ("cudaGetErrorName", "cudaGetErrorString"):
@@ -62,14 +71,22 @@ class FakeCudart:
         return OK, SimpleNamespace(name=b"Fake GPU\0\0")
 
     def cudaGetErrorName(self, status: int) -> tuple:
-        return OK, b"cudaErrorMemoryAllocation"
+        return OK, FAULTS[status][0].encode()
 
     def cudaGetErrorString(self, status: int) -> tuple:
-        return OK, b"out of memory"
+        return OK, FAULTS[status][1].encode()
+
+    def cudaGetLastError(self) -> tuple:
+        status, self.last_error = self.last_error, OK
+        return (status,)
+
+    def fault(self, status: int) -> int:
+        self.last_error = status
+        return status
 
     def cudaMalloc(self, size: int) -> tuple:
         if sum(map(len, self.memory.values())) + size > self.limit:
-            return OUT_OF_MEMORY, None
+            return self.fault(OUT_OF_MEMORY), None
         block = (ctypes.c_uint8 * (size + 256))()
         address = -(-ctypes.addressof(block) // 256) * 256  # cudaMalloc aligns to 256 bytes
         self.memory[address] = block
@@ -104,15 +121,15 @@ class FakeCudart:
         work() if self.captured is None else self.captured.append(work)
 
     def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple:
-        self.captured = []
+        self.captured, self.spoilt = [], False
         return (OK,)
 
     def cudaStreamEndCapture(self, stream: int) -> tuple:
         self.graph, self.captured = self.captured, None
-        return OK, 5
+        return (self.fault(CAPTURE_INVALIDATED), None) if self.spoilt else (OK, 5)
 
     def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple:
-        return OK, tuple(self.graph)
+        return (self.fault(NOT_SUPPORTED), None) if self.refuse_graphs else (OK, tuple(self.graph))
 
     def cudaGraphDestroy(self, graph: int) -> tuple:
         return (OK,)
@@ -158,9 +175,19 @@ class FakeContext:
         self.memory = address, size
 
     def execute_async_v3(self, stream: int) -> bool:
-        assert stream in self.engine.library.cudart.streams
-        self.engine.library.cudart.enqueue(self._run)
+        cudart = self.engine.library.cudart
+        assert stream in cudart.streams
+        if cudart.captured is not None and not self.runs:
+            cudart.spoilt = True  # it would set itself up now, which cannot be captured
+            return False
+        cudart.enqueue(self._run)
         return self.engine.library.launches
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        cudart = self.engine.library.cudart
+        assert stream in cudart.streams
+        assert cudart.captured is None
+        return self.engine.graph not in self.engine.library.not_capturable
 
     def _run(self) -> None:
         assert self.memory is not None
@@ -231,6 +258,7 @@ class FakeTensorRT:
         self.context_settings: list[Any] = []
         self.refuse = False
         self.launches = True
+        self.not_capturable: set[str] = set()
         self.caches = 0
 
     def make_cache(self) -> str:

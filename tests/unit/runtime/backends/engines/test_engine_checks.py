@@ -95,6 +95,7 @@ def test_unavailable_without_cuda_python(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_unavailable_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     no_driver = SimpleNamespace(
         cudaGetDeviceCount=lambda: (35, None),
+        cudaGetLastError=lambda: (35,),
         cudaGetErrorName=lambda status: (0, b"cudaErrorInsufficientDriver"),
         cudaGetErrorString=lambda status: (0, b"driver too old"),
     )

@@ -2,18 +2,21 @@
 
 import ctypes
 import gc
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import dimensions
-from stiv_deploy.runtime.errors import BackendError, EngineError
+from stiv_deploy.runtime.errors import BackendError, CaptureError, EngineError
 from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 
 
@@ -112,9 +115,11 @@ def test_context_of_a_dead_binding_is_reused_and_a_live_one_is_not(folder: Path,
 def test_captured_calls_replay_on_new_data(folder: Path, stand_ins: SimpleNamespace) -> None:
     backend, trt = stand_ins.open(folder)
     source, target, call = bind_decoder(backend, decoder_arrays())
-    replay = backend.capture([call])
-    backend.write(source, 3 * decoder_arrays())
+    call()
     runs = trt.loaded[0].contexts[0].runs
+    replay = backend.capture([call])
+    assert trt.loaded[0].contexts[0].runs == runs, "nothing runs while capturing"
+    backend.write(source, 3 * decoder_arrays())
     replay()
     assert trt.loaded[0].contexts[0].runs == runs + 1
     np.testing.assert_array_equal(backend.read(target)[..., ::2, ::2], 3 * decoder_arrays()[:, :, :3])
@@ -131,6 +136,7 @@ def test_views_that_are_not_aligned_are_copied(folder: Path, stand_ins: SimpleNa
     shifted = type(source)(source.address + offset, (1, 1, 4, 4, 4), "float32", source.owner)
     other = backend.bind("decoder", {"latents": shifted}, {"video": target[0]})
     expected = np.ravel(latents)[offset // 4 :][:64].reshape(1, 1, 4, 4, 4)
+    call(), other()
     for replay in (call, backend.capture([call])):
         replay()
         np.testing.assert_array_equal(backend.read(odd)[..., ::2, ::2], latents[1, :, :, :3])
@@ -141,18 +147,96 @@ def test_views_that_are_not_aligned_are_copied(folder: Path, stand_ins: SimpleNa
 
 def test_fault_while_capturing_ends_the_capture(folder: Path, stand_ins: SimpleNamespace) -> None:
     backend, trt = stand_ins.open(folder)
-    _, _, call = bind_decoder(backend, decoder_arrays())
-    runs = iter((None, BackendError("broken")))
+    source, target, call = bind_decoder(backend, decoder_arrays())
+    call()
+    for fault, wanted in ((BackendError("broken"), CaptureError), (KeyboardInterrupt(), KeyboardInterrupt)):
+        with pytest.raises(wanted):
+            backend.capture([call, partial(raise_, fault)])
+        assert trt.cudart.captured is None
+    still_works(backend, source, target, call)
 
-    def breaks() -> None:
-        fault = next(runs)
-        if fault is not None:
-            raise fault
 
-    with pytest.raises(BackendError, match="broken"):
-        backend.capture([call, breaks])
-    assert trt.cudart.captured is None
-    backend.synchronize()
+def test_calls_that_never_ran_are_not_captured(folder: Path, stand_ins: SimpleNamespace) -> None:
+    backend, trt = stand_ins.open(folder)
+    source, target, call = bind_decoder(backend, decoder_arrays())
+    with pytest.raises(CaptureError, match="no CUDA graph could be captured: graph decoder: the engine could not be"):
+        backend.capture([call])
+    assert trt.cudart.last_error == 0, "another library would take it for its own"
+    still_works(backend, source, target, call)
+
+
+def test_contexts_that_say_no_are_not_captured(folder: Path, stand_ins: SimpleNamespace) -> None:
+    """``is_stream_capturable``, which RTX has; a library without it is not asked."""
+    backend, trt = stand_ins.open(folder)
+    source, target, call = bind_decoder(backend, decoder_arrays())
+    call()
+    trt.not_capturable.add("decoder")
+    with pytest.raises(CaptureError, match="TensorRT cannot capture decoder into a CUDA graph"):
+        backend.capture([call])
+    assert "cudaStreamBeginCapture" not in trt.cudart.calls
+    still_works(backend, source, target, call)
+
+
+def test_a_library_without_the_question_is_not_asked(
+    folder: Path, stand_ins: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, trt = stand_ins.open(folder)
+    bound = bind_decoder(backend, decoder_arrays())
+    bound[2]()
+    monkeypatch.delattr(type(trt.loaded[0].contexts[0]), "is_stream_capturable")
+    still_works(backend, *bound[:2], backend.capture([bound[2]]))
+
+
+def test_a_graph_that_cuda_refuses(folder: Path, stand_ins: SimpleNamespace) -> None:
+    backend, trt = stand_ins.open(folder)
+    source, target, call = bind_decoder(backend, decoder_arrays())
+    call()
+    trt.cudart.refuse_graphs = True
+    wanted = "no CUDA graph could be captured: cudaGraphInstantiate failed: cudaErrorNotSupported .operation not"
+    with pytest.raises(CaptureError, match=wanted):
+        backend.capture([call])
+    assert trt.cudart.last_error == 0
+    still_works(backend, source, target, call)
+
+
+def raise_(fault: BaseException) -> None:
+    raise fault
+
+
+def still_works(backend: TensorRTBackend, source: Any, target: Any, call: Any) -> None:
+    latents = 5 * decoder_arrays()
+    backend.write(source, latents)
+    call()
+    np.testing.assert_array_equal(backend.read(target)[..., ::2, ::2], latents[:, :, :3])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 5), width=st.integers(1, 9), dtype=st.sampled_from(["float32", "int64", "bool"]), data=st.data()
+)
+def test_rows_are_copied_within_the_device(
+    folder: Path, stand_ins: SimpleNamespace, rows: int, width: int, dtype: Any, data: st.DataObject
+) -> None:
+    backend, trt = stand_ins.open(folder)
+    ours, theirs = ((start + np.arange(rows * width)).reshape(rows, width).astype(dtype) for start in (0, 1000))
+    target, source = backend.upload(ours), backend.upload(theirs)
+    count, to, of = data.draw(st.integers(0, rows)), *(data.draw(st.integers(0, rows - 1)) for _ in range(2))
+    backend.copy(target.first(count), source.first(count))
+    backend.copy(target[to], source[of])
+    ours[:count] = theirs[:count]
+    ours[to] = theirs[of]
+    np.testing.assert_array_equal(backend.read(target), ours)
+    np.testing.assert_array_equal(backend.read(source), theirs)
+
+
+def test_copies_are_captured(folder: Path, stand_ins: SimpleNamespace) -> None:
+    backend, _ = stand_ins.open(folder)
+    target, source = backend.upload(np.zeros(3, np.float32)), backend.upload(np.ones(3, np.float32))
+    replay = backend.capture([partial(backend.copy, target, source)])
+    np.testing.assert_array_equal(backend.read(target), np.zeros(3))
+    backend.write(source, np.full(3, 7, np.float32))
+    replay()
+    np.testing.assert_array_equal(backend.read(target), np.full(3, 7))
 
 
 def test_bfloat16_is_read_as_float32(folder: Path, stand_ins: SimpleNamespace) -> None:
