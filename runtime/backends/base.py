@@ -101,7 +101,7 @@ class Backend(ABC):
         Nothing runs until the result is called. Raises :class:`CaptureError` where that is refused; ``calls`` and the
         backend work on as before.
         """
-        return partial(_run_in_order, tuple(calls))
+        return partial(run_in_order, tuple(calls))
 
     def upload(self, array: np.ndarray) -> Buffer:
         """Allocate a buffer for ``array`` and copy it there."""
@@ -116,6 +116,7 @@ class Backend(ABC):
         self.close()
 
 
-def _run_in_order(calls: tuple[Call, ...]) -> None:
+def run_in_order(calls: Sequence[Call]) -> None:
+    """Call each of ``calls``."""
     for call in calls:
         call()

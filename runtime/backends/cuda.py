@@ -3,8 +3,13 @@
 Imported without cuda-python; the library is loaded by :func:`load_cuda`.
 """
 
+import gc
+import threading
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -30,6 +35,59 @@ class Device:
     index: int
     name: str
     sm: str
+
+
+class Releases:
+    """When finalizers may give back what CUDA lent: at once, or after the captures that are on.
+
+    A ``cudaFree`` ends a capture of its own thread with a fault, and one of another thread waits for a device that is
+    being recorded. Which thread drops a last reference, or runs the garbage collector, is not foreseeable: hence one
+    instance for the process, and no collector, which might end objects of TensorRT as well, while a capture is on.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # reentrant: a finalizer may run in the middle of these very methods
+        self._captures = 0
+        self._owed: list[Callable[[], object]] = []
+        self._collecting = False
+
+    def give_back(self, release: Callable[[], object]) -> None:
+        """Call ``release``, now or at the end of the captures that are on; at any moment, from any thread."""
+        with self._lock:
+            if self._captures:
+                self._owed.append(release)
+            else:
+                release()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold everything back inside the ``with`` block."""
+        self._begin()
+        try:
+            yield
+        finally:
+            self._end()
+
+    def _begin(self) -> None:
+        with self._lock:
+            self._captures += 1
+            if self._captures == 1:
+                self._collecting = gc.isenabled()
+                gc.disable()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._captures -= 1
+            if self._captures:
+                return
+            if self._collecting:
+                gc.enable()
+            while self._owed:
+                self._owed.pop(0)()
+
+
+RELEASES = Releases()
+"""That of this process."""
 
 
 class Cuda:
@@ -71,6 +129,12 @@ class Cuda:
         """``size`` bytes of device memory, at least one."""
         return Memory(self, max(size, 1))
 
+    def release_with(self, owner: object, function: str, handle: Any) -> None:
+        """Give ``handle`` back by ``function`` when ``owner`` dies, but not while a capture is on."""
+        release = partial(self.call, function, handle)
+        # not at interpreter exit: by then the libraries are half gone, and the driver frees everything anyway
+        weakref.finalize(owner, RELEASES.give_back, release).atexit = False
+
     def stream(self) -> "Stream":
         """A new stream that does not wait for the default stream."""
         return Stream(self)
@@ -82,8 +146,7 @@ class Memory:
     def __init__(self, cuda: Cuda, size: int) -> None:
         self.size = size
         self.address = int(cuda.call("cudaMalloc", size))
-        # not at interpreter exit: by then the libraries are half gone, and the driver frees everything anyway
-        weakref.finalize(self, cuda.call, "cudaFree", self.address).atexit = False
+        cuda.release_with(self, "cudaFree", self.address)
 
 
 class Stream:
@@ -117,16 +180,22 @@ class Stream:
         """Wait until all work queued here is done."""
         self._cuda.call("cudaStreamSynchronize", self._stream)
 
-    def begin_capture(self) -> None:
-        """Record, rather than run, what is queued from now on."""
-        mode = self._cuda.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._cuda.call("cudaStreamBeginCapture", self._stream, mode)
+    def capture(self, queue: Callable[[], None]) -> "Graph":
+        """Record, rather than run, what ``queue`` queues here, as a launchable graph.
 
-    def end_capture(self) -> "Graph":
-        """Stop recording and return the launchable graph."""
-        return Graph(self._cuda, self._stream, self._cuda.call("cudaStreamEndCapture", self._stream))
+        Whatever ``queue`` raises, or :class:`BackendError` for a fault of CUDA, leaves the stream as it was.
+        """
+        with RELEASES.held():
+            mode = self._cuda.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+            self._cuda.call("cudaStreamBeginCapture", self._stream, mode)
+            try:
+                queue()
+            except BaseException:
+                self._abandon_capture()
+                raise
+            return Graph(self._cuda, self._stream, self._cuda.call("cudaStreamEndCapture", self._stream))
 
-    def abandon_capture(self) -> None:
+    def _abandon_capture(self) -> None:
         """Stop recording after a fault and drop what was recorded."""
         _, graph = self._cuda.api.cudaStreamEndCapture(self._stream)
         if graph is not None and int(graph):
@@ -148,7 +217,7 @@ class Graph:
             self._executable = cuda.call("cudaGraphInstantiate", graph, 0)
         finally:
             cuda.call("cudaGraphDestroy", graph)
-        weakref.finalize(self, cuda.call, "cudaGraphExecDestroy", self._executable).atexit = False
+        cuda.release_with(self, "cudaGraphExecDestroy", self._executable)
 
     def __call__(self) -> None:
         """Queue one launch."""

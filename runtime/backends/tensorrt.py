@@ -8,11 +8,12 @@ be captured into a CUDA graph (:meth:`TensorRTBackend.capture`).
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from stiv_deploy.runtime.backends.base import ITEM_BYTES, Backend, Buffer, Call, from_bytes
+from stiv_deploy.runtime.backends.base import ITEM_BYTES, Backend, Buffer, Call, from_bytes, run_in_order
 from stiv_deploy.runtime.backends.cuda import Cuda, Graph, Memory, Stream, load_cuda
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import DType
@@ -300,21 +301,11 @@ class TensorRTBackend(Backend):
         if refused:
             raise CaptureError(f"{TITLES[self._flavour]} cannot capture {', '.join(refused)} into a CUDA graph")
         self.synchronize()
-        return CapturedCalls(self._record(calls), calls, self._arena.memory)
-
-    def _record(self, calls: Sequence[Call]) -> Graph:
-        """The CUDA graph of ``calls``; :class:`CaptureError` if one of them cannot be recorded."""
         try:
-            self._stream.begin_capture()
-            try:
-                for call in calls:
-                    call()
-            except BaseException:
-                self._stream.abandon_capture()
-                raise
-            return self._stream.end_capture()
+            graph = self._stream.capture(partial(run_in_order, calls))
         except BackendError as error:
             raise CaptureError(f"no CUDA graph could be captured: {error}") from error
+        return CapturedCalls(graph, calls, self._arena.memory)
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Buffer:
         """Allocate with ``cudaMalloc``; freed with the last buffer that views it."""

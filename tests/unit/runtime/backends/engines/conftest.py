@@ -22,10 +22,11 @@ from stiv_deploy.runtime.bundle.engine_files import graph_hash, profile
 from stiv_deploy.runtime.bundle.manifest import EngineRecord
 
 VERSION = "1.7.1"
-OK, OUT_OF_MEMORY, NOT_SUPPORTED, CAPTURE_INVALIDATED = 0, 2, 801, 901
+OK, OUT_OF_MEMORY, NOT_SUPPORTED, CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED = 0, 2, 801, 900, 901
 FAULTS = {
     OUT_OF_MEMORY: ("cudaErrorMemoryAllocation", "out of memory"),
     NOT_SUPPORTED: ("cudaErrorNotSupported", "operation not supported"),
+    CAPTURE_UNSUPPORTED: ("cudaErrorStreamCaptureUnsupported", "operation not permitted when stream is capturing"),
     CAPTURE_INVALIDATED: ("cudaErrorStreamCaptureInvalidated", "operation failed due to a previous error"),
 }
 ORT_TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
@@ -80,11 +81,18 @@ class FakeCudart:
         status, self.last_error = self.last_error, OK
         return (status,)
 
+    def spoil(self) -> int:
+        """What is not allowed while capturing, from any thread: it fails, and the capture with it."""
+        self.spoilt = True
+        return self.fault(CAPTURE_UNSUPPORTED)
+
     def fault(self, status: int) -> int:
         self.last_error = status
         return status
 
     def cudaMalloc(self, size: int) -> tuple:
+        if self.captured is not None:
+            return self.spoil(), None
         if sum(map(len, self.memory.values())) + size > self.limit:
             return self.fault(OUT_OF_MEMORY), None
         block = (ctypes.c_uint8 * (size + 256))()
@@ -93,6 +101,8 @@ class FakeCudart:
         return OK, address
 
     def cudaFree(self, address: int) -> tuple:
+        if self.captured is not None:
+            return (self.spoil(),)
         del self.memory[address]
         return (OK,)
 
@@ -135,6 +145,8 @@ class FakeCudart:
         return (OK,)
 
     def cudaGraphExecDestroy(self, graph: tuple) -> tuple:
+        if self.captured is not None:
+            return (self.spoil(),)
         return (OK,)
 
     def cudaGraphLaunch(self, graph: tuple, stream: int) -> tuple:

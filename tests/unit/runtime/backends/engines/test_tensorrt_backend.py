@@ -2,6 +2,8 @@
 
 import ctypes
 import gc
+import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,6 +199,62 @@ def test_a_graph_that_cuda_refuses(folder: Path, stand_ins: SimpleNamespace) -> 
         backend.capture([call])
     assert trt.cudart.last_error == 0
     still_works(backend, source, target, call)
+
+
+def in_thread(work: Callable[[], None]) -> None:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("thread", [lambda work: work(), in_thread], ids=["this thread", "another thread"])
+def test_what_dies_while_capturing_is_freed_afterwards(
+    folder: Path, stand_ins: SimpleNamespace, thread: Callable[[Callable[[], None]], None]
+) -> None:
+    """A buffer, a graph of an earlier capture, and memory of another backend in this process."""
+    backend, trt = stand_ins.open(folder)
+    neighbour, _ = stand_ins.open(folder, trt.cudart)
+    source, target, call = bind_decoder(backend, decoder_arrays())
+    call()
+    doomed = [backend.empty((7,), "float32"), neighbour.empty((7,), "float32"), backend.capture([call])]
+    addresses = {buffer.address for buffer in doomed[:2]}
+    kept = trt.cudart.memory.keys() - addresses
+    doomed.append(doomed)  # a cycle: the collector's business
+
+    def drop() -> None:
+        doomed.clear()
+        gc.collect()
+
+    def strew() -> None:
+        thread(drop)
+        assert addresses <= trt.cudart.memory.keys()
+        assert not gc.isenabled(), "the collector would end what it likes in the midst of the capture"
+
+    replay = backend.capture([call, strew])
+    assert trt.cudart.memory.keys() == kept
+    assert gc.isenabled()
+    assert "cudaGraphExecDestroy" in trt.cudart.calls
+    still_works(backend, source, target, replay)
+
+
+def test_what_died_in_a_capture_that_failed_is_freed_too(folder: Path, stand_ins: SimpleNamespace) -> None:
+    backend, trt = stand_ins.open(folder)
+    doomed = [backend.empty((7,), "float32")]
+    before = len(trt.cudart.memory)
+    with pytest.raises(CaptureError):
+        backend.capture([doomed.clear, partial(raise_, BackendError("broken"))])
+    assert len(trt.cudart.memory) == before - 1
+    assert gc.isenabled()
+
+
+def test_a_collector_that_was_off_stays_off(folder: Path, stand_ins: SimpleNamespace) -> None:
+    backend, _ = stand_ins.open(folder)
+    gc.disable()
+    try:
+        backend.capture([])
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def raise_(fault: BaseException) -> None:
