@@ -10,7 +10,7 @@ from stiv_deploy.calibration.layers import Format, Layer, model_layers
 from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig
 from stiv_deploy.stiv_ref.files import write_text
 
-Choice = Literal["fp8", "int8", "high"]
+Choice = Literal[Format, "high"]
 LEAST_TOKENS = 32
 """TensorRT has an FP8 attention kernel if the smallest request has at least so many tokens a frame (measured with
 TensorRT-RTX 1.7, docs/quantization.md; head sizes 8 to 256)."""

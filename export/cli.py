@@ -3,26 +3,17 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Self, cast, get_args
 
 import typer
+
+from stiv_deploy.export.precision import FORMATS, parse_precision
+from stiv_deploy.runtime.bundle.contract import Format, Precision
 
 if TYPE_CHECKING:
     from stiv_deploy.export.graphs.quantization import Quantization
     from stiv_deploy.runtime.bundle.engine_files import Attention
 
-Precision = Literal["float32", "float16", "bfloat16"]
-Format = Literal["fp8", "int8"]
-PRECISIONS: dict[str, Precision] = {
-    "float32": "float32",
-    "fp32": "float32",
-    "float16": "float16",
-    "fp16": "float16",
-    "bfloat16": "bfloat16",
-    "bf16": "bfloat16",
-}
-FORMATS = ("fp8", "int8")
-"""8-bit formats: a precision of the command, but not the type of a bundle's tensors, which is ``--activations``."""
 ACTIVATIONS = "float16"
 RANGE = "MIN:TYPICAL:MAX"
 
@@ -144,18 +135,6 @@ class ExportRequest:
         from stiv_deploy.export.graphs.quantization import load_quantization
 
         return load_quantization(self.checkpoint, self.format, self.scales, self.plan)
-
-
-def parse_precision(text: str, option: str = "precision") -> Precision:
-    """The type of a bundle's tensors by its name or alias; :class:`ExportError` if there is none."""
-    from stiv_deploy.export.errors import ExportError
-
-    try:
-        return PRECISIONS[text.lower()]
-    except KeyError:
-        more = f", {' or '.join(FORMATS)}" if option == "precision" else ""
-        wanted = f"float32, float16{',' if more else ' or'} bfloat16{more}"
-        raise ExportError(f"--{option} {text}: no such precision; use {wanted}") from None
 
 
 def parse_attention(text: str) -> "Attention":

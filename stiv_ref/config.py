@@ -6,13 +6,15 @@ trains on two CPU cores and ships with the repository.
 
 import json
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stiv_deploy.stiv_ref.errors import ConfigError
 
 Section = TypeVar("Section", bound="FrozenConfig")
+StoredType = Literal["float16", "bfloat16", "float32"]
+"""Types that latents and text states are stored in."""
 
 
 class FrozenConfig(BaseModel):

@@ -12,6 +12,7 @@ from stiv_deploy.export.engines.build import check_fp8, known_names, resolve_sm
 from stiv_deploy.export.engines.job import EngineJob
 from stiv_deploy.export.engines.processes import BuilderProcesses
 from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.contract import is_block
 from stiv_deploy.runtime.bundle.engine_files import profile, sm_folder
 from stiv_deploy.runtime.bundle.manifest import PORTABLE, Bucket, Manifest
 from stiv_deploy.runtime.errors import EngineError
@@ -57,7 +58,7 @@ def _kind(manifest: Manifest, graph: str) -> str:
 
 def default_graphs(manifest: Manifest) -> list[str]:
     """All blocks and :data:`AUDITED`, in the bundle's order."""
-    return [name for name in manifest.graphs if name in AUDITED or name.startswith("block_")]
+    return [name for name in manifest.graphs if name in AUDITED or is_block(name)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,9 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from stiv_deploy.export.audit.layer_report import EngineLayer
-from stiv_deploy.runtime.bundle.contract import Frozen, Precision
+from stiv_deploy.runtime.bundle.contract import Choice, Format, Frozen, Precision, is_block
 from stiv_deploy.runtime.bundle.manifest import Manifest
 
-Choice = Literal["fp8", "int8", "high"]
 Activations = Literal["float32", "16-bit"]
 TABLE = "expected_fusions.json"
 TYPE_NAMES: dict[Precision, str] = {"float32": "Float", "float16": "Half", "bfloat16": "BFloat16"}
@@ -44,7 +43,7 @@ class ExpectedKernels(Frozen):
 
     graph: str
     activations: Activations
-    quantization: Literal["fp8", "int8"] | None = None
+    quantization: Format | None = None
     attention: Choice = "high"
     temporal: bool = True
     at_most: int = Field(gt=0)
@@ -77,7 +76,7 @@ class Expectation(Frozen):
 
     graph: str
     precision: Precision
-    quantization: Literal["fp8", "int8"] | None
+    quantization: Format | None
     choices: dict[str, Choice]
     attention: dict[str, Choice]
     temporal: bool
@@ -106,7 +105,7 @@ def expectation(manifest: Manifest, graph: str) -> Expectation:
         name.removeprefix(f"{graph}."): choice for name, choice in plan.items() if name.startswith(f"{graph}.")
     }
     attention: dict[str, Choice] = {}
-    if graph.startswith(f"{BLOCK}_"):
+    if is_block(graph):
         names = [name for name in BLOCK_ATTENTION if manifest.model.temporal or name != "temporal"]
         attention = {name: mine.pop(f"{name}.attention", "high") for name in names}
         linears = [name for name in BLOCK_LINEARS if name.split(".")[0] in (*names, "ffn")]

@@ -204,8 +204,9 @@ def _plain(out: Path, checkpoint: Path, sm: str) -> bool:
 
 def _quantized(out: Path, checkpoint: Path, sm: str, precision: str) -> bool:
     """The 8-bit chain of commands; whether its gates passed."""
-    from stiv_deploy.export.demo.quantized import FORMATS, QuantizedDemo, quantized_demo
+    from stiv_deploy.export.demo.quantized import QuantizedDemo, quantized_demo
     from stiv_deploy.export.errors import ExportError
+    from stiv_deploy.export.precision import FORMATS
 
     chosen = next((name for name in FORMATS if name == precision), None)
     if chosen is None:

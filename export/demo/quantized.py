@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from PIL import Image
 
@@ -22,11 +21,10 @@ from stiv_deploy.export.demo.demo import (
     held_out_image,
     write_report,
 )
+from stiv_deploy.runtime.bundle.contract import Format
 from stiv_deploy.runtime.errors import StivError
 from stiv_deploy.runtime.tensorrt_library import Flavour, missing_library
 
-Format = Literal["fp8", "int8"]
-FORMATS: tuple[Format, ...] = ("fp8", "int8")
 BACKEND: Flavour = "tensorrt-rtx"
 GATES = ("audit", "parity")
 """Commands that exit with 1 when something was measured and found wanting."""

@@ -21,7 +21,9 @@ def listed(values: list[str] | None) -> tuple[str, ...]:
 
 def expanded(names: tuple[str, ...], known: "Sequence[str]") -> tuple[str, ...]:
     """Replace the word ``blocks`` by the names of all blocks."""
-    blocks = [name for name in known if name.startswith("block_")]
+    from stiv_deploy.runtime.bundle.contract import is_block
+
+    blocks = [name for name in known if is_block(name)]
     return tuple(dict.fromkeys(each for name in names for each in (blocks if name == "blocks" else [name])))
 
 

@@ -11,11 +11,11 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from stiv_deploy.calibration.layers import Format
 from stiv_deploy.runtime.backends.onnxruntime import set_quantization
 from stiv_deploy.runtime.bundle.contract import (
     MASKED,
     MAX_BRANCHES,
+    Format,
     GraphSpec,
     ModelFacts,
     Precision,

@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from stiv_deploy.runtime.bundle.contract import ModelFacts, Precision, block_names
+from stiv_deploy.runtime.bundle.contract import ModelFacts, block_names
 from stiv_deploy.stiv_ref.block import RopeTables, StivBlock
 from stiv_deploy.stiv_ref.checkpoint import AnyTextEncoder, AnyVae, Checkpoint, CheckpointConfig
 from stiv_deploy.stiv_ref.guidance import NORM_FLOOR
@@ -246,8 +246,3 @@ def graph_modules(checkpoint: Checkpoint) -> Mapping[str, nn.Module]:
         "step": StepGraph(),
         "decoder": DecoderGraph(checkpoint.vae),
     }
-
-
-def torch_dtype(precision: Precision) -> torch.dtype:
-    """The torch dtype of a bundle's precision."""
-    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[precision]

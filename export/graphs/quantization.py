@@ -15,11 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from stiv_deploy.calibration.layers import LARGEST, OPERANDS, Format, Layer, model_layers
+from stiv_deploy.calibration.layers import LARGEST, OPERANDS, Layer, model_layers
 from stiv_deploy.calibration.plan import PrecisionPlan, checked_plan, default_plan, load_plan
 from stiv_deploy.calibration.scales import Scales, check_fits, check_ranges, file_hash, load_scales, scale_of
 from stiv_deploy.export.errors import ExportError
 from stiv_deploy.export.graphs.onnx_from_module import parameters_of
+from stiv_deploy.runtime.bundle.contract import Format
 from stiv_deploy.runtime.bundle.manifest import QuantizationRecord
 from stiv_deploy.stiv_ref.checkpoint import CheckpointConfig, checkpoint_hash
 from stiv_deploy.stiv_ref.config import StivConfig, read_config

@@ -18,11 +18,12 @@ within the error of torch in the same precision (tests/unit/export/graphs/test_q
 
 import onnx_ir as ir
 
-from stiv_deploy.calibration.layers import LARGEST, OPERANDS, Format
+from stiv_deploy.calibration.layers import LARGEST, OPERANDS
 from stiv_deploy.export.graphs.attention_forms import adopt, constant, to_primitives
 from stiv_deploy.export.graphs.onnx_from_module import Template
 from stiv_deploy.export.graphs.plugin_nodes import absorb_quantization, attach_functions
 from stiv_deploy.export.graphs.quantization import LayerScheme
+from stiv_deploy.runtime.bundle.contract import Format
 
 TYPES = {"fp8": ir.DataType.FLOAT8E4M3FN, "int8": ir.DataType.INT8}
 """ONNX types of the 8-bit formats."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stiv_deploy.export.errors import CheckError
 from stiv_deploy.export.graphs.check import CheckRow, check_graph, executable, graph_sizes
-from stiv_deploy.export.graphs.modules import FLOAT32_GRAPHS, Module, graph_modules, model_facts, torch_dtype
+from stiv_deploy.export.graphs.modules import FLOAT32_GRAPHS, Module, graph_modules, model_facts
 from stiv_deploy.export.graphs.onnx_from_module import (
     Template,
     structure_faults,
@@ -22,7 +22,8 @@ from stiv_deploy.export.graphs.onnx_from_module import (
 from stiv_deploy.export.graphs.plugin_nodes import plugin_names
 from stiv_deploy.export.graphs.quantization import LayerScheme, Quantization, StoredTensors, graph_scheme
 from stiv_deploy.export.graphs.quantized_graph import quantized_template
-from stiv_deploy.runtime.bundle.contract import GraphSpec, ModelFacts, Precision, graph_specs
+from stiv_deploy.export.precision import torch_dtype
+from stiv_deploy.runtime.bundle.contract import GraphSpec, ModelFacts, Precision, graph_specs, is_block
 from stiv_deploy.runtime.bundle.engine_files import Attention
 from stiv_deploy.runtime.bundle.manifest import Bucket, FileRecord, GraphRecord, PluginForm
 from stiv_deploy.stiv_ref.block import StivBlock
@@ -80,7 +81,7 @@ class GraphWriter:
         tensors = StoredTensors(self.modules[name], name, self._dtype(name), scheme, amax)
         native = self._template(name, scheme, "native")
         record = write_checked(native, tensors, self.folder, name, self.specs[name])
-        if self.attention == "native" or not name.startswith("block_"):
+        if self.attention == "native" or not is_block(name):
             return record
         plugin = self._plugin_form(native, self._template(name, scheme, "plugin"), name)
         return record.model_copy(update={"plugin": plugin})
@@ -137,7 +138,7 @@ class GraphWriter:
 
     def _template(self, name: str, scheme: tuple[LayerScheme, ...], attention: Attention) -> Template:
         """The template of a graph, made when first asked for; blocks are one kind of graph."""
-        kind = "block" if name.startswith("block_") else name
+        kind = "block" if is_block(name) else name
         plain, wanted = (kind, (), attention), (kind, scheme, attention)
         if plain not in self._templates:
             module = self._in_precision(name)

@@ -32,9 +32,9 @@ from stiv_deploy.calibration.layers import LARGEST
 from stiv_deploy.calibration.plan import PrecisionPlan
 from stiv_deploy.calibration.quantize import fake_quantized
 from stiv_deploy.calibration.scales import Scales, scale_of
-from stiv_deploy.export.graphs.modules import torch_dtype
 from stiv_deploy.export.parity.oracle import Boundary, Oracle, Tensors
 from stiv_deploy.export.parity.requests import Request
+from stiv_deploy.export.precision import torch_dtype
 from stiv_deploy.runtime.bundle.manifest import Manifest
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.model import Stiv

@@ -24,15 +24,15 @@ import torch
 from torch import Tensor
 
 from stiv_deploy.calibration.scales import Scales
-from stiv_deploy.export.graphs.modules import torch_dtype
 from stiv_deploy.export.parity.draws import UNIT_ROUNDING, Draws, quantized_gate, rel_l2
 from stiv_deploy.export.parity.oracle import Oracle, Tensors
 from stiv_deploy.export.parity.requests import Request, parity_requests
 from stiv_deploy.export.parity.runs import TeacherForced, prepared_denoiser, probe
+from stiv_deploy.export.precision import torch_dtype
 from stiv_deploy.runtime.backends import open_backend
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.bundle.contract import dimensions, graph_specs
+from stiv_deploy.runtime.bundle.contract import dimensions, graph_specs, is_block
 from stiv_deploy.runtime.bundle.manifest import ParityRow
 from stiv_deploy.runtime.sampling.sampler import Sampler
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
@@ -159,7 +159,7 @@ class _Ladder:
             quantized = self.draws is not None and graph in self.draws.graphs
             draws = self.draws.graph(graph, given) if self.draws is not None and quantized else []
             plain = {} if quantized else self.plain.run(graph, given)
-            level = "block" if graph.startswith("block_") else "op"
+            level = "block" if is_block(graph) else "op"
             for name, got in self.execute(graph, given, dims).items():
                 label = graph if level == "block" else f"{graph}.{name}"
                 if quantized:

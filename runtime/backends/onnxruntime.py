@@ -19,7 +19,7 @@ from stiv_deploy.runtime.backends.base import ITEM_BYTES, Backend, Buffer, Call,
 from stiv_deploy.runtime.backends.onnxruntime_int8 import keep_products_exact
 from stiv_deploy.runtime.backends.onnxruntime_memory import DeviceMemory, HostMemory
 from stiv_deploy.runtime.bundle.bundle import AGAIN, Bundle
-from stiv_deploy.runtime.bundle.contract import DType, Precision
+from stiv_deploy.runtime.bundle.contract import DType, Format, Precision
 from stiv_deploy.runtime.errors import BackendError, BundleError, StivError
 
 THREADS_VARIABLE = "STIV_THREADS"
@@ -35,7 +35,6 @@ DAMAGED = (
     ort_errors.InvalidArgument,
 )
 Device = Literal["cpu", "cuda"]
-Format = Literal["fp8", "int8"]
 PROVIDERS: dict[Device, list[Any]] = {
     "cpu": ["CPUExecutionProvider"],
     # TF32 would quietly give a float32 bundle 10-bit mantissas.

@@ -22,7 +22,11 @@ MASKED = -1e4
 MAX_BRANCHES = 3
 
 Precision = Literal["float32", "float16", "bfloat16"]
-DType = Literal["float32", "float16", "bfloat16", "int64", "bool"]
+Format = Literal["fp8", "int8"]
+"""8-bit formats of quantized layers: E4M3, and symmetric -127 to 127."""
+Choice = Literal[Format, "high"]
+"""What a precision plan says of a layer: its 8-bit format, or the bundle's own type."""
+DType = Literal[Precision, "int64", "bool"]
 Dim = int | str
 
 
@@ -105,6 +109,11 @@ class ModelFacts(Frozen):
 def block_names(blocks: int) -> list[str]:
     """Graph names of the blocks, in order: ``block_00``, ``block_01``, ..."""
     return [f"block_{index:02d}" for index in range(blocks)]
+
+
+def is_block(graph: str) -> bool:
+    """Whether ``graph`` is one of :func:`block_names`."""
+    return graph.startswith("block_")
 
 
 def dimensions(

@@ -4,7 +4,17 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from stiv_deploy.runtime.bundle.contract import MAX_BRANCHES, Frozen, GraphSpec, ModelFacts, Precision, dimensions
+from stiv_deploy.runtime.bundle.contract import (
+    MAX_BRANCHES,
+    Choice,
+    Format,
+    Frozen,
+    GraphSpec,
+    ModelFacts,
+    Precision,
+    dimensions,
+)
+from stiv_deploy.runtime.tensorrt_library import Flavour
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -111,7 +121,7 @@ class EngineRecord(Frozen):
 
     graph: str
     bucket: str
-    backend: Literal["tensorrt", "tensorrt-rtx"]
+    backend: Flavour
     backend_version: str
     sm: str
     file: FileRecord
@@ -143,9 +153,9 @@ class QuantizationRecord(Frozen):
     (E4M3), ``int8`` or ``high``.
     """
 
-    format: Literal["fp8", "int8"]
+    format: Format
     scales: str
-    layers: dict[str, Literal["fp8", "int8", "high"]]
+    layers: dict[str, Choice]
 
 
 class Manifest(Frozen):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from stiv_deploy.stiv_ref.config import StoredType
+
 if TYPE_CHECKING:
     from stiv_deploy.stiv_ref.data.engine import Progress
 
@@ -170,9 +172,7 @@ def latents(
         Path | None, typer.Option(help="JSONL file of captions.", show_default="clip.txt beside clip.mp4")
     ] = None,
     per_shard: Annotated[int, typer.Option(min=1, help="Clips in a shard.")] = 256,
-    dtype: Annotated[
-        Literal["float16", "bfloat16", "float32"], typer.Option(help="How latents and text states are stored.")
-    ] = "float16",
+    dtype: Annotated[StoredType, typer.Option(help="How latents and text states are stored.")] = "float16",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode ahead.")] = 0,
     device: Annotated[str, typer.Option(help="Where the encoders run: cpu, cuda, cuda:1, ...")] = "cpu",

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from stiv_deploy.stiv_ref.config import FrozenConfig, read_config
+from stiv_deploy.stiv_ref.config import FrozenConfig, StoredType, read_config
 from stiv_deploy.stiv_ref.data.encoder_hash import Part, encoder_hash
 from stiv_deploy.stiv_ref.data.loader import DamagedSampleError, Sample
 from stiv_deploy.stiv_ref.data.tars import Record, read_shard
@@ -37,7 +37,7 @@ class LatentSettings(FrozenConfig):
     clips_per_video: int = Field(default=1, gt=0)
     per_shard: int = Field(default=256, gt=0)
     seed: int = Field(default=0, ge=0)
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    dtype: StoredType = "float16"
 
 
 class LatentIndex(FrozenConfig):

@@ -1,0 +1,29 @@
+"""Precisions by name: aliases, 8-bit formats as both sides of the law of imports know them, torch's types."""
+
+from typing import get_args
+
+import pytest
+import torch
+
+from stiv_deploy.calibration import layers, plan
+from stiv_deploy.export.precision import FORMATS, parse_precision, torch_dtype
+from stiv_deploy.runtime.bundle import contract
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("float32", "float32"), ("fp32", "float32"), ("FP16", "float16"), ("bf16", "bfloat16"), ("bfloat16", "bfloat16")],
+)
+def test_precisions_and_aliases(text: str, wanted: str) -> None:
+    assert parse_precision(text) == wanted
+
+
+def test_calibration_and_bundles_know_the_same_formats_and_choices() -> None:
+    assert get_args(layers.Format) == get_args(contract.Format) == FORMATS
+    assert get_args(plan.Choice) == get_args(contract.Choice)
+    assert set(layers.LARGEST) == set(FORMATS)
+
+
+def test_every_precision_has_a_type_of_torch() -> None:
+    found = {name: torch_dtype(name) for name in get_args(contract.Precision)}
+    assert found == {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
