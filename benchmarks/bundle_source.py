@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from sources import Settings, Video, digest
+from clip_source import Settings, Video, digest
 
 from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 
@@ -20,7 +20,7 @@ def as_image(picture: Video) -> np.ndarray:
 
 
 class BundleSource:
-    """:class:`sources.Source` over :class:`StivPipeline`."""
+    """:class:`clip_source.Source` over :class:`StivPipeline`."""
 
     def __init__(self, path: Path, backend: str, threads: int) -> None:
         self.path, self.pipeline = path, StivPipeline.from_bundle(path, backend, threads)

@@ -25,8 +25,9 @@ import command
 import numpy as np
 import torch
 import typer
+from clip_source import Settings, Source, Video
 from scorers import Judgement, brightness, judge, percentages
-from sources import Settings, Source, Video, open_source
+from sources import open_source
 
 from stiv_deploy.stiv_ref.data.moving_digits import MovingDigits
 from stiv_deploy.stiv_ref.plots import Row, contact_sheet

@@ -25,10 +25,11 @@ import numpy as np
 import torch
 import trajectories
 import typer
+from clip_source import Settings, Video
 from digit_scores import cpu_name
 from precisions import EVERYTHING, NAMES, Variant, exact, variant
 from scorers import brightness, judge, percentages
-from sources import ReferenceSource, Settings, Video
+from sources import ReferenceSource
 
 from stiv_deploy.calibration.layers import Format
 from stiv_deploy.calibration.plan import PrecisionPlan, load_plan

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from stiv_deploy.calibration.errors import CalibrationError
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
-from stiv_deploy.stiv_ref.data.moving_digits import DIGIT_WORDS, DIRECTIONS, SIZE, WORDS
+from stiv_deploy.stiv_ref.data.moving_digits import DIGIT_WORDS, DIRECTIONS, WORDS
+from stiv_deploy.stiv_ref.digit_canvas import SIZE
 from stiv_deploy.stiv_ref.samples import Requests, balanced_requests, real_clips
 from stiv_deploy.stiv_ref.text import END, PAD, UNKNOWN
 

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from stiv_deploy.stiv_ref.checkpoint import SamplingDefaults
 from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig, model_config, parse_config
-from stiv_deploy.stiv_ref.data.moving_digits import SIZE, check_frames
+from stiv_deploy.stiv_ref.digit_canvas import SIZE, check_frames
 from stiv_deploy.stiv_ref.errors import ConfigError
 from stiv_deploy.stiv_ref.objective import Objective
 from stiv_deploy.stiv_ref.vae import VaeConfig

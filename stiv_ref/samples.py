@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, SamplingDefaults
-from stiv_deploy.stiv_ref.data.moving_digits import DIGIT_WORDS, DIRECTIONS, SIZE, MovingDigits, caption
+from stiv_deploy.stiv_ref.data.moving_digits import DIGIT_WORDS, DIRECTIONS, MovingDigits, caption
+from stiv_deploy.stiv_ref.digit_canvas import SIZE
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, sample
 from stiv_deploy.stiv_ref.text import TextStates, tokenize
 

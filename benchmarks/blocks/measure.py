@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from kernels.timing import Timing, buffer_sets, interleaved
+from timing import Timing, buffer_sets, interleaved
 from torch import Tensor, nn
 
 from blocks.counts import Bound, Peaks, Precision, bound

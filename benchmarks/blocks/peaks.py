@@ -1,7 +1,7 @@
 """What the device can do at best, measured: large matrix products in bf16 and FP8, and a copy."""
 
 import torch
-from kernels.timing import Work, copy_rate, interleaved
+from timing import Work, copy_rate, interleaved
 
 from blocks.counts import Peaks
 from blocks.fp8 import quantized, scale_of

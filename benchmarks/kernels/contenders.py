@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timing import Work, buffer_sets
 from torch import Tensor
 
 from kernels.cases import Case
 from kernels.inputs import Inputs, launch, random_inputs
 from kernels.oracle import plain_spatial, plain_temporal
-from kernels.timing import Work, buffer_sets
 from stiv_deploy.runtime.plugins.library import KernelLibrary
 
 KERNEL, UNBIASED, COPY, EAGER, COMPILED, FLEX = "kernel", "no bias", "copy", "eager", "compile", "flex"

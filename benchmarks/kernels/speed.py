@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from timing import Timing, copy_rate, interleaved
 
 from kernels.cases import WANTED_SPEEDUP, Case
 from kernels.contenders import (
@@ -23,7 +24,6 @@ from kernels.contenders import (
 from kernels.inputs import FP8, POINTERS, sizes_and_types
 from kernels.machine import clocks
 from kernels.outcome import Outcome, Save, Status, table
-from kernels.timing import Timing, copy_rate, interleaved
 from stiv_deploy.runtime.plugins.library import Plan, SpatialQkv, TemporalAttention
 
 BIG_COPY = 2**31

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from timing import Timing, Work, buffer_sets, interleaved
 from torch import Tensor
 
 from kernels.contenders import COMPILED, COPY, EAGER, Bench
 from kernels.outcome import Outcome, Save, table
-from kernels.timing import Timing, Work, buffer_sets, interleaved
 from stiv_deploy.stiv_ref.conditioning import noise_frames, replace_frames
 from stiv_deploy.stiv_ref.guidance import cfg_renorm, jit_cfg
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import Timing, Work, interleaved
 
 from kernels.build import ROOT, build_folder, build_library, paths
 from kernels.cases import Case, all_cases, tiny_cases
 from kernels.contenders import Bench, kernel_work, make_sets
 from kernels.errors import BenchmarkError
 from kernels.outcome import Outcome, Save, table
-from kernels.timing import Timing, Work, interleaved
 from stiv_deploy.runtime.plugins.library import KernelLibrary
 
 PLUGINS = Path("runtime") / "plugins"

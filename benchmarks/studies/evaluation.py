@@ -18,7 +18,8 @@ from scorers import THRESHOLD, brightness, centre_of_mass, judge, percentages
 from torch import Tensor
 
 from stiv_deploy.stiv_ref.conditioning import replace_frames
-from stiv_deploy.stiv_ref.data.moving_digits import SIZE, Clips, MovingDigits, micro_conditions, speed_of
+from stiv_deploy.stiv_ref.data.moving_digits import Clips, MovingDigits, micro_conditions
+from stiv_deploy.stiv_ref.digit_canvas import SIZE, speed_of
 from stiv_deploy.stiv_ref.flow import flow_loss, interpolate, velocity_target
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, sample

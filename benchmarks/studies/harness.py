@@ -15,14 +15,8 @@ from torch import Tensor, nn
 
 from stiv_deploy.stiv_ref.checkpoint import checkpoint_hash, load_checkpoint
 from stiv_deploy.stiv_ref.config import StivConfig
-from stiv_deploy.stiv_ref.data.moving_digits import (
-    DIGIT_WORDS,
-    DIRECTIONS,
-    SIZE,
-    MovingDigits,
-    caption,
-    micro_conditions,
-)
+from stiv_deploy.stiv_ref.data.moving_digits import DIGIT_WORDS, DIRECTIONS, MovingDigits, caption, micro_conditions
+from stiv_deploy.stiv_ref.digit_canvas import SIZE
 from stiv_deploy.stiv_ref.errors import DivergedError
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.objective import Objective, draw, drop_text, sample_generator, training_loss

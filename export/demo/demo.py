@@ -84,7 +84,8 @@ def parity_stage(run: DemoRun) -> None:
 
 def held_out_image(digit: str) -> np.ndarray:
     """A first frame uint8 [32, 32, 3]: a digit from the test split at the right edge, ready to move left."""
-    from stiv_deploy.stiv_ref.data.moving_digits import DIGIT, DIGIT_WORDS, SIZE, MovingDigits
+    from stiv_deploy.stiv_ref.data.moving_digits import DIGIT, DIGIT_WORDS, MovingDigits
+    from stiv_deploy.stiv_ref.digit_canvas import SIZE
 
     digits = MovingDigits("test")
     index = int(np.flatnonzero(digits.labels == DIGIT_WORDS.index(digit))[0])

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stiv_deploy.runtime.bundle.bundle import sha256
 from stiv_deploy.runtime.errors import OutputError
+from stiv_deploy.runtime.files import sha256
 
 
 def default_cache() -> Path:

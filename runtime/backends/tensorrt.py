@@ -15,16 +15,16 @@ import numpy as np
 
 from stiv_deploy.runtime.backends.base import ITEM_BYTES, Backend, Buffer, Call, from_bytes, run_in_order
 from stiv_deploy.runtime.backends.cuda import Cuda, Graph, Memory, Stream, load_cuda
-from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.bundle.contract import DType
-from stiv_deploy.runtime.bundle.engine_files import (
-    buckets_holding,
+from stiv_deploy.runtime.backends.engine_choice import (
     build_command,
     check_engine,
     check_plugin_library,
     engine_records,
     same_again,
 )
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.contract import DType
+from stiv_deploy.runtime.bundle.engine_files import buckets_holding
 from stiv_deploy.runtime.bundle.manifest import EngineRecord
 from stiv_deploy.runtime.errors import BackendError, CaptureError, EngineError
 from stiv_deploy.runtime.plugins.tensorrt_plugins import load_plugins, plugin_library

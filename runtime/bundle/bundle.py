@@ -1,6 +1,5 @@
 """The bundle on disk: opened, checked against its manifest, and written whole or not at all."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -12,15 +11,10 @@ from pydantic import ValidationError
 from stiv_deploy.runtime.bundle.contract import GraphSpec, graph_specs
 from stiv_deploy.runtime.bundle.manifest import FORMAT_VERSION, MANIFEST, Bucket, FileRecord, Manifest, Range
 from stiv_deploy.runtime.errors import BundleError, OutputError, RequestError
+from stiv_deploy.runtime.files import sha256
 
 REMEDY = "make it with 'stiv export CHECKPOINT --out BUNDLE'"
 AGAIN = "make the bundle again with 'stiv export'"
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_record(folder: Path, relative: str) -> FileRecord:

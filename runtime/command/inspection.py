@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from stiv_deploy.runtime.bundle.bundle import Bundle, read_manifest, sha256
+from stiv_deploy.runtime.bundle.bundle import Bundle, read_manifest
 from stiv_deploy.runtime.bundle.engine_files import Attention, attention_form
 from stiv_deploy.runtime.bundle.manifest import MANIFEST, EngineRecord, Manifest, QuantizationRecord
 from stiv_deploy.runtime.errors import BundleError, EngineError, RequestError, StivError
+from stiv_deploy.runtime.files import sha256
 from stiv_deploy.runtime.plugins.tensorrt_plugins import SHORT
 
 BLOCK, ANY_BLOCK = re.compile(r"block_\d+\.|blocks\.\d+\."), "block_*."

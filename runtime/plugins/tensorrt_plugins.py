@@ -11,8 +11,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from stiv_deploy.runtime.bundle.bundle import sha256
 from stiv_deploy.runtime.errors import BackendError
+from stiv_deploy.runtime.files import sha256
 from stiv_deploy.runtime.plugins.library import FOLDER
 from stiv_deploy.runtime.plugins.spec import DOMAIN, PLUGINS, VERSION
 

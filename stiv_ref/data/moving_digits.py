@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stiv_deploy.stiv_ref.digit_canvas import SIZE, check_frames, speed_of
+
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 """Direction -> sign of the movement along (rows, columns)."""
 WORDS = ("digit", "moving", *DIGIT_WORDS, *DIRECTIONS)
-SIZE = 32
-"""Default height and width of the canvas, in pixels; a digit is half as large and moves a sixteenth a frame."""
 DIGIT = SIZE // 2
 SPEED = SIZE // 16  # pixels a frame
 TEST_SHARE = 6  # every sixth handwriting sample is held out
@@ -41,22 +41,6 @@ def caption(digit: int, direction: str | None) -> str:
 def micro_conditions(count: int, frames: int, size: int = SIZE) -> Tensor:
     """Micro-conditions fp32 [count, 6] of these clips: resolution, crop origin, frame stride 1, frames."""
     return torch.tensor([[size, size, 0, 0, 1, frames]], dtype=torch.float32).repeat(count, 1)
-
-
-def speed_of(size: int) -> int:
-    """Pixels a frame on a canvas of ``size`` pixels; ``ValueError`` unless it is a multiple of 16."""
-    if size < 16 or size % 16:
-        raise ValueError(f"the canvas of moving digits must be a multiple of 16 pixels, got {size}")
-    return size // 16
-
-
-def check_frames(frames: int, size: int = SIZE) -> None:
-    """``ValueError`` if a digit, half as large as the canvas, would leave it in so many frames."""
-    most = size // 2 // speed_of(size) + 1
-    if not 1 <= frames <= most:
-        raise ValueError(
-            f"{frames} frames at {speed_of(size)} pixels a frame leave the canvas; there can be 1 to {most}"
-        )
 
 
 class MovingDigits:

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stiv_deploy.stiv_ref.errors import AttentionError
+from stiv_deploy.stiv_ref.fused.outputs import FP8, empty_spatial, empty_temporal, shape_text
 from stiv_deploy.stiv_ref.rope import rotate
 
-FP8 = torch.float8_e4m3fn
 LARGEST_FP8 = 448.0
 TENSORS: Final = 6
 """Arguments that both operators begin with: qkv, bias, q_gamma, k_gamma, cos, sin."""
@@ -172,19 +172,6 @@ temporal_attention.register_autograd(_refuse_backward)
 spatial_qkv.register_autograd(_refuse_backward)
 
 
-def empty_temporal(qkv: Tensor, output_scale: Tensor | None) -> Tensor:
-    """What temporal attention writes to, [B, T, S, H*Dh]."""
-    dtype = qkv.dtype if output_scale is None else FP8
-    return qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3), dtype=dtype)
-
-
-def empty_spatial(qkv: Tensor, heads: int, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """What spatial pre-processing writes to: q, k, v [N, H, S, Dh]."""
-    rows, tokens, channels = qkv.shape
-    shape, dtype = (rows, heads, tokens, channels // (3 * heads)), qkv.dtype if scale is None else FP8
-    return qkv.new_empty(shape, dtype=dtype), qkv.new_empty(shape, dtype=dtype), qkv.new_empty(shape, dtype=dtype)
-
-
 def _heads_of(qkv: Tensor, bias: Tensor | None, heads: int) -> Tensor:
     """``qkv`` [..., 3*H*Dh] plus ``bias``, as [..., 3, H, Dh]."""
     return (qkv if bias is None else qkv + bias).unflatten(-1, (3, heads, -1))
@@ -218,11 +205,6 @@ def _check_spatial(call: Spatial) -> None:
     if len(given) not in (0, 3):
         raise AttentionError(f"{what}: {len(given)} of the scales of q, k and v given; give all three, or none")
     _check_scales(what, call.qkv, given)
-
-
-def shape_text(tensor: Tensor) -> str:
-    """A tensor's shape for a message, [2, 3]."""
-    return f"[{', '.join(str(size) for size in tensor.shape)}]"
 
 
 def _check_qkv(what: str, qkv: Tensor, axes: tuple[str, ...], heads: int) -> None:

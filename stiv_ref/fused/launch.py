@@ -11,7 +11,7 @@ from torch import Tensor
 from stiv_deploy.runtime.plugins.library import KernelDtype, KernelLibrary, SpatialQkv, TemporalAttention, open_library
 from stiv_deploy.runtime.plugins.spec import HEAD_DIMS, MAX_FRAMES
 from stiv_deploy.stiv_ref.errors import AttentionError
-from stiv_deploy.stiv_ref.fused.attention import empty_spatial, empty_temporal, shape_text
+from stiv_deploy.stiv_ref.fused.outputs import empty_spatial, empty_temporal, shape_text
 
 Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]
 """qkv, bias, q_gamma, k_gamma, cos, sin."""

@@ -41,3 +41,9 @@ def program(tmp_path: Path) -> Callable[[str, str], Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def times(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
+    """benchmarks/timing.py, as the modules of benchmarks/kernels and benchmarks/blocks import it."""
+    return benchmark_module("timing")

@@ -48,27 +48,26 @@ def test_cases_have_the_models_sizes_and_names_of_their_own(kernels: Load) -> No
 # Times
 
 
-def test_functions_take_turns(kernels: Load) -> None:
+def test_functions_take_turns(times: ModuleType) -> None:
     calls: list[tuple[str, int]] = []
     works = {name: lambda number, name=name: calls.append((name, number)) for name in "ab"}
-    times = kernels("timing").interleaved(works, 3, 2, "cpu")
+    found = times.interleaved(works, 3, 2, "cpu")
     assert calls == [("a", 0), ("a", 1), ("b", 0), ("b", 1)] * 3
-    for timing in times.values():
+    for timing in found.values():
         assert 0 <= timing.low_us <= timing.median_us <= timing.high_us
         assert timing.how == "host"
 
 
-def test_rates_follow_from_times(kernels: Load) -> None:
-    assert kernels("timing").Timing(20.0, 19.0, 21.0).rate(94e6) == pytest.approx(4.7e12)
-    assert kernels("timing").copy_rate("cpu", 4096) > 0
+def test_rates_follow_from_times(times: ModuleType) -> None:
+    assert times.Timing(20.0, 19.0, 21.0).rate(94e6) == pytest.approx(4.7e12)
+    assert times.copy_rate("cpu", 4096) > 0
 
 
-def test_buffers_together_exceed_every_cache(kernels: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    timing = kernels("timing")
-    monkeypatch.setattr(timing, "cold_bytes", lambda device: 150_000_000)
+def test_buffers_together_exceed_every_cache(times: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(times, "cold_bytes", lambda device: 150_000_000)
     for nbytes in (1_000_000, 94_000_000, 2_000_000_000):
         # what lies between two uses of the same set
-        assert (timing.buffer_sets(nbytes, "cuda") - 1) * nbytes >= 150_000_000
+        assert (times.buffer_sets(nbytes, "cuda") - 1) * nbytes >= 150_000_000
 
 
 class FakeCuda:
@@ -121,15 +120,15 @@ class FakeCuda:
 
 @pytest.mark.parametrize("capturable", [True, False])
 def test_graphs_are_replayed_and_what_cannot_be_captured_is_launched(
-    kernels: Load, monkeypatch: pytest.MonkeyPatch, capturable: bool
+    times: ModuleType, monkeypatch: pytest.MonkeyPatch, capturable: bool
 ) -> None:
     cuda = FakeCuda(monkeypatch, capturable=capturable)
-    (timing,) = kernels("timing").interleaved({"kernel": cuda.launch}, 4, 5, "cuda").values()
+    (timing,) = times.interleaved({"kernel": cuda.launch}, 4, 5, "cuda").values()
     assert timing.how == ("graph" if capturable else "stream")
     assert timing.median_us == pytest.approx(3)
     assert cuda.log[:3] == ["launch 0", "launch 1", "launch 2"]  # warm-up, before anything is captured
     assert cuda.log.count("replay") == (2 * (4 + 1) if capturable else 0)  # each with one before it that hides gaps
-    assert kernels("timing").buffer_sets(94e6, "cuda") == 3
+    assert times.buffer_sets(94e6, "cuda") == 3
 
 
 def test_no_case_is_begun_without_time(kernels: Load, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,17 +188,15 @@ def test_machine_is_described(kernels: Load, program: Program, monkeypatch: pyte
 # Tables
 
 
-def timings(kernels: Load, **times: float) -> dict[str, object]:
-    return {name: kernels("timing").Timing(us, us, us) for name, us in times.items()}
+def timings(times: ModuleType, **medians: float) -> dict[str, object]:
+    return {name: times.Timing(us, us, us) for name, us in medians.items()}
 
 
-def test_speed_report_has_ratios_goals_and_gaps(kernels: Load) -> None:
+def test_speed_report_has_ratios_goals_and_gaps(kernels: Load, times: ModuleType) -> None:
     speed, cases = kernels("speed"), kernels("cases").all_cases()
     rows = [
-        speed.Row(
-            cases[1], timings(kernels, kernel=100, copy=90, eager=900, compile=400), {"flex": "no"}, 4e12, 4.8e12
-        ),
-        speed.Row(cases[0], timings(kernels, kernel=50, copy=25, eager=90, compile=100), {}, 4e12, None),
+        speed.Row(cases[1], timings(times, kernel=100, copy=90, eager=900, compile=400), {"flex": "no"}, 4e12, 4.8e12),
+        speed.Row(cases[0], timings(times, kernel=50, copy=25, eager=90, compile=100), {}, 4e12, None),
         speed.Row(cases[4], {}, {"kernel": "out of memory"}, 4e12, None),
     ]
     assert rows[0].goals() == {"85% of copy": True, "3x over compile": True}

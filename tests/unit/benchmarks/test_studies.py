@@ -13,7 +13,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from stiv_deploy.stiv_ref.data.moving_digits import SIZE
+from stiv_deploy.stiv_ref.digit_canvas import SIZE
 from stiv_deploy.stiv_ref.errors import DivergedError, StivRefError
 from stiv_deploy.stiv_ref.guidance import GuidanceMode
 from stiv_deploy.stiv_ref.initialization import is_temporal

@@ -9,7 +9,6 @@ from stiv_deploy.stiv_ref.data.moving_digits import (
     DIGIT,
     DIGIT_WORDS,
     DIRECTIONS,
-    SIZE,
     SPEED,
     WORDS,
     Clips,
@@ -17,6 +16,7 @@ from stiv_deploy.stiv_ref.data.moving_digits import (
     caption,
     micro_conditions,
 )
+from stiv_deploy.stiv_ref.digit_canvas import SIZE
 
 MOST = (SIZE - DIGIT) // SPEED + 1
 

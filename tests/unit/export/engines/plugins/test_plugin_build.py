@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
+from stiv_deploy.runtime.backends.engine_choice import same_again
 from stiv_deploy.runtime.bundle.bundle import Bundle, read_manifest, write_manifest
 from stiv_deploy.runtime.bundle.contract import graph_specs
-from stiv_deploy.runtime.bundle.engine_files import attention_form, graph_hash, same_again
+from stiv_deploy.runtime.bundle.engine_files import attention_form, graph_hash
 from stiv_deploy.runtime.bundle.manifest import EngineRecord, Manifest, QuantizationRecord
 from stiv_deploy.runtime.errors import BackendError, BundleError, EngineError, StivError
 from stiv_deploy.runtime.plugins import tensorrt_plugins

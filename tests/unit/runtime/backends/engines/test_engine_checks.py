@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from stiv_deploy.runtime.backends import tensorrt as backend_module
+from stiv_deploy.runtime.backends.engine_choice import build_command
 from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend, unavailable_reason
 from stiv_deploy.runtime.bundle.bundle import Bundle, write_manifest
-from stiv_deploy.runtime.bundle.engine_files import build_command
 from stiv_deploy.runtime.errors import BackendError, BundleError, EngineError
 
 

@@ -11,9 +11,10 @@ import pytest
 from onnx import helper
 
 from stiv_deploy.runtime.backends import open_backend
+from stiv_deploy.runtime.backends.engine_choice import same_again
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, read_manifest, write_manifest
-from stiv_deploy.runtime.bundle.engine_files import attention_form, graph_hash, same_again
+from stiv_deploy.runtime.bundle.engine_files import attention_form, graph_hash
 from stiv_deploy.runtime.bundle.manifest import EngineRecord, GraphRecord, PluginForm
 from stiv_deploy.runtime.errors import BackendError, EngineError
 from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
