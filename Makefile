@@ -20,7 +20,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 LINTED := calibration export runtime stiv_ref tests $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-fp8 plugins test test-fast lint wheel clean
+.PHONY: help setup demo demo-fp8 plugins test test-fast lint layout wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ lint: $(STAMP) build/typing ## ruff and mypy
 	@$(BIN)/python -m ruff check $(LINTED)
 	@$(BIN)/python -m ruff format --check $(LINTED)
 	@$(BIN)/python -m mypy
+
+layout: ## Who imports whom: packages and their rooms, by layers
+	@$(PYTHON) tests/unit/project/import_graph.py
 
 # mypy finds stiv_deploy.X under this folder, see [tool.mypy].
 build/typing: pyproject.toml
