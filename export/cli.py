@@ -7,13 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Self, cast, get_args
 
 import typer
 
-from stiv_deploy.export.precision import FORMATS, parse_precision
+from stiv_deploy.export.precision import FORMATS
 from stiv_deploy.runtime.bundle.contract import Format, Precision
 
 if TYPE_CHECKING:
     from stiv_deploy.export.graphs.quantization import Quantization
     from stiv_deploy.runtime.bundle.engine_files import Attention
 
+PRECISIONS: dict[str, Precision] = {
+    **{name: name for name in get_args(Precision)},
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+}
+"""Precisions by name and alias."""
 ACTIVATIONS = "float16"
 RANGE = "MIN:TYPICAL:MAX"
 
@@ -135,6 +142,18 @@ class ExportRequest:
         from stiv_deploy.export.graphs.quantization import load_quantization
 
         return load_quantization(self.checkpoint, self.format, self.scales, self.plan)
+
+
+def parse_precision(text: str, option: str = "precision") -> Precision:
+    """The type of a bundle's tensors by its name or alias; :class:`ExportError` names ``option`` if there is none."""
+    from stiv_deploy.export.errors import ExportError
+
+    try:
+        return PRECISIONS[text.lower()]
+    except KeyError:
+        more = f", {' or '.join(FORMATS)}" if option == "precision" else ""
+        wanted = f"float32, float16{',' if more else ' or'} bfloat16{more}"
+        raise ExportError(f"--{option} {text}: no such precision; use {wanted}") from None
 
 
 def parse_attention(text: str) -> "Attention":

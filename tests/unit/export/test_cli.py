@@ -5,12 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from stiv_deploy.export.cli import ExportRequest, parse_range
+from stiv_deploy.export.cli import ExportRequest, parse_precision, parse_range
 from stiv_deploy.export.errors import ExportError
 from stiv_deploy.runtime.bundle.manifest import Range
 
 CHECKPOINT, SCALES = Path("some/checkpoint"), Path("fp8.safetensors")
 COMMAND = "import typer; from stiv_deploy.export.cli import export; typer.run(export)"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("float32", "float32"), ("fp32", "float32"), ("FP16", "float16"), ("bf16", "bfloat16"), ("bfloat16", "bfloat16")],
+)
+def test_precisions_and_aliases(text: str, wanted: str) -> None:
+    assert parse_precision(text) == wanted
 
 
 def test_unknown_precision() -> None:

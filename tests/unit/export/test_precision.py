@@ -1,21 +1,12 @@
-"""Precisions by name: aliases, 8-bit formats as both sides of the law of imports know them, torch's types."""
+"""Precisions: 8-bit formats as both sides of the law of imports know them, torch's types."""
 
 from typing import get_args
 
-import pytest
 import torch
 
 from stiv_deploy.calibration import layers, plan
-from stiv_deploy.export.precision import FORMATS, parse_precision, torch_dtype
+from stiv_deploy.export.precision import FORMATS, torch_dtype
 from stiv_deploy.runtime.bundle import contract
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [("float32", "float32"), ("fp32", "float32"), ("FP16", "float16"), ("bf16", "bfloat16"), ("bfloat16", "bfloat16")],
-)
-def test_precisions_and_aliases(text: str, wanted: str) -> None:
-    assert parse_precision(text) == wanted
 
 
 def test_calibration_and_bundles_know_the_same_formats_and_choices() -> None:

@@ -27,7 +27,7 @@ LAWS = {
     "runtime/files": {"runtime/errors"},
     "runtime/tensorrt_library": {"runtime/errors"},
     "runtime/plugins": {"runtime/errors", "runtime/files"},
-    "runtime/bundle": {"runtime/errors", "runtime/files"},
+    "runtime/bundle": {"runtime/errors", "runtime/files", "runtime/tensorrt_library"},
     "runtime/backends": {
         "runtime/bundle",
         "runtime/errors",
