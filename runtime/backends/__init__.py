@@ -2,92 +2,128 @@
 
 import logging
 from collections.abc import Callable
-from typing import Literal, cast
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.errors import BackendError, BundleError, EngineError
+from stiv_deploy.runtime.tensorrt_library import FLAVOURS, Flavour
 
-ONNXRUNTIME, ONNXRUNTIME_CUDA, TENSORRT, TENSORRT_RTX = "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"
-BACKENDS = (ONNXRUNTIME, ONNXRUNTIME_CUDA, TENSORRT, TENSORRT_RTX)
-"""Names for ``open_backend``."""
+if TYPE_CHECKING:
+    from stiv_deploy.runtime.backends.onnxruntime_memory import Where
+
 AUTO = "auto"
-PREFERENCE = (TENSORRT, TENSORRT_RTX, ONNXRUNTIME_CUDA, ONNXRUNTIME)
-"""Order in which ``auto`` tries them: engines, which somebody built on purpose, then the GPU, then the CPU."""
-
-Flavour = Literal["tensorrt", "tensorrt-rtx"]
 log = logging.getLogger(__name__)
 
 
-def _engine_reason(name: str) -> str | None:
-    try:
-        from stiv_deploy.runtime.backends import tensorrt
-    except ImportError as error:
-        return f"cannot be imported ({error})"
-    return tensorrt.unavailable_reason(cast(Flavour, name))
+class Entry(NamedTuple):
+    """A backend: ``reason(device)`` why it cannot run there or ``None``, and ``open(bundle, threads, device)``."""
+
+    reason: Callable[[int], str | None]
+    open: Callable[[Bundle, int | None, int], Backend]
 
 
-def unavailable_reason(name: str) -> str | None:
-    """Why the backend ``name`` cannot run on this machine, in one line; ``None`` if it can."""
-    if name in (TENSORRT, TENSORRT_RTX):
-        return _engine_reason(name)
+def _onnxruntime_reason(where: "Where", device: int) -> str | None:
     try:
         from stiv_deploy.runtime.backends import onnxruntime
     except ImportError as error:
         return f"onnxruntime cannot be imported ({error})"
-    return onnxruntime.unavailable_reason("cuda" if name == ONNXRUNTIME_CUDA else "cpu")
+    return onnxruntime.unavailable_reason(where, device)
 
 
-def available() -> dict[str, str | None]:
-    """Every backend with ``None`` if it works here, else the reason why not."""
-    return {name: unavailable_reason(name) for name in BACKENDS}
-
-
-def _open(name: str, bundle: Bundle, threads: int | None) -> Backend:
-    if name in (TENSORRT, TENSORRT_RTX):
-        from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend
-
-        return TensorRTBackend(bundle, cast(Flavour, name))
+def _open_onnxruntime(where: "Where", bundle: Bundle, threads: int | None, device: int) -> Backend:
     from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(bundle, "cuda" if name == ONNXRUNTIME_CUDA else "cpu", threads)
+    return OnnxRuntimeBackend(bundle, where, threads, device)
 
 
-def _has_engines(name: str, bundle: Bundle) -> bool:
-    return any(engine.backend == name for engine in bundle.manifest.engines)
+def _engine_reason(flavour: Flavour, device: int) -> str | None:
+    try:
+        from stiv_deploy.runtime.backends import tensorrt
+    except ImportError as error:
+        return f"cannot be imported ({error})"
+    return tensorrt.unavailable_reason(flavour, device)
 
 
-def _open_best(bundle: Bundle, threads: int | None, reason_of: Callable[[str], str | None]) -> Backend:
-    for name in PREFERENCE[:-1]:
-        if name in (TENSORRT, TENSORRT_RTX) and not _has_engines(name, bundle):
-            continue
-        reason = reason_of(name)
+def _open_engines(flavour: Flavour, bundle: Bundle, _threads: int | None, device: int) -> Backend:
+    from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend
+
+    return TensorRTBackend(bundle, flavour, device)
+
+
+def _onnxruntime(where: "Where") -> Entry:
+    return Entry(partial(_onnxruntime_reason, where), partial(_open_onnxruntime, where))
+
+
+def _engines(flavour: Flavour) -> Entry:
+    return Entry(partial(_engine_reason, flavour), partial(_open_engines, flavour))
+
+
+TABLE: dict[str, Entry] = {
+    "onnxruntime": _onnxruntime("cpu"),
+    "onnxruntime-cuda": _onnxruntime("cuda"),
+    **{flavour: _engines(flavour) for flavour in FLAVOURS},
+}
+"""Every backend by its name for ``open_backend``."""
+BACKENDS = tuple(TABLE)
+PREFERENCE = (*FLAVOURS, "onnxruntime-cuda", "onnxruntime")
+"""Order in which ``auto`` tries them: engines, which somebody built on purpose, then the GPU, then the CPU."""
+
+
+def unavailable_reason(name: str, device: int = 0) -> str | None:
+    """Why the backend ``name`` cannot run on ``device`` of this machine, in one line; ``None`` if it can."""
+    return TABLE[name].reason(device)
+
+
+def available(device: int = 0) -> dict[str, str | None]:
+    """Every backend with ``None`` if it works on ``device``, else the reason why not."""
+    return {name: unavailable_reason(name, device) for name in BACKENDS}
+
+
+def _reason_against(name: str, bundle: Bundle, device: int) -> str | None:
+    """Why ``auto`` does not try the backend ``name``; ``None`` if it does."""
+    if name in FLAVOURS and all(engine.backend != name for engine in bundle.manifest.engines):
+        return "the bundle has no engines for it"
+    return unavailable_reason(name, device)
+
+
+def _open_best(bundle: Bundle, threads: int | None, device: int) -> Backend:
+    reasons = []
+    for name in PREFERENCE:
+        reason = _reason_against(name, bundle, device)
         if reason is None:
             try:
-                return _open(name, bundle, threads)
+                return TABLE[name].open(bundle, threads, device)
             except (BackendError, EngineError) as error:
+                if name == PREFERENCE[-1]:
+                    raise
                 reason = str(error)
         log.info("backend %s is passed over: %s", name, reason)
-    return _open(PREFERENCE[-1], bundle, threads)
+        reasons.append(f"{name}: {reason}")
+    raise BackendError(f"no backend works on device {device}: {'; '.join(reasons)}")
 
 
-def open_backend(name: str | None, bundle: Bundle, threads: int | None = None) -> Backend:
+def open_backend(name: str | None, bundle: Bundle, threads: int | None = None, device: int = 0) -> Backend:
     """Open a backend on ``bundle``; ``None`` or ``"auto"`` takes the best that works here (see ``PREFERENCE``).
 
-    ``threads`` is for the CPU; by default all cores, or ``STIV_THREADS``. Raises :class:`BackendError` for a name that
-    is unknown or cannot run here, :class:`EngineError` where an engine does not fit, :class:`BundleError` for damage.
+    ``threads`` is for the CPU; by default all cores, or ``STIV_THREADS``. ``device`` is the GPU's index as CUDA counts;
+    the CPU has none but 0. Raises :class:`BackendError` for a name or device that is unknown or cannot run here,
+    :class:`EngineError` where an engine does not fit, :class:`BundleError` for damage.
     """
+    if device < 0:
+        raise BackendError(f"the device is a GPU's index, 0 or more; got {device}")
     if name is None or name == AUTO:
-        return _open_best(bundle, threads, unavailable_reason)
+        return _open_best(bundle, threads, device)
     if name not in BACKENDS:
         works = [backend for backend, reason in available().items() if reason is None]
         raise BackendError(
             f"unknown backend {name!r}; there are {', '.join(BACKENDS)}; here these work: {', '.join(works) or 'none'}"
         )
-    reason = unavailable_reason(name)
+    reason = unavailable_reason(name, device)
     if reason is not None:
         raise BackendError(f"backend {name} does not work here: {reason}")
-    return _open(name, bundle, threads)
+    return TABLE[name].open(bundle, threads, device)
 
 
 __all__ = ["AUTO", "BACKENDS", "Backend", "BundleError", "available", "open_backend", "unavailable_reason"]

@@ -28,6 +28,20 @@ def load_cuda() -> Any:
         raise BackendError(f"cuda-python is not installed ({error}); {INSTALL}") from None
 
 
+def count_gpus() -> int | None:
+    """How many GPUs CUDA sees; ``None`` where cuda-python is not there to ask, or the driver does not answer."""
+    try:
+        status, count = load_cuda().cudaGetDeviceCount()
+    except (BackendError, RuntimeError):  # cuda-python raises when it cannot load the driver's library
+        return None
+    return int(count) if int(status) == 0 else None
+
+
+def no_such_gpu(index: int, count: int) -> str:
+    """That there is no GPU ``index`` among ``count``, in one line."""
+    return f"there is no GPU {index}; CUDA sees {count}, counted from 0"
+
+
 @dataclass(frozen=True)
 class Device:
     """A GPU: its index, name, and compute capability without the dot, such as ``"89"``."""
@@ -90,19 +104,35 @@ RELEASES = Releases()
 """That of this process."""
 
 
+_THREAD = threading.local()
+"""``chosen``: this thread was given a GPU here before, and keeps that one when a finalizer runs on it."""
+
+
 class Cuda:
-    """Checked calls on one GPU. ``api`` is ``cuda.bindings.runtime`` or a stand-in for it."""
+    """Checked calls on one GPU, from any thread. ``api`` is ``cuda.bindings.runtime`` or a stand-in for it.
+
+    CUDA's choice of a GPU is the calling thread's, and another library may change it: every call makes it anew.
+    """
 
     def __init__(self, api: Any | None = None, index: int = 0) -> None:
         self.api = load_cuda() if api is None else api
-        count = int(self.call("cudaGetDeviceCount"))
+        count = int(self._checked("cudaGetDeviceCount"))
         if index >= count:
-            raise BackendError(f"GPU {index} does not exist, CUDA sees {count}")
-        self.call("cudaSetDevice", index)
+            raise BackendError(no_such_gpu(index, count))
+        self._index = index
         self.device = self._describe(index)
+
+    def use(self) -> None:
+        """Make this GPU the calling thread's: where libraries that use CUDA themselves then work."""
+        self._checked("cudaSetDevice", self._index)
+        _THREAD.chosen = True
 
     def call(self, function: str, *arguments: Any) -> Any:
         """Call a CUDA function and return its value; :class:`BackendError` with function, code and meaning."""
+        self.use()
+        return self._checked(function, *arguments)
+
+    def _checked(self, function: str, *arguments: Any) -> Any:
         try:
             status, *values = getattr(self.api, function)(*arguments)
         except RuntimeError as error:  # cuda-python raises when it cannot load the driver's library
@@ -120,9 +150,9 @@ class Cuda:
 
     def _describe(self, index: int) -> Device:
         attribute = self.api.cudaDeviceAttr
-        major = self.call("cudaDeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMajor, index)
-        minor = self.call("cudaDeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMinor, index)
-        name = _text(self.call("cudaGetDeviceProperties", index).name)
+        major = self._checked("cudaDeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMajor, index)
+        minor = self._checked("cudaDeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMinor, index)
+        name = _text(self._checked("cudaGetDeviceProperties", index).name)
         return Device(index, name.rstrip("\0"), f"{int(major)}{int(minor)}")
 
     def allocate(self, size: int) -> "Memory":
@@ -131,9 +161,19 @@ class Cuda:
 
     def release_with(self, owner: object, function: str, handle: Any) -> None:
         """Give ``handle`` back by ``function`` when ``owner`` dies, but not while a capture is on."""
-        release = partial(self.call, function, handle)
+        release = partial(self._release, function, handle)
         # not at interpreter exit: by then the libraries are half gone, and the driver frees everything anyway
         weakref.finalize(owner, RELEASES.give_back, release).atexit = False
+
+    def _release(self, function: str, handle: Any) -> None:
+        """What a finalizer does, maybe amid another GPU's work, which must find that GPU chosen afterwards.
+
+        Memory and graphs may be given back whatever GPU is chosen. A thread that has none yet is given this one:
+        CUDA would set up GPU 0 for it.
+        """
+        if not hasattr(_THREAD, "chosen"):
+            self.use()
+        self._checked(function, handle)
 
     def stream(self) -> "Stream":
         """A new stream that does not wait for the default stream."""
@@ -156,6 +196,10 @@ class Stream:
         self._cuda = cuda
         self._stream = cuda.call("cudaStreamCreateWithFlags", cuda.api.cudaStreamNonBlocking)
         self.handle = int(self._stream)
+
+    def use_device(self) -> None:
+        """Make this stream's GPU the calling thread's."""
+        self._cuda.use()
 
     def copy_in(self, address: int, array: np.ndarray) -> None:
         """Queue a copy of a contiguous host array to ``address``.

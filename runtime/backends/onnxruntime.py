@@ -9,15 +9,16 @@ import os
 from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from stiv_deploy.runtime.backends.base import ITEM_BYTES, Backend, Buffer, Call, from_bytes
+from stiv_deploy.runtime.backends.cuda import count_gpus, no_such_gpu
 from stiv_deploy.runtime.backends.onnxruntime_int8 import keep_products_exact
-from stiv_deploy.runtime.backends.onnxruntime_memory import DeviceMemory, HostMemory
+from stiv_deploy.runtime.backends.onnxruntime_memory import DeviceMemory, HostMemory, Where, execution_providers
 from stiv_deploy.runtime.bundle.bundle import AGAIN, Bundle
 from stiv_deploy.runtime.bundle.contract import DType, Format, Precision
 from stiv_deploy.runtime.errors import BackendError, BundleError, StivError
@@ -34,25 +35,21 @@ DAMAGED = (
     ort_errors.Fail,
     ort_errors.InvalidArgument,
 )
-Device = Literal["cpu", "cuda"]
-PROVIDERS: dict[Device, list[Any]] = {
-    "cpu": ["CPUExecutionProvider"],
-    # TF32 would quietly give a float32 bundle 10-bit mantissas.
-    "cuda": [
-        ("CUDAExecutionProvider", {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}),
-        "CPUExecutionProvider",
-    ],
-}
 
 
-def unavailable_reason(device: Device) -> str | None:
-    """Why ONNX Runtime cannot use ``device`` here, in one line; ``None`` if it can."""
-    if device == "cpu":
-        return None
+def unavailable_reason(where: Where, device: int = 0) -> str | None:
+    """Why ONNX Runtime cannot run there on ``device``, in one line; ``None`` if it can."""
+    if where == "cpu":
+        return (
+            None if device == 0 else f"it runs on the CPU, device {device} is a GPU: name no device, or a GPU backend"
+        )
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         return "this onnxruntime has no CUDA execution provider; install the 'gpu' extra (onnxruntime-gpu)"
+    count = count_gpus()
+    if count is not None and device >= count:
+        return no_such_gpu(device, count)
     try:
-        ort.OrtValue.ortvalue_from_shape_and_type([1], np.uint8, "cuda", 0)
+        ort.OrtValue.ortvalue_from_shape_and_type([1], np.uint8, "cuda", device)
     except Exception as error:  # a pybind RuntimeError whose text is the driver's
         return f"CUDA cannot be used ({str(error).splitlines()[0]})"
     return None
@@ -105,13 +102,13 @@ def session_options(
 
 
 class OnnxRuntimeBackend(Backend):
-    """Runs a bundle in ONNX Runtime on ``device``. Calls are synchronous."""
+    """Runs a bundle in ONNX Runtime, on the CPU or on GPU ``device``. Calls are synchronous."""
 
-    def __init__(self, bundle: Bundle, device: Device = "cpu", threads: int | None = None) -> None:
-        self.name = "onnxruntime" if device == "cpu" else "onnxruntime-cuda"
-        self.device = f"CPU ({os.cpu_count()} cores)" if device == "cpu" else "CUDA device 0"
+    def __init__(self, bundle: Bundle, where: Where = "cpu", threads: int | None = None, device: int = 0) -> None:
+        self.name = "onnxruntime" if where == "cpu" else "onnxruntime-cuda"
+        self.device = f"CPU ({os.cpu_count()} cores)" if where == "cpu" else f"CUDA device {device}"
         self._bundle = bundle
-        self._where: Device = device
+        self._where, self._index = where, device
         _share_arena()
         record = bundle.manifest.quantization
         self._options = session_options(
@@ -122,7 +119,7 @@ class OnnxRuntimeBackend(Backend):
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Buffer:
         """Allocate uninitialized memory."""
         nbytes = int(np.prod(shape, dtype=np.int64)) * ITEM_BYTES[dtype]
-        memory = HostMemory(nbytes) if self._where == "cpu" else DeviceMemory(nbytes, self._where)
+        memory = HostMemory(nbytes) if self._where == "cpu" else DeviceMemory(nbytes, self._where, self._index)
         return Buffer(memory.address, tuple(shape), dtype, memory)
 
     def write(self, buffer: Buffer, array: np.ndarray) -> None:
@@ -150,10 +147,11 @@ class OnnxRuntimeBackend(Backend):
         """
         session = self._session(graph)
         binding = session.io_binding()
+        where = self._where, self._index
         for name, buffer in inputs.items():
-            binding.bind_input(name, self._where, 0, ONNX_TYPES[buffer.dtype], buffer.shape, buffer.address)
+            binding.bind_input(name, *where, ONNX_TYPES[buffer.dtype], buffer.shape, buffer.address)
         for name, buffer in outputs.items():
-            binding.bind_output(name, self._where, 0, ONNX_TYPES[buffer.dtype], buffer.shape, buffer.address)
+            binding.bind_output(name, *where, ONNX_TYPES[buffer.dtype], buffer.shape, buffer.address)
         return partial(_run, session, binding, graph, (*inputs.values(), *outputs.values()))
 
     def synchronize(self) -> None:
@@ -170,9 +168,8 @@ class OnnxRuntimeBackend(Backend):
 
     def _load(self, path: Path) -> ort.InferenceSession:
         try:
-            session = ort.InferenceSession(
-                str(path), self._options, providers=PROVIDERS[self._where], enable_fallback=0
-            )
+            providers = execution_providers(self._where, self._index)
+            session = ort.InferenceSession(str(path), self._options, providers=providers, enable_fallback=0)
         except ort_errors.NotImplemented as error:
             manifest = self._bundle.manifest
             option = "--precision" if manifest.quantization is None else "--activations"

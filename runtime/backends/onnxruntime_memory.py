@@ -1,6 +1,7 @@
 """Memory for ONNX Runtime's bindings: numpy's on the host, and ONNX Runtime's own on a device."""
 
 from functools import cache
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -8,6 +9,17 @@ import onnxruntime as ort
 ALIGNMENT = 64
 UINT8 = 2
 """``TensorProto.DataType`` number of bytes."""
+Where = Literal["cpu", "cuda"]
+"""The kind of device, in ONNX Runtime's words; an index tells which of them."""
+
+
+def execution_providers(where: Where, device: int) -> list[Any]:
+    """ONNX Runtime's providers for sessions there."""
+    if where == "cpu":
+        return ["CPUExecutionProvider"]
+    # TF32 would quietly give a float32 bundle 10-bit mantissas.
+    options = {"device_id": str(device), "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+    return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
 
 class HostMemory:
@@ -33,47 +45,46 @@ class HostMemory:
 
 
 class DeviceMemory:
-    """An ``OrtValue`` of bytes on ``device``; parts of it are moved by a graph that copies, within the device."""
+    """An ``OrtValue`` of bytes on a device; parts of it are moved by a graph that copies, within the device."""
 
-    def __init__(self, nbytes: int, device: str) -> None:
-        self.value = ort.OrtValue.ortvalue_from_shape_and_type([max(nbytes, 1)], np.uint8, device, 0)
+    def __init__(self, nbytes: int, where: Where, device: int = 0) -> None:
+        self.value = ort.OrtValue.ortvalue_from_shape_and_type([max(nbytes, 1)], np.uint8, where, device)
         self.address = self.value.data_ptr()
-        self._device = device
+        self._place = where, device
 
     def write(self, offset: int, data: np.ndarray) -> None:
         """Copy bytes into this memory at ``offset``."""
-        staged = ort.OrtValue.ortvalue_from_numpy(data, self._device, 0)
-        copy_bytes(self.address + offset, staged.data_ptr(), data.nbytes, self._device)
+        staged = ort.OrtValue.ortvalue_from_numpy(data, *self._place)
+        copy_bytes(self.address + offset, staged.data_ptr(), data.nbytes, *self._place)
 
     def read(self, offset: int, nbytes: int) -> np.ndarray:
         """A copy, on the host, of ``nbytes`` bytes from ``offset`` on."""
-        staged = DeviceMemory(nbytes, self._device)
-        copy_bytes(staged.address, self.address + offset, nbytes, self._device)
+        staged = DeviceMemory(nbytes, *self._place)
+        copy_bytes(staged.address, self.address + offset, nbytes, *self._place)
         return staged.value.numpy()[:nbytes].copy()
 
     def copy(self, offset: int, source: "DeviceMemory", start: int, nbytes: int) -> None:
         """Copy ``nbytes`` bytes of ``source`` from ``start`` on into this memory at ``offset``."""
-        copy_bytes(self.address + offset, source.address + start, nbytes, self._device)
+        copy_bytes(self.address + offset, source.address + start, nbytes, *self._place)
 
 
-def copy_bytes(target: int, source: int, nbytes: int, device: str) -> None:
-    """Copy between addresses of ``device`` and wait until it is done; they must not overlap."""
+def copy_bytes(target: int, source: int, nbytes: int, where: Where, device: int) -> None:
+    """Copy between addresses on one device and wait until it is done; they must not overlap."""
     if nbytes == 0:
         return
-    session = _copier(device)
+    session = _copier(where, device)
     binding = session.io_binding()
-    binding.bind_input("x", device, 0, UINT8, (nbytes,), source)
-    binding.bind_output("y", device, 0, UINT8, (nbytes,), target)
+    binding.bind_input("x", where, device, UINT8, (nbytes,), source)
+    binding.bind_output("y", where, device, UINT8, (nbytes,), target)
     session.run_with_iobinding(binding)
 
 
 @cache
-def _copier(device: str) -> ort.InferenceSession:
+def _copier(where: Where, device: int) -> ort.InferenceSession:
     """A session of the one operator Identity: ONNX Runtime has no copy between addresses of its own."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
-    return ort.InferenceSession(identity_graph(), options, providers=[provider])
+    return ort.InferenceSession(identity_graph(), options, providers=execution_providers(where, device))
 
 
 def identity_graph() -> bytes:

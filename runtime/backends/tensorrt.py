@@ -35,13 +35,13 @@ ALIGNMENT = 256
 Shapes = dict[str, tuple[int, ...]]
 
 
-def unavailable_reason(flavour: Flavour) -> str | None:
-    """Why engines of ``flavour`` cannot run on this machine, in one line; ``None`` if they can."""
+def unavailable_reason(flavour: Flavour, device: int = 0) -> str | None:
+    """Why engines of ``flavour`` cannot run on GPU ``device`` here, in one line; ``None`` if they can."""
     missing = missing_library(flavour)
     if missing is not None:
         return missing
     try:
-        Cuda(load_cuda())
+        Cuda(load_cuda(), device)
     except BackendError as error:
         return f"no usable NVIDIA GPU: {error}"
     return None
@@ -107,6 +107,7 @@ class BoundGraph:
 
     def __call__(self) -> None:
         """Queue one run."""
+        self._stream.use_device()
         memory = self._arena.memory
         if memory is not None and self._generation != self._arena.generation:
             self._context.set_device_memory(memory.address, memory.size)
@@ -132,19 +133,22 @@ class CapturedCalls:
 
 
 class TensorRTBackend(Backend):
-    """The engines of ``bundle`` for the GPU of this machine.
+    """The engines of ``bundle`` for GPU ``device`` of this machine.
 
     Records are checked against the graphs, the library's version and the GPU before anything is deserialized; raises
     :class:`EngineError` with what differs and the command that mends it. The plugin library is loaded if one of the
     engines was built with it; :class:`BackendError` if it is not there. ``trt`` and ``cuda`` are stand-ins for tests.
     """
 
-    def __init__(self, bundle: Bundle, flavour: Flavour, *, trt: Any | None = None, cuda: Cuda | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, flavour: Flavour, device: int = 0, *, trt: Any | None = None, cuda: Cuda | None = None
+    ) -> None:
         self.name = flavour
         self._bundle = bundle
         self._flavour: Flavour = flavour
         self._trt = import_tensorrt(flavour) if trt is None else trt
-        self._cuda = Cuda() if cuda is None else cuda
+        self._cuda = Cuda(index=device) if cuda is None else cuda
+        self._cuda.use()
         gpu = self._cuda.device
         self.device = f"{gpu.name} (SM {gpu.sm})"
         self._records = self._checked_records(gpu.sm)
@@ -272,6 +276,7 @@ class TensorRTBackend(Backend):
 
     def bind(self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         """Bind ``graph``; raises :class:`EngineError` if no engine allows these shapes."""
+        self._cuda.use()
         shapes = {name: buffer.shape for name, buffer in inputs.items()}
         loaded = self._load(self._record_for(graph, shapes))
         buffers = {**inputs, **outputs}
@@ -297,10 +302,10 @@ class TensorRTBackend(Backend):
         addresses are frozen in the graph, buffers may be rewritten between replays. Raises :class:`CaptureError` if
         the library or CUDA refuses; the stream and ``calls`` work on as before.
         """
+        self.synchronize()
         refused = [call.name for call in calls if isinstance(call, BoundGraph) and not call.capturable]
         if refused:
             raise CaptureError(f"{TITLES[self._flavour]} cannot capture {', '.join(refused)} into a CUDA graph")
-        self.synchronize()
         try:
             graph = self._stream.capture(partial(run_in_order, calls))
         except BackendError as error:

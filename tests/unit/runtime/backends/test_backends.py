@@ -1,5 +1,7 @@
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,6 +10,7 @@ from stiv_deploy.runtime.backends import BACKENDS, available, open_backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.manifest import EngineRecord, FileRecord
 from stiv_deploy.runtime.errors import BackendError, EngineError
+from stiv_deploy.runtime.tensorrt_library import FLAVOURS
 
 Opened = list[str]
 
@@ -34,9 +37,14 @@ def with_engines(toy_bundle: Bundle, *names: str) -> Bundle:
 def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
     """Records which backend would be opened, with all of them claiming to work."""
     names: Opened = []
-    monkeypatch.setattr(backends, "unavailable_reason", lambda _: None)
-    monkeypatch.setattr(backends, "_open", lambda name, *_: names.append(name))
+    works(monkeypatch, lambda name, *_: names.append(name))
     return names
+
+
+def works(monkeypatch: pytest.MonkeyPatch, opens: Callable[..., Any]) -> None:
+    """Lets every backend claim to work; ``opens(name, bundle, threads, device)`` takes the place of opening it."""
+    table = {name: backends.Entry(lambda _: None, partial(opens, name)) for name in BACKENDS}
+    monkeypatch.setattr(backends, "TABLE", table)
 
 
 def test_every_backend_works_or_says_why_not() -> None:
@@ -67,8 +75,7 @@ def test_auto_passes_over_engines_that_do_not_fit(
             raise error(f"{name} was built for another GPU")
         return name
 
-    monkeypatch.setattr(backends, "unavailable_reason", lambda _: None)
-    monkeypatch.setattr(backends, "_open", refuse)
+    works(monkeypatch, refuse)
     caplog.set_level("INFO")
     assert open_backend(None, with_engines(toy_bundle, "tensorrt")) == "onnxruntime"  # type: ignore[comparison-overlap]
     assert "tensorrt was built for another GPU" in caplog.text
@@ -85,7 +92,7 @@ def test_unknown_backend_lists_names_and_what_works(toy_bundle: Bundle) -> None:
 
 
 def test_backend_that_does_not_work_says_why(toy_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "unavailable_reason", lambda _: "no NVIDIA driver")
+    monkeypatch.setattr(backends, "unavailable_reason", lambda *_: "no NVIDIA driver")
     with pytest.raises(BackendError, match="backend tensorrt does not work here: no NVIDIA driver"):
         open_backend("tensorrt", toy_bundle)
 
@@ -96,10 +103,46 @@ def test_explicit_engines_are_not_replaced_by_something_else(
     def refuse(*_: object) -> None:
         raise EngineError("built for another GPU")
 
-    monkeypatch.setattr(backends, "unavailable_reason", lambda _: None)
-    monkeypatch.setattr(backends, "_open", refuse)
+    works(monkeypatch, refuse)
     with pytest.raises(EngineError, match="another GPU"):
         open_backend("tensorrt", toy_bundle)
+
+
+def test_the_device_gets_through(toy_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    works(monkeypatch, lambda name, _, threads, device: given.append((name, threads, device)))
+    bundle = with_engines(toy_bundle, *FLAVOURS)
+    for name in (*BACKENDS, None):
+        open_backend(name, bundle, 3, 2)
+    assert given == [(name, 3, 2) for name in (*BACKENDS, "tensorrt")]
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "message"),
+    [
+        (
+            "onnxruntime",
+            1,
+            "backend onnxruntime does not work here: it runs on the CPU, device 1 is a GPU: name no dev",
+        ),
+        ("auto", -1, "the device is a GPU's index, 0 or more; got -1"),
+        ("auto", 1, "no backend works on device 1: tensorrt: .*onnxruntime-cuda: .*; onnxruntime: it runs on the CPU"),
+    ],
+)
+def test_device_that_is_not_there(
+    toy_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, name: str, device: int, message: str
+) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(BackendError, match=message) as caught:
+        open_backend(name, toy_bundle, device=device)
+    assert "\n" not in str(caught.value)
+
+
+def test_gpu_of_onnxruntime_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr("stiv_deploy.runtime.backends.onnxruntime.count_gpus", lambda: 2)
+    assert backends.unavailable_reason("onnxruntime-cuda", 2) == "there is no GPU 2; CUDA sees 2, counted from 0"
+    assert "CUDA cannot be used" in str(backends.unavailable_reason("onnxruntime-cuda", 1))
 
 
 def test_cuda_without_its_provider_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

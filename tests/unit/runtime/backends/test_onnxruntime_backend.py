@@ -1,5 +1,6 @@
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ def backend(toy_bundle: Bundle) -> OnnxRuntimeBackend:
 def memory(request: pytest.FixtureRequest, toy_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> OnnxRuntimeBackend:
     """The CPU backend on numpy memory, and on the ``OrtValue`` memory that the CUDA provider gets."""
     if request.param == "device":
-        monkeypatch.setattr(module, "HostMemory", lambda nbytes: DeviceMemory(nbytes, "cpu"))
+        monkeypatch.setattr(module, "HostMemory", partial(DeviceMemory, where="cpu"))
     return OnnxRuntimeBackend(toy_bundle)
 
 
@@ -226,6 +227,49 @@ def test_failure_inside_a_graph_is_one_line(backend: OnnxRuntimeBackend) -> None
     with pytest.raises(StivError, match="graph head failed in ONNX Runtime") as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+class FakeSession:
+    """A session of the CUDA provider that notes in ``places`` where its providers, inputs and outputs are."""
+
+    places: list[Any]
+
+    def __init__(self, _graph: Any, _options: Any, providers: list[Any], **_: Any) -> None:
+        self.places.append((providers[0][0], providers[0][1]["device_id"]))
+
+    def get_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider"]
+
+    def io_binding(self) -> Any:
+        return SimpleNamespace(bind_input=self.note, bind_output=self.note)
+
+    def note(self, _name: str, *where: Any) -> None:
+        self.places.append(where[:2])
+
+    def run_with_iobinding(self, _binding: Any) -> None:
+        pass
+
+
+def test_everything_is_on_the_gpu_that_was_asked_for(toy_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions, bindings, memory, and what is staged to get in and out of it."""
+    places: list[Any] = []
+    value = ort.OrtValue.ortvalue_from_numpy(np.zeros(64, np.uint8))
+
+    def allocate(_what: Any, *where: Any) -> ort.OrtValue:
+        places.append(where[-2:])
+        return value
+
+    monkeypatch.setattr(FakeSession, "places", places, raising=False)
+    monkeypatch.setattr(ort, "InferenceSession", FakeSession)
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", allocate)
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_numpy", allocate)
+    backend = OnnxRuntimeBackend(toy_bundle, "cuda", device=2)
+    assert backend.device == "CUDA device 2"
+    _, inputs, outputs = bind_text(backend, 1, 2)
+    backend.copy(inputs["token_ids"], inputs["token_mask"])
+    backend.read(outputs["pooled"])
+    assert set(places) == {("CUDAExecutionProvider", "2"), ("cuda", 2)}
+    assert ("CUDAExecutionProvider", "2") in places
 
 
 def test_threads_from_argument_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:

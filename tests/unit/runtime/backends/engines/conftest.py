@@ -6,6 +6,8 @@ What a stand-in cannot show (that real engines compute the right thing) is in ``
 # ruff: noqa: N802, N815 - the names are CUDA's and TensorRT's
 
 import ctypes
+import itertools
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +24,9 @@ from stiv_deploy.runtime.bundle.engine_files import graph_hash, profile
 from stiv_deploy.runtime.bundle.manifest import EngineRecord
 
 VERSION = "1.7.1"
-OK, OUT_OF_MEMORY, NOT_SUPPORTED, CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED = 0, 2, 801, 900, 901
+OK, OUT_OF_MEMORY, INVALID_HANDLE, NOT_SUPPORTED, CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED = 0, 2, 400, 801, 900, 901
 FAULTS = {
+    INVALID_HANDLE: ("cudaErrorInvalidResourceHandle", "invalid resource handle"),
     OUT_OF_MEMORY: ("cudaErrorMemoryAllocation", "out of memory"),
     NOT_SUPPORTED: ("cudaErrorNotSupported", "operation not supported"),
     CAPTURE_UNSUPPORTED: ("cudaErrorStreamCaptureUnsupported", "operation not permitted when stream is capturing"),
@@ -33,7 +36,11 @@ ORT_TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(boo
 
 
 class FakeCudart:
-    """``cuda.bindings.runtime`` over host memory. Queued work runs at once, or is recorded while capturing."""
+    """``cuda.bindings.runtime`` over host memory. Queued work runs at once, or is recorded while capturing.
+
+    Every thread has a GPU of its own choice, at first 0. Its use there costs a context, which is noted, and a stream
+    takes work from threads that have chosen the stream's GPU.
+    """
 
     cudaStreamNonBlocking = 1
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
@@ -42,11 +49,15 @@ class FakeCudart:
         cudaDevAttrComputeCapabilityMajor="major", cudaDevAttrComputeCapabilityMinor="minor"
     )
 
-    def __init__(self, sm: tuple[int, int] = (8, 9), limit: int = 1 << 30) -> None:
-        self.sm = sm
+    def __init__(self, sm: tuple[int, int] = (8, 9), limit: int = 1 << 30, gpus: int = 1) -> None:
+        self.sm, self.gpus = sm, gpus
+        self.chosen = threading.local()
+        self.contexts: set[int] = set()
         self.limit = limit
         self.memory: dict[int, ctypes.Array] = {}
-        self.streams: set[int] = set()
+        self.streams: dict[int, int] = {}
+        """GPU by stream."""
+        self.handles = itertools.count(77)
         self.calls: list[str] = []
         self.captured: list[Callable[[], None]] | None = None
         self.spoilt = False
@@ -60,10 +71,21 @@ class FakeCudart:
         return object.__getattribute__(self, name)
 
     def cudaGetDeviceCount(self) -> tuple:
-        return OK, 1
+        return OK, self.gpus
 
     def cudaSetDevice(self, index: int) -> tuple:
+        assert 0 <= index < self.gpus
+        self.chosen.gpu = index
         return (OK,)
+
+    def gpu(self) -> int:
+        """The calling thread's GPU, which is about to be used."""
+        gpu = getattr(self.chosen, "gpu", 0)
+        self.contexts.add(gpu)
+        return gpu
+
+    def takes(self, stream: int) -> bool:
+        return self.streams[stream] == self.gpu()
 
     def cudaDeviceGetAttribute(self, attribute: str, index: int) -> tuple:
         return OK, self.sm[attribute == "minor"]
@@ -93,6 +115,7 @@ class FakeCudart:
     def cudaMalloc(self, size: int) -> tuple:
         if self.captured is not None:
             return self.spoil(), None
+        self.gpu()
         if sum(map(len, self.memory.values())) + size > self.limit:
             return self.fault(OUT_OF_MEMORY), None
         block = (ctypes.c_uint8 * (size + 256))()
@@ -103,16 +126,18 @@ class FakeCudart:
     def cudaFree(self, address: int) -> tuple:
         if self.captured is not None:
             return (self.spoil(),)
+        self.gpu()
         del self.memory[address]
         return (OK,)
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple:
         assert flags == self.cudaStreamNonBlocking
-        self.streams.add(77)
-        return OK, 77
+        stream = next(self.handles)
+        self.streams[stream] = self.gpu()
+        return OK, stream
 
     def cudaStreamDestroy(self, stream: int) -> tuple:
-        self.streams.remove(stream)
+        del self.streams[stream]
         return (OK,)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple:
@@ -120,7 +145,8 @@ class FakeCudart:
         return (OK,)
 
     def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> tuple:
-        assert stream in self.streams
+        if not self.takes(stream):
+            return (self.fault(INVALID_HANDLE),)
         if kind == self.cudaMemcpyKind.cudaMemcpyDeviceToDevice:
             self.enqueue(lambda: ctypes.memmove(target, source, size))
         else:
@@ -150,6 +176,8 @@ class FakeCudart:
         return (OK,)
 
     def cudaGraphLaunch(self, graph: tuple, stream: int) -> tuple:
+        if not self.takes(stream):
+            return (self.fault(INVALID_HANDLE),)
         for work in graph:
             work()
         return (OK,)
@@ -188,7 +216,8 @@ class FakeContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         cudart = self.engine.library.cudart
-        assert stream in cudart.streams
+        if not cudart.takes(stream):
+            return False
         if cudart.captured is not None and not self.runs:
             cudart.spoilt = True  # it would set itself up now, which cannot be captured
             return False
@@ -197,8 +226,8 @@ class FakeContext:
 
     def is_stream_capturable(self, stream: int) -> bool:
         cudart = self.engine.library.cudart
-        assert stream in cudart.streams
         assert cudart.captured is None
+        assert cudart.takes(stream)
         return self.engine.graph not in self.engine.library.not_capturable
 
     def _run(self) -> None:
@@ -247,6 +276,7 @@ class FakeEngine:
 
     def create_execution_context(self, how: Any) -> FakeContext:
         self.library.context_settings.append(how)
+        self.library.cudart.gpu()
         self.contexts.append(FakeContext(self))
         return self.contexts[-1]
 
@@ -284,6 +314,7 @@ class FakeTensorRT:
         )
 
     def _load(self, plan: bytes) -> FakeEngine | None:
+        self.cudart.gpu()
         if self.refuse:
             return None
         self.loaded.append(FakeEngine(self, plan))
@@ -320,7 +351,7 @@ def add_engines(folder: Path, sm: str = "89", backend: str = "tensorrt", version
 
 
 def open_backend(
-    folder: Path, cudart: FakeCudart | None = None, flavour: str = "tensorrt"
+    folder: Path, cudart: FakeCudart | None = None, flavour: str = "tensorrt", device: int = 0
 ) -> tuple[TensorRTBackend, FakeTensorRT]:
     """The backend on stand-ins for the bundle in ``folder``."""
     bundle = Bundle.open(folder)
@@ -331,7 +362,8 @@ def open_backend(
     }
     cudart = cudart or FakeCudart()
     trt = FakeTensorRT(cudart, profiles)
-    return TensorRTBackend(bundle, flavour, trt=trt, cuda=Cuda(cudart)), trt  # type: ignore[arg-type]
+    backend = TensorRTBackend(bundle, flavour, trt=trt, cuda=Cuda(cudart, device))  # type: ignore[arg-type]
+    return backend, trt
 
 
 @pytest.fixture

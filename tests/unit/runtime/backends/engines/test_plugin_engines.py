@@ -1,6 +1,7 @@
 """Engines made of plugins, on stand-ins: the library is loaded before them, if it is the one they were built with."""
 
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from stiv_deploy.runtime.backends import open_backend
+from stiv_deploy.runtime.backends import BACKENDS, TABLE, Entry, open_backend
 from stiv_deploy.runtime.backends.engine_choice import same_again
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, read_manifest, write_manifest
@@ -184,15 +185,16 @@ def test_without_the_library_the_best_backend_is_another(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     library.path.unlink()
-    monkeypatch.setattr("stiv_deploy.runtime.backends._open", lambda *given: opener(stand_ins, plugin_folder, *given))
-    monkeypatch.setattr("stiv_deploy.runtime.backends.unavailable_reason", lambda name: None)
+    for name in BACKENDS:
+        entry = Entry(lambda _: None, partial(opener, stand_ins, plugin_folder, name))
+        monkeypatch.setitem(TABLE, name, entry)
     caplog.set_level("INFO")
     with open_backend(None, Bundle.open(plugin_folder)) as backend:
         assert backend.name == "onnxruntime"
     assert "no TensorRT plugin library" in caplog.text
 
 
-def opener(stand_ins: SimpleNamespace, folder: Path, name: str, bundle: Bundle, _: object) -> Any:
+def opener(stand_ins: SimpleNamespace, folder: Path, name: str, bundle: Bundle, *_: object) -> Any:
     if name == "onnxruntime-cuda":
         raise BackendError("no CUDA")
     return stand_ins.open(folder)[0] if name == "tensorrt" else OnnxRuntimeBackend(bundle)
