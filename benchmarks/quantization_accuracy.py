@@ -33,9 +33,10 @@ from sources import ReferenceSource
 
 from stiv_deploy.calibration.layers import Format
 from stiv_deploy.calibration.plan import PrecisionPlan, load_plan
-from stiv_deploy.calibration.scales import Scales, check_fits, file_hash, load_scales
+from stiv_deploy.calibration.scales import Scales, check_fits, load_scales
 from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, checkpoint_hash, load_checkpoint
+from stiv_deploy.stiv_ref.files import sha256
 from stiv_deploy.stiv_ref.samples import balanced_requests, real_clips, settings_of
 
 FIRST_SEED = 100_000
@@ -270,7 +271,7 @@ def main(
     given: dict[Format, Path | None] = {"fp8": plan_fp8, "int8": plan_int8}
     plans = {name: load_plan(path, loaded.config.model, name) for name, path in given.items() if path}
     plan = Plan(samples=samples, steps=steps, scales=tuple(map(float, guidance.split(","))), clips=clips)
-    hashes = {name: file_hash(path) for name, path in files.items()}
+    hashes = {name: sha256(path) for name, path in files.items()}
     what = [digest, hashes, repr(plan), {name: each.layers for name, each in plans.items()}]
     fingerprint = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     experiment = Experiment(loaded, ranges, plans, plan, batch)

@@ -6,7 +6,6 @@ A safetensors file. Tensors, all fp32: ``<layer>.input`` [] and ``<layer>.weight
 magnitudes: scale = amax / 448 (E4M3) or / 127 (INT8). The header holds :class:`Provenance` as JSON.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -123,9 +122,3 @@ def check_fits(scales: Scales, checkpoint: str, quantization: Format, where: str
             f"{where}: scales of another checkpoint ({scales.provenance.checkpoint[:12]}, this one is "
             f"{checkpoint[:12]}); run 'stiv calibrate' on this one"
         )
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 (hex) of a scale file, as the manifest records it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,11 +1,10 @@
 """A bundle from a checkpoint: every graph of the contract traced, written, checked, and described in the manifest."""
 
-import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import shutil
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,17 +16,18 @@ from stiv_deploy.export.graphs.modules import model_facts
 from stiv_deploy.export.graphs.onnx_from_module import OPSET
 from stiv_deploy.export.graphs.quantization import Quantization, check_quantization
 from stiv_deploy.export.graphs.writer import GRAPH_FOLDER, GraphWriter, Progress
+from stiv_deploy.runtime.bundle.bundle import file_record, manifest_text
 from stiv_deploy.runtime.bundle.contract import ModelFacts, Precision
 from stiv_deploy.runtime.bundle.engine_files import Attention
 from stiv_deploy.runtime.bundle.manifest import MANIFEST, Bucket, FileRecord, Manifest, Range, SamplingDefaults
 from stiv_deploy.runtime.errors import OutputError
+from stiv_deploy.runtime.files import replaced_folder
 from stiv_deploy.runtime.plugins.spec import HEAD_DIMS, MAX_FRAMES
 from stiv_deploy.stiv_ref.checkpoint import (
     Checkpoint,
     CheckpointConfig,
     checkpoint_hash,
     load_checkpoint,
-    replaced_folder,
 )
 from stiv_deploy.stiv_ref.checkpoint import SamplingDefaults as CheckpointDefaults
 from stiv_deploy.stiv_ref.config import read_config
@@ -70,7 +70,8 @@ def export_bundle(
         validate_bucket(bucket, facts)
     if attention == "plugin":
         validate_plugins(chosen, facts)
-    with written_folder(out) as folder:
+    with replaced_folder(out, "choose another --out") as folder:
+        (folder / GRAPH_FOLDER).mkdir()
         writer = GraphWriter(checkpoint, folder / GRAPH_FOLDER, precision, quantization, attention)
         graphs = writer.write_all(chosen, check, progress)
         manifest = Manifest(
@@ -85,7 +86,7 @@ def export_bundle(
             quantization=None if quantization is None else quantization.record(),
             tools=tool_versions(),
         )
-        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (folder / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
     return out
 
 
@@ -108,17 +109,6 @@ def _is_bundle(folder: Path) -> bool:
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("format") == "stiv-bundle"
     except (OSError, ValueError, AttributeError):
         return False
-
-
-@contextmanager
-def written_folder(out: Path) -> Iterator[Path]:
-    """Yield the temporary folder that becomes ``out``; :class:`OutputError` if it cannot be made or written."""
-    try:
-        with replaced_folder(out.resolve()) as folder:
-            (folder / GRAPH_FOLDER).mkdir()
-            yield folder
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written ({error.strerror or error}); choose another --out") from error
 
 
 def validate_vocabulary(checkpoint: Checkpoint, path: Path) -> None:
@@ -199,9 +189,8 @@ def sampling_defaults(sampling: CheckpointDefaults, buckets: Sequence[Bucket]) -
 
 
 def _copy_tokenizer(checkpoint_path: Path, folder: Path) -> FileRecord:
-    content = (checkpoint_path / "tokenizer.json").read_bytes()
-    (folder / "tokenizer.json").write_bytes(content)
-    return FileRecord(path="tokenizer.json", sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+    shutil.copyfile(checkpoint_path / "tokenizer.json", folder / "tokenizer.json")
+    return file_record(folder, "tokenizer.json")
 
 
 def tool_versions() -> dict[str, str]:

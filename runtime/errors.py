@@ -35,3 +35,9 @@ class Cancelled(StivError):
     """The caller asked to stop between two steps."""
 
     exit_code = 130
+
+
+def one_line(text: str, limit: int = 500) -> str:
+    """``text`` with every run of white space as one space, cut to ``limit`` characters."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else flat[: limit - 3] + "..."

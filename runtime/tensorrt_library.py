@@ -56,9 +56,3 @@ def targets(trt: Any) -> list[str]:
     """SM versions that this library can compile for ahead of time; empty where it builds for the GPU at hand only."""
     names = getattr(getattr(trt, "ComputeCapability", None), "__members__", {})
     return sorted((name[2:] for name in names if name.startswith("SM")), key=int)
-
-
-def one_line(text: str, limit: int = 500) -> str:
-    """``text`` with every run of white space as one space, cut to ``limit`` characters."""
-    flat = " ".join(text.split())
-    return flat if len(flat) <= limit else flat[: limit - 3] + "..."

@@ -7,9 +7,7 @@ instead, as its own library writes it (config.json and safetensors), so that a c
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 
 from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig, read_config
 from stiv_deploy.stiv_ref.errors import CheckpointError, ConfigError
+from stiv_deploy.stiv_ref.files import replaced_folder, sha256
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.pretrained.text import PretrainedTextConfig, PretrainedTextEncoder, read_text_encoder
 from stiv_deploy.stiv_ref.pretrained.vae import PretrainedVae, PretrainedVaeConfig, read_vae
@@ -83,20 +82,6 @@ class Checkpoint:
     text_encoder: AnyTextEncoder
     vae: AnyVae
     tokenizer: Tokenizer
-
-
-@contextmanager
-def replaced_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary sibling folder that becomes ``target`` on success and vanishes on any failure."""
-    temporary = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def stored(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -241,6 +226,5 @@ def checkpoint_hash(path: Path) -> str:
     """SHA-256 (hex) over the lines ``<sha256> <name>`` of the checkpoint's files."""
     digest = hashlib.sha256()
     for name in checkpoint_files(path):
-        with (path / name).open("rb") as file:
-            digest.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()} {name}\n".encode())
+        digest.update(f"{sha256(path / name)} {name}\n".encode())
     return digest.hexdigest()

@@ -1,20 +1,63 @@
-"""Files that are written whole or not at all, and the folders that they go to."""
+"""Files and folders that stand under their names whole or not at all, the SHA-256 of a file, and where a run can write.
 
+What is being written lies in a hidden folder beside its place, ``.<name>...partial``, under its own name (writers look
+at suffixes), until it is complete and renamed. The runtime has the same for itself.
+"""
+
+import hashlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, as hex; ``OSError`` if it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextmanager
-def replaced_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; what was written there becomes ``path``, or vanishes on any failure."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def replaced_file(target: Path) -> Iterator[Path]:
+    """Yield a path for a new file, which becomes ``target`` if the block succeeds, and vanishes on any failure."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".partial", dir=target.parent))
     try:
-        yield temporary
-        temporary.replace(path)
+        yield folder / target.name
+        (folder / target.name).replace(target)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """Yield a new folder, which becomes ``target`` if the block succeeds, and vanishes on any failure.
+
+    Its parents are made. The old folder ``target`` goes when the new one has its place, as does what a killed process
+    left.
+    """
+    hidden = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(hidden, ignore_errors=True)
+    try:
+        (hidden / target.name).mkdir(parents=True)
+        yield hidden / target.name
+        _put_in_place(hidden / target.name, target)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _put_in_place(new: Path, target: Path) -> None:
+    """Rename the folder ``new`` to ``target``; an old folder of that name comes to lie beside ``new``, or stays."""
+    old = new.with_name(f"{new.name}.old")
+    try:
+        if target.is_dir():
+            target.rename(old)
+        new.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

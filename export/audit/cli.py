@@ -108,6 +108,7 @@ def check_target(path: Path) -> None:
 
 def _write(path: Path, bundle: "Bundle", title: str, report: "AuditReport") -> None:
     from stiv_deploy.export.audit.fusion_audit import audit_json
+    from stiv_deploy.runtime.files import write_text
 
     quantization = bundle.manifest.quantization
     facts = {
@@ -117,9 +118,7 @@ def _write(path: Path, bundle: "Bundle", title: str, report: "AuditReport") -> N
         "builder": title,
         "engines": [asdict(engine) for engine in report.engines],
     }
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text(audit_json(facts, report.rows), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, audit_json(facts, report.rows))
 
 
 def check_table(report: "AuditReport", title: str) -> Any:

@@ -9,8 +9,9 @@ from typing import Any
 
 from stiv_deploy.export.engines.job import EngineJob, EngineResult, Profile
 from stiv_deploy.export.engines.plugin_graphs import prepared
-from stiv_deploy.runtime.errors import EngineError
-from stiv_deploy.runtime.tensorrt_library import import_tensorrt, one_line, targets
+from stiv_deploy.runtime.errors import EngineError, one_line
+from stiv_deploy.runtime.files import replaced_file
+from stiv_deploy.runtime.tensorrt_library import import_tensorrt, targets
 
 NO_DRIVER = "cudaError 35"
 """Ahead-of-time builds complain of the missing driver and carry on; it is never why a build failed."""
@@ -113,10 +114,9 @@ def use_timing_cache(config: Any, path: Path) -> None:
 
 
 def save_timing_cache(config: Any, path: Path) -> None:
-    """Store the extended timing cache, in one step."""
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
-    temporary.replace(path)
+    """Store the extended timing cache, whole or not at all; raises :class:`OutputError`."""
+    with replaced_file(path) as temporary:
+        temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
 
 
 def configure(trt: Any, builder: Any, network: Any, job: EngineJob) -> Any:

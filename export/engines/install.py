@@ -4,13 +4,14 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from stiv_deploy.runtime.bundle.bundle import Bundle, write_manifest
 from stiv_deploy.runtime.bundle.manifest import EngineRecord
 from stiv_deploy.runtime.errors import BundleError, OutputError
+from stiv_deploy.runtime.files import draft
 
 HELD_BACK = (signal.SIGINT, signal.SIGTERM)
 
@@ -20,18 +21,15 @@ def staged(folder: Path, sources: dict[str, Path]) -> Iterator[dict[Path, Path]]
     """Copy ``sources`` under temporary names next to where they go; yields target by copy. Left-over copies go away."""
     copies: dict[Path, Path] = {}
     try:
-        for relative, source in sources.items():
-            target = folder / relative
-            copy = target.with_name(f".{target.name}.partial")
-            copies[copy] = target
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, copy)
-        yield copies
+        with ExitStack() as drafts:
+            for relative, source in sources.items():
+                target = folder / relative
+                target.parent.mkdir(parents=True, exist_ok=True)
+                copies[drafts.enter_context(draft(target))] = target
+                shutil.copyfile(source, next(reversed(copies)))
+            yield copies
     except OSError as error:
         raise OutputError(f"{folder}: the engines cannot be written ({error.strerror or error})") from None
-    finally:
-        for copy in copies:
-            copy.unlink(missing_ok=True)
 
 
 def commit(bundle: Bundle, files: dict[Path, Path], records: Sequence[EngineRecord]) -> None:

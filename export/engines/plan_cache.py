@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from stiv_deploy.runtime import files
 from stiv_deploy.runtime.errors import OutputError
-from stiv_deploy.runtime.files import sha256
+from stiv_deploy.runtime.files import sha256, write_text
 
 
 def default_cache() -> Path:
@@ -73,21 +74,15 @@ class PlanCache:
         """A path to write the plan of ``key`` to; what is there at the end is removed unless :meth:`keep` took it."""
         path = self._path(key)
         path.parent.mkdir(exist_ok=True)
-        draft = path.with_name(f".{key}-{os.getpid()}.partial")
-        try:
-            yield draft
-        finally:
-            draft.unlink(missing_ok=True)
+        with files.draft(path) as file:
+            yield file
 
-    def keep(self, key: str, draft: Path, build_seconds: float) -> CachedPlan:
-        """Store a finished draft under ``key``."""
+    def keep(self, key: str, file: Path, build_seconds: float) -> CachedPlan:
+        """Store the finished draft ``file`` under ``key``."""
         path = self._path(key)
-        plan = CachedPlan(path=path, sha256=sha256(draft), bytes=draft.stat().st_size, build_seconds=build_seconds)
-        facts = {name: value for name, value in asdict(plan).items() if name != "path"}
-        notes = draft.with_suffix(".json.partial")
-        notes.write_text(json.dumps(facts))
-        draft.replace(path)
-        notes.replace(path.with_suffix(".json"))
+        plan = CachedPlan(path=path, sha256=sha256(file), bytes=file.stat().st_size, build_seconds=build_seconds)
+        file.replace(path)
+        write_text(path.with_suffix(".json"), json.dumps({k: v for k, v in asdict(plan).items() if k != "path"}))
         return plan
 
     def timing(self, name: str) -> Path:

@@ -7,8 +7,7 @@ import threading
 from collections.abc import Sequence
 
 from stiv_deploy.export.engines.job import EngineJob, EngineResult
-from stiv_deploy.runtime.errors import EngineError
-from stiv_deploy.runtime.tensorrt_library import one_line
+from stiv_deploy.runtime.errors import EngineError, one_line
 
 KILLED = -signal.SIGKILL
 WORKER = (sys.executable, "-P", "-m", "stiv_deploy.export.engines.worker")

@@ -9,8 +9,7 @@ import sys
 
 from stiv_deploy.export.engines.engine_from_onnx import build_engine
 from stiv_deploy.export.engines.job import EngineJob, EngineResult
-from stiv_deploy.runtime.errors import StivError
-from stiv_deploy.runtime.tensorrt_library import one_line
+from stiv_deploy.runtime.errors import StivError, one_line
 
 
 def run(text: str) -> EngineResult:

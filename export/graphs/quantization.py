@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from stiv_deploy.calibration.layers import LARGEST, OPERANDS, Layer, model_layers
 from stiv_deploy.calibration.plan import PrecisionPlan, checked_plan, default_plan, load_plan
-from stiv_deploy.calibration.scales import Scales, check_fits, check_ranges, file_hash, load_scales, scale_of
+from stiv_deploy.calibration.scales import Scales, check_fits, check_ranges, load_scales, scale_of
 from stiv_deploy.export.errors import ExportError
 from stiv_deploy.export.graphs.onnx_from_module import parameters_of
 from stiv_deploy.runtime.bundle.contract import Format
 from stiv_deploy.runtime.bundle.manifest import QuantizationRecord
+from stiv_deploy.runtime.files import sha256
 from stiv_deploy.stiv_ref.checkpoint import CheckpointConfig, checkpoint_hash
 from stiv_deploy.stiv_ref.config import StivConfig, read_config
 from stiv_deploy.stiv_ref.errors import CheckpointError
@@ -75,7 +76,7 @@ def load_quantization(checkpoint: Path, quantization: Format, scales: Path, plan
     loaded = load_scales(scales)
     check_fits(loaded, _hash(checkpoint), quantization, str(scales))
     chosen = default_plan(config, quantization) if plan is None else load_plan(plan, config, quantization)
-    return Quantization(scales=loaded, plan=chosen, sha256=file_hash(scales))
+    return Quantization(scales=loaded, plan=chosen, sha256=sha256(scales))
 
 
 def _hash(checkpoint: Path) -> str:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stiv_deploy.calibration.scales import Scales, file_hash, load_scales
+from stiv_deploy.calibration.scales import Scales, load_scales
 from stiv_deploy.export.parity.ladder import ParityReport
 from stiv_deploy.runtime.backends import BACKENDS, available
 from stiv_deploy.runtime.bundle.bundle import Bundle, write_manifest
 from stiv_deploy.runtime.errors import BackendError, BundleError, OutputError
-from stiv_deploy.runtime.pipeline.media import written_whole
+from stiv_deploy.runtime.files import sha256, write_text
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, checkpoint_hash, load_checkpoint
 
 
@@ -50,13 +50,13 @@ def opened_scales(bundle: Bundle, scales: Path | None) -> Scales | None:
     if scales is None:
         folders = (bundle.folder, bundle.folder.absolute().parent)
         candidates = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
-        scales = next((path for path in candidates if file_hash(path) == record.scales), None)
+        scales = next((path for path in candidates if sha256(path) == record.scales), None)
         if scales is None:
             raise BundleError(
                 f"{bundle.folder}: the scales it was exported with are neither in it nor beside it; "
                 "name the file with --scales"
             )
-    elif not scales.is_file() or file_hash(scales) != record.scales:
+    elif not scales.is_file() or sha256(scales) != record.scales:
         what = "not what this bundle was exported with" if scales.is_file() else "no such file"
         raise BundleError(f"{scales}: {what} (SHA-256 {record.scales[:12]}); name the right scales with --scales")
     return load_scales(scales)
@@ -104,8 +104,7 @@ def check_json_target(path: Path) -> None:
 
 def write_json(path: Path, report: ParityReport) -> None:
     """Write :func:`report_json` to ``path``, whole or not at all."""
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(report_json(report), indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(report_json(report), indent=2) + "\n")
 
 
 def record_rows(bundle: Bundle, report: ParityReport) -> None:

@@ -1,7 +1,6 @@
 """The bundle on disk: opened, checked against its manifest, and written whole or not at all."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from pydantic import ValidationError
 
 from stiv_deploy.runtime.bundle.contract import GraphSpec, graph_specs
 from stiv_deploy.runtime.bundle.manifest import FORMAT_VERSION, MANIFEST, Bucket, FileRecord, Manifest, Range
-from stiv_deploy.runtime.errors import BundleError, OutputError, RequestError
-from stiv_deploy.runtime.files import sha256
+from stiv_deploy.runtime.errors import BundleError, RequestError
+from stiv_deploy.runtime.files import sha256, write_text
 
 REMEDY = "make it with 'stiv export CHECKPOINT --out BUNDLE'"
 AGAIN = "make the bundle again with 'stiv export'"
@@ -23,21 +22,15 @@ def file_record(folder: Path, relative: str) -> FileRecord:
     return FileRecord(path=relative, sha256=sha256(path), bytes=path.stat().st_size)
 
 
+def manifest_text(manifest: Manifest) -> str:
+    """What ``manifest.json`` says."""
+    return json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n"
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> Path:
     """Write ``manifest`` into ``folder``, replacing the old one in one step; raises :class:`OutputError`."""
     target = folder / MANIFEST
-    temporary = folder / f".{MANIFEST}.partial"
-    text = json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n"
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written ({error.strerror}); choose a folder you may write to") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(target, manifest_text(manifest), "choose a folder you may write to")
     return target
 
 

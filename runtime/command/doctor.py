@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from stiv_deploy.runtime.errors import BackendError
+from stiv_deploy.runtime.errors import BackendError, one_line
 
 GIB = 2**30
 
@@ -112,7 +112,7 @@ def reason_of(action: Callable[[], Any]) -> tuple[Any, str | None]:
     try:
         return action(), None
     except Exception as error:
-        return None, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return None, one_line(f"{type(error).__name__}: {error}", 300)
 
 
 def installed_version(distribution: str) -> str | None:
@@ -209,7 +209,7 @@ def library_state(name: str, describe: Callable[[], str]) -> LibraryState:
     try:
         return LibraryState(name=name, works=True, state=describe())
     except Exception as error:  # whatever is broken, the rest of the report is wanted
-        return LibraryState(name=name, works=False, state=" ".join(str(error).split()))
+        return LibraryState(name=name, works=False, state=one_line(str(error)))
 
 
 def examine() -> Report:

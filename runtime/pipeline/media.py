@@ -1,9 +1,7 @@
 """Pictures and videos in and out: one image read, clips written by file extension, whole or not at all."""
 
-import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from stiv_deploy.runtime.errors import OutputError, RequestError
+from stiv_deploy.runtime.files import replaced_file, replaced_folder
 
 SUPPORTED = ".mp4, .gif, .webp, .png (all frames in one row), or a name without extension (a folder of PNG frames)"
 EXTENSIONS = (".mp4", ".gif", ".webp", ".png", "")
@@ -81,27 +80,6 @@ def _check_replaceable(target: Path) -> None:
         raise OutputError(f"{target}: the folder is not empty; choose another name or empty it")
 
 
-@contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """Give a temporary name beside ``target``, and rename it to ``target`` if the block succeeds.
-
-    Whatever is left under that name after any failure, Ctrl-C included, is removed. An :class:`OSError` becomes an
-    :class:`OutputError`.
-    """
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.stem}-", suffix=".partial", dir=target.parent))
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written ({error.strerror})") from None
-    try:
-        temporary = folder / target.name
-        yield temporary
-        temporary.replace(target)  # over an empty folder too
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _check_frames(frames: np.ndarray) -> np.ndarray:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise OutputError(f"frames must be uint8 [frames, height, width, 3], got {frames.dtype} {list(frames.shape)}")
@@ -123,7 +101,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, upscale: int =
     """
     (path,) = check_output(path)
     frames = enlarge(_check_frames(frames), upscale)
-    with written_whole(path) as temporary:
+    with replaced_file(path) if path.suffix else replaced_folder(path) as temporary:
         match path.suffix.lower():
             case ".mp4":
                 _write_mp4(temporary, frames, fps)
@@ -160,7 +138,6 @@ def _write_animation(path: Path, frames: np.ndarray, fps: float) -> None:
 
 
 def _write_folder(path: Path, frames: np.ndarray) -> None:
-    path.mkdir()
     for index, frame in enumerate(frames):
         Image.fromarray(frame).save(path / f"frame_{index:03d}.png")
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from stiv_deploy.stiv_ref.checkpoint import checkpoint_files
 from stiv_deploy.stiv_ref.errors import CheckpointError
+from stiv_deploy.stiv_ref.files import sha256
 
 Part = Literal["vae", "text"]
 PREFIXES: dict[Part, tuple[str, ...]] = {"vae": ("vae",), "text": ("text_encoder", "tokenizer")}
@@ -60,5 +61,4 @@ def _file_hash(path: Path) -> str:
 @lru_cache(maxsize=64)
 def _hash_of(path: Path, _size: int, _modified: int) -> str:
     """Hash of a file in this state: read once, however many stages have the same encoder."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)

@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
-from stiv_deploy.stiv_ref.checkpoint import replaced_folder
 from stiv_deploy.stiv_ref.data.buckets import Size
 from stiv_deploy.stiv_ref.data.decode import SUFFIXES, probe, read_frames
 from stiv_deploy.stiv_ref.data.tars import Member, Record, read_shard, write_shard
 from stiv_deploy.stiv_ref.data.videos import SCANNERS, FileClip, Listing, clip_suffix, naming_nothing
 from stiv_deploy.stiv_ref.errors import CaptionError, DataError, VideoError
+from stiv_deploy.stiv_ref.files import replaced_folder
 
 Advance = Callable[[int, int], None]
 """Told how many videos are done, and of how many."""

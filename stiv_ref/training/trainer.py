@@ -13,6 +13,7 @@ from stiv_deploy.stiv_ref.checkpoint import AnyVae, save_checkpoint
 from stiv_deploy.stiv_ref.data.source import Source
 from stiv_deploy.stiv_ref.data.sources import open_source
 from stiv_deploy.stiv_ref.errors import ConfigError
+from stiv_deploy.stiv_ref.files import write_text
 from stiv_deploy.stiv_ref.recipe import Recipe, Size, Stage, TrainedVae
 from stiv_deploy.stiv_ref.training.interruption import Interruption
 from stiv_deploy.stiv_ref.training.log import Log
@@ -193,4 +194,4 @@ class Trainer:
         if lines and self.run.team.first:
             path = self.run.out / BROKEN
             known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            path.write_text("\n".join(dict.fromkeys([*known, *lines])) + "\n", encoding="utf-8")
+            write_text(path, "\n".join(dict.fromkeys([*known, *lines])) + "\n")

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from stiv_deploy.calibration.errors import CalibrationError
 from stiv_deploy.calibration.layers import LARGEST, Format
-from stiv_deploy.calibration.scales import Scales, check_fits, file_hash, load_scales, save_scales, scale_of
+from stiv_deploy.calibration.scales import Scales, check_fits, load_scales, save_scales, scale_of
+from stiv_deploy.stiv_ref.files import sha256
 
 if TYPE_CHECKING:
     from conftest import Calibrated
@@ -27,9 +28,9 @@ def test_scales_come_back_with_their_provenance(calibrated: "Calibrated", tmp_pa
     assert found.amax.keys() == scales.amax.keys()
     assert all(torch.equal(found.amax[name], value) for name, value in scales.amax.items())
     assert [path.name for path in tmp_path.iterdir()] == ["scales.safetensors"]
-    first = file_hash(tmp_path / "scales.safetensors")
+    first = sha256(tmp_path / "scales.safetensors")
     save_scales(tmp_path / "scales.safetensors", scales)
-    assert file_hash(tmp_path / "scales.safetensors") == first, "the same scales are the same bytes"
+    assert sha256(tmp_path / "scales.safetensors") == first, "the same scales are the same bytes"
 
 
 @given(

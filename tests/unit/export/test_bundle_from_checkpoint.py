@@ -198,8 +198,8 @@ def test_a_failed_export_leaves_the_old_bundle(
     out.mkdir()
     (out / MANIFEST).write_text('{"format": "stiv-bundle"}')
 
-    def interrupted(*args: object) -> None:
-        (tmp_path / ".bundle.partial" / "onnx" / "half.onnx").write_text("half")
+    def interrupted(writer: graph_writer.GraphWriter, *_: object) -> None:
+        (writer.folder / "half.onnx").write_text("half")
         raise error
 
     monkeypatch.setattr(graph_writer.GraphWriter, "write_all", interrupted)

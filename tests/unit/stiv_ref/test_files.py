@@ -1,82 +1,126 @@
-"""Files written whole or not at all, and libraries kept quiet for a while."""
+"""Files and folders written whole or not at all: the reference's and the runtime's, two by the law of imports."""
 
-import logging
+import hashlib
 import os
-import warnings
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from stiv_deploy.stiv_ref.files import make_writable, replaced_file, write_text
-from stiv_deploy.stiv_ref.quiet import quiet
+from stiv_deploy.runtime import files as runtime_files
+from stiv_deploy.stiv_ref import files as reference_files
+
+both = pytest.mark.parametrize("files", [reference_files, runtime_files], ids=["stiv_ref", "runtime"])
+interruptions = pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 
 
-def test_a_file_is_replaced_when_it_is_whole(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-    with replaced_file(path) as temporary:
+def names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def leave_half(writing: AbstractContextManager[Path], error: type[BaseException]) -> None:
+    with writing as temporary:
+        (temporary / "half" if temporary.is_dir() else temporary).write_text("half")
+        raise error
+
+
+@both
+def test_hash_of_a_file(files: ModuleType, tmp_path: Path) -> None:
+    content = b"weights" * 100_000
+    (tmp_path / "file").write_bytes(content)
+    assert files.sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+    with pytest.raises(OSError, match="absent"):
+        files.sha256(tmp_path / "absent")
+
+
+@both
+def test_a_file_appears_when_it_is_complete(files: ModuleType, tmp_path: Path) -> None:
+    target = tmp_path / "clip.mp4"
+    target.write_text("old")
+    with files.replaced_file(target) as temporary:
+        assert temporary.name == "clip.mp4", "what encoders go by"
         temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new"
-    assert list(tmp_path.iterdir()) == [path]
+        assert target.read_text() == "old"
+    assert target.read_text() == "new"
+    assert names(tmp_path) == ["clip.mp4"]
+    (tmp_path / "plain").touch()
+    assert target.stat().st_mode == (tmp_path / "plain").stat().st_mode, "others may read it as any file"
 
 
-@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
-def test_a_failure_leaves_what_was_there(tmp_path: Path, failure: type[BaseException]) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def write() -> None:
-        with replaced_file(path) as temporary:
-            temporary.write_text("half")
-            raise failure
-
-    with pytest.raises(failure):
-        write()
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
+@both
+@interruptions
+def test_a_failed_file_leaves_the_old_one_and_nothing_else(
+    files: ModuleType, tmp_path: Path, error: type[BaseException]
+) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(error):
+        leave_half(files.replaced_file(target), error)
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["file"]
 
 
-def test_text_is_utf_8(tmp_path: Path) -> None:
-    write_text(tmp_path / "file", "ä\n")
-    assert (tmp_path / "file").read_bytes() == "ä\n".encode()
+@both
+def test_text(files: ModuleType, tmp_path: Path) -> None:
+    files.write_text(tmp_path / "text", "größer\n")
+    assert (tmp_path / "text").read_bytes() == "größer\n".encode()
+    assert names(tmp_path) == ["text"]
 
 
-def test_a_folder_is_made_and_tried(tmp_path: Path) -> None:
-    make_writable(tmp_path / "a" / "b")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
+@both
+def test_a_folder_takes_the_place_of_the_old_one(files: ModuleType, tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "bundle"
+    for name in ("first", "second"):
+        with files.replaced_folder(target) as folder:
+            (folder / name).touch()
+            assert folder != target
+    assert names(tmp_path) == ["deep", "deep/bundle", "deep/bundle/second"]
+
+
+@both
+@interruptions
+def test_a_failed_folder_leaves_the_old_one_and_nothing_else(
+    files: ModuleType, tmp_path: Path, error: type[BaseException]
+) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "old").touch()
+    with pytest.raises(error):
+        leave_half(files.replaced_folder(tmp_path / "bundle"), error)
+    assert names(tmp_path) == ["bundle", "bundle/old"]
+
+
+@both
+def test_what_a_killed_process_left_of_a_folder_goes_with_the_next(files: ModuleType, tmp_path: Path) -> None:
+    killed = files.replaced_folder(tmp_path / "bundle")
+    (killed.__enter__() / "half").touch()  # and never left
+    with files.replaced_folder(tmp_path / "bundle") as folder:
+        (folder / "new").touch()
+    assert names(tmp_path) == ["bundle", "bundle/new"]
+
+
+@both
+def test_a_folder_that_cannot_be_renamed_brings_the_old_one_back(
+    files: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "old").touch()
+    rename = Path.rename
+
+    def refused(path: Path, target: Path) -> Path:
+        if (path / "new").exists():
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(KeyboardInterrupt), files.replaced_folder(tmp_path / "bundle") as folder:
+        (folder / "new").touch()
+    assert names(tmp_path) == ["bundle", "bundle/old"]
+
+
+def test_a_folder_is_made_and_proven_writable(tmp_path: Path) -> None:
+    reference_files.make_writable(tmp_path / "runs" / "tiny")
+    assert names(tmp_path) == ["runs", "runs/tiny"]
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"):
-        make_writable(tmp_path / "file")
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="nothing is read-only to the administrator")
-def test_a_folder_that_takes_no_files(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(PermissionError):
-        make_writable(tmp_path)
-
-
-def test_remarks_come_back_after_a_failure(caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger("somebody.elses")
-    logger.setLevel(logging.INFO)
-
-    def work() -> None:
-        with quiet(logger.name):
-            logger.warning("kept off")
-            logger.error("an error")
-            raise ValueError("its own")
-
-    with pytest.raises(ValueError, match="its own"):
-        work()
-    logger.info("heard again")
-    assert caplog.messages == ["an error", "heard again"]
-
-
-def test_warnings_are_kept_off() -> None:
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        with quiet("somebody.elses"):
-            warnings.warn("kept off", stacklevel=1)
-        warnings.warn("heard", stacklevel=1)
-    assert [str(each.message) for each in seen] == ["heard"]
+    with pytest.raises(OSError, match=os.fspath(tmp_path / "file")):
+        reference_files.make_writable(tmp_path / "file")

@@ -15,7 +15,7 @@ from torch import Tensor
 from stiv_deploy.calibration.errors import CalibrationError
 from stiv_deploy.calibration.layers import Format
 from stiv_deploy.calibration.plan import default_plan, everything, save_plan
-from stiv_deploy.calibration.scales import file_hash, save_scales
+from stiv_deploy.calibration.scales import save_scales
 from stiv_deploy.export import bundle_from_checkpoint
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
 from stiv_deploy.export.errors import ExportError
@@ -29,6 +29,7 @@ from stiv_deploy.export.graphs.quantization import (
     load_quantization,
     quantized_weight,
 )
+from stiv_deploy.runtime.files import sha256
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.errors import CheckpointError
 
@@ -230,7 +231,7 @@ def test_plan_and_scales_are_read(micro: Checkpoint, micro_path: Path, quantize:
     save_plan(tmp_path / "plan.json", everything(micro.config.model, "int8"))
     loaded = load_quantization(micro_path, "int8", tmp_path / "scales", tmp_path / "plan.json")
     assert loaded.plan == everything(micro.config.model, "int8")
-    assert loaded.sha256 == file_hash(tmp_path / "scales")
+    assert loaded.sha256 == sha256(tmp_path / "scales")
     assert load_quantization(micro_path, "int8", tmp_path / "scales", None).plan == quantize("int8").plan
     np.testing.assert_array_equal(
         loaded.scales.amax["block_00.ffn.up.weight"], quantize("int8").scales.amax["block_00.ffn.up.weight"]

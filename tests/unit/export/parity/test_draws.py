@@ -12,7 +12,7 @@ import torch
 
 from stiv_deploy.calibration.layers import LARGEST, Format, model_layers
 from stiv_deploy.calibration.plan import default_plan
-from stiv_deploy.calibration.scales import Provenance, Scales, file_hash, save_scales, scale_of, tensor_names
+from stiv_deploy.calibration.scales import Provenance, Scales, save_scales, scale_of, tensor_names
 from stiv_deploy.export.bundle_from_checkpoint import default_bucket, sampling_defaults
 from stiv_deploy.export.graphs.modules import model_facts
 from stiv_deploy.export.parity.draws import DRAWS, SPREADS, Draws, on_grid, quantized_gate, rel_l2
@@ -22,6 +22,7 @@ from stiv_deploy.export.parity.requests import Request, parity_requests
 from stiv_deploy.export.parity.runs import probe
 from stiv_deploy.runtime.bundle.manifest import FileRecord, Manifest, QuantizationRecord
 from stiv_deploy.runtime.errors import BundleError
+from stiv_deploy.runtime.files import sha256
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.sampler import sample
 
@@ -168,7 +169,7 @@ class TestScalesOfABundle:
         scales, folder = tmp_path / "some.safetensors", tmp_path / "bundle"
         save_scales(scales, made_scales(micro, "int8"))
         folder.mkdir()
-        return SimpleNamespace(folder=folder, manifest=made_manifest(micro, file_hash(scales)))
+        return SimpleNamespace(folder=folder, manifest=made_manifest(micro, sha256(scales)))
 
     def test_found_by_hash_beside_or_in_the_bundle(self, bundle: Any) -> None:
         beside = opened_scales(bundle, None)
