@@ -16,6 +16,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest -q -rs
+PARALLEL := --numprocesses auto --dist worksteal
 TORCH := $(shell grep '^torch==' constraints.txt)
 LINTED := calibration export runtime stiv_ref tests $(wildcard benchmarks)
 
@@ -46,11 +48,13 @@ demo: $(STAMP) ## Shipped checkpoint -> bundle -> RTX engines -> parity -> video
 demo-fp8: $(STAMP) ## The same in FP8: calibrate, export, build, fusion audit, parity, videos, all in out/demo-fp8
 	@$(BIN)/stiv demo --precision fp8 --out out/demo-fp8
 
-test: $(STAMP) ## All tests, fast ones first, with the reasons of the skipped
-	@$(BIN)/python -m pytest -q -rs
+test: $(STAMP) ## All tests, on all cores; then, one by one, those that nothing may run beside
+	@$(PYTEST) $(PARALLEL) -m "not alone"; parallel=$$?; \
+		$(PYTEST) -m alone; alone=$$?; \
+		exit $$(( parallel > alone ? parallel : alone ))
 
 test-fast: $(STAMP) ## The tests that take a moment each
-	@$(BIN)/python -m pytest -q -rs -n auto -m "not slow and not gpu"
+	@$(PYTEST) $(PARALLEL) -m "not slow and not alone and not gpu"
 
 plugins: $(STAMP) ## CUDA kernels, and the TensorRT plugins where its headers are (TENSORRT_ROOT), into runtime/plugins/_lib
 	@cmake -S . -B $(PLUGIN_BUILD) $(if $(TENSORRT_ROOT),-DTENSORRT_ROOT=$(TENSORRT_ROOT)) \

@@ -1,5 +1,6 @@
 """Shared by all tests: the shipped checkpoint, its bundle, small pretrained encoders, and the order of the tests."""
 
+import fcntl
 import functools
 import os
 import shutil
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models gain nothing from more, and lose much on a busy machine
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("STIV_THREADS", "1")  # the cores are taken: one worker runs on each
 
 
 def no_gpu_reason() -> str | None:
@@ -37,14 +40,18 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before ``-m`` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first, so that a plain mistake shows at once; GPU tests are skipped, aloud, where there is no GPU."""
+    """Fast tests first, so that a plain mistake shows at once; GPU tests are skipped, aloud, where there is no GPU.
+
+    Where there is one, each has it alone.
+    """
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     reason = no_gpu_reason() if on_gpu else None
-    if reason is not None:
-        for item in on_gpu:
-            item.add_marker(pytest.mark.skip(reason=reason))
+    mark = pytest.mark.alone if reason is None else pytest.mark.skip(reason=reason)
+    for item in on_gpu:
+        item.add_marker(mark)
 
 
 @pytest.fixture(scope="session")
@@ -53,12 +60,44 @@ def root() -> Path:
     return ROOT
 
 
+Make = Callable[[Path], object]
+Once = Callable[[str, Make], Path]
+
+
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """``once(name, make)``: a path that ``make`` has made once for all workers of this run; do not write into it.
+
+    The worker that asks first calls ``make(path)``, the others wait for it; after a failure the next one tries again.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once"
+
+    def made(name: str, make: Make) -> Path:
+        path, done = shared / name, shared / f"{name}.done"
+        shared.mkdir(exist_ok=True)
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, or the process ends
+            if not done.exists():
+                shutil.rmtree(path, ignore_errors=True)
+                make(path)
+                done.touch()
+        return path
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def checkpoint(once: Once) -> Path:
     """Folder of the shipped checkpoint, or of an untrained one of the same architecture where it is absent."""
     shipped = ROOT / "checkpoints" / "tiny"
     if (shipped / "config.json").is_file():
         return shipped
+    return once("checkpoint", save_untrained)
+
+
+def save_untrained(folder: Path) -> None:
+    """Write an untrained checkpoint of the shipped architecture, with no parameter at zero."""
     import torch
 
     from stiv_deploy.stiv_ref.checkpoint import save_checkpoint
@@ -70,19 +109,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for parameter in untrained.model.parameters():  # some start at zero and would switch their branch off
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
-    folder = tmp_path_factory.mktemp("untrained") / "checkpoint"
     save_checkpoint(folder, untrained)
-    return folder
 
 
 @pytest.fixture(scope="session")
-def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the fp32 bundle of ``checkpoint``, exported once per session: for slow tests; do not write into it."""
+def bundle(checkpoint: Path, once: Once) -> Path:
+    """Folder of the fp32 bundle of ``checkpoint``, exported once per run: for slow tests; do not write into it."""
     from stiv_deploy.export.bundle_from_checkpoint import export_bundle
 
-    folder = tmp_path_factory.mktemp("exported") / "bundle"
-    export_bundle(checkpoint, folder)
-    return folder
+    return once("bundle", lambda folder: export_bundle(checkpoint, folder))
 
 
 WORDS = ("a", "red", "digit", "three", "moving", "left", "to", "the", "right", "up", "down", "and", "one", "two")

@@ -22,6 +22,7 @@ def bench(benchmark_module: Load) -> ModuleType:
     return benchmark_module("bench_kernel")
 
 
+@pytest.mark.alone
 def test_children_that_break_leave_what_they_saved(bench: ModuleType, kernels: Load, tmp_path: Path) -> None:
     child, late = tmp_path / "child.py", tmp_path / "late"
     save = "import json, sys, time\norder = json.loads(sys.argv[1])\n" + (
@@ -118,6 +119,7 @@ def test_build_says_what_is_missing(kernels: Load, monkeypatch: pytest.MonkeyPat
         build._run(("sh", "-c", "echo a.cu: error: no such thing; exit 2"), log)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_dry_run(tmp_path: Path) -> None:
     """Every part on the CPU: build, check, tables, files; and one launch as a profiler would see it."""

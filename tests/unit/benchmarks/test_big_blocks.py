@@ -24,6 +24,7 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
+@pytest.mark.alone
 def test_peak_memory_counts_children(script: ModuleType) -> None:
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ALLOCATE.format(mib=160)!r}])"
     small = script.run_stage("small", python(ALLOCATE.format(mib=0)))

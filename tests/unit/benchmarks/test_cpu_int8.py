@@ -19,6 +19,7 @@ def script(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
     return benchmark_module("cpu_int8")
 
 
+@pytest.mark.alone
 def test_in_turns(script: ModuleType) -> None:
     order: list[str] = []
     calls = {name: (lambda name=name: order.append(name)) for name in ("a", "b", "c")}

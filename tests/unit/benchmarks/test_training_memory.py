@@ -131,6 +131,7 @@ print(resident("VmHWM") - before)
 """
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures the resident set on Linux")
 def test_counting_agrees_with_the_real_peak_of_a_process(plan: ModuleType, live: ModuleType) -> None:

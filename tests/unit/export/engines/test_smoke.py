@@ -75,6 +75,7 @@ def test_all_bfloat16_graphs_for_blackwell(bfloat16_bundle: Path) -> None:
     assert {record.graph for record in manifest.engines} == manifest.graphs.keys()
 
 
+@pytest.mark.alone
 def test_ctrl_c_leaves_no_builder_and_nothing_half_written(own_bundle: Path) -> None:
     before = {path: path.read_bytes() for path in own_bundle.rglob("*") if path.is_file()}
     cache = own_bundle.parent / "other cache"

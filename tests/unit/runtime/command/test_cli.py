@@ -350,6 +350,7 @@ def test_parse_frames() -> None:
             parse_frames(None, [bad])
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_between_steps(bundle_path: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C, or a polite kill, in a real process: code 130, no traceback, no file."""

@@ -16,7 +16,7 @@ import pytest
 from stiv_deploy.runtime.plugins.library import KERNELS, KernelDtype, KernelError, KernelLibrary, TemporalAttention
 from stiv_deploy.runtime.plugins.spec import HEAD_DIMS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 ROOT = Path(__file__).parents[4]
 INTERFACE = ROOT / "tests" / "cpp" / "tensorrt_interface"
 BUILD = ROOT / "build" / "plugins-test"

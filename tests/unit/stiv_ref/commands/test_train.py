@@ -150,6 +150,7 @@ def run_stiv(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_on_the_real_command_saves_and_exits_130(tmp_path: Path, number: signal.Signals) -> None:

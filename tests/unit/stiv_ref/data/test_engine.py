@@ -224,6 +224,7 @@ def _ends(group: int) -> bool:
     return False
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_leaves_no_worker(

@@ -37,6 +37,7 @@ def test_a_line_says_what_a_step_was(tmp_path: Path) -> None:
     assert second["seconds"] >= first["seconds"] >= 0.01
 
 
+@pytest.mark.alone
 def test_throughput_leaves_out_what_came_between_steps(tmp_path: Path) -> None:
     with Log(tmp_path, Logging(), quiet=True) as log:
         for step in log.steps("1 t2i", range(2)):

@@ -22,7 +22,7 @@ from stiv_deploy.stiv_ref.training.consolidate import consolidate
 from stiv_deploy.stiv_ref.training.state import find_state, read_position
 from stiv_deploy.stiv_ref.training.trainer import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 EPSILON = torch.finfo(torch.float32).eps
 RECIPE = """
 name = "shared"
