@@ -5,20 +5,18 @@ Order (arXiv 2412.07730, section 3): spatial attention -> temporal attention -> 
 sandwich ``x + gate * LN(f(modulate(LN(x))))`` with stateless norms; attention in space and time has QK-norm and RoPE.
 """
 
-from typing import Literal, NamedTuple, Self, get_args
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stiv_deploy.stiv_ref.config import StivConfig
-from stiv_deploy.stiv_ref.errors import AttentionError
-from stiv_deploy.stiv_ref.fused import attention as fused_attention
 from stiv_deploy.stiv_ref.rope import rotate
 
 MODULATIONS = 6  # shift, scale, gate of spatial attention, then of the FFN
-Attention = Literal["native", "fused"]
-"""Form of self-attention: standard operators, or the project's own (:mod:`~stiv_deploy.stiv_ref.fused.attention`)."""
+MASKED = -1e4
+"""What the additive text mask holds at padding: exp(-1e4) is 0 in every float type, and fp16 can hold it."""
 
 
 class RopeTables(NamedTuple):
@@ -35,6 +33,11 @@ def stateless_norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
+def additive_mask(token_mask: Tensor) -> Tensor:
+    """Additive attention mask fp32 [B, 1, 1, L] of a 0/1 token mask [B, L]."""
+    return ((1 - token_mask.float()) * MASKED)[:, None, None, :]
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis with a learned scale; one scale of ``size`` serves all heads."""
 
@@ -48,14 +51,10 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with QK-norm and RoPE over the second-to-last axis.
-
-    ``attention`` says in which :data:`Attention` form; parameters and results are the same in both.
-    """
+    """Multi-head self-attention with QK-norm and RoPE over the second-to-last axis."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.attention: Attention = "native"
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = RMSNorm(width // heads)
@@ -63,12 +62,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Attend within each row of ``x`` [N, M, D]; tables [M, Dh/2]; returns [N, M, D].
-
-        The fused form also takes [B, T, S, D] with tables [T, Dh/2], and attends over the frames of each position.
-        """
-        if self.attention == "fused":
-            return self._fused(x, cos, sin)
+        """Attend within each row of ``x`` [N, M, D]; tables [M, Dh/2]; returns [N, M, D]."""
         rows, length, width = x.shape
         qkv = self.qkv(x).reshape(rows, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).chunk(3)  # 3 x (1, N, H, M, Dh)
@@ -76,28 +70,6 @@ class SelfAttention(nn.Module):
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         y = F.scaled_dot_product_attention(q, k, v)  # (N, H, M, Dh)
         return self.out(y.transpose(1, 2).reshape(rows, length, width))
-
-    def _fused(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if cos.dim() != 2:
-            given = "x".join(str(size) for size in cos.shape)
-            raise AttentionError(
-                f"attention='fused' has one RoPE table for all rows, got a table for each ({given}): masked training "
-                "needs set_attention('native')"
-            )
-        arguments = (self.qkv(x), None, self.q_norm.weight, self.k_norm.weight, cos, sin, self.heads)
-        if x.dim() == 4:
-            return self.out(fused_attention.temporal_attention(*arguments))
-        q, k, v = fused_attention.spatial_qkv(*arguments)
-        y = F.scaled_dot_product_attention(q, k, v)  # (N, H, M, Dh)
-        return self.out(y.transpose(1, 2).flatten(2))
-
-    def set_attention(self, attention: Attention) -> Self:
-        """Choose the form; a subclass with an arithmetic of its own (quantized, causal) keeps that."""
-        if attention not in get_args(Attention):
-            raise AttentionError(f"no attention named {attention!r}; there are: {', '.join(get_args(Attention))}")
-        own = type(self).forward is not SelfAttention.forward
-        self.attention = "native" if own else attention
-        return self
 
 
 class CrossAttention(nn.Module):
@@ -156,13 +128,6 @@ class StivBlock(nn.Module):
         self.cross = CrossAttention(config.width, config.heads)
         self.ffn = FeedForward(config.width, config.mlp_ratio)
 
-    def set_attention(self, attention: Attention) -> Self:
-        """Choose the form of self-attention; :class:`AttentionError` if there is none of that name."""
-        self.spatial.set_attention(attention)
-        if self.has_temporal:
-            self.temporal.set_attention(attention)
-        return self
-
     def forward(
         self, x: Tensor, modulation: Tensor, text_k: Tensor, text_v: Tensor, text_mask: Tensor, rope: RopeTables
     ) -> Tensor:
@@ -180,16 +145,18 @@ class StivBlock(nn.Module):
         y = self.spatial(y.reshape(batch * frames, tokens, width), rope.spatial_cos, rope.spatial_sin)
         x = x + gate * stateless_norm(y.reshape(batch, frames, tokens, width))
 
-        if self.has_temporal and self.temporal.attention == "fused":
-            y = self.temporal(stateless_norm(x), rope.temporal_cos, rope.temporal_sin)
-            x = x + self.temporal_gate * stateless_norm(y)
-        elif self.has_temporal:
-            y = stateless_norm(x).transpose(1, 2).reshape(batch * tokens, frames, width)
-            y = stateless_norm(self.temporal(y, rope.temporal_cos, rope.temporal_sin))
-            x = x + self.temporal_gate * y.reshape(batch, tokens, frames, width).transpose(1, 2)
+        if self.has_temporal:
+            x = x + self.temporal_gate * self.over_frames(stateless_norm(x), rope)
 
         y = self.cross(stateless_norm(x).reshape(batch, frames * tokens, width), text_k, text_v, text_mask)
         x = x + stateless_norm(y).reshape(batch, frames, tokens, width)
 
         y = self.ffn(stateless_norm(x) * (1 + ffn_scale) + ffn_shift)
         return x + ffn_gate * stateless_norm(y)
+
+    def over_frames(self, x: Tensor, rope: RopeTables) -> Tensor:
+        """Attend over the frames of each position of ``x`` [B, T, S, D]; returns the same shape, normed."""
+        batch, frames, tokens, width = x.shape
+        y = x.transpose(1, 2).reshape(batch * tokens, frames, width)
+        y = stateless_norm(self.temporal(y, rope.temporal_cos, rope.temporal_sin))
+        return y.reshape(batch, tokens, frames, width).transpose(1, 2)

@@ -16,7 +16,7 @@ class CheckpointError(StivRefError):
 
 
 class AttentionError(StivRefError):
-    """Fused attention cannot be used as asked: unknown form, or tensors that its kernels do not take."""
+    """Fused attention cannot be used as asked: no backward pass, or tensors that its kernels do not take."""
 
 
 class DivergedError(StivRefError):

@@ -9,21 +9,19 @@ The forward pass is split where the deployment splits it: :meth:`Stiv.text_kv` o
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple, Self, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stiv_deploy.stiv_ref.block import MODULATIONS, Attention, RopeTables, StivBlock, stateless_norm
+from stiv_deploy.stiv_ref.block import MODULATIONS, RopeTables, StivBlock, additive_mask, stateless_norm
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.rope import spatial_table, temporal_table
 
 MICRO_GROUPS = {"resolution": 2, "crop": 2, "stride": 1, "frames": 1}
 """Micro-conditions and how many numbers each has: original (height, width), crop (top, left), frame stride, frames."""
 MICRO_VALUES = sum(MICRO_GROUPS.values())
-MASKED = -1e4
-"""What the additive text mask holds at padding: exp(-1e4) is 0 in every float type, and fp16 can hold it."""
 
 
 class Embedded(NamedTuple):
@@ -51,11 +49,6 @@ def sinusoidal(values: Tensor, width: int) -> Tensor:
     dtype = torch.promote_types(values.dtype, torch.float32)
     angle = values.to(dtype).unsqueeze(-1) * exponent.exp().to(dtype)
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
-
-
-def additive_mask(token_mask: Tensor) -> Tensor:
-    """Additive attention mask fp32 [B, 1, 1, L] of a 0/1 token mask [B, L]."""
-    return ((1 - token_mask.float()) * MASKED)[:, None, None, :]
 
 
 class ScalarEmbedder(nn.Module):
@@ -149,35 +142,6 @@ class Stiv(nn.Module):
         if self.config.full_blocks:
             nn.init.normal_(self.mask_token, std=0.02, generator=generator)
         return self
-
-    def set_attention(self, attention: Attention) -> Self:
-        """Choose the form of self-attention in every block: ``native`` (the default) or ``fused``, which cannot train.
-
-        Raises :class:`AttentionError` if there is none of that name, and what :meth:`check_attention` does; the form
-        is then what it was.
-        """
-        if attention == "fused":
-            self._check_kernels()
-        for block in cast("Iterable[StivBlock]", self.blocks):
-            block.set_attention(attention)
-        return self
-
-    def check_attention(self) -> None:
-        """Of a model with fused attention on a GPU: that the kernel library is there and made for this model.
-
-        Raises :class:`AttentionError` or the library's ``KernelError``, which says how to build it. Elsewhere fused
-        attention computes with standard operators, and needs nothing.
-        """
-        if any(getattr(module, "attention", "native") == "fused" for module in self.modules()):
-            self._check_kernels()
-
-    def _check_kernels(self) -> None:
-        weight = self.patch.weight
-        if weight.is_cuda:
-            from stiv_deploy.stiv_ref.fused.launch import check_kernels, cuda_library
-
-            check_kernels(self.config.head_dim, weight.dtype)
-            cuda_library()
 
     def token_grid(self, latents_shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Token frames, rows and columns of latents [B, T, C, h, w]; ``ValueError`` if the patch does not fit."""

@@ -91,8 +91,6 @@ def guided_velocity(
     model: Stiv, inputs: SamplingInputs, settings: SamplingSettings
 ) -> Callable[[Tensor, float], Tensor]:
     """The guided velocity of a run as a function of latents [B, T, C, h, w] and time; text is projected here, once."""
-    if isinstance(model, Stiv):
-        model.check_attention()
     noise, clean, frame_mask, text, null_text, micro = inputs
     branches = _branches(settings.guidance_mode, text, null_text)
     count = len(branches.sees_image)

@@ -81,9 +81,8 @@ def generate(
     """Generate video fp32 [B, frames, 3, H, W] in [-1, 1], one clip for each prompt and seed.
 
     ``first_frames`` [B, 3, H, W] in [-1, 1] makes it image-to-video. The size is the checkpoint's own. Its components
-    have to be on one device. Raises what :meth:`Stiv.check_attention` does, before any work.
+    have to be on one device.
     """
-    checkpoint.model.check_attention()
     inputs = sampling_inputs(checkpoint, prompts, seeds, first_frames, frames=frames)
     return checkpoint.vae.decode(sample(checkpoint.model, inputs, settings))
 

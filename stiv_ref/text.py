@@ -14,10 +14,9 @@ from pydantic import Field
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from stiv_deploy.stiv_ref.block import stateless_norm
+from stiv_deploy.stiv_ref.block import additive_mask, stateless_norm
 from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.errors import CheckpointError
-from stiv_deploy.stiv_ref.model import additive_mask
 
 PAD, UNKNOWN, END = "[PAD]", "[UNK]", "[EOS]"
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stiv_deploy.stiv_ref.block import MODULATIONS, RopeTables, StivBlock
+from stiv_deploy.stiv_ref.block import MASKED, MODULATIONS, RopeTables, StivBlock
 from stiv_deploy.stiv_ref.config import StivConfig, model_config
-from stiv_deploy.stiv_ref.model import MASKED
 from stiv_deploy.stiv_ref.rope import spatial_table, temporal_table
 
 LATENT = 8

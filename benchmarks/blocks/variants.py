@@ -13,6 +13,7 @@ from blocks.peaks import has_fp8
 from stiv_deploy.runtime.errors import StivError
 from stiv_deploy.runtime.plugins.library import open_library
 from stiv_deploy.stiv_ref.block import StivBlock
+from stiv_deploy.stiv_ref.fused.modules import fuse
 
 Call = Callable[..., Tensor]
 
@@ -66,7 +67,7 @@ def variant_block(variant: Variant, block: StivBlock, scales: dict[str, Tensor])
     if variant.precision == "fp8":
         to_fp8(own, None if variant.dynamic else scales)
     if variant.fused:
-        own.set_attention("fused")
+        fuse(own)
     return own
 
 

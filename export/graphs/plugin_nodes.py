@@ -17,7 +17,7 @@ from onnxscript.values import Op, Opset
 from stiv_deploy.export.graphs.attention_forms import adopt
 from stiv_deploy.export.graphs.plugin_functions import IDENTITY, plugin_function
 from stiv_deploy.runtime.plugins.spec import DOMAIN, PLUGINS, SPATIAL_QKV, TEMPORAL_ATTENTION, VERSION, PluginSpec
-from stiv_deploy.stiv_ref.fused import attention as fused_attention  # noqa: F401 -- registers the operators
+from stiv_deploy.stiv_ref.fused import operators  # noqa: F401 -- registers the operators
 
 FUNCTION_SET = 1
 """Version of the project's domain in a model's opset imports."""

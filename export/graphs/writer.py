@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +25,8 @@ from stiv_deploy.export.precision import torch_dtype
 from stiv_deploy.runtime.bundle.contract import GraphSpec, ModelFacts, Precision, graph_specs, is_block
 from stiv_deploy.runtime.bundle.engine_files import Attention
 from stiv_deploy.runtime.bundle.manifest import Bucket, FileRecord, GraphRecord, PluginForm
-from stiv_deploy.stiv_ref.block import StivBlock
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+from stiv_deploy.stiv_ref.fused.modules import fuse
 from stiv_deploy.stiv_ref.pretrained.text import text_dtype
 
 GRAPH_FOLDER = "onnx"
@@ -142,7 +141,7 @@ class GraphWriter:
         plain, wanted = (kind, (), attention), (kind, scheme, attention)
         if plain not in self._templates:
             module = self._in_precision(name)
-            module = fused(module) if attention == "plugin" else module
+            module = fused_view(module) if attention == "plugin" else module
             self._templates[plain] = trace(module, kind, self.specs[name], self.facts)
         if wanted not in self._templates:
             head_dim = self.checkpoint.config.model.head_dim
@@ -180,12 +179,11 @@ def in_precision(module: Module, dtype: torch.dtype) -> Module:
     return copy.deepcopy(module, cast)  # what deepcopy finds in its memo it does not copy
 
 
-def fused(module: Module) -> Module:
+def fused_view(module: Module) -> Module:
     """A copy of a block's graph module with fused attention; it shares the parameters."""
     state: list[Tensor] = [*module.parameters(), *module.buffers()]
     view = copy.deepcopy(module, {id(tensor): tensor for tensor in state})
-    cast(StivBlock, view.source).set_attention("fused")
-    return view
+    return fuse(view)
 
 
 def plugin_file(name: str) -> str:

@@ -12,10 +12,10 @@ from stiv_deploy.runtime.sampling.guidance import GuidanceMode as RuntimeMode
 from stiv_deploy.runtime.sampling.guidance import branch_weights
 from stiv_deploy.runtime.sampling.sampler import SamplingSettings as RuntimeSettings
 from stiv_deploy.runtime.sampling.sampler import Solver as RuntimeSolver
+from stiv_deploy.stiv_ref.block import additive_mask
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.flow import schedule
 from stiv_deploy.stiv_ref.guidance import GuidanceMode
-from stiv_deploy.stiv_ref.model import additive_mask
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, Solver
 from stiv_deploy.stiv_ref.text import TextStates, tokenize
 

@@ -1,4 +1,4 @@
-"""From tensors to calls of the kernel library: what :mod:`~stiv_deploy.stiv_ref.fused.attention` does on a GPU.
+"""From tensors to calls of the kernel library: what :mod:`~stiv_deploy.stiv_ref.fused.operators` does on a GPU.
 
 The launching functions take any library: the emulated one runs the same kernels on CPU tensors, for tests.
 """
@@ -48,12 +48,12 @@ def check_kernels(head_dim: int, dtype: torch.dtype) -> None:
     if head_dim not in HEAD_DIMS:
         sizes = ", ".join(str(size) for size in HEAD_DIMS)
         raise AttentionError(
-            f"fused attention has GPU kernels for head sizes {sizes}, not {head_dim}; use set_attention('native')"
+            f"fused attention has GPU kernels for head sizes {sizes}, not {head_dim}; use the model without fuse()"
         )
     if dtype not in INPUTS:
         raise AttentionError(
             f"fused attention has GPU kernels for float32, float16 and bfloat16, not {dtype}; cast the model, or use "
-            "set_attention('native')"
+            "it without fuse()"
         )
 
 
@@ -71,7 +71,7 @@ def launch_temporal(
     if frames > MAX_FRAMES:
         raise AttentionError(
             f"fused attention has GPU kernels for up to {MAX_FRAMES} token frames, qkv {shape_text(qkv)} has {frames}; "
-            "give a shorter video, or use set_attention('native')"
+            "give a shorter video, or use a model without fuse()"
         )
     addresses, _kept = _addresses(tensors, heads)
     output = empty_temporal(qkv, output_scale)

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from stiv_deploy.stiv_ref.block import additive_mask
 from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.errors import CheckpointError
-from stiv_deploy.stiv_ref.model import additive_mask
 from stiv_deploy.stiv_ref.text import TextConfig, TextStates, load_tokenizer
 
 Architecture = Literal["t5", "clip", "bert"]

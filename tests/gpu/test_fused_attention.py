@@ -3,6 +3,7 @@
 Wants a torch that was built for CUDA, and `make plugins`.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from stiv_deploy.stiv_ref.block import RopeTables, StivBlock
 from stiv_deploy.stiv_ref.checkpoint import load_checkpoint
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.errors import AttentionError
-from stiv_deploy.stiv_ref.fused.attention import spatial_qkv, temporal_attention
 from stiv_deploy.stiv_ref.fused.launch import cuda_library
+from stiv_deploy.stiv_ref.fused.modules import fuse
+from stiv_deploy.stiv_ref.fused.operators import spatial_qkv, temporal_attention
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.rope import rotate
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, sample
@@ -251,18 +253,24 @@ def model_inputs(dtype: torch.dtype, frames: int = 5, batch: int = 2) -> list[Te
 @pytest.mark.parametrize("frames", [1, 5, 20])
 def test_the_fused_model_is_as_exact_as_the_native_one(dtype: torch.dtype, frames: int) -> None:
     model, inputs = random_model().to(dtype), model_inputs(dtype, frames)
-    native, fused, again = (model.set_attention(form)(*inputs) for form in ("native", "fused", "fused"))
-    exact = model.set_attention("native").double()(*(value.double() for value in inputs))
+    ready = fuse(copy.deepcopy(model))
+    native, fused, again = (each(*inputs) for each in (model, ready, ready))
+    exact = model.double()(*(value.double() for value in inputs))
     # Two blocks add the roundings of a dozen operators; each form may have the better luck with some of them.
     assert error(fused, exact) <= 2 * error(native, exact) + 8 * ROUNDOFF[dtype] * exact.abs().max().item()
     assert torch.equal(fused, again)
 
 
 @pytest.fixture
-def block() -> StivBlock:
+def native() -> StivBlock:
     made = random_model().bfloat16().blocks[0]
     assert isinstance(made, StivBlock)
-    return made.set_attention("fused")
+    return made
+
+
+@pytest.fixture
+def block(native: StivBlock) -> StivBlock:
+    return fuse(copy.deepcopy(native))
 
 
 def block_inputs(frames: int, tokens: int, seed: int = 0) -> tuple[Any, ...]:
@@ -274,16 +282,15 @@ def block_inputs(frames: int, tokens: int, seed: int = 0) -> tuple[Any, ...]:
     return *drawn[:5], RopeTables(*drawn[5:])
 
 
-def test_compile_sees_through(block: StivBlock) -> None:
+def test_compile_sees_through(native: StivBlock, block: StivBlock) -> None:
     pytest.importorskip("triton")
     torch._dynamo.reset()
-    compiled = torch.compile(block, fullgraph=True)
+    compiled, double = torch.compile(block, fullgraph=True), native.double()
     for sizes in ((5, 24), (20, 31)):
         inputs = block_inputs(*sizes)
         wide = [value.double() for value in inputs[:5]]
         got, eager = compiled(*inputs), block(*inputs)
-        exact = block.set_attention("native").double()(*wide, RopeTables(*(table.double() for table in inputs[5])))
-        block.set_attention("fused").bfloat16()
+        exact = double(*wide, RopeTables(*(table.double() for table in inputs[5])))
         assert error(got, exact) <= 2 * error(eager, exact) + 8 * ROUNDOFF[torch.bfloat16] * exact.abs().max().item()
 
 
@@ -301,9 +308,9 @@ def test_sampling_with_the_shipped_checkpoint(checkpoint: Path) -> None:
     for part in (loaded.model, loaded.text_encoder, loaded.vae):
         part.to(DEVICE)
     inputs, settings = sampling_inputs(loaded, ["digit three moving left"], [0], None), SamplingSettings(steps=3)
-    native, fused = (sample(loaded.model.set_attention(form), inputs, settings) for form in ("native", "fused"))
+    native, fused = (sample(each, inputs, settings) for each in (loaded.model, fuse(copy.deepcopy(loaded.model))))
     widen = lambda value: value.double() if value.is_floating_point() else value  # noqa: E731
     text, null = (TextStates(*map(widen, states)) for states in (inputs.text, inputs.null_text))
     wide = SamplingInputs(widen(inputs.noise), widen(inputs.clean), inputs.frame_mask, text, null, widen(inputs.micro))
-    exact = sample(loaded.model.set_attention("native").double(), wide, settings)
+    exact = sample(loaded.model.double(), wide, settings)
     assert error(fused, exact) <= 2 * error(native, exact) + 2.0**-20 * exact.abs().max().item()

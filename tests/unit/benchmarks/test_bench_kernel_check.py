@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stiv_deploy.runtime.plugins.library import SpatialQkv, TemporalAttention
-from stiv_deploy.stiv_ref.fused.attention import spatial_qkv, temporal_attention
+from stiv_deploy.stiv_ref.fused.operators import spatial_qkv, temporal_attention
 
 Load = Callable[[str], ModuleType]
 Program = Callable[[str, str], Path]

@@ -16,10 +16,12 @@ from stiv_deploy.export.cli import parse_attention
 from stiv_deploy.export.errors import ExportError
 from stiv_deploy.export.graphs import writer as graph_writer
 from stiv_deploy.export.graphs.modules import graph_modules, model_facts
-from stiv_deploy.export.graphs.writer import GraphWriter, fused
+from stiv_deploy.export.graphs.writer import GraphWriter, fused_view
 from stiv_deploy.runtime.bundle.manifest import GraphRecord, Range
 from stiv_deploy.runtime.plugins.spec import DOMAIN, HEAD_DIMS, MAX_FRAMES
+from stiv_deploy.stiv_ref.block import SelfAttention
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+from stiv_deploy.stiv_ref.fused.modules import FusedSpatial, FusedTemporal
 
 MakeCheckpoint = Callable[..., Checkpoint]
 
@@ -71,10 +73,11 @@ def test_forms_of_attention() -> None:
 
 def test_a_fused_view_shares_the_parameters_and_leaves_the_model_alone(micro: Checkpoint) -> None:
     module = graph_modules(micro)["block_00"]
-    view = fused(module)
+    view = fused_view(module)
     assert [id(each) for each in view.parameters()] == [id(each) for each in module.parameters()]
-    assert view.source.temporal.attention == view.source.spatial.attention == "fused"
-    assert module.source.temporal.attention == micro.model.blocks[0].spatial.attention == "native"
+    assert (type(view.source.spatial), type(view.source.temporal)) == (FusedSpatial, FusedTemporal)
+    for block in (module.source, micro.model.blocks[0]):
+        assert type(block.spatial) is type(block.temporal) is SelfAttention
 
 
 def written(checkpoint: Checkpoint, folder: Path, precision: str) -> tuple[GraphRecord, onnx.ModelProto]:

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stiv_deploy.stiv_ref.block import CrossAttention, SelfAttention
+from stiv_deploy.stiv_ref.block import CrossAttention, SelfAttention, additive_mask
 from stiv_deploy.stiv_ref.config import CONFIGS, StivConfig
-from stiv_deploy.stiv_ref.model import Stiv, additive_mask, sinusoidal
+from stiv_deploy.stiv_ref.model import Stiv, sinusoidal
 from stiv_deploy.stiv_ref.rope import temporal_table
 
 ModelFactory = Callable[..., Stiv]

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
-from stiv_deploy.stiv_ref.errors import AttentionError
-from stiv_deploy.stiv_ref.model import Stiv
+from stiv_deploy.stiv_ref.fused.modules import fuse
 from stiv_deploy.stiv_ref.recipe import Recipe
 from stiv_deploy.stiv_ref.samples import balanced_requests, generate, real_clips, seeded_noise, settings_of
 from stiv_deploy.stiv_ref.training.stages import untrained_checkpoint
@@ -49,27 +48,12 @@ def test_a_batch_equals_single_runs(checkpoint: Checkpoint) -> None:
 def test_a_model_with_fused_attention_or_of_a_narrow_type(checkpoint: Checkpoint) -> None:
     settings, prompts = settings_of(checkpoint.config.sampling), ["digit one moving up"]
     native = generate(checkpoint, prompts, [5], settings, frames=3)
-    checkpoint.model.set_attention("fused")
+    fuse(checkpoint.model)
     torch.testing.assert_close(generate(checkpoint, prompts, [5], settings, frames=3), native, rtol=0, atol=1e-5)
     checkpoint.model.bfloat16()
     narrow = generate(checkpoint, prompts, [5], settings, frames=3)
     assert narrow.dtype == torch.float32
     assert narrow.isfinite().all()
-
-
-def test_attention_that_cannot_be_is_told_before_any_work(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(model: Stiv) -> None:
-        raise AttentionError("no kernels")
-
-    def work(*_: object) -> None:
-        raise AssertionError("text was encoded first")
-
-    monkeypatch.setattr(Stiv, "check_attention", refuse)
-    checkpoint.text_encoder.register_forward_pre_hook(work)
-    with pytest.raises(AttentionError, match="no kernels"):
-        generate(checkpoint, ["digit two"], [5], settings_of(checkpoint.config.sampling), frames=3)
 
 
 def test_prompt_and_seed_matter(checkpoint: Checkpoint) -> None:

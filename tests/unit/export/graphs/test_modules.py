@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from stiv_deploy.export.graphs.modules import graph_modules, model_facts, part
 from stiv_deploy.runtime.bundle.contract import dimensions, graph_specs
+from stiv_deploy.stiv_ref.block import additive_mask
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
-from stiv_deploy.stiv_ref.model import additive_mask
 
 
 def test_forward_takes_the_contracts_inputs_in_order(micro: Checkpoint) -> None:

@@ -28,7 +28,7 @@ from stiv_deploy.runtime.plugins.spec import (
     VERSION,
     PluginSpec,
 )
-from stiv_deploy.stiv_ref.fused import attention as fused_attention
+from stiv_deploy.stiv_ref.fused import operators
 
 ONNX_TYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
@@ -180,7 +180,7 @@ def test_bodies_in_float16_are_as_exact_as_torch(size: int) -> None:
     for spec, leading in ((TEMPORAL_ATTENTION, (2, 7, 3)), (SPATIAL_QKV, (4, 9))):
         case = make_case(spec, leading, 2, size, 5, np.float16)
         temporal = spec is TEMPORAL_ATTENTION
-        plain: Any = fused_attention.temporal_attention if temporal else fused_attention.spatial_qkv
+        plain: Any = operators.temporal_attention if temporal else operators.spatial_qkv
         torchs = plain(*half_tensors(case), case.heads)
         for found, own, wanted in zip(case.run(), (torchs,) if temporal else torchs, oracle(case), strict=True):
             yardstick = relative_error(own.double(), wanted)

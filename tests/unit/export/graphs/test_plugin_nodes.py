@@ -35,17 +35,17 @@ from stiv_deploy.runtime.plugins.spec import (
     TEMPORAL_ATTENTION,
     VERSION,
 )
-from stiv_deploy.stiv_ref.block import SelfAttention
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+from stiv_deploy.stiv_ref.fused.modules import FusedSpatial, FusedTemporal
 
 
 class Attentions(nn.Module):
-    """Attention in space, then in time, as a block has them."""
+    """Fused attention in space, then in time, as a block has them."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.spatial = SelfAttention(width, heads)
-        self.temporal = SelfAttention(width, heads)
+        self.spatial = FusedSpatial(width, heads)
+        self.temporal = FusedTemporal(width, heads)
 
     def forward(self, x: Tensor, *tables: Tensor) -> Tensor:
         y = self.spatial(x.flatten(0, 1), *tables[:2]).reshape(x.shape)
@@ -86,7 +86,6 @@ def traced_attentions(micro: Checkpoint, precision: Precision) -> Traced:
     source = Attentions(64, 2)
     module = AttentionsGraph(source).to(dtype).requires_grad_(False)
     for attention in (source.spatial, source.temporal):
-        attention.set_attention("fused")
         for name in ("q_norm", "k_norm"):
             attention.get_submodule(name).weight.uniform_(0.5, 1.5)
     return Traced(trace(module, "attentions", spec, facts), module, spec)

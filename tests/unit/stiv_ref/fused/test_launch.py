@@ -3,6 +3,7 @@
 The kernels themselves are tested in ``test_kernels.py``; here it is which tensor goes where, and what is refused.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -25,15 +26,15 @@ from stiv_deploy.runtime.plugins.library import (
 )
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.errors import AttentionError
-from stiv_deploy.stiv_ref.fused import attention as fused_attention
-from stiv_deploy.stiv_ref.fused import launch as fused_launch
-from stiv_deploy.stiv_ref.fused.attention import (
+from stiv_deploy.stiv_ref.fused import operators
+from stiv_deploy.stiv_ref.fused.launch import cuda_library, launch_spatial, launch_temporal
+from stiv_deploy.stiv_ref.fused.modules import fuse
+from stiv_deploy.stiv_ref.fused.operators import (
     spatial_qkv,
     spatial_qkv_on_gpu,
     temporal_attention,
     temporal_attention_on_gpu,
 )
-from stiv_deploy.stiv_ref.fused.launch import cuda_library, launch_spatial, launch_temporal
 from stiv_deploy.stiv_ref.model import Stiv
 
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -295,8 +296,8 @@ def gpu(emulated: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Gpu:
     """A device whose kernels are the emulated ones."""
     gpu = Gpu(emulated)
     monkeypatch.setattr(torch.cuda, "device", gpu.device)
-    monkeypatch.setattr(fused_launch, "cuda_library", lambda: gpu)
-    monkeypatch.setattr(fused_launch, "current_stream", gpu.stream)
+    monkeypatch.setattr(operators, "cuda_library", lambda: gpu)
+    monkeypatch.setattr(operators, "current_stream", gpu.stream)
     return gpu
 
 
@@ -322,8 +323,8 @@ def test_operators_on_a_gpu(gpu: Gpu) -> None:
 @pytest.mark.parametrize("frames", [3, 20])
 def test_a_model_on_a_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, frames: int) -> None:
     """The whole model through the kernels: every layout, table and parameter is where the model means it to be."""
-    monkeypatch.setattr(fused_attention, "temporal_attention", temporal_attention_on_gpu)
-    monkeypatch.setattr(fused_attention, "spatial_qkv", spatial_qkv_on_gpu)
+    monkeypatch.setattr(operators, "temporal_attention", temporal_attention_on_gpu)
+    monkeypatch.setattr(operators, "spatial_qkv", spatial_qkv_on_gpu)
     config = StivConfig(name="x", blocks=2, width=64, heads=2, text_width=4, frequency_width=4)
     model, generator = Stiv(config).requires_grad_(False), torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -332,9 +333,9 @@ def test_a_model_on_a_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, dtype: torc
     latents, time, micro, states = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
     inputs = [latents, time.sigmoid(), micro, states, torch.ones(2, 5), states.mean(1)]
     model.to(dtype)
-    native, fused = (model.set_attention(form)(*inputs).double() for form in ("native", "fused"))
+    native, fused = (each(*inputs).double() for each in (model, fuse(copy.deepcopy(model))))
     assert len(gpu.streams) == 4
-    exact = model.set_attention("native").double()(*(value.double() for value in inputs))
+    exact = model.double()(*(value.double() for value in inputs))
     # Two blocks add the roundings of a dozen operators; each form may have the better luck with some of them.
     slack = 2 * (native - exact).abs().max() + 8 * ROUNDOFF[dtype] * exact.abs().max()
     assert (fused - exact).abs().max() <= slack
@@ -364,7 +365,7 @@ def launch_both(library: KernelLibrary, case: Case) -> None:
 @pytest.mark.parametrize("leading", [(1, 3, 2), (3, 2)])
 def test_heads_without_a_kernel_are_refused(emulated: KernelLibrary, leading: tuple[int, ...]) -> None:
     with pytest.raises(
-        AttentionError, match=r"head sizes 32, 48, 64, 72, 96, 128, not 40; use set_attention\('native'"
+        AttentionError, match=r"head sizes 32, 48, 64, 72, 96, 128, not 40; use the model without fuse\("
     ):
         launch_both(emulated, make_case(leading, 2, 40, torch.float32))
 

@@ -2,7 +2,7 @@
 
 On CUDA tensors they launch the kernel library through its C ABI (ctypes: nothing is compiled on the user's machine);
 elsewhere they are the plain chain of operators, which is also their definition. Fake kernels let ``torch.compile`` and
-``torch.export`` see through them. There is no backward: train with ``attention="native"``.
+``torch.export`` see through them. There is no backward.
 
 Shapes: B batch, T token frames, S tokens of a frame, H heads, Dh head size, N = B * T. Source of the maths: STIV (arXiv
 2412.07730, section 3); of the layouts: ``runtime/plugins/attention/kernels.h``. All tensors are of the type of ``qkv``
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stiv_deploy.stiv_ref.errors import AttentionError
+from stiv_deploy.stiv_ref.fused.launch import cuda_library, current_stream, launch_spatial, launch_temporal
 from stiv_deploy.stiv_ref.fused.outputs import FP8, empty_spatial, empty_temporal, shape_text
 from stiv_deploy.stiv_ref.rope import rotate
 
@@ -91,8 +92,6 @@ def temporal_attention(
 @temporal_attention.register_kernel("cuda")
 def temporal_attention_on_gpu(*arguments: Any, **keywords: Any) -> Tensor:
     """The kernel's launch on the current stream of the tensors' device; adds ``KernelError`` to the operator's."""
-    from stiv_deploy.stiv_ref.fused.launch import cuda_library, current_stream, launch_temporal
-
     call = Temporal(*arguments, **keywords)
     _check_temporal(call)
     with torch.cuda.device(call.qkv.device):
@@ -139,8 +138,6 @@ def spatial_qkv(
 @spatial_qkv.register_kernel("cuda")
 def spatial_qkv_on_gpu(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel's launch on the current stream of the tensors' device; adds ``KernelError`` to the operator's."""
-    from stiv_deploy.stiv_ref.fused.launch import cuda_library, current_stream, launch_spatial
-
     call = Spatial(*arguments, **keywords)
     _check_spatial(call)
     with torch.cuda.device(call.qkv.device):
@@ -164,7 +161,7 @@ def _(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _refuse_backward(*_: object) -> NoReturn:
     raise AttentionError(
-        "attention='fused' has no backward pass: train with set_attention('native'), or sample under torch.no_grad()"
+        "fused attention has no backward pass: train a model without fuse(), or sample under torch.no_grad()"
     )
 
 
