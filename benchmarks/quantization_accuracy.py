@@ -35,7 +35,7 @@ from stiv_deploy.calibration.layers import Format
 from stiv_deploy.calibration.plan import PrecisionPlan, load_plan
 from stiv_deploy.calibration.scales import Scales, check_fits, load_scales
 from stiv_deploy.runtime.errors import RequestError
-from stiv_deploy.stiv_ref.checkpoint import Checkpoint, checkpoint_hash, load_checkpoint
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint, load_checkpoint
 from stiv_deploy.stiv_ref.files import sha256
 from stiv_deploy.stiv_ref.samples import balanced_requests, real_clips, settings_of
 
@@ -263,7 +263,7 @@ def main(
     torch.set_num_threads(threads)
     names = chosen_names(only)
     loaded = load_checkpoint(checkpoint)
-    digest = checkpoint_hash(checkpoint)
+    digest = loaded.sha256
     files: dict[Format, Path] = {"fp8": scales_fp8, "int8": scales_int8}
     ranges = {name: load_scales(path) for name, path in files.items()}
     for name, path in files.items():

@@ -25,7 +25,7 @@ from stiv_deploy.calibration.ranges import ranges_of
 from stiv_deploy.calibration.report import make_report, save_report
 from stiv_deploy.calibration.scales import Provenance, Scales, check_ranges, save_scales
 from stiv_deploy.calibration.sensitivity import check_steps
-from stiv_deploy.stiv_ref.checkpoint import Checkpoint, checkpoint_hash, load_checkpoint
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint, load_checkpoint
 
 TOOLS = ("stiv-deploy", "torch", "nvidia-modelopt")
 Progress = Callable[[str, int, int], None]
@@ -146,7 +146,7 @@ def provenance_of(request: CalibrationRequest, checkpoint: Checkpoint, material:
     recipe |= {"smoothquant": request.smooth or 0.0, "images": images_hash(material.images)}
     return Provenance(
         quantization=request.quantization,
-        checkpoint=checkpoint_hash(request.checkpoint),
+        checkpoint=checkpoint.sha256,
         model=checkpoint.config.model,
         recipe=recipe,
         prompts=prompts_hash(material.prompts),

@@ -4,7 +4,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,80 +15,100 @@ from stiv_deploy.calibration.quantize import require_modelopt
 from stiv_deploy.export.errors import ExportError
 from stiv_deploy.export.graphs.modules import model_facts
 from stiv_deploy.export.graphs.onnx_from_module import OPSET
-from stiv_deploy.export.graphs.quantization import Quantization, check_quantization
-from stiv_deploy.export.graphs.writer import GRAPH_FOLDER, GraphWriter, Progress
+from stiv_deploy.export.graphs.quantization import Quantization, check_shapes, load_quantization
+from stiv_deploy.export.graphs.writer import GRAPH_FOLDER, GraphWriter
+from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.bundle.bundle import file_record, manifest_text
-from stiv_deploy.runtime.bundle.contract import ModelFacts, Precision
-from stiv_deploy.runtime.bundle.engine_files import Attention
+from stiv_deploy.runtime.bundle.contract import Frozen, ModelFacts
 from stiv_deploy.runtime.bundle.manifest import MANIFEST, Bucket, FileRecord, Manifest, Range, SamplingDefaults
 from stiv_deploy.runtime.errors import OutputError
 from stiv_deploy.runtime.files import replaced_folder
 from stiv_deploy.runtime.plugins.spec import HEAD_DIMS, MAX_FRAMES
-from stiv_deploy.stiv_ref.checkpoint import (
-    Checkpoint,
-    CheckpointConfig,
-    checkpoint_hash,
-    load_checkpoint,
-)
+from stiv_deploy.runtime.progress import Progress, unheard
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint, CheckpointConfig, CheckpointFolder, open_checkpoint
 from stiv_deploy.stiv_ref.checkpoint import SamplingDefaults as CheckpointDefaults
-from stiv_deploy.stiv_ref.config import read_config
 
 TOOLS = ("stiv-deploy", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
 
 
-def export_bundle(
-    checkpoint_path: Path,
-    out: Path,
-    precision: Precision = "float32",
-    buckets: Sequence[Bucket] | None = None,
-    check: bool = True,
-    progress: Progress = lambda text, done, total: None,
-    quantization: Quantization | None = None,
-    attention: Attention = "native",
-) -> Path:
-    """Write the bundle of a checkpoint to the folder ``out`` and return its path.
+class ExportReport(Frozen):
+    """What an export wrote: the bundle's folder, its manifest, whether its graphs were compared, and wall seconds."""
 
-    An existing bundle at ``out`` is replaced when the new one is complete, any other folder is refused. ``buckets``
-    default to half to twice the checkpoint's own sizes. With ``check``, each graph is compared with the reference at
-    the sizes of every bucket; the structural checks always run. With ``quantization``, layers run in 8 bits by its plan
-    and ``precision`` is the type of everything else. With ``attention`` ``plugin``, each block has a second file with
-    plugin nodes for its attention in space and time, over the same weights.
+    bundle: Path
+    manifest: Manifest
+    checked: bool
+    seconds: float
 
-    Raises :class:`CheckpointError`, :class:`CalibrationError` (scales or plan of another model, or no ModelOpt for the
-    comparison), :class:`ExportError` (sizes that the model or the plugins cannot take), :class:`OutputError`, or
-    :class:`CheckError`.
+
+def export_bundle(request: ExportRequest, progress: Progress = unheard) -> ExportReport:
+    """Write the bundle that ``request`` asks for, whole or not at all.
+
+    An existing bundle is replaced when the new one is complete, any other folder is refused. Raises
+    :class:`CheckpointError`, :class:`CalibrationError` (scales or plan of another model, or no ModelOpt for the
+    comparison), :class:`ExportError` (sizes that the model or the plugins cannot take), :class:`OutputError`, all
+    before the checkpoint is loaded where possible, or :class:`CheckError`.
     """
-    refuse_bad_target(out)
-    checkpoint = load_checkpoint(checkpoint_path)
-    validate_vocabulary(checkpoint, checkpoint_path)
-    facts = model_facts(checkpoint.config)
+    started = time.monotonic()
+    refuse_bad_target(request.out)
+    opened = open_checkpoint(request.checkpoint)
+    buckets = buckets_of(request, opened.config)
+    quantization = quantization_of(request, opened)
+    checkpoint = opened.load()
+    validate_vocabulary(checkpoint)
     if quantization is not None:
-        if check and precision != "bfloat16":
-            require_modelopt()
-        check_quantization(quantization, checkpoint_path, checkpoint.config.model, checkpoint.model)
-    chosen = tuple(buckets or (default_bucket(checkpoint.config.sampling, facts),))
-    for bucket in chosen:
+        check_shapes(quantization.scales, checkpoint.model)
+    with replaced_folder(request.out, "choose another --out") as folder:
+        manifest = _write(request, checkpoint, buckets, quantization, folder, progress)
+    seconds = time.monotonic() - started
+    return ExportReport(bundle=request.out, manifest=manifest, checked=request.check, seconds=seconds)
+
+
+def _write(
+    request: ExportRequest,
+    checkpoint: Checkpoint,
+    buckets: tuple[Bucket, ...],
+    quantization: Quantization | None,
+    folder: Path,
+    progress: Progress,
+) -> Manifest:
+    """Graphs, tokenizer and manifest, into ``folder``."""
+    (folder / GRAPH_FOLDER).mkdir()
+    writer = GraphWriter(checkpoint, folder / GRAPH_FOLDER, request.precision, quantization, request.attention)
+    manifest = Manifest(
+        precision=request.precision,
+        opset=OPSET,
+        model=writer.facts,
+        sampling=sampling_defaults(checkpoint.config.sampling, buckets),
+        buckets=buckets,
+        graphs=writer.write_all(buckets, request.check, progress),
+        tokenizer=_copy_tokenizer(checkpoint.path, folder),
+        checkpoint=checkpoint.sha256,
+        quantization=None if quantization is None else quantization.record(),
+        tools=tool_versions(),
+    )
+    (folder / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
+    return manifest
+
+
+def buckets_of(request: ExportRequest, config: CheckpointConfig) -> tuple[Bucket, ...]:
+    """The buckets that ``request`` means for a checkpoint; :class:`ExportError` if its model cannot take them."""
+    facts = model_facts(config)
+    default = default_bucket(config.sampling, facts).model_copy(update=dict(request.sizes))
+    buckets = request.buckets or (default,)
+    for bucket in buckets:
         validate_bucket(bucket, facts)
-    if attention == "plugin":
-        validate_plugins(chosen, facts)
-    with replaced_folder(out, "choose another --out") as folder:
-        (folder / GRAPH_FOLDER).mkdir()
-        writer = GraphWriter(checkpoint, folder / GRAPH_FOLDER, precision, quantization, attention)
-        graphs = writer.write_all(chosen, check, progress)
-        manifest = Manifest(
-            precision=precision,
-            opset=OPSET,
-            model=facts,
-            sampling=sampling_defaults(checkpoint.config.sampling, chosen),
-            buckets=chosen,
-            graphs=graphs,
-            tokenizer=_copy_tokenizer(checkpoint_path, folder),
-            checkpoint=checkpoint_hash(checkpoint_path),
-            quantization=None if quantization is None else quantization.record(),
-            tools=tool_versions(),
-        )
-        (folder / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
-    return out
+    if request.attention == "plugin":
+        validate_plugins(buckets, facts)
+    return buckets
+
+
+def quantization_of(request: ExportRequest, checkpoint: CheckpointFolder) -> Quantization | None:
+    """Scales and plan of ``request``, checked against the checkpoint; None for a bundle without 8-bit layers."""
+    if request.format is None or request.scales is None:
+        return None
+    if request.check and request.precision != "bfloat16":
+        require_modelopt()
+    return load_quantization(checkpoint, request.format, request.scales, request.plan)
 
 
 def refuse_bad_target(out: Path) -> None:
@@ -111,13 +132,13 @@ def _is_bundle(folder: Path) -> bool:
         return False
 
 
-def validate_vocabulary(checkpoint: Checkpoint, path: Path) -> None:
+def validate_vocabulary(checkpoint: Checkpoint) -> None:
     """Raise :class:`ExportError` if the tokenizer can give token ids that the text encoder has no embedding for."""
     words, known = checkpoint.tokenizer.get_vocab_size(), checkpoint.config.text.vocabulary
     if words > known:
         raise ExportError(
-            f"{path}: tokenizer.json has {words} tokens, the text encoder {known}; use the tokenizer that it was "
-            "trained with"
+            f"{checkpoint.path}: tokenizer.json has {words} tokens, the text encoder {known}; use the tokenizer that "
+            "it was trained with"
         )
 
 
@@ -137,12 +158,6 @@ def default_bucket(sampling: CheckpointDefaults, facts: ModelFacts) -> Bucket:
         height=around(sampling.height, pixels, sampling.height // 2),
         width=around(sampling.width, pixels, sampling.width // 2),
     )
-
-
-def buckets_for(checkpoint_path: Path, ranges: Mapping[str, Range]) -> tuple[Bucket, ...]:
-    """The default bucket of a checkpoint with some of its ranges (batch, frames, height, width) given."""
-    config = read_config(CheckpointConfig, checkpoint_path / "config.json")
-    return (default_bucket(config.sampling, model_facts(config)).model_copy(update=dict(ranges)),)
 
 
 def validate_bucket(bucket: Bucket, facts: ModelFacts) -> None:

@@ -1,18 +1,19 @@
 """``stiv export``: a bundle from a checkpoint."""
 
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
 from stiv_deploy.export.precision import FORMATS
 from stiv_deploy.runtime.bundle.contract import Format, Precision
+from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, progress_bar
 
 if TYPE_CHECKING:
-    from stiv_deploy.export.graphs.quantization import Quantization
+    from stiv_deploy.export.bundle_from_checkpoint import ExportReport
+    from stiv_deploy.export.request import ExportRequest
     from stiv_deploy.runtime.bundle.engine_files import Attention
+    from stiv_deploy.runtime.bundle.manifest import Range
 
 PRECISIONS: dict[str, Precision] = {
     **{name: name for name in get_args(Precision)},
@@ -44,29 +45,45 @@ def export(
         str, typer.Option(help="native, or plugin: the blocks also in a form with nodes for the attention plugins.")
     ] = "native",
     no_check: Annotated[bool, typer.Option("--no-check", help="Skip the comparison with the reference.")] = False,
+    json: JsonTarget = None,
 ) -> None:
     """Export a checkpoint to a bundle of ONNX graphs, each checked against the reference.
 
     Sizes are ranges: what requests may ask for, and what engines are tuned for.
     """
-    from stiv_deploy.runtime.bundle.manifest import MANIFEST, Manifest
+    check_json(json)
+    sizes = {"batch": batch, "frames": frames, "height": height, "width": width}
+    request = request_of(
+        checkpoint,
+        precision,
+        scales,
+        plan,
+        activations,
+        out=out,
+        sizes={name: parse_range(name, text) for name, text in sizes.items() if text is not None},
+        attention=parse_attention(attention),
+        check=not no_check,
+    )
+    with progress_bar("export") as progress:
+        progress("loading", 0, 1)
+        from stiv_deploy.export.bundle_from_checkpoint import export_bundle
+
+        report = export_bundle(request, progress)
+    answer(json, lambda: report.model_dump_json(indent=2), lambda: typer.echo(summary(report)))
+
+
+def summary(report: "ExportReport") -> str:
+    """What was written, in one line."""
     from stiv_deploy.runtime.command.inspection import precision_text
 
-    started = time.monotonic()
-    request = ExportRequest.parse(checkpoint, precision, scales, plan, activations)
-    form = parse_attention(attention)
-    ranges = {"batch": batch, "frames": frames, "height": height, "width": width}
-    given = {name: parse_range(name, text) for name, text in ranges.items() if text is not None}
-    bundle = _export_with_progress(request, out, given, not no_check, form)
-    manifest = Manifest.model_validate_json((bundle / MANIFEST).read_text(encoding="utf-8"))
+    manifest = report.manifest
     plugins = [graph.plugin for graph in manifest.graphs.values() if graph.plugin]
     files = [file for graph in manifest.graphs.values() for file in (graph.file, graph.data) if file]
     megabytes = sum(file.bytes for file in [*files, *(plugin.file for plugin in plugins)]) / 1e6
     graphs = f"{len(manifest.graphs)} graphs" + (f" ({len(plugins)} also with plugin nodes)" if plugins else "")
-    checked = "not compared with the reference" if no_check else _checked(manifest.precision)
-    typer.echo(
-        f"{bundle}: {graphs}, {megabytes:.1f} MB, {precision_text(manifest)}, {checked}, "
-        f"{time.monotonic() - started:.0f} s"
+    checked = _checked(manifest.precision) if report.checked else "not compared with the reference"
+    return (
+        f"{report.bundle}: {graphs}, {megabytes:.1f} MB, {precision_text(manifest)}, {checked}, {report.seconds:.0f} s"
     )
 
 
@@ -76,72 +93,20 @@ def _checked(precision: str) -> str:
     return "all checked against the reference"
 
 
-def _export_with_progress(
-    request: "ExportRequest", out: Path, given: dict, check: bool, attention: "Attention"
-) -> Path:
-    """Run the export under a progress bar."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+def request_of(
+    checkpoint: Path, precision: str, scales: Path | None, plan: Path | None, activations: str | None, **rest: Any
+) -> "ExportRequest":
+    """The request that the options make, with the ``rest`` of its fields; :class:`ExportError` if they do not fit."""
+    from stiv_deploy.export.errors import ExportError
+    from stiv_deploy.export.request import ExportRequest
 
-    columns = (
-        TextColumn("export"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("loading", total=None)
-
-        def show(text: str, done: int, total: int) -> None:
-            bar.update(task, description=text, completed=done, total=total)
-
-        from stiv_deploy.export.bundle_from_checkpoint import buckets_for, export_bundle
-
-        buckets = buckets_for(request.checkpoint, given) if given else None
-        quantization = request.quantization()
-        return export_bundle(request.checkpoint, out, request.precision, buckets, check, show, quantization, attention)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportRequest:
-    """What the options ask for: ``precision`` is the type of the bundle's tensors, ``format`` the 8-bit one, if any."""
-
-    checkpoint: Path
-    precision: Precision
-    format: Format | None = None
-    scales: Path | None = None
-    plan: Path | None = None
-
-    @classmethod
-    def parse(
-        cls, checkpoint: Path, precision: str, scales: Path | None, plan: Path | None, activations: str | None
-    ) -> Self:
-        """Check the options against each other; :class:`ExportError` if they do not go together."""
-        from stiv_deploy.export.errors import ExportError
-
-        if precision.lower() not in FORMATS:
-            for option, value in (("scales", scales), ("plan", plan), ("activations", activations)):
-                if value is not None:
-                    raise ExportError(f"--{option} is for --precision {' and '.join(FORMATS)}, not for {precision}")
-            return cls(checkpoint=checkpoint, precision=parse_precision(precision))
-        kind = cast(Format, precision.lower())
-        if scales is None:
-            raise ExportError(
-                f"--precision {kind} needs --scales FILE; make it with: "
-                f"stiv calibrate {checkpoint} --precision {kind} --out {kind}.safetensors"
-            )
+    given = {"checkpoint": checkpoint, "scales": scales, "plan": plan, **rest}
+    if precision.lower() in FORMATS:
         high = parse_precision(activations or ACTIVATIONS, "activations")
-        return cls(checkpoint=checkpoint, precision=high, format=kind, scales=scales, plan=plan)
-
-    def quantization(self) -> "Quantization | None":
-        """Scales and plan, read and checked against the checkpoint."""
-        if self.format is None or self.scales is None:
-            return None
-        from stiv_deploy.export.graphs.quantization import load_quantization
-
-        return load_quantization(self.checkpoint, self.format, self.scales, self.plan)
+        return ExportRequest(precision=high, format=cast(Format, precision.lower()), **given)
+    if activations is not None:
+        raise ExportError(f"--activations is for --precision {' and '.join(FORMATS)}, not for {precision}")
+    return ExportRequest(precision=parse_precision(precision), **given)
 
 
 def parse_precision(text: str, option: str = "precision") -> Precision:
@@ -167,7 +132,7 @@ def parse_attention(text: str) -> "Attention":
     return cast(Attention, text)
 
 
-def parse_range(name: str, text: str) -> object:
+def parse_range(name: str, text: str) -> "Range":
     """``MIN:TYPICAL:MAX``, or one number for all three, as a :class:`Range`; :class:`ExportError` if it is not one."""
     from pydantic import ValidationError
 

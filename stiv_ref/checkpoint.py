@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -74,14 +75,58 @@ class CheckpointConfig(FrozenConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointFolder:
+    """A checkpoint on disk of which only the config was read, so that all else can be checked before it is loaded."""
+
+    path: Path
+    config: CheckpointConfig
+
+    @cached_property
+    def sha256(self) -> str:
+        """:func:`checkpoint_hash`, computed once; :class:`CheckpointError` if a file cannot be read."""
+        try:
+            return checkpoint_hash(self.path)
+        except OSError as error:
+            reason = f"{error.filename}: cannot be read ({error.strerror}); give a whole checkpoint"
+            raise CheckpointError(reason) from None
+
+    def load(self) -> "Checkpoint":
+        """Everything in fp32, in evaluation mode; :class:`CheckpointError` on any misfit."""
+        return Checkpoint(
+            config=self.config,
+            model=_read_model(self.path, self.config.model),
+            text_encoder=_read_text_encoder(self.path, self.config.text),
+            vae=_read_vae(self.path, self.config.vae),
+            tokenizer=load_tokenizer(self.path / "tokenizer.json"),
+            folder=self,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A trained STIV with everything needed to run it."""
+    """A trained STIV with everything needed to run it, and the folder that it was loaded from, if it was."""
 
     config: CheckpointConfig
     model: Stiv
     text_encoder: AnyTextEncoder
     vae: AnyVae
     tokenizer: Tokenizer
+    folder: CheckpointFolder | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where it was loaded from."""
+        return self._loaded.path
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 (hex) over the files that it was loaded from, computed once."""
+        return self._loaded.sha256
+
+    @property
+    def _loaded(self) -> CheckpointFolder:
+        assert self.folder is not None, "a checkpoint that was never on disk has neither path nor hash"
+        return self.folder
 
 
 def stored(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -138,6 +183,11 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None
     module.load_state_dict(dict(tensors))
 
 
+def open_checkpoint(path: Path) -> CheckpointFolder:
+    """A checkpoint folder with its config read and checked; raises what :func:`read_checkpoint_config` does."""
+    return CheckpointFolder(path=path, config=read_checkpoint_config(path))
+
+
 def read_checkpoint_config(path: Path) -> CheckpointConfig:
     """The checked ``config.json`` of a checkpoint folder; raises :class:`CheckpointError` or :class:`ConfigError`."""
     if not (path / "config.json").is_file():
@@ -185,14 +235,7 @@ def _read_vae(path: Path, config: VaeConfig | PretrainedVaeConfig) -> AnyVae:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Load a checkpoint folder in fp32, in evaluation mode; raise :class:`CheckpointError` on any misfit."""
-    config = read_checkpoint_config(path)
-    return Checkpoint(
-        config=config,
-        model=_read_model(path, config.model),
-        text_encoder=_read_text_encoder(path, config.text),
-        vae=_read_vae(path, config.vae),
-        tokenizer=load_tokenizer(path / "tokenizer.json"),
-    )
+    return open_checkpoint(path).load()
 
 
 def load_model(path: Path) -> Stiv:

@@ -116,8 +116,9 @@ def save_untrained(folder: Path) -> None:
 def bundle(checkpoint: Path, once: Once) -> Path:
     """Folder of the fp32 bundle of ``checkpoint``, exported once per run: for slow tests; do not write into it."""
     from stiv_deploy.export.bundle_from_checkpoint import export_bundle
+    from stiv_deploy.export.request import ExportRequest
 
-    return once("bundle", lambda folder: export_bundle(checkpoint, folder))
+    return once("bundle", lambda folder: export_bundle(ExportRequest(checkpoint=checkpoint, out=folder)))
 
 
 WORDS = ("a", "red", "digit", "three", "moving", "left", "to", "the", "right", "up", "down", "and", "one", "two")

@@ -48,9 +48,10 @@ class DemoRun:
 def export_stage(run: DemoRun, checkpoint: Path) -> None:
     """Checkpoint -> bundle."""
     from stiv_deploy.export.bundle_from_checkpoint import export_bundle
+    from stiv_deploy.export.request import ExportRequest
 
     with run.stage("Export to ONNX, each graph checked against the reference"):
-        export_bundle(checkpoint, run.out / "bundle")
+        export_bundle(ExportRequest(checkpoint=checkpoint, out=run.out / "bundle"))
 
 
 def build_stage(run: DemoRun, sm: str) -> None:

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from stiv_deploy.calibration.layers import LARGEST, OPERANDS, Layer, model_layers
-from stiv_deploy.calibration.plan import PrecisionPlan, checked_plan, default_plan, load_plan
-from stiv_deploy.calibration.scales import Scales, check_fits, check_ranges, load_scales, scale_of
+from stiv_deploy.calibration.plan import PrecisionPlan, default_plan, load_plan
+from stiv_deploy.calibration.scales import Scales, check_fits, load_scales, scale_of
 from stiv_deploy.export.errors import ExportError
 from stiv_deploy.export.graphs.onnx_from_module import parameters_of
 from stiv_deploy.runtime.bundle.contract import Format
 from stiv_deploy.runtime.bundle.manifest import QuantizationRecord
 from stiv_deploy.runtime.files import sha256
-from stiv_deploy.stiv_ref.checkpoint import CheckpointConfig, checkpoint_hash
-from stiv_deploy.stiv_ref.config import StivConfig, read_config
-from stiv_deploy.stiv_ref.errors import CheckpointError
+from stiv_deploy.stiv_ref.checkpoint import CheckpointFolder
+from stiv_deploy.stiv_ref.config import StivConfig
+from stiv_deploy.stiv_ref.model import Stiv
 
 STORED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 """Torch types of the 8-bit formats."""
@@ -65,37 +65,27 @@ class LayerScheme:
     input_like: str = ""
 
 
-def load_quantization(checkpoint: Path, quantization: Format, scales: Path, plan: Path | None) -> Quantization:
-    """Read a scale file and a plan (None: the default) and check both against the checkpoint's folder.
+def load_quantization(
+    checkpoint: CheckpointFolder, quantization: Format, scales: Path, plan: Path | None
+) -> Quantization:
+    """Read a scale file and a plan (None: the default) and check both against the checkpoint.
 
     Raises :class:`CalibrationError` or :class:`CheckpointError`, one line.
     """
-    if not (checkpoint / "config.json").is_file():
-        raise CheckpointError(f"{checkpoint}: no checkpoint here (config.json is missing); train one with 'stiv train'")
-    config = read_config(CheckpointConfig, checkpoint / "config.json").model
+    config = checkpoint.config.model
     loaded = load_scales(scales)
-    check_fits(loaded, _hash(checkpoint), quantization, str(scales))
     chosen = default_plan(config, quantization) if plan is None else load_plan(plan, config, quantization)
+    check_fits(loaded, checkpoint.sha256, quantization, str(scales))
     return Quantization(scales=loaded, plan=chosen, sha256=sha256(scales))
 
 
-def _hash(checkpoint: Path) -> str:
-    try:
-        return checkpoint_hash(checkpoint)
-    except OSError as error:
-        raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror}); give a whole checkpoint") from None
-
-
-def check_quantization(quantization: Quantization, checkpoint: Path, config: StivConfig, model: nn.Module) -> None:
-    """Raise :class:`CalibrationError` or :class:`ExportError` if ``quantization`` does not fit the model at hand."""
-    check_fits(quantization.scales, _hash(checkpoint), quantization.format, "the scales")
-    check_ranges(quantization.scales, "the scales")
-    checked_plan(quantization.plan, config, quantization.format, "the plan")
-    for layer in model_layers(config):
+def check_shapes(scales: Scales, model: Stiv) -> None:
+    """Raise :class:`ExportError` if a range of ``scales`` has another shape than its layer of ``model`` wants."""
+    for layer in model_layers(model.config):
         if layer.kind == "linear":
-            _check_shapes(quantization.scales.amax, layer, model.get_parameter(f"{layer.module}.weight"))
+            _check_shapes(scales.amax, layer, model.get_parameter(f"{layer.module}.weight"))
         for part in OPERANDS if layer.kind == "attention" else ("input",):
-            _check_shape(quantization.scales.amax, f"{layer.name}.{part}", [()])
+            _check_shape(scales.amax, f"{layer.name}.{part}", [()])
 
 
 def _check_shapes(amax: Mapping[str, Tensor], layer: Layer, weight: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Every graph of a bundle: traced, written with its values, and checked, one after another."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,13 +25,12 @@ from stiv_deploy.export.precision import torch_dtype
 from stiv_deploy.runtime.bundle.contract import GraphSpec, ModelFacts, Precision, graph_specs, is_block
 from stiv_deploy.runtime.bundle.engine_files import Attention
 from stiv_deploy.runtime.bundle.manifest import Bucket, FileRecord, GraphRecord, PluginForm
+from stiv_deploy.runtime.progress import Progress
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.fused.modules import fuse
 from stiv_deploy.stiv_ref.pretrained.text import text_dtype
 
 GRAPH_FOLDER = "onnx"
-Progress = Callable[[str, int, int], None]
-"""Called before each piece of work with what it is, how many are done, and how many there are."""
 
 
 class GraphWriter:

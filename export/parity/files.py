@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,37 @@ from stiv_deploy.runtime.backends import BACKENDS, available
 from stiv_deploy.runtime.bundle.bundle import Bundle, write_manifest
 from stiv_deploy.runtime.errors import BackendError, BundleError, OutputError
 from stiv_deploy.runtime.files import sha256, write_text
-from stiv_deploy.stiv_ref.checkpoint import Checkpoint, checkpoint_hash, load_checkpoint
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint, CheckpointFolder, open_checkpoint
+from stiv_deploy.stiv_ref.errors import StivRefError
 
 
 def opened_pair(bundle: Path, checkpoint: Path | None, folder: Path) -> tuple[Bundle, Checkpoint]:
     """Open a bundle and the checkpoint it came from; :class:`BundleError` if that is another one or not found."""
     opened = Bundle.open(bundle)
-    wanted = opened.manifest.checkpoint
-    if checkpoint is None:
-        candidates = sorted(path.parent for path in folder.glob("*/config.json"))
-        checkpoint = next((path for path in candidates if checkpoint_hash(path) == wanted), None)
-        if checkpoint is None:
-            raise BundleError(
-                f"{bundle}: the checkpoint it was exported from is not below {folder}/; name it with --checkpoint"
-            )
-    loaded = load_checkpoint(checkpoint)
-    found = checkpoint_hash(checkpoint)
-    if found != wanted:
+    found = _below(folder, opened) if checkpoint is None else _named(checkpoint, opened)
+    return opened, found.load()
+
+
+def _below(folder: Path, bundle: Bundle) -> CheckpointFolder:
+    """The checkpoint of ``bundle`` among the folders in ``folder``; what is no whole checkpoint there is passed by."""
+    for config in sorted(folder.glob("*/config.json")):
+        with suppress(StivRefError):
+            opened = open_checkpoint(config.parent)
+            if opened.sha256 == bundle.manifest.checkpoint:
+                return opened
+    raise BundleError(
+        f"{bundle.folder}: the checkpoint it was exported from is not below {folder}/; name it with --checkpoint"
+    )
+
+
+def _named(checkpoint: Path, bundle: Bundle) -> CheckpointFolder:
+    opened, wanted = open_checkpoint(checkpoint), bundle.manifest.checkpoint
+    if opened.sha256 != wanted:
         raise BundleError(
-            f"{checkpoint} (hash {found[:12]}) is not what {bundle} was exported from (hash {wanted[:12]}); "
-            f"name the right one, or run 'stiv export {checkpoint} --out {bundle}'"
+            f"{checkpoint} (hash {opened.sha256[:12]}) is not what {bundle.folder} was exported from (hash "
+            f"{wanted[:12]}); name the right one, or run 'stiv export {checkpoint} --out {bundle.folder}'"
         )
-    return opened, loaded
+    return opened
 
 
 def opened_scales(bundle: Bundle, scales: Path | None) -> Scales | None:

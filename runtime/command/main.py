@@ -10,6 +10,8 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from stiv_deploy.runtime.command.terminal import Command
+
 GROUP = "stiv_deploy.commands"
 WORKFLOW = (
     *("data", "train", "plot", "consolidate", "calibrate", "export", "build", "audit", "parity", "generate"),
@@ -102,7 +104,7 @@ class Commands(TyperGroup):
         if isinstance(loaded, typer.Typer):
             return _group(cmd_name, loaded)
         app = typer.Typer(add_completion=False)
-        app.command(cmd_name)(loaded)
+        app.command(cmd_name, cls=Command)(loaded)
         return typer.main.get_command(app)
 
 

@@ -10,6 +10,7 @@ import pytest
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
 from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
 from stiv_deploy.export.engines.plugin_graphs import BuildAttention
+from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend, unavailable_reason
@@ -51,7 +52,11 @@ def make_bundle(
 
     def make(precision: Precision, attention: BuildAttention) -> Bundle:
         folder = tmp_path_factory.mktemp(f"{precision}-{attention}")
-        export_bundle(checkpoint, folder / "bundle", precision, check=False, attention="plugin")
+        export_bundle(
+            ExportRequest(
+                checkpoint=checkpoint, out=folder / "bundle", precision=precision, check=False, attention="plugin"
+            )
+        )
         request = BuildRequest(backend="tensorrt", sm="auto", attention=attention, cache=folder / "cache")
         EngineBuild(Bundle.open(folder / "bundle"), request).run(lambda engine: None)
         return Bundle.open(folder / "bundle")

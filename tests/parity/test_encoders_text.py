@@ -24,6 +24,7 @@ from stiv_deploy.export.bundle_from_checkpoint import default_bucket, export_bun
 from stiv_deploy.export.graphs.writer import GraphWriter
 from stiv_deploy.export.parity.oracle import Oracle
 from stiv_deploy.export.precision import torch_dtype
+from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime import StivPipeline
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import Precision
@@ -185,7 +186,7 @@ def test_a_bundle_with_t5_generates_what_the_reference_samples(text_folder: Fold
     encoder, tokenizer = load_pretrained_text(text_folder("t5"), 16)
     checkpoint = checkpoint_of(encoder, tokenizer)
     save_checkpoint(tmp_path / "checkpoint", checkpoint)
-    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", check=False)
+    export_bundle(ExportRequest(checkpoint=tmp_path / "checkpoint", out=tmp_path / "bundle", check=False))
     with StivPipeline.from_bundle(tmp_path / "bundle", "onnxruntime") as pipe:
         one, two = (pipe(prompt, seed=3).latents for prompt in PROMPTS[:2])
     exact, plain = (reference_latents(checkpoint, kind, PROMPTS[0]) for kind in (torch.float64, torch.float32))

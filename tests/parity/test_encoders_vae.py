@@ -21,6 +21,7 @@ from stiv_deploy.export.errors import ExportError
 from stiv_deploy.export.graphs.check import check_sizes
 from stiv_deploy.export.graphs.modules import model_facts
 from stiv_deploy.export.parity.ladder import run_parity
+from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime import StivPipeline
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.contract import GraphSpec, dimensions, graph_specs
@@ -77,7 +78,7 @@ def exported(vae_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathF
         folder = tmp_path_factory.mktemp(name)
         single = checkpoint_of(load_pretrained_vae(vae_folder(name)))
         save_checkpoint(folder / "checkpoint", single)
-        export_bundle(folder / "checkpoint", folder / "bundle", check=False)
+        export_bundle(ExportRequest(checkpoint=folder / "checkpoint", out=folder / "bundle", check=False))
         pipes.append(StivPipeline.from_bundle(folder / "bundle", "onnxruntime", 1))
         parts = {part: copy.deepcopy(getattr(single, part)).double() for part in ("model", "text_encoder", "vae")}
         double = Checkpoint(config=single.config, tokenizer=single.tokenizer, **parts)

@@ -9,6 +9,7 @@ from stiv_deploy.export.bundle_from_checkpoint import export_bundle
 from stiv_deploy.export.graphs.check import check_graph, check_sizes
 from stiv_deploy.export.graphs.modules import FLOAT32_GRAPHS, graph_modules, model_facts
 from stiv_deploy.export.precision import torch_dtype
+from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.bundle.contract import block_names
 from stiv_deploy.runtime.bundle.manifest import MANIFEST, Manifest
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, load_checkpoint
@@ -23,7 +24,11 @@ def reference(checkpoint: Path) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def half_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_bundle(checkpoint, tmp_path_factory.mktemp("half") / "bundle", precision="float16", check=False)
+    return export_bundle(
+        ExportRequest(
+            checkpoint=checkpoint, out=tmp_path_factory.mktemp("half") / "bundle", precision="float16", check=False
+        )
+    ).bundle
 
 
 def compare(bundle: Path, reference: Checkpoint, graph: str) -> None:

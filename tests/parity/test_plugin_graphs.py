@@ -32,7 +32,7 @@ from stiv_deploy.runtime.bundle.engine_files import profile
 from stiv_deploy.runtime.bundle.manifest import Bucket, GraphRecord, Range
 from stiv_deploy.runtime.plugins.spec import DOMAIN, PLUGINS
 from stiv_deploy.runtime.tensorrt_library import missing_library
-from stiv_deploy.stiv_ref.checkpoint import Checkpoint, load_checkpoint
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint, load_checkpoint, open_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -213,7 +213,7 @@ def quantizations(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
         run = CalibrationRequest(checkpoint=checkpoint, quantization=quantization, out=out, settings=settings)
         calibrate(run, lambda *_: None)
         finish(run)
-        loaded = load_quantization(checkpoint, quantization, out, None)
+        loaded = load_quantization(open_checkpoint(checkpoint), quantization, out, None)
         layers = {name: quantization if name.startswith("block_") else "high" for name in loaded.plan.layers}
         return replace(loaded, plan=loaded.plan.model_copy(update={"layers": layers}))
 

@@ -1,7 +1,7 @@
 """The ladder on quantized bundles of the shipped checkpoint, and that its gates bite."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,12 +13,12 @@ from stiv_deploy.calibration.plan import PrecisionPlan, default_plan, everything
 from stiv_deploy.calibration.run import CalibrationRequest, calibrate, finish
 from stiv_deploy.calibration.scales import Scales, load_scales
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
-from stiv_deploy.export.graphs.quantization import load_quantization
 from stiv_deploy.export.parity.draws import Draws, quantized_gate, rel_l2
 from stiv_deploy.export.parity.files import opened_pair, opened_scales
 from stiv_deploy.export.parity.ladder import run_parity
 from stiv_deploy.export.parity.oracle import Oracle
 from stiv_deploy.export.parity.requests import Request, parity_requests
+from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.manifest import Manifest, QuantizationRecord
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, load_checkpoint
@@ -50,8 +50,9 @@ def scale_files(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 def test_fp8_bundle_passes_and_one_with_a_lost_bit_fails(
     checkpoint: Path, scale_files: dict[Format, Path], tmp_path: Path
 ) -> None:
-    quantization = load_quantization(checkpoint, "fp8", scale_files["fp8"], None)
-    export_bundle(checkpoint, tmp_path / "good", "float16", check=False, quantization=quantization)
+    files: dict[str, Any] = {"format": "fp8", "scales": scale_files["fp8"]}
+    request = ExportRequest(checkpoint=checkpoint, out=tmp_path / "good", precision="float16", check=False, **files)
+    export_bundle(request)
     opened, loaded = opened_pair(tmp_path / "good", checkpoint, Path("unused"))
     scales = opened_scales(opened, scale_files["fp8"])
     report = run_parity(opened, loaded, ["onnxruntime"], 2, lambda _: None, scales)

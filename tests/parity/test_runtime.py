@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
+from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime import StivPipeline
 from stiv_deploy.runtime.pipeline.request import draw_noise
 from stiv_deploy.stiv_ref.checkpoint import (
@@ -86,7 +87,7 @@ def doubled(checkpoint: Checkpoint) -> Checkpoint:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     folder = tmp_path_factory.mktemp("runtime")
     save_checkpoint(folder / "checkpoint", random_checkpoint())
-    export_bundle(folder / "checkpoint", folder / "bundle", check=False)
+    export_bundle(ExportRequest(checkpoint=folder / "checkpoint", out=folder / "bundle", check=False))
     single = load_checkpoint(folder / "checkpoint")
     with StivPipeline.from_bundle(folder / "bundle", "onnxruntime") as pipe:
         yield Pair(single, doubled(single), pipe)

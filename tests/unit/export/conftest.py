@@ -7,7 +7,7 @@ its velocity are zero, its norms one.
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
@@ -116,8 +116,11 @@ def make_checkpoint() -> Callable[..., Checkpoint]:
 def micro_bundle(micro_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small checkpoint's float32 bundle, exported without the comparison; takes seconds, for slow tests."""
     from stiv_deploy.export.bundle_from_checkpoint import export_bundle
+    from stiv_deploy.export.request import ExportRequest
 
-    return export_bundle(micro_path, tmp_path_factory.mktemp("micro") / "bundle", check=False)
+    return export_bundle(
+        ExportRequest(checkpoint=micro_path, out=tmp_path_factory.mktemp("micro") / "bundle", check=False)
+    ).bundle
 
 
 @pytest.fixture(scope="session")
@@ -167,6 +170,25 @@ def quantize(micro: Checkpoint, micro_path: Path) -> Callable[..., "Quantization
         )
 
     return make
+
+
+@pytest.fixture
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[["Quantization"], dict[str, Any]]:
+    """Writes a quantization to files and returns the fields of an export's request that name them."""
+    from stiv_deploy.calibration.plan import save_plan
+    from stiv_deploy.calibration.scales import save_scales
+
+    def save(quantization: "Quantization") -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("quantization")
+        save_scales(folder / "scales.safetensors", quantization.scales)
+        save_plan(folder / "plan.json", quantization.plan)
+        return {
+            "format": quantization.format,
+            "scales": folder / "scales.safetensors",
+            "plan": folder / "plan.json",
+        }
+
+    return save
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from stiv_deploy.export import bundle_from_checkpoint
 from stiv_deploy.export.bundle_from_checkpoint import (
-    buckets_for,
+    buckets_of,
     default_bucket,
     export_bundle,
     refuse_bad_target,
@@ -21,6 +22,7 @@ from stiv_deploy.export.errors import CheckError, ExportError
 from stiv_deploy.export.graphs import writer as graph_writer
 from stiv_deploy.export.graphs.modules import model_facts
 from stiv_deploy.export.graphs.onnx_from_module import structure_faults
+from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.bundle.contract import graph_specs
 from stiv_deploy.runtime.bundle.manifest import MANIFEST, Bucket, Manifest, Range
 from stiv_deploy.runtime.errors import OutputError
@@ -50,7 +52,7 @@ def leftovers(folder: Path) -> list[str]:
 class TestBadInput:
     def test_missing_checkpoint(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="no checkpoint here"):
-            export_bundle(tmp_path / "absent", tmp_path / "deep" / "bundle")
+            export_bundle(ExportRequest(checkpoint=tmp_path / "absent", out=tmp_path / "deep" / "bundle"))
         assert leftovers(tmp_path) == []
 
     def test_checkpoint_of_another_config(self, micro_path: Path, tmp_path: Path) -> None:
@@ -60,7 +62,7 @@ class TestBadInput:
         config["model"]["width"] = 64
         (other / "config.json").write_text(json.dumps(config))
         with pytest.raises(CheckpointError, match=r"does not fit its config.json: .* is \(.*\), the config wants"):
-            export_bundle(other, tmp_path / "bundle")
+            export_bundle(ExportRequest(checkpoint=other, out=tmp_path / "bundle"))
         assert leftovers(tmp_path) == ["checkpoint"]
 
     def test_tokenizer_of_another_model(self, micro_path: Path, tmp_path: Path) -> None:
@@ -68,7 +70,7 @@ class TestBadInput:
         shutil.copytree(micro_path, other)
         word_tokenizer([f"word{index}" for index in range(100)], 8).save(str(other / "tokenizer.json"))
         with pytest.raises(ExportError, match=r"tokenizer.json has 103 tokens, the text encoder 19; use the tokenizer"):
-            export_bundle(other, tmp_path / "bundle")
+            export_bundle(ExportRequest(checkpoint=other, out=tmp_path / "bundle"))
 
     def test_damaged_weights(self, micro_path: Path, tmp_path: Path) -> None:
         other = tmp_path / "checkpoint"
@@ -76,29 +78,29 @@ class TestBadInput:
         with (other / "vae.safetensors").open("r+b") as file:
             file.truncate(100)
         with pytest.raises(CheckpointError, match="not a readable safetensors file"):
-            export_bundle(other, tmp_path / "bundle")
+            export_bundle(ExportRequest(checkpoint=other, out=tmp_path / "bundle"))
 
     def test_out_is_a_file(self, micro_path: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("precious")
         with pytest.raises(OutputError, match="this is a file"):
-            export_bundle(micro_path, tmp_path / "file")
+            export_bundle(ExportRequest(checkpoint=micro_path, out=tmp_path / "file"))
         with pytest.raises(OutputError, match="cannot be written"):
-            export_bundle(micro_path, tmp_path / "file" / "bundle")
+            export_bundle(ExportRequest(checkpoint=micro_path, out=tmp_path / "file" / "bundle"))
         assert (tmp_path / "file").read_text() == "precious"
 
     def test_out_is_another_folder(self, micro_path: Path, tmp_path: Path) -> None:
         (tmp_path / "thesis.tex").write_text("precious")
         with pytest.raises(OutputError, match="is not a bundle and is not empty"):
-            export_bundle(micro_path, tmp_path)
+            export_bundle(ExportRequest(checkpoint=micro_path, out=tmp_path))
         (tmp_path / MANIFEST).write_text('{"format": "a web app"}')
         with pytest.raises(OutputError, match="is not a bundle"):
-            export_bundle(micro_path, tmp_path)
+            export_bundle(ExportRequest(checkpoint=micro_path, out=tmp_path))
         assert leftovers(tmp_path) == [MANIFEST, "thesis.tex"]
 
     def test_out_is_not_writable(self, micro_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(bundle_from_checkpoint.os, "access", lambda path, mode: path != tmp_path)
         with pytest.raises(OutputError, match="cannot be written"):
-            export_bundle(micro_path, tmp_path / "deep" / "bundle")
+            export_bundle(ExportRequest(checkpoint=micro_path, out=tmp_path / "deep" / "bundle"))
 
     @pytest.mark.parametrize(
         ("ranges", "message"),
@@ -111,7 +113,7 @@ class TestBadInput:
         self, micro_path: Path, tmp_path: Path, ranges: dict[str, Range], message: str
     ) -> None:
         with pytest.raises(ExportError, match=message):
-            export_bundle(micro_path, tmp_path / "bundle", buckets=buckets_for(micro_path, ranges))
+            export_bundle(ExportRequest(checkpoint=micro_path, out=tmp_path / "bundle", sizes=ranges))
         assert leftovers(tmp_path) == []
 
 
@@ -153,10 +155,15 @@ def test_default_buckets_are_possible_and_hold_the_defaults(config: StivConfig, 
     assert bucket.holds(batch=1, frames=20 if temporal else 1, height=256, width=384)
 
 
-def test_buckets_for_changes_what_is_given(micro_path: Path) -> None:
-    (bucket,) = buckets_for(micro_path, {"frames": Range(min=2, typical=2, max=2)})
+def test_sizes_change_what_is_given(micro: Checkpoint) -> None:
+    (bucket,) = buckets_of(asked(sizes={"frames": Range(min=2, typical=2, max=2)}), micro.config)
     assert bucket.frames == Range(min=2, typical=2, max=2)
     assert bucket.height == Range(min=16, typical=32, max=64)
+    assert buckets_of(asked(buckets=(bucket,)), micro.config) == (bucket,)
+
+
+def asked(**values: Any) -> ExportRequest:
+    return ExportRequest(checkpoint=Path("checkpoint"), out=Path("bundle"), **values)
 
 
 def test_sampling_defaults_lie_in_a_bucket(micro: Checkpoint) -> None:
@@ -204,7 +211,7 @@ def test_a_failed_export_leaves_the_old_bundle(
 
     monkeypatch.setattr(graph_writer.GraphWriter, "write_all", interrupted)
     with pytest.raises(OutputError if error is OSError else error):
-        export_bundle(micro_path, out)
+        export_bundle(ExportRequest(checkpoint=micro_path, out=out))
     assert leftovers(tmp_path) == ["bundle"]
     assert leftovers(out) == [MANIFEST]
 
@@ -236,7 +243,7 @@ def test_a_bundle_is_replaced_and_progress_is_told(micro_path: Path, tmp_path: P
     (out / "engines").mkdir(parents=True)
     (out / MANIFEST).write_text('{"format": "stiv-bundle"}')
     told: list[tuple[str, int, int]] = []
-    export_bundle(micro_path, out, precision="bfloat16", progress=lambda *step: told.append(step))
+    export_bundle(ExportRequest(checkpoint=micro_path, out=out, precision="bfloat16"), lambda *step: told.append(step))
     assert Manifest.model_validate_json((out / MANIFEST).read_text()).precision == "bfloat16"
     assert not (out / "engines").exists(), "engines of the old graphs"
     assert [done for _, done, _ in told] == list(range(10))
@@ -251,7 +258,7 @@ def test_other_architectures(
 ) -> None:
     config = micro.config.model.model_copy(update=changes)
     save_checkpoint(tmp_path / "checkpoint", make_checkpoint(config, VaeConfig(latent_channels=4, channels=(8,))))
-    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle")
+    export_bundle(ExportRequest(checkpoint=tmp_path / "checkpoint", out=tmp_path / "bundle"))
     manifest = Manifest.model_validate_json((tmp_path / "bundle" / MANIFEST).read_text())
     inputs = [tensor.name for tensor in manifest.graphs["block_00"].spec.inputs]
     assert ("temporal_cos" in inputs) == config.temporal
@@ -269,7 +276,7 @@ def test_a_block_of_the_xl_model(make_checkpoint: Callable[..., Checkpoint], tmp
         height=Range(min=16, typical=24, max=32),
         width=Range(min=16, typical=24, max=32),
     )
-    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", buckets=[bucket])
+    export_bundle(ExportRequest(checkpoint=tmp_path / "checkpoint", out=tmp_path / "bundle", buckets=(bucket,)))
     manifest = Manifest.model_validate_json((tmp_path / "bundle" / MANIFEST).read_text())
     record = manifest.graphs["block_00"]
     assert record.data is not None

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from stiv_deploy.export.cli import ExportRequest, parse_precision, parse_range
+from stiv_deploy.export.cli import parse_precision, parse_range, request_of
 from stiv_deploy.export.errors import ExportError
 from stiv_deploy.runtime.bundle.manifest import Range
 
-CHECKPOINT, SCALES = Path("some/checkpoint"), Path("fp8.safetensors")
+CHECKPOINT, SCALES, OUT = Path("some/checkpoint"), Path("fp8.safetensors"), Path("bundle")
 COMMAND = "import typer; from stiv_deploy.export.cli import export; typer.run(export)"
 
 
@@ -25,9 +25,9 @@ def test_unknown_precision() -> None:
     with pytest.raises(
         ExportError, match="--precision int4: no such precision; use float32, float16, bfloat16, fp8 or int8"
     ):
-        ExportRequest.parse(CHECKPOINT, "int4", None, None, None)
+        request_of(CHECKPOINT, "int4", None, None, None, out=OUT)
     with pytest.raises(ExportError, match="--activations fp8: no such precision; use float32, float16 or bfloat16"):
-        ExportRequest.parse(CHECKPOINT, "fp8", SCALES, None, "fp8")
+        request_of(CHECKPOINT, "fp8", SCALES, None, "fp8", out=OUT)
 
 
 def test_8_bits_need_scales() -> None:
@@ -36,27 +36,27 @@ def test_8_bits_need_scales() -> None:
         match="--precision int8 needs --scales FILE; make it with: "
         "stiv calibrate some/checkpoint --precision int8 --out int8.safetensors",
     ):
-        ExportRequest.parse(CHECKPOINT, "INT8", None, None, None)
+        request_of(CHECKPOINT, "INT8", None, None, None, out=OUT)
 
 
 @pytest.mark.parametrize("option", ["scales", "plan", "activations"])
 def test_options_of_8_bits_are_refused_elsewhere(option: str) -> None:
     given = {name: Path("file") if name == option else None for name in ("scales", "plan", "activations")}
-    with pytest.raises(ExportError, match=f"--{option} is for --precision fp8 and int8, not for bf16"):
-        ExportRequest.parse(CHECKPOINT, "bf16", *given.values())  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match=f"--{option} is for --precision fp8 and int8, not for (bf16|bfloat16)"):
+        request_of(CHECKPOINT, "bf16", *given.values(), out=OUT)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("activations", "precision"), [(None, "float16"), ("fp32", "float32"), ("bfloat16", "bfloat16")]
 )
 def test_activations_are_the_type_of_the_bundle(activations: str | None, precision: str) -> None:
-    request = ExportRequest.parse(CHECKPOINT, "FP8", SCALES, None, activations)
+    request = request_of(CHECKPOINT, "FP8", SCALES, None, activations, out=OUT)
     assert (request.format, request.precision, request.scales) == ("fp8", precision, SCALES)
 
 
 def test_plain_precisions_have_no_quantization() -> None:
-    request = ExportRequest.parse(CHECKPOINT, "fp16", None, None, None)
-    assert (request.precision, request.format, request.quantization()) == ("float16", None, None)
+    request = request_of(CHECKPOINT, "fp16", None, None, None, out=OUT)
+    assert (request.precision, request.format, request.scales) == ("float16", None, None)
 
 
 def test_ranges() -> None:

@@ -7,7 +7,6 @@ import onnx
 import pytest
 
 from stiv_deploy.export.bundle_from_checkpoint import (
-    buckets_for,
     default_bucket,
     export_bundle,
     validate_plugins,
@@ -17,6 +16,7 @@ from stiv_deploy.export.errors import ExportError
 from stiv_deploy.export.graphs import writer as graph_writer
 from stiv_deploy.export.graphs.modules import graph_modules, model_facts
 from stiv_deploy.export.graphs.writer import GraphWriter, fused_view
+from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.bundle.manifest import GraphRecord, Range
 from stiv_deploy.runtime.plugins.spec import DOMAIN, HEAD_DIMS, MAX_FRAMES
 from stiv_deploy.stiv_ref.block import SelfAttention
@@ -43,15 +43,16 @@ def test_heads_that_the_plugins_do_not_take(micro_path: Path, tmp_path: Path) ->
         r"use --attention native$"
     )
     with pytest.raises(ExportError, match=message):
-        export_bundle(micro_path, tmp_path / "bundle", attention="plugin")
+        export_bundle(ExportRequest(checkpoint=micro_path, out=tmp_path / "bundle", attention="plugin"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_frames_that_the_plugins_do_not_take(micro: Checkpoint, micro_path: Path) -> None:
+def test_frames_that_the_plugins_do_not_take(micro: Checkpoint) -> None:
     facts = model_facts(micro.config).model_copy(update={"width": 64})
-    (most,) = buckets_for(micro_path, {"frames": Range(min=1, typical=8, max=MAX_FRAMES)})
+    bucket = default_bucket(micro.config.sampling, facts)
+    most = bucket.model_copy(update={"frames": Range(min=1, typical=8, max=MAX_FRAMES)})
     validate_plugins([most], facts)
-    (more,) = buckets_for(micro_path, {"frames": Range(min=1, typical=8, max=MAX_FRAMES + 1)})
+    more = bucket.model_copy(update={"frames": Range(min=1, typical=8, max=MAX_FRAMES + 1)})
     with pytest.raises(ExportError, match="at most 64 token frames, bucket default has up to 65 .frames up to 65.; "):
         validate_plugins([most, more], facts)
     validate_plugins([more], facts.model_copy(update={"temporal": False}))

@@ -25,6 +25,7 @@ LAWS = {
     "runtime": {"runtime"},
     "runtime/errors": set(),
     "runtime/files": {"runtime/errors"},
+    "runtime/progress": set(),
     "runtime/tensorrt_library": {"runtime/errors"},
     "runtime/plugins": {"runtime/errors", "runtime/files"},
     "runtime/bundle": {"runtime/errors", "runtime/files", "runtime/tensorrt_library"},

@@ -20,6 +20,7 @@ from stiv_deploy.stiv_ref.checkpoint import (
     load_checkpoint,
     load_text_encoder,
     load_vae,
+    open_checkpoint,
     save_checkpoint,
 )
 from stiv_deploy.stiv_ref.config import StivConfig
@@ -192,6 +193,32 @@ def test_the_hash_is_over_these_files_in_this_order(saved: Path) -> None:
     """Scale files name the checkpoint by it: for checkpoints of these five files it must never change."""
     assert checkpoint_files(saved) == FILES
     assert checkpoint_hash(saved) == hash_of(saved, FILES)
+
+
+def test_an_opened_checkpoint_is_hashed_once_and_loads_what_it_says(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_checkpoint(saved)
+    assert opened.config == load_checkpoint(saved).config
+    wanted, calls = checkpoint_hash(saved), []
+    monkeypatch.setattr(module, "checkpoint_hash", lambda path: calls.append(path) or wanted)
+    loaded = opened.load()
+    assert (loaded.path, loaded.sha256, opened.sha256) == (saved, wanted, wanted)
+    assert calls == [saved]
+
+
+def test_opening_reads_no_weights_and_a_hash_needs_all(saved: Path) -> None:
+    (saved / "vae.safetensors").unlink()
+    opened = open_checkpoint(saved)
+    with pytest.raises(CheckpointError, match=r"vae.safetensors: cannot be read .*; give a whole checkpoint$"):
+        _ = opened.sha256
+    with pytest.raises(CheckpointError, match=r"vae.safetensors: not a readable safetensors file"):
+        opened.load()
+
+
+def test_a_checkpoint_in_memory_has_no_path(original: Checkpoint) -> None:
+    with pytest.raises(AssertionError, match="never on disk"):
+        _ = original.path
 
 
 def test_a_small_config_is_written_without_a_kind(saved: Path) -> None:

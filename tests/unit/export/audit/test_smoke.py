@@ -1,27 +1,26 @@
 """The audit with the real TensorRT-RTX builder, on the CPU, of real bundles in each precision."""
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from stiv_deploy.calibration.layers import Format, model_layers
-from stiv_deploy.calibration.plan import default_plan
-from stiv_deploy.calibration.scales import Provenance, Scales, tensor_names
+from stiv_deploy.calibration.plan import default_plan, save_plan
+from stiv_deploy.calibration.scales import Provenance, Scales, save_scales, tensor_names
 from stiv_deploy.export.audit.audit import Audit, AuditReport
 from stiv_deploy.export.audit.fusion_audit import failures
 from stiv_deploy.export.audit.layer_report import read_report
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
 from stiv_deploy.export.engines.engine_from_onnx import build_engine
 from stiv_deploy.export.engines.job import EngineJob
-from stiv_deploy.export.graphs.quantization import Quantization
+from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.bundle.bundle import Bundle, write_manifest
 from stiv_deploy.runtime.bundle.engine_files import profile
 from stiv_deploy.runtime.bundle.manifest import Bucket, Range
 from stiv_deploy.runtime.tensorrt_library import missing_library
-from stiv_deploy.stiv_ref.checkpoint import CheckpointConfig, checkpoint_hash
-from stiv_deploy.stiv_ref.config import read_config
+from stiv_deploy.stiv_ref.checkpoint import open_checkpoint
 
 pytestmark = [
     pytest.mark.slow,
@@ -40,21 +39,21 @@ SMALL = sized(Range(min=16, typical=32, max=32))
 """4 to 16 tokens a frame."""
 
 
-def quantization(checkpoint: Path, chosen: Format, attention: bool) -> Quantization:
-    """The default plan, with or without spatial attention; all ranges are 4, as fusion asks for types only."""
-    config = read_config(CheckpointConfig, checkpoint / "config.json").model
+def quantization(checkpoint: Path, chosen: Format, folder: Path) -> dict[str, Any]:
+    """Files of the default plan with spatial attention; all ranges are 4, as fusion asks for types only."""
+    opened = open_checkpoint(checkpoint)
+    config = opened.config.model
     plan = default_plan(config, chosen)
-    layers = {name: "high" for name in plan.layers if name.endswith("attention")}
-    plan = plan.model_copy(update={"layers": {**plan.layers, **dict.fromkeys(layers, chosen if attention else "high")}})
+    attention = [name for name in plan.layers if name.endswith("attention")]
+    plan = plan.model_copy(update={"layers": {**plan.layers, **dict.fromkeys(attention, chosen)}})
     provenance = Provenance(
-        quantization=chosen, checkpoint=checkpoint_hash(checkpoint), model=config, recipe={}, prompts="", tools={}
+        quantization=chosen, checkpoint=opened.sha256, model=config, recipe={}, prompts="", tools={}
     )
     names = [name for layer in model_layers(config) for name in tensor_names(layer)]
-    return Quantization(
-        scales=Scales(provenance=provenance, amax={name: torch.tensor(4.0) for name in names}),
-        plan=plan,
-        sha256="0" * 64,
-    )
+    scales = Scales(provenance=provenance, amax={name: torch.tensor(4.0) for name in names})
+    save_scales(folder / "scales.safetensors", scales)
+    save_plan(folder / "plan.json", plan)
+    return {"format": chosen, "scales": folder / "scales.safetensors", "plan": folder / "plan.json"}
 
 
 def audited(folder: Path, *sms: str) -> AuditReport:
@@ -64,9 +63,12 @@ def audited(folder: Path, *sms: str) -> AuditReport:
 @pytest.fixture(scope="module", params=get_args(Format))
 def bundle_8_bit(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped checkpoint at sizes where 8-bit attention fuses, with 8-bit attention."""
-    chosen = quantization(checkpoint, request.param, attention=True)
-    folder = tmp_path_factory.mktemp(request.param) / "bundle"
-    return export_bundle(checkpoint, folder, "float16", LARGE, check=False, quantization=chosen)
+    folder = tmp_path_factory.mktemp(request.param)
+    files = quantization(checkpoint, request.param, folder)
+    asked = ExportRequest(
+        checkpoint=checkpoint, out=folder / "bundle", precision="float16", buckets=LARGE, check=False, **files
+    )
+    return export_bundle(asked).bundle
 
 
 def test_8_bit_bundles_fuse(bundle_8_bit: Path) -> None:
@@ -89,7 +91,9 @@ def test_fp8_attention_at_few_tokens_is_caught(bundle_8_bit: Path) -> None:
 
 
 def test_bfloat16_fuses_each_attention_into_one_kernel(checkpoint: Path, tmp_path: Path) -> None:
-    folder = export_bundle(checkpoint, tmp_path / "bundle", "bfloat16", SMALL, check=False)
+    folder = export_bundle(
+        ExportRequest(checkpoint=checkpoint, out=tmp_path / "bundle", precision="bfloat16", buckets=SMALL, check=False)
+    ).bundle
     report = audited(folder, "89")
     assert failures(report.rows) == []
     found = {row.name: row.found for row in report.rows if row.graph == "block_00"}

@@ -12,6 +12,7 @@ import pytest
 
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
 from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
+from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.tensorrt_library import missing_library
 
@@ -23,7 +24,11 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def bfloat16_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_bundle(checkpoint, tmp_path_factory.mktemp("bf16") / "bundle", "bfloat16", check=False)
+    return export_bundle(
+        ExportRequest(
+            checkpoint=checkpoint, out=tmp_path_factory.mktemp("bf16") / "bundle", precision="bfloat16", check=False
+        )
+    ).bundle
 
 
 @pytest.fixture(scope="module")

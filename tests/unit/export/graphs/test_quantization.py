@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,16 +25,17 @@ from stiv_deploy.export.graphs.modules import graph_modules
 from stiv_deploy.export.graphs.quantization import (
     Quantization,
     StoredTensors,
-    check_quantization,
     graph_scheme,
     load_quantization,
     quantized_weight,
 )
+from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.files import sha256
-from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint, open_checkpoint
 from stiv_deploy.stiv_ref.errors import CheckpointError
 
 Quantize = Callable[..., Quantization]
+Saved = Callable[[Quantization], dict[str, Any]]
 BLOCK = ["spatial.qkv", "spatial.out", "temporal.qkv", "temporal.out", "cross.q", "cross.out", "ffn.up", "ffn.down"]
 
 
@@ -41,6 +43,10 @@ def with_ranges(quantization: Quantization, changes: Mapping[str, Tensor | None]
     """The same with some ranges changed, or removed where None."""
     amax = {name: value for name, value in {**quantization.scales.amax, **changes}.items() if value is not None}
     return replace(quantization, scales=replace(quantization.scales, amax=amax))
+
+
+def request_for(checkpoint: Path, folder: Path, files: dict[str, Any]) -> ExportRequest:
+    return ExportRequest(checkpoint=checkpoint, out=folder / "bundle", precision="float16", **files)
 
 
 @given(
@@ -169,70 +175,70 @@ class TestBadInput:
         self,
         micro_path: Path,
         quantize: Quantize,
+        saved: Saved,
         tmp_path: Path,
         changes: dict[str, Tensor | None],
         error: type[Exception],
         message: str,
     ) -> None:
         with pytest.raises(error, match=message):
-            export_bundle(
-                micro_path, tmp_path / "bundle", "float16", quantization=with_ranges(quantize("fp8"), changes)
-            )
+            export_bundle(request_for(micro_path, tmp_path, saved(with_ranges(quantize("fp8"), changes))))
         assert list(tmp_path.iterdir()) == []
 
-    def test_scales_of_another_checkpoint(self, micro_path: Path, quantize: Quantize, tmp_path: Path) -> None:
-        save_scales(tmp_path / "scales", quantize("fp8", checkpoint="0" * 64).scales)
+    def test_scales_of_another_checkpoint(
+        self, micro_path: Path, quantize: Quantize, saved: Saved, tmp_path: Path
+    ) -> None:
+        others = saved(quantize("fp8", checkpoint="0" * 64))
         with pytest.raises(CalibrationError, match="scales of another checkpoint .* run 'stiv calibrate' on this one"):
-            load_quantization(micro_path, "fp8", tmp_path / "scales", None)
-        with pytest.raises(CalibrationError, match="scales of another checkpoint"):
-            export_bundle(micro_path, tmp_path / "bundle", "float16", quantization=quantize("fp8", checkpoint="0" * 64))
+            export_bundle(request_for(micro_path, tmp_path, others))
+        assert list(tmp_path.iterdir()) == []
 
     def test_scales_of_another_format(self, micro_path: Path, quantize: Quantize, tmp_path: Path) -> None:
         save_scales(tmp_path / "scales", quantize("fp8").scales)
         with pytest.raises(CalibrationError, match="scales for fp8, asked was int8; run 'stiv calibrate --precision"):
-            load_quantization(micro_path, "int8", tmp_path / "scales", None)
+            load_quantization(open_checkpoint(micro_path), "int8", tmp_path / "scales", None)
 
     def test_no_scale_file(self, micro_path: Path, tmp_path: Path) -> None:
         with pytest.raises(CalibrationError, match="absent: cannot be read as scales"):
-            load_quantization(micro_path, "fp8", tmp_path / "absent", None)
+            load_quantization(open_checkpoint(micro_path), "fp8", tmp_path / "absent", None)
 
-    def test_no_checkpoint(self, quantize: Quantize, tmp_path: Path) -> None:
-        save_scales(tmp_path / "scales", quantize("fp8").scales)
+    def test_no_checkpoint(self, quantize: Quantize, saved: Saved, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="absent: no checkpoint here"):
-            load_quantization(tmp_path / "absent", "fp8", tmp_path / "scales", None)
+            export_bundle(request_for(tmp_path / "absent", tmp_path, saved(quantize("fp8"))))
 
     def test_half_a_checkpoint(self, micro_path: Path, quantize: Quantize, tmp_path: Path) -> None:
         shutil.copytree(micro_path, tmp_path / "half")
         (tmp_path / "half" / "vae.safetensors").unlink()
         save_scales(tmp_path / "scales", quantize("fp8").scales)
         with pytest.raises(CheckpointError, match=r"vae.safetensors: cannot be read .*; give a whole checkpoint"):
-            load_quantization(tmp_path / "half", "fp8", tmp_path / "scales", None)
+            load_quantization(open_checkpoint(tmp_path / "half"), "fp8", tmp_path / "scales", None)
 
-    def test_plan_of_another_model(self, micro: Checkpoint, micro_path: Path, quantize: Quantize) -> None:
+    def test_plan_of_another_model(self, micro_path: Path, quantize: Quantize, saved: Saved, tmp_path: Path) -> None:
         chosen = quantize("fp8")
         plan = chosen.plan.model_copy(update={"model": "other"})
         with pytest.raises(CalibrationError, match="this plan is for model other"):
-            check_quantization(replace(chosen, plan=plan), micro_path, micro.config.model, micro.model)
+            export_bundle(request_for(micro_path, tmp_path, saved(replace(chosen, plan=plan))))
 
     def test_the_comparison_needs_modelopt(
-        self, micro_path: Path, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, micro_path: Path, quantize: Quantize, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def missing() -> None:
             raise CalibrationError("ModelOpt cannot be imported")
 
         monkeypatch.setattr(bundle_from_checkpoint, "require_modelopt", missing)
         with pytest.raises(CalibrationError, match="ModelOpt cannot be imported"):
-            export_bundle(micro_path, tmp_path / "bundle", "float16", quantization=quantize("fp8"))
+            export_bundle(request_for(micro_path, tmp_path, saved(quantize("fp8"))))
         assert list(tmp_path.iterdir()) == []
 
 
 def test_plan_and_scales_are_read(micro: Checkpoint, micro_path: Path, quantize: Quantize, tmp_path: Path) -> None:
     save_scales(tmp_path / "scales", quantize("int8").scales)
     save_plan(tmp_path / "plan.json", everything(micro.config.model, "int8"))
-    loaded = load_quantization(micro_path, "int8", tmp_path / "scales", tmp_path / "plan.json")
+    checkpoint = open_checkpoint(micro_path)
+    loaded = load_quantization(checkpoint, "int8", tmp_path / "scales", tmp_path / "plan.json")
     assert loaded.plan == everything(micro.config.model, "int8")
     assert loaded.sha256 == sha256(tmp_path / "scales")
-    assert load_quantization(micro_path, "int8", tmp_path / "scales", None).plan == quantize("int8").plan
+    assert load_quantization(checkpoint, "int8", tmp_path / "scales", None).plan == quantize("int8").plan
     np.testing.assert_array_equal(
         loaded.scales.amax["block_00.ffn.up.weight"], quantize("int8").scales.amax["block_00.ffn.up.weight"]
     )

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,8 +24,10 @@ from stiv_deploy.export.graphs.onnx_from_module import Template, structure_fault
 from stiv_deploy.export.graphs.quantization import LayerScheme, Quantization, StoredTensors, graph_scheme
 from stiv_deploy.export.graphs.quantized_graph import TYPES, quantized_template
 from stiv_deploy.export.graphs.writer import GraphWriter, in_precision
+from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.bundle.contract import GraphSpec, Precision, dimensions
 from stiv_deploy.runtime.bundle.manifest import MANIFEST, Manifest
+from stiv_deploy.runtime.files import sha256
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 
 Quantize = Callable[..., Quantization]
@@ -235,6 +238,7 @@ def test_bundles_pass_the_comparison(
     micro: Checkpoint,
     micro_path: Path,
     quantize: Quantize,
+    saved: Callable[[Quantization], dict[str, Any]],
     tmp_path: Path,
     quantization: Format,
     precision: Precision,
@@ -245,9 +249,12 @@ def test_bundles_pass_the_comparison(
     pytest.importorskip("modelopt")
     plan = everything(micro.config.model, quantization) if all_layers else None
     chosen = quantize(quantization, plan=plan, smooth=smooth)
-    export_bundle(micro_path, tmp_path / "bundle", precision, quantization=chosen)
+    files = saved(chosen)
+    request = ExportRequest(checkpoint=micro_path, out=tmp_path / "bundle", precision=precision, **files)
+    export_bundle(request)
     manifest = Manifest.model_validate_json((tmp_path / "bundle" / MANIFEST).read_text())
-    assert (manifest.precision, manifest.quantization) == (precision, chosen.record())
+    record = replace(chosen, sha256=sha256(files["scales"])).record()
+    assert (manifest.precision, manifest.quantization) == (precision, record)
     topologies = {record.topology for name, record in manifest.graphs.items() if name.startswith("block_")}
     assert len(topologies) == (2 if smooth else 1)
 

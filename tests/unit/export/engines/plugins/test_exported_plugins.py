@@ -13,6 +13,7 @@ from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
 from stiv_deploy.export.engines.job import EngineJob
 from stiv_deploy.export.engines.plugin_graphs import KNOWN, without_functions
 from stiv_deploy.export.engines.worker import run
+from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.engine_files import profile
 from stiv_deploy.runtime.plugins.spec import DOMAIN, PLUGINS
@@ -34,7 +35,9 @@ def exported(make_checkpoint: Callable[..., Any], tmp_path_factory: pytest.TempP
     )
     folder = tmp_path_factory.mktemp("exported")
     save_checkpoint(folder / "checkpoint", make_checkpoint(config))
-    return export_bundle(folder / "checkpoint", folder / "bundle", check=False, attention="plugin")
+    return export_bundle(
+        ExportRequest(checkpoint=folder / "checkpoint", out=folder / "bundle", check=False, attention="plugin")
+    ).bundle
 
 
 def test_a_build_finds_every_plugin(

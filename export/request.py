@@ -1,0 +1,62 @@
+"""What a bundle is to be made of: the request of the export, checked before anything is opened."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import get_args
+
+from stiv_deploy.export.errors import ExportError
+from stiv_deploy.export.precision import FORMATS
+from stiv_deploy.runtime.bundle.contract import Format, Precision
+from stiv_deploy.runtime.bundle.engine_files import Attention
+from stiv_deploy.runtime.bundle.manifest import Bucket, Range
+
+SIZES = ("batch", "frames", "height", "width")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """A bundle of ``checkpoint``, to be written to the folder ``out``.
+
+    ``precision`` is the type of its tensors. With ``format`` layers run in 8 bits, by the ranges of the file ``scales``
+    and the file ``plan`` (None: the usual plan). ``sizes`` are ranges of the default bucket, which goes from half to
+    twice the checkpoint's own sizes; ``buckets``, if any, stand instead of it. With ``attention`` ``plugin`` each block
+    has a second file with plugin nodes for its attention in space and time, over the same weights. With ``check`` each
+    graph is compared with the reference at the sizes of every bucket; the structural checks always run.
+
+    Raises :class:`ExportError` where these do not go together.
+    """
+
+    checkpoint: Path
+    out: Path
+    precision: Precision = "float32"
+    format: Format | None = None
+    scales: Path | None = None
+    plan: Path | None = None
+    sizes: Mapping[str, Range] = field(default_factory=dict)
+    buckets: tuple[Bucket, ...] = ()
+    attention: Attention = "native"
+    check: bool = True
+
+    def __post_init__(self) -> None:
+        self._check_names()
+        if self.format is not None and self.scales is None:
+            raise ExportError(
+                f"--precision {self.format} needs --scales FILE; make it with: stiv calibrate {self.checkpoint} "
+                f"--precision {self.format} --out {self.format}.safetensors"
+            )
+        for option, value in (("scales", self.scales), ("plan", self.plan)):
+            if self.format is None and value is not None:
+                raise ExportError(f"--{option} is for --precision {' and '.join(FORMATS)}, not for {self.precision}")
+        if self.sizes and self.buckets:
+            raise ExportError("sizes are of the default bucket, and buckets stand instead of it; give one of them")
+
+    def _check_names(self) -> None:
+        for what, given, known in (
+            ("precision", self.precision, get_args(Precision)),
+            ("format", self.format or FORMATS[0], FORMATS),
+            ("attention", self.attention, get_args(Attention)),
+            *(("size", name, SIZES) for name in self.sizes),
+        ):
+            if given not in known:
+                raise ExportError(f"{what} {given!r}: there is none; use {', '.join(known)}")

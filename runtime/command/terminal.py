@@ -1,0 +1,115 @@
+"""What all commands have alike: a progress bar on stderr, tables, and ``--json``.
+
+``--json`` alone prints JSON in place of tables; ``--json FILE`` writes it beside them. It stands alone where it is
+last, before another option, or before what the command needs as an argument: ``stiv inspect --json bundle``.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from stiv_deploy.runtime.errors import OutputError
+from stiv_deploy.runtime.files import write_text
+from stiv_deploy.runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+JSON = "--json"
+STDOUT = Path("-")
+JsonTarget = Annotated[
+    Path | None, typer.Option(JSON, metavar="[FILE]", help="Print JSON; with FILE write it there, beside the text.")
+]
+"""The option of a command that has its report as JSON too; see :func:`answer`."""
+
+
+@contextmanager
+def progress_bar(stage: str, quiet: bool = False) -> Iterator[Progress]:
+    """A bar on stderr as the progress of ``stage``; nothing where stderr is no terminal, or if ``quiet``.
+
+    It appears with the first news, so that an error of the first checks stands alone, and begins again where the total
+    changes: there another kind of work begins.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+    from rich.table import Column
+
+    console = Console(stderr=True)
+    what = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+    columns = (TextColumn(stage), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), what)
+    bar = Bar(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
+    task = bar.add_task("", total=None)
+
+    def show(what: str, done: int, total: int) -> None:
+        bar.start()
+        if bar.tasks[task].total != total:
+            bar.reset(task, total=total)
+        bar.update(task, description=what, completed=done)
+
+    try:
+        yield show
+    finally:
+        bar.stop()
+
+
+def table(
+    title: str,
+    columns: Iterable[str],
+    rows: Iterable[Iterable[str]],
+    numbers: Collection[str] = (),
+    caption: str | None = None,
+) -> "Table":
+    """``rows`` of plain text (square brackets stay as they are) under ``columns``; ``numbers`` go to the right."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left", caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        made.add_column(column, justify="right" if column in numbers else "left")
+    for row in rows:
+        made.add_row(*map(escape, row))
+    return made
+
+
+def check_json(target: Path | None) -> None:
+    """:class:`OutputError` if ``--json`` names what cannot become a file."""
+    if target is None or target == STDOUT:
+        return
+    if target.is_dir() or not target.absolute().parent.is_dir():
+        raise OutputError(f"{target}: cannot be written; name a file in a folder that exists")
+
+
+def answer(target: Path | None, report: Callable[[], str], show: Callable[[], None]) -> None:
+    """``show`` the report as text, or print it as JSON where ``--json`` stands alone; write it if that names a file."""
+    if target == STDOUT:
+        typer.echo(report())
+        return
+    if target is not None:
+        write_text(target, report() + "\n")
+    show()
+
+
+class Command(TyperCommand):
+    """A command whose ``--json``, if it has one, may stand alone or name a file."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give a ``--json`` that stands alone the value of standard output, then parse as always."""
+        has_option = any(JSON in parameter.opts for parameter in self.params)
+        if has_option and JSON in args and self._stands_alone(ctx, args):
+            at = args.index(JSON)
+            args = [*args[:at], f"{JSON}={STDOUT}", *args[at + 1 :]]
+        return super().parse_args(ctx, args)
+
+    def _stands_alone(self, ctx: Any, args: list[str]) -> bool:
+        following = args[args.index(JSON) + 1 :]
+        if not following or (following[0].startswith("-") and following[0] != str(STDOUT)):
+            return True
+        found, _, _ = self.make_parser(ctx).parse_args(args=[*args])
+        needed = [each.name for each in self.params if each.param_type_name == "argument" and each.required]
+        return any(not isinstance(found.get(name), str) for name in needed)

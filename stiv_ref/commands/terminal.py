@@ -1,0 +1,69 @@
+"""What the commands of reference and calibration have alike: a progress bar on stderr, and ``--json``.
+
+The runtime's commands have the same, in ``runtime/command/terminal.py``, with the rule when ``--json`` stands alone.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stiv_deploy.stiv_ref.errors import StivRefError
+from stiv_deploy.stiv_ref.files import write_text
+from stiv_deploy.stiv_ref.progress import Progress
+
+STDOUT = Path("-")
+JsonTarget = Annotated[
+    Path | None, typer.Option("--json", metavar="[FILE]", help="Print JSON; with FILE write it there, beside the text.")
+]
+"""The option of a command that has its report as JSON too; see :func:`answer`."""
+
+
+@contextmanager
+def progress_bar(stage: str, quiet: bool = False) -> Iterator[Progress]:
+    """A bar on stderr as the progress of ``stage``; nothing where stderr is no terminal, or if ``quiet``.
+
+    It appears with the first news, so that an error of the first checks stands alone, and begins again where the total
+    changes: there another kind of work begins.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+    from rich.table import Column
+
+    console = Console(stderr=True)
+    what = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+    columns = (TextColumn(stage), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), what)
+    bar = Bar(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
+    task = bar.add_task("", total=None)
+
+    def show(what: str, done: int, total: int) -> None:
+        bar.start()
+        if bar.tasks[task].total != total:
+            bar.reset(task, total=total)
+        bar.update(task, description=what, completed=done)
+
+    try:
+        yield show
+    finally:
+        bar.stop()
+
+
+def check_json(target: Path | None) -> None:
+    """:class:`StivRefError` if ``--json`` names what cannot become a file."""
+    if target is None or target == STDOUT:
+        return
+    if target.is_dir() or not target.absolute().parent.is_dir():
+        raise StivRefError(f"{target}: cannot be written; name a file in a folder that exists")
+
+
+def answer(target: Path | None, report: Callable[[], str], text: str) -> None:
+    """Print ``text``, or the report as JSON where ``--json`` stands alone; write the report if that names a file."""
+    if target == STDOUT:
+        typer.echo(report())
+        return
+    if target is not None:
+        write_text(target, report() + "\n")
+    typer.echo(text)
