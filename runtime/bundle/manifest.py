@@ -1,5 +1,7 @@
 """The bundle's ``manifest.json``: the one thing that export writes and the runtime believes, after checking it."""
 
+import hashlib
+import json
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -178,3 +180,17 @@ class Manifest(Frozen):
     """Versions of the tools that made the bundle."""
     parity: tuple[ParityRow, ...] = ()
     engines: tuple[EngineRecord, ...] = ()
+
+    @property
+    def bundle_hash(self) -> str:
+        """SHA-256 (hex) of what the bundle's results follow from: model, precision, graphs, weights and tokenizer.
+
+        Not of engines, parity rows, recommended settings, buckets or the graphs' forms with plugins.
+        """
+        graphs = {
+            name: [graph.file.sha256, None if graph.data is None else graph.data.sha256]
+            for name, graph in sorted(self.graphs.items())
+        }
+        facts = self.model_dump(mode="json", include={"format_version", "model", "precision"})
+        text = json.dumps(facts | {"graphs": graphs, "tokenizer": self.tokenizer.sha256}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, read_manifest, write_manifest
-from stiv_deploy.runtime.bundle.manifest import Bucket, Range
+from stiv_deploy.runtime.bundle.manifest import Bucket, Manifest, ParityRow, Range
 from stiv_deploy.runtime.errors import BundleError, OutputError, RequestError
 
 Edit = Callable[[dict[str, Any]], object]
@@ -282,3 +282,31 @@ def test_a_manifest_from_before_causal_vaes_is_read(own_bundle: Path) -> None:
     del values["model"]["causal_vae"]
     path.write_text(json.dumps(values))
     assert not read_manifest(own_bundle).model.causal_vae
+
+
+def test_bundle_hash_is_of_what_the_results_follow_from(toy_bundle: Bundle) -> None:
+    manifest = toy_bundle.manifest
+    first = manifest.bundle_hash
+    assert len(first) == 64
+    assert Manifest.model_validate(manifest.model_dump()).bundle_hash == first
+
+    def with_graph(**changes: Any) -> Manifest:
+        graph = manifest.graphs["embed"]
+        return manifest.model_copy(update={"graphs": manifest.graphs | {"embed": graph.model_copy(update=changes)}})
+
+    record = manifest.graphs["embed"].file.model_copy(update={"sha256": "1" * 64})
+    differ = [
+        with_graph(file=record),
+        with_graph(data=record),
+        manifest.model_copy(update={"tokenizer": record}),
+        manifest.model_copy(update={"model": manifest.model.model_copy(update={"max_text_tokens": 6})}),
+    ]
+    assert len({first, *(each.bundle_hash for each in differ)}) == 5
+    parity = ParityRow(level="op", name="x", backend="x", precision="x", rel_l2=0, max_abs=0, gate=1, passed=True)
+    same = [
+        with_graph(file=manifest.graphs["embed"].file.model_copy(update={"path": "elsewhere.onnx"})),
+        manifest.model_copy(update={"parity": (parity,)}),
+        manifest.model_copy(update={"tools": {}}),
+        manifest.model_copy(update={"buckets": manifest.buckets * 2}),
+    ]
+    assert {each.bundle_hash for each in same} == {first}
