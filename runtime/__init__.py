@@ -21,7 +21,11 @@ if TYPE_CHECKING:
         RequestError,
         StivError,
     )
-    from stiv_deploy.runtime.pipeline.pipeline import StivOutput, StivPipeline
+    from stiv_deploy.runtime.pipeline.media import write_video
+    from stiv_deploy.runtime.pipeline.output import StivOutput
+    from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
+    from stiv_deploy.runtime.pipeline.plan import GenerationPlan
+    from stiv_deploy.runtime.pipeline.request import GenerationRequest
     from stiv_deploy.runtime.sampling.guidance import GuidanceMode
     from stiv_deploy.runtime.sampling.sampler import Solver
 
@@ -38,9 +42,12 @@ _MODULES = {
     "RequestError": "errors",
     "StivError": "errors",
     "GuidanceMode": "sampling.guidance",
-    "StivOutput": "pipeline.pipeline",
+    "GenerationPlan": "pipeline.plan",
+    "GenerationRequest": "pipeline.request",
+    "StivOutput": "pipeline.output",
     "StivPipeline": "pipeline.pipeline",
     "Solver": "sampling.sampler",
+    "write_video": "pipeline.media",
 }
 """Where each public name lives; loaded on first use, so that ``stiv --help`` does not import ONNX Runtime."""
 
@@ -51,6 +58,8 @@ __all__ = [
     "BundleError",
     "Cancelled",
     "EngineError",
+    "GenerationPlan",
+    "GenerationRequest",
     "GuidanceMode",
     "OutputError",
     "RequestError",
@@ -60,6 +69,7 @@ __all__ = [
     "StivPipeline",
     "available",
     "open_backend",
+    "write_video",
 ]
 
 

@@ -1,73 +1,61 @@
-"""Given images: read, checked against the video's size, and turned into a clip for the image encoder."""
+"""Given images: fitted to the video's size, checked, and turned into a clip for the image encoder."""
 
-from collections.abc import Mapping, Sequence
-from os import PathLike
-from pathlib import Path
-from typing import Any, TypeAlias
+from collections.abc import Collection, Mapping, Sequence
+from enum import StrEnum
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from stiv_deploy.runtime.bundle.contract import ModelFacts
 from stiv_deploy.runtime.errors import RequestError
-from stiv_deploy.runtime.pipeline import media
-from stiv_deploy.runtime.sampling.conditioning import frame_indices
-
-ImageLike: TypeAlias = Image.Image | np.ndarray | str | PathLike[str]
-"""A PIL image, a uint8 array [H, W, 3], or the path of an image file."""
 
 
-def _pixels(image: ImageLike) -> np.ndarray:
-    """The image as uint8 [height, width, 3]."""
-    if isinstance(image, str | PathLike):
-        return media.read_image(Path(image))
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
-    if not isinstance(image, np.ndarray):
-        raise RequestError(
-            f"cannot use a {type(image).__name__} as an image; give a file, a PIL image or a uint8 array"
-        )
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise RequestError(f"the image array is {image.dtype} {list(image.shape)}; give uint8 [height, width, 3]")
-    return image
+class Fit(StrEnum):
+    """How a picture of another size becomes a frame."""
+
+    EXACT = "exact"
+    """Not at all: it must have the video's size."""
+    STRETCH = "stretch"
+    """Scaled to the video's size, whatever its shape."""
+    CROP = "crop"
+    """Scaled until it covers the frame; what sticks out, left and right or above and below, is cut off."""
+    PAD = "pad"
+    """Scaled until it fits into the frame, in the middle of black."""
 
 
-def fitted_image(image: ImageLike, height: int, width: int, *, resize: bool = False) -> np.ndarray:
-    """Image uint8 [height, width, 3]. A wrong size is a :class:`RequestError` unless ``resize`` asks for scaling."""
-    pixels = _pixels(image)
+def fitted_image(
+    pixels: np.ndarray, height: int, width: int, fit: Fit = Fit.EXACT, name: str = "the image"
+) -> np.ndarray:
+    """``pixels`` uint8 [h, w, 3] as uint8 [height, width, 3], scaled bicubically; an equal size stays as it is.
+
+    Raises :class:`RequestError`, which calls the image ``name``, for another size with ``Fit.EXACT``.
+    """
     if pixels.shape[:2] == (height, width):
         return pixels
-    if resize:
-        return np.asarray(Image.fromarray(pixels).resize((width, height)))
-    name = f"{image}" if isinstance(image, str | PathLike) else "the image"
+    image, size = Image.fromarray(pixels), (width, height)
+    match fit:
+        case Fit.STRETCH:
+            return np.asarray(image.resize(size))
+        case Fit.CROP:
+            return np.asarray(ImageOps.fit(image, size, Image.Resampling.BICUBIC))
+        case Fit.PAD:
+            return _padded(image, size)
     raise RequestError(
         f"{name} is {pixels.shape[1]}x{pixels.shape[0]} (width x height), the video is {width}x{height}; "
-        "scale or crop it, or allow resizing"
+        "give it that size, or choose a fit: stretch, crop or pad"
     )
 
 
-def given_images(
-    image: ImageLike | Mapping[int, ImageLike] | None, frames: int, height: int, width: int, *, resize: bool = False
-) -> dict[int, np.ndarray]:
-    """Given images uint8 [height, width, 3] by video frame; one image alone is the first frame.
-
-    Raises :class:`RequestError` for an index outside ``frames`` or an image that does not fit.
-    """
-    if image is None:
-        return {}
-    items: dict[Any, ImageLike] = dict(image) if isinstance(image, Mapping) else {0: image}
-    for index in items:
-        if not isinstance(index, int | np.integer):
-            raise RequestError(f"images are given by frame number, got {index!r}")
-    indices = frame_indices(items, frames)
-    return {
-        index: fitted_image(each, height, width, resize=resize)
-        for index, each in zip(indices, items.values(), strict=True)
-    }
+def _padded(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    scale = min(size[0] / image.width, size[1] / image.height)
+    inner = [min(max(1, round(side * scale)), most) for side, most in zip(image.size, size, strict=True)]
+    frame = Image.new("RGB", size)
+    frame.paste(image.resize((inner[0], inner[1])), ((size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2))
+    return np.asarray(frame)
 
 
-def check_given_frames(images: Mapping[int, np.ndarray], model: ModelFacts) -> None:
-    """Raise :class:`RequestError` if the VAE cannot code ``images`` (by video frame) without the frames between them.
+def check_given_frames(images: Collection[int], model: ModelFacts) -> None:
+    """Raise :class:`RequestError` if the VAE cannot code the video frames ``images`` without those between them.
 
     A causal VAE codes a frame from those before it: the first alone, or the first few that fill latent frames.
     """

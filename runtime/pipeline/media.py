@@ -1,18 +1,23 @@
 """Pictures and videos in and out: one image read, clips written by file extension, whole or not at all."""
 
+import io
 import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from stiv_deploy.runtime.errors import OutputError, RequestError
 from stiv_deploy.runtime.files import replaced_file, replaced_folder
+from stiv_deploy.runtime.pipeline.limits import bounded
 
 SUPPORTED = ".mp4, .gif, .webp, .png (all frames in one row), or a name without extension (a folder of PNG frames)"
 EXTENSIONS = (".mp4", ".gif", ".webp", ".png", "")
+FRAME_NAME = "frame_{:03d}.png"
 GAP = 2
 """Pixels between the frames of a contact sheet."""
 BACKGROUND = (32, 32, 32)
@@ -23,18 +28,30 @@ LABEL_HEIGHT = 16
 X264_OPTIONS = {"crf": "10", "preset": "medium"}
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """Read a picture as uint8 [height, width, 3] RGB, turned upright; raises :class:`RequestError`."""
-    path = Path(path)
+def read_file(path: Path) -> bytes:
+    """Contents of a picture's file; raises :class:`RequestError`."""
     if not path.is_file():
         raise RequestError(f"{path}: no such image file")
     try:
-        with Image.open(path) as image:
+        return path.read_bytes()
+    except OSError as error:
+        raise RequestError(f"{path}: the image cannot be read ({error.strerror})") from None
+
+
+def decode_image(content: bytes, name: str) -> np.ndarray:
+    """A picture file's ``content`` as uint8 [height, width, 3] RGB, turned upright; :class:`RequestError`."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except UnidentifiedImageError:
-        raise RequestError(f"{path}: not an image; give a PNG, JPEG or WebP file") from None
+        raise RequestError(f"{name}: not an image; give a PNG, JPEG or WebP file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises on damage
-        raise RequestError(f"{path}: the image cannot be read ({error}); give a whole PNG, JPEG or WebP file") from None
+        raise RequestError(f"{name}: the image cannot be read ({error}); give a whole PNG, JPEG or WebP file") from None
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read a picture as uint8 [height, width, 3] RGB, turned upright; raises :class:`RequestError`."""
+    return decode_image(read_file(Path(path)), str(path))
 
 
 def numbered(path: Path, count: int) -> list[Path]:
@@ -93,34 +110,75 @@ def enlarge(frames: np.ndarray, factor: int) -> np.ndarray:
     return frames.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
-def write_video(path: str | Path, frames: np.ndarray, fps: float, upscale: int = 1) -> Path:
+def write_video(path: str | Path, frames: np.ndarray, fps: float, upscale: int = 1, comment: str | None = None) -> Path:
     """Write uint8 [frames, height, width, 3] to ``path`` in the format of its extension (see ``SUPPORTED``).
 
     Each pixel becomes ``upscale`` x ``upscale`` pixels. An mp4 of odd height or width gets one more row or column, as
-    its colours have half the resolution. Raises :class:`OutputError`, and then leaves nothing behind.
+    its colours have half the resolution. ``comment`` goes into the file (the comment tag of mp4 and GIF, a text chunk
+    of PNG, the Exif description of WebP; in a folder into the first frame), see :func:`read_comment`. Raises
+    :class:`OutputError`, or :class:`RequestError` for ``fps`` or ``upscale``, and then leaves nothing behind.
     """
     (path,) = check_output(path)
-    frames = enlarge(_check_frames(frames), upscale)
+    frames, fps = enlarge(_check_frames(frames), upscale), bounded("fps", fps)
     with replaced_file(path) if path.suffix else replaced_folder(path) as temporary:
         match path.suffix.lower():
             case ".mp4":
-                _write_mp4(temporary, frames, fps)
+                _write_mp4(temporary, frames, fps, comment)
             case ".png":
-                contact_sheet([frames]).save(temporary, "PNG")
+                _write_png(temporary, contact_sheet([frames]), comment)
             case "":
-                _write_folder(temporary, frames)
+                _write_folder(temporary, frames, comment)
             case _:
-                _write_animation(temporary, frames, fps)
+                _write_animation(temporary, frames, fps, comment)
     return path
 
 
-def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
+def is_clip(path: Path) -> bool:
+    """Whether ``path`` is called like what :func:`write_video` writes."""
+    return path.is_dir() or (path.suffix != "" and path.suffix.lower() in EXTENSIONS)
+
+
+def read_comment(path: Path) -> str:
+    """The comment of a clip that :func:`write_video` wrote; :class:`RequestError` if there is none."""
+    if path.is_dir():
+        path = path / FRAME_NAME.format(0)
+    if not path.is_file():
+        raise RequestError("no such file")
+    comment = _mp4_comment(path) if path.suffix.lower() == ".mp4" else _picture_comment(path)
+    if not comment:
+        raise RequestError("it carries no request; clips that 'stiv generate' wrote do")
+    return comment
+
+
+def _mp4_comment(path: Path) -> str | None:
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            return container.metadata.get("comment")
+    except av.FFmpegError as error:
+        raise RequestError(f"not a video that can be read ({error})") from None
+
+
+def _picture_comment(path: Path) -> str | None:
+    try:
+        with Image.open(path) as image:
+            described = image.getexif().get(ExifTags.Base.ImageDescription)
+            found = image.info.get("Comment") or image.info.get("comment") or described
+    except (OSError, ValueError, SyntaxError) as error:
+        raise RequestError(f"not a picture that can be read ({error})") from None
+    return found.decode("utf-8", "replace") if isinstance(found, bytes) else found
+
+
+def _write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str | None) -> None:
     import av
 
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     rate = Fraction(fps).limit_denominator(1001)
     try:
         with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+            if comment is not None:
+                container.metadata["comment"] = comment
             stream = container.add_stream("libx264", rate=rate, options=X264_OPTIONS)
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuv420p"
@@ -131,15 +189,26 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
         raise OutputError(f"{path.name}: the video cannot be encoded ({error}); see 'stiv doctor'") from None
 
 
-def _write_animation(path: Path, frames: np.ndarray, fps: float) -> None:
+def _write_animation(path: Path, frames: np.ndarray, fps: float, comment: str | None) -> None:
     first, *rest = [Image.fromarray(frame) for frame in frames]
-    # GIF has 256 colours and no such option, and Pillow ignores it there
-    first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, lossless=True)
+    exif = Image.Exif()
+    if comment is not None:
+        exif[ExifTags.Base.ImageDescription] = comment
+    # GIF has 256 colours and no such options, and Pillow ignores them there
+    options: dict[str, Any] = {"lossless": True, "exif": exif, "comment": (comment or "").encode()}
+    first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, **options)
 
 
-def _write_folder(path: Path, frames: np.ndarray) -> None:
+def _write_folder(path: Path, frames: np.ndarray, comment: str | None) -> None:
     for index, frame in enumerate(frames):
-        Image.fromarray(frame).save(path / f"frame_{index:03d}.png")
+        _write_png(path / FRAME_NAME.format(index), Image.fromarray(frame), None if index else comment)
+
+
+def _write_png(path: Path, image: Image.Image, comment: str | None) -> None:
+    text = PngInfo()
+    if comment is not None:
+        text.add_text("Comment", comment)
+    image.save(path, "PNG", pnginfo=text)
 
 
 def contact_sheet(clips: Sequence[np.ndarray], labels: Sequence[str] = (), upscale: int = 1) -> Image.Image:

@@ -1,182 +1,163 @@
-"""A generation request with everything checked and every default filled in, before the first expensive step."""
+"""A generation request as a value: frozen, checked as far as no bundle is needed, JSON in and out."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any, TypeVar
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, ValidationInfo, field_validator, model_validator
 
-from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.bundle.manifest import SamplingDefaults
+from stiv_deploy.runtime.bundle.contract import Frozen
 from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.pipeline.given import Latents, Picture
+from stiv_deploy.runtime.pipeline.images import Fit
+from stiv_deploy.runtime.pipeline.limits import BOUNDS, SEED_LIMIT, TEXT_LIMIT, bounded, named, switch, text
 from stiv_deploy.runtime.sampling.guidance import GuidanceMode
-from stiv_deploy.runtime.sampling.sampler import SamplingSettings, Solver
+from stiv_deploy.runtime.sampling.sampler import Solver
 
-Name = TypeVar("Name", bound=StrEnum)
-SEED_LIMIT = 2**63
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoSize:
-    """Size of a video in frames and pixels."""
-
-    frames: int
-    height: int
-    width: int
+NAMES = {"guidance_mode": GuidanceMode, "solver": Solver, "fit": Fit}
+"""Fields that choose one of several names."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One video to make: prompt, negative prompt and the seed of its noise."""
-
-    prompt: str
-    negative: str
-    seed: int
+def _number(name: str, description: str, default: float | None = None) -> Any:
+    low, high = BOUNDS[name]
+    return Field(default=default, ge=low, le=high, description=description)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerationRequest:
-    """All samples of a call, in batches that the bundle can run, with what they share.
+class GenerationRequest(Frozen):
+    """What to generate: ``count`` videos of one prompt. Every field but ``prompt`` may be left out.
 
-    ``images`` are uint8 [H, W, 3] by video frame; ``decode_tile`` is for :func:`runtime.tiling.plan_tiles`.
+    ``None`` means what the bundle recommends. Numbers are finite and within :data:`limits.BOUNDS`, texts have at most
+    20000 characters; what depends on the bundle (sizes, frames that can be given, tiles) is checked by the plan, see
+    :func:`plan.plan_generation`. ``frames`` are pictures by video frame (any :data:`given.ImageLike` when it is made
+    in Python), ``latents`` fp32 [C, h, w] by latent frame, both with negative indices counted from the end; give
+    either. Frame i of a video was, so to say, taken ``stride`` frames of the source after frame i - 1, from a source
+    of ``original_height`` x ``original_width`` pixels (by default the video's own size): conditions of the model, like
+    no crop and the number of frames. JSON is written by :meth:`to_json` and read by :meth:`from_json`.
+
+    Raises :class:`RequestError`, one line, for anything else and for keys that are unknown.
     """
 
-    batches: tuple[tuple[Sample, ...], ...]
-    size: VideoSize
-    images: dict[int, np.ndarray]
-    settings: SamplingSettings
-    decode_tile: int | None = None
+    prompt: str = Field(max_length=TEXT_LIMIT, description="What to show; may be empty.")
+    negative_prompt: str = Field(default="", max_length=TEXT_LIMIT, description="What to steer away from.")
+    frames: dict[int, Picture] = Field(default={}, description="Pictures of given frames, by frame.")
+    latents: dict[int, Latents] = Field(default={}, description="Given latents, by latent frame.")
+    fit: Fit = Field(default=Fit.EXACT, description="How pictures of another size become frames.")
+    num_frames: int | None = _number("num_frames", "Number of frames.")
+    height: int | None = _number("height", "Height in pixels.")
+    width: int | None = _number("width", "Width in pixels.")
+    fps: float | None = _number("fps", "Frames per second of what is written.")
+    stride: int = _number("stride", "Sampling stride: source frames from one frame to the next.", 1)
+    original_height: int | None = _number("original_height", "Height of the source in pixels.")
+    original_width: int | None = _number("original_width", "Width of the source in pixels.")
+    num_inference_steps: int | None = _number("num_inference_steps", "Sampling steps.")
+    guidance_mode: GuidanceMode | None = Field(default=None, description="Which branches guide.")
+    guidance_scale: float | None = _number("guidance_scale", "Guidance scale (of the text, in mode sit).")
+    image_guidance_scale: float | None = _number("image_guidance_scale", "Guidance scale of the image, in mode sit.")
+    guidance_renorm: bool | None = Field(default=None, description="Keep the norm of the conditional velocity.")
+    solver: Solver | None = Field(default=None, description="Solver of the sampling ODE.")
+    time_shift: float | None = _number("time_shift", "Above 1 spends more steps near the noise.")
+    seed: int | None = _number("seed", "Seed of the first video's noise; video i takes seed + i. None: a new one.")
+    count: int = _number("count", "Number of videos.", 1)
+    decode_tile: int | None = _number("decode_tile", "Tile of the VAE in pixels, 0 for whole frames.")
 
-    @property
-    def count(self) -> int:
-        """Number of videos."""
-        return sum(len(batch) for batch in self.batches)
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_one_line(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(values)
+        except ValidationError as error:
+            raise RequestError(_first_fault(error, cls)) from None
+
+    @field_validator(*BOUNDS, mode="before")
+    @classmethod
+    def _check_number(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        return None if value is None and cls.model_fields[name].default is None else bounded(name, value)
+
+    @field_validator(*NAMES, mode="before")
+    @classmethod
+    def _check_name(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        return None if value is None and cls.model_fields[name].default is None else named(NAMES[name], name, value)
+
+    @field_validator("prompt", "negative_prompt", mode="before")
+    @classmethod
+    def _check_text(cls, value: Any, info: ValidationInfo) -> str:
+        return text(str(info.field_name).replace("_", " "), value)
+
+    @field_validator("guidance_renorm", mode="before")
+    @classmethod
+    def _check_switch(cls, value: Any) -> bool | None:
+        return None if value is None else switch("guidance_renorm", value)
+
+    @field_validator("frames", "latents", mode="before")
+    @classmethod
+    def _check_indices(cls, value: Any, info: ValidationInfo) -> dict[int, Any]:
+        what = {"frames": "images", "latents": "latents"}[str(info.field_name)]
+        if not isinstance(value, Mapping):
+            raise RequestError(f"{what} are given by frame number, as in {{0: ...}}, got a {type(value).__name__}")
+        return {_index(index, what): each for index, each in value.items()}
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.frames and self.latents:
+            raise RequestError("frames and latents are given; give either")
+        if self.seed is not None and self.seed + self.count > SEED_LIMIT:
+            raise RequestError(f"seed must be from 0 to 2^63 - {self.count}, got {self.seed}")
+        return self
+
+    def changed(self, **values: Any) -> Self:
+        """A request with other ``values``, checked like any."""
+        return type(self)(**(dict(self) | values))
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, without the fields that are left to the bundle; see :meth:`from_json`."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        return {name: value for name, value in values.items() if value != {}}
+
+    @classmethod
+    def from_json(cls, values: Any) -> Self:
+        """The request of JSON text, or of the values in it; raises :class:`RequestError`."""
+        if isinstance(values, str | bytes):
+            try:
+                values = json.loads(values)
+            except (ValueError, RecursionError) as error:
+                raise RequestError(f"the request is not JSON ({error})") from None
+        return cls.model_validate(values)
 
 
-def whole_number(name: str, value: Any) -> int:
-    """``value`` as int; :class:`RequestError` if it is not a whole number."""
+def _index(value: Any, what: str) -> int:
+    """A key of ``frames`` or ``latents``; JSON has but strings."""
+    number = value.removeprefix("-") if isinstance(value, str) else ""
+    if number.isdecimal() and number.isascii() and len(number) <= 6:
+        return int(value)
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise RequestError(f"{name} must be a whole number, got {value!r}")
+        raise RequestError(f"{what} are given by frame number, got {value!r}")
     return int(value)
 
 
-def number(name: str, value: Any) -> float:
-    """``value`` as float; :class:`RequestError` if it is not a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
-        raise RequestError(f"{name} must be a finite number, got {value!r}")
-    return float(value)
+def _first_fault(error: ValidationError, model: type[GenerationRequest]) -> str:
+    """The first of pydantic's faults in our words; most are found, and worded, by the validators."""
+    fault = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in fault["loc"])
+    match fault["type"]:
+        case "missing":
+            return f"no {where} given"
+        case "extra_forbidden":
+            return f"a request has no {where!r}; there are: {', '.join(model.model_fields)}"
+    return f"{where or 'a request'}: {fault['msg']}, got {str(fault['input'])[:80]!r}"
 
 
-def named(kind: type[Name], what: str, value: Any) -> Name:
-    """The member of ``kind`` called ``value``; :class:`RequestError` listing the names if there is none."""
-    try:
-        return kind(value)
-    except ValueError:
-        raise RequestError(f"unknown {what} {value!r}; there are: {', '.join(kind)}") from None
+def new_seed(generator: np.random.Generator | None = None) -> int:
+    """A seed below 2^32, drawn from ``generator`` or from the system's entropy."""
+    return int((np.random.default_rng() if generator is None else generator).integers(2**32))
 
 
-def sampling_settings(
-    defaults: SamplingDefaults,
-    *,
-    steps: Any,
-    guidance_scale: Any,
-    image_scale: Any,
-    guidance_mode: Any,
-    renorm: bool | None,
-    solver: Any,
-    time_shift: Any,
-) -> SamplingSettings:
-    """Settings from a caller's values, ``None`` meaning the bundle's default; :class:`RequestError` for a bad one."""
-
-    def chosen(value: Any, default: Any) -> Any:
-        return default if value is None else value
-
-    return SamplingSettings(
-        steps=whole_number("num_inference_steps", chosen(steps, defaults.steps)),
-        guidance_scale=number("guidance_scale", chosen(guidance_scale, defaults.guidance_scale)),
-        image_scale=number("image_guidance_scale", chosen(image_scale, defaults.image_scale)),
-        guidance_mode=named(GuidanceMode, "guidance_mode", chosen(guidance_mode, defaults.guidance_mode)),
-        renorm=bool(chosen(renorm, defaults.renorm)),
-        solver=named(Solver, "solver", chosen(solver, defaults.solver)),
-        time_shift=number("time_shift", chosen(time_shift, defaults.time_shift)),
-    )
-
-
-def video_size(defaults: SamplingDefaults, frames: Any, height: Any, width: Any) -> VideoSize:
-    """Size from a caller's values, ``None`` meaning the bundle's default."""
-    return VideoSize(
-        frames=defaults.frames if frames is None else whole_number("num_frames", frames),
-        height=defaults.height if height is None else whole_number("height", height),
-        width=defaults.width if width is None else whole_number("width", width),
-    )
-
-
-def prompt_list(prompt: str | Sequence[str]) -> list[str]:
-    """Prompts as a list; :class:`RequestError` if there is none, or one is not text."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts:
-        raise RequestError("no prompt given; give a string or a list of at least one (an empty string is allowed)")
-    for each in prompts:
-        if not isinstance(each, str):
-            raise RequestError(f"a prompt must be a string, got {each!r}")
-    return prompts
-
-
-def negative_list(negative: str | Sequence[str], count: int) -> list[str]:
-    """One negative prompt for each of ``count`` prompts."""
-    negatives = [negative] * count if isinstance(negative, str) else prompt_list(negative)
-    if len(negatives) != count:
-        raise RequestError(f"{len(negatives)} negative prompts for {count} prompts; give one for all, or one each")
-    return negatives
-
-
-def first_seed(seed: Any, generator: np.random.Generator | None, count: int) -> int:
-    """The seed of the first of ``count`` samples: given, drawn from ``generator``, or new."""
-    if seed is None:
-        source = np.random.default_rng() if generator is None else generator
-        return int(source.integers(2**32))
-    if generator is not None:
-        raise RequestError("give either seed or generator, not both")
-    seed = whole_number("seed", seed)
-    if not 0 <= seed <= SEED_LIMIT - count:
-        raise RequestError(f"seed must be from 0 to 2^63 - {count}, got {seed}")
-    return seed
-
-
-def draw_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:
-    """Noise fp32 [len(seeds), *shape], each sample from its own seed, so that batching does not change it."""
-    draws = (np.random.Generator(np.random.Philox(seed)).standard_normal(shape, dtype=np.float32) for seed in seeds)
-    return np.stack(list(draws))
-
-
-def make_samples(
-    prompt: str | Sequence[str],
-    negative: str | Sequence[str],
-    videos_per_prompt: Any,
-    seed: Any,
-    generator: np.random.Generator | None,
-) -> list[Sample]:
-    """Samples of a call, the videos of one prompt next to each other, seeds counting up; :class:`RequestError`."""
-    prompts = prompt_list(prompt)
-    negatives = negative_list(negative, len(prompts))
-    repeats = whole_number("num_videos_per_prompt", videos_per_prompt)
-    if repeats < 1:
-        raise RequestError(f"num_videos_per_prompt must be at least 1, got {repeats}")
-    pairs = [pair for pair in zip(prompts, negatives, strict=True) for _ in range(repeats)]
-    first = first_seed(seed, generator, len(pairs))
-    return [Sample(prompt=p, negative=n, seed=first + index) for index, (p, n) in enumerate(pairs)]
-
-
-def in_batches(bundle: Bundle, samples: Sequence[Sample], size: VideoSize) -> tuple[tuple[Sample, ...], ...]:
-    """``samples`` in as few batches as the bundle allows for ``size``, each as large as the others or one smaller.
-
-    Raises :class:`RequestError` if no bucket holds such videos.
-    """
-    largest = bundle.max_batch(size.frames, size.height, size.width)
-    parts = np.array_split(np.arange(len(samples)), math.ceil(len(samples) / largest))
-    batches = tuple(tuple(samples[index] for index in part) for part in parts)
-    for batch in batches:
-        bundle.bucket_for(len(batch), size.frames, size.height, size.width)
-    return batches
+def in_a_row(requests: Sequence[GenerationRequest], seed: int) -> list[GenerationRequest]:
+    """``requests`` with seeds that count on from ``seed`` over all their videos; :class:`RequestError`."""
+    numbered = []
+    for request in requests:
+        numbered.append(request.changed(seed=seed))
+        seed += request.count
+    return numbered

@@ -13,19 +13,19 @@ from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.sampling.guidance import BRANCHES, GuidanceMode
 
 
-def frame_indices(indices: Iterable[int], frames: int) -> list[int]:
+def frame_indices(indices: Iterable[int], frames: int, what: str = "image") -> list[int]:
     """Indices into ``frames`` frames with negative ones counted from the end, in the given order.
 
-    Raises :class:`RequestError` for an index out of range or a frame given twice.
+    Raises :class:`RequestError`, which calls what is given ``what``, for an index out of range or a frame given twice.
     """
     resolved: list[int] = []
     for index in indices:
         if not -frames <= index < frames:
             raise RequestError(
-                f"image for frame {index}, but the video has frames 0 to {frames - 1} (or -{frames} to -1)"
+                f"{what} for frame {index}, but the video has frames 0 to {frames - 1} (or -{frames} to -1)"
             )
         if index % frames in resolved:
-            raise RequestError(f"frame {index % frames} is given two images; give each frame once")
+            raise RequestError(f"{what} for frame {index % frames} given twice; give each frame once")
         resolved.append(index % frames)
     return resolved
 
@@ -55,6 +55,6 @@ def additive_mask(token_mask: np.ndarray) -> np.ndarray:
     return np.where(token_mask == 0, np.float32(MASKED), np.float32(0))[:, None, None, :]
 
 
-def micro_conditions(rows: int, height: int, width: int, video_frames: int) -> np.ndarray:
-    """Micro-conditions fp32 [rows, 6] of an uncropped video in every frame: (height, width, 0, 0, 1, frames)."""
-    return np.tile(np.array([height, width, 0, 0, 1, video_frames], dtype=np.float32), (rows, 1))
+def micro_conditions(height: int, width: int, stride: int, video_frames: int) -> np.ndarray:
+    """Micro-conditions fp32 [6]: original height and width, crop (none), sampling stride, number of frames."""
+    return np.array([height, width, 0, 0, stride, video_frames], dtype=np.float32)

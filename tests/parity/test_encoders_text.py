@@ -28,8 +28,8 @@ from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime import StivPipeline
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import Precision
-from stiv_deploy.runtime.pipeline.request import draw_noise
 from stiv_deploy.runtime.pipeline.tokenization import PromptTokenizer
+from stiv_deploy.runtime.sampling.noise import draw_noise
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, CheckpointConfig, SamplingDefaults, save_checkpoint
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.guidance import GuidanceMode

@@ -27,7 +27,7 @@ from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.contract import GraphSpec, dimensions, graph_specs
 from stiv_deploy.runtime.bundle.manifest import Range
 from stiv_deploy.runtime.errors import RequestError
-from stiv_deploy.runtime.pipeline.request import draw_noise
+from stiv_deploy.runtime.sampling.noise import draw_noise
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, CheckpointConfig, SamplingDefaults, save_checkpoint
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.model import Stiv

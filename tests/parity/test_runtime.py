@@ -16,7 +16,7 @@ import torch
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
 from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime import StivPipeline
-from stiv_deploy.runtime.pipeline.request import draw_noise
+from stiv_deploy.runtime.sampling.noise import draw_noise
 from stiv_deploy.stiv_ref.checkpoint import (
     Checkpoint,
     CheckpointConfig,

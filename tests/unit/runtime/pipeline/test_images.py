@@ -1,84 +1,71 @@
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import ModelFacts
 from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.pipeline.images import (
+    Fit,
     check_given_frames,
     clip_from_images,
     fitted_image,
     frames_from_video,
-    given_images,
 )
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
 
 
-def test_array_picture_and_file_are_the_same_image(tmp_path: Path) -> None:
-    Image.fromarray(PIXELS).save(tmp_path / "a.png")
-    for image in (PIXELS, Image.fromarray(PIXELS), tmp_path / "a.png", str(tmp_path / "a.png")):
-        np.testing.assert_array_equal(fitted_image(image, 8, 12), PIXELS)
+def test_wrong_size_names_both_and_is_refused_by_default() -> None:
+    with pytest.raises(RequestError, match=r"a.png is 12x8 \(width x height\), the video is 10x8; .* choose a fit: "):
+        fitted_image(PIXELS, 8, 10, name="a.png")
 
 
-def test_grey_and_transparent_pictures_become_rgb() -> None:
-    for mode in ("L", "RGBA", "P", "1"):
-        assert fitted_image(Image.new(mode, (12, 8)), 8, 12).shape == (8, 12, 3)
+@pytest.mark.parametrize("fit", list(Fit))
+def test_equal_size_stays_as_it_is(fit: Fit) -> None:
+    np.testing.assert_array_equal(fitted_image(PIXELS, 8, 12, fit), PIXELS)
 
 
-def test_wrong_size_names_both_and_is_not_resized(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    Image.fromarray(PIXELS).save(path)
-    with pytest.raises(RequestError, match=r"a.png is 12x8 \(width x height\), the video is 8x8; .*allow resizing"):
-        fitted_image(path, 8, 8)
-    assert fitted_image(path, 4, 6, resize=True).shape == (4, 6, 3)
+def bars(height: int, width: int) -> np.ndarray:
+    """Red in the left quarter, blue in the right one, white between."""
+    image = np.full((height, width, 3), 255, dtype=np.uint8)
+    image[:, : width // 4], image[:, -width // 4 :] = (255, 0, 0), (0, 0, 255)
+    return image
 
 
-@pytest.mark.parametrize(
-    ("image", "message"),
-    [
-        (PIXELS.astype(np.float32), r"float32 \[8, 12, 3\]; give uint8"),
-        (PIXELS[..., 0], r"uint8 \[8, 12\]; give uint8 \[height, width, 3\]"),
-        (3.5, "cannot use a float as an image"),
-    ],
-)
-def test_what_is_no_image(image: Any, message: str) -> None:
-    with pytest.raises(RequestError, match=message):
-        fitted_image(image, 8, 12)
+def test_stretch_keeps_all_and_changes_the_shape() -> None:
+    fitted = fitted_image(bars(40, 80), 40, 40, Fit.STRETCH)
+    assert fitted.shape == (40, 40, 3)
+    assert fitted[20, [0, 20, 39]].tolist() == [[255, 0, 0], [255, 255, 255], [0, 0, 255]]
 
 
-def test_unreadable_files(tmp_path: Path) -> None:
-    text, cut = tmp_path / "a.txt", tmp_path / "cut.png"
-    text.write_text("no image")
-    Image.fromarray(PIXELS).save(cut)
-    cut.write_bytes(cut.read_bytes()[:60])
-    for path in (text, cut, tmp_path / "missing.png", tmp_path):
-        with pytest.raises(RequestError, match=path.name) as caught:
-            fitted_image(path, 8, 12)
-        assert "\n" not in str(caught.value)
+def test_crop_cuts_both_sides_alike() -> None:
+    fitted = fitted_image(bars(40, 80), 20, 20, Fit.CROP)  # half the size, of which the middle half is white
+    assert fitted.shape == (20, 20, 3)
+    assert (fitted[:, 2:-2] == 255).all()  # next to the edges the filter sees the colours outside
+    turned = fitted_image(bars(40, 80).transpose(1, 0, 2), 20, 20, Fit.CROP)
+    np.testing.assert_array_equal(turned, fitted.transpose(1, 0, 2))
 
 
-def test_one_image_is_the_first_frame() -> None:
-    assert given_images(None, 4, 8, 12) == {}
-    assert list(given_images(PIXELS, 4, 8, 12)) == [0]
-    assert list(given_images({0: PIXELS, -1: PIXELS}, 4, 8, 12)) == [0, 3]
+@pytest.mark.parametrize(("height", "width", "black"), [(20, 40, np.s_[:5]), (40, 20, np.s_[:, :5])])
+def test_pad_keeps_all_in_the_middle_of_black(height: int, width: int, black: tuple[slice, ...]) -> None:
+    white = np.full((height, width, 3), 255, dtype=np.uint8)
+    fitted = fitted_image(white, 20, 20, Fit.PAD)
+    assert fitted.shape == (20, 20, 3)
+    assert (fitted[black] == 0).all()
+    np.testing.assert_array_equal(fitted, fitted[::-1, ::-1])
+    share = min(height, width) / max(height, width)
+    assert (fitted == 255).all(axis=-1).mean() == pytest.approx(share)
 
 
-@pytest.mark.parametrize("index", [4, -5])
-def test_frame_outside_the_video(index: int) -> None:
-    with pytest.raises(RequestError, match=f"image for frame {index}, but the video has frames 0 to 3"):
-        given_images({index: PIXELS}, 4, 8, 12)
-
-
-def test_frame_that_is_no_number() -> None:
-    with pytest.raises(RequestError, match="images are given by frame number, got 'first'"):
-        given_images({"first": PIXELS}, 4, 8, 12)  # type: ignore[dict-item]
+@settings(max_examples=30, deadline=None)
+@given(size=st.tuples(st.integers(1, 300), st.integers(1, 300)), fit=st.sampled_from([Fit.STRETCH, Fit.CROP, Fit.PAD]))
+def test_any_shape_can_be_fitted(size: tuple[int, int], fit: Fit) -> None:
+    image = np.full((*size, 3), 90, dtype=np.uint8)
+    fitted = fitted_image(image, 6, 16, fit)
+    assert fitted.shape == (6, 16, 3)
+    assert fitted.max() == 90  # a constant stays one under every filter
 
 
 @pytest.fixture

@@ -1,7 +1,10 @@
+import gc
+import itertools
 import math
 import re
 import threading
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stiv_deploy.runtime import Bundle, BundleError, Cancelled, RequestError, StivPipeline
-from stiv_deploy.runtime.pipeline.request import draw_noise
+from stiv_deploy.runtime import Bundle, BundleError, Cancelled, GenerationRequest, RequestError, StivPipeline
+from stiv_deploy.runtime.backends.base import Buffer
 
 PROMPT = "digit three moving left"
 RED = np.zeros((8, 8, 3), dtype=np.uint8)
 RED[..., 0] = 255
 GREY = np.full((8, 8, 3), 51, dtype=np.uint8)
+LATENT = np.linspace(-1, 1, 64, dtype=np.float32).reshape(4, 4, 4)
 
 
 @pytest.fixture
@@ -63,12 +67,6 @@ def test_videos_per_prompt_stand_next_to_each_other(pipe: StivPipeline) -> None:
     assert out.seeds == [3, 4, 5, 6]
     np.testing.assert_allclose(out.latents[1], pipe("digit three", seed=4).latents[0], rtol=0, atol=1e-5)
     np.testing.assert_allclose(out.latents[2], pipe("left", seed=5).latents[0], rtol=0, atol=1e-5)
-
-
-def test_noise_is_philox_of_the_samples_own_seed() -> None:
-    noise = draw_noise([7, 8], (2, 3))
-    single = np.random.Generator(np.random.Philox(8)).standard_normal((2, 3), dtype=np.float32)
-    np.testing.assert_array_equal(noise[1], single)
 
 
 def test_generator_draws_the_seed(pipe: StivPipeline) -> None:
@@ -171,22 +169,49 @@ def test_timings_add_up(pipe: StivPipeline) -> None:
     assert all(warm[name] > 0 for name in phases)
 
 
-def test_buffers_are_kept_for_the_last_sizes_only(pipe: StivPipeline) -> None:
+def watch_buffers(pipe: StivPipeline, monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Buffer]]:
+    """References to all buffers that ``pipe`` allocates from now on."""
+    made: list[weakref.ref[Buffer]] = []
+    empty = pipe.backend.empty
+
+    def spied(shape: tuple[int, ...], dtype: Any) -> Buffer:
+        buffer = empty(shape, dtype)
+        made.append(weakref.ref(buffer))
+        return buffer
+
+    monkeypatch.setattr(pipe.backend, "empty", spied)
+    return made
+
+
+def alive(buffers: list[weakref.ref[Buffer]]) -> int:
+    gc.collect()
+    return sum(buffer() is not None for buffer in buffers)
+
+
+def test_buffers_are_kept_for_the_last_sizes_only(pipe: StivPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffers = watch_buffers(pipe, monkeypatch)
     pipe(PROMPT)
-    state = next(iter(pipe._states.values()))
+    one = len(buffers)
     pipe(PROMPT, num_inference_steps=2, seed=9)
-    assert list(pipe._states.values()) == [state]
+    assert len(buffers) == one
     for frames in (1, 2, 3):
         pipe(PROMPT, num_frames=frames)
-    assert len(pipe._states) == 2
-    assert state not in pipe._states.values()
+    assert len(buffers) == 4 * one
+    assert alive(buffers[:one]) == 0
+    pipe(PROMPT, num_frames=2)
+    assert len(buffers) == 4 * one
 
 
-def test_closing_frees_everything(bundle_path: Path) -> None:
+def test_closing_frees_everything(bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = StivPipeline.from_bundle(bundle_path, "onnxruntime")
+    buffers = watch_buffers(pipe, monkeypatch)
     pipe(PROMPT)
     pipe.close()
-    assert not pipe._states
+    assert alive(buffers) == 0
+    pipe.close()  # again does no harm
+    with pytest.raises(RequestError, match="this pipeline is closed; open one with") as caught:
+        pipe(PROMPT)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -195,17 +220,17 @@ def test_closing_frees_everything(bundle_path: Path) -> None:
         ({"prompt": []}, "no prompt given"),
         ({"prompt": ["digit", 3]}, "a prompt must be a string, got 3"),
         ({"prompt": ["a", "b"], "negative_prompt": ["x"]}, "1 negative prompts for 2 prompts"),
-        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be from 1 to 10000, got 0"),
         ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number, got 2.5"),
         ({"guidance_scale": math.nan}, "guidance_scale must be a finite number, got nan"),
         ({"guidance_scale": "high"}, "guidance_scale must be a finite number, got 'high'"),
         ({"image_guidance_scale": -math.inf}, "image_guidance_scale must be a finite number"),
-        ({"time_shift": 0}, "time_shift must be positive"),
+        ({"time_shift": 0}, "time_shift must be from 0.001 to 1000.0, got 0.0"),
         ({"guidance_mode": "cfg"}, "unknown guidance_mode 'cfg'; there are: none, jit, sit"),
         ({"solver": "rk4"}, "unknown solver 'rk4'; there are: euler, heun"),
         ({"output_type": "mp4"}, "unknown output_type 'mp4'; there are: np, pil, latent"),
         ({"num_frames": 7}, "frames is 7; this bundle takes 1 to 6"),
-        ({"num_frames": 0}, "frames is 0; this bundle takes 1 to 6"),
+        ({"num_frames": 0}, "num_frames must be from 1 to 65536, got 0"),
         ({"num_frames": "all"}, "num_frames must be a whole number, got 'all'"),
         ({"height": 9}, "height is 9; this bundle takes 4 to 12 in multiples of 2"),
         ({"width": 64}, "width is 64; this bundle takes 4 to 12 in multiples of 2"),
@@ -213,10 +238,13 @@ def test_closing_frees_everything(bundle_path: Path) -> None:
         ({"seed": 2**63}, "seed must be from 0 to"),
         ({"seed": 1.5}, "seed must be a whole number"),
         ({"seed": 1, "generator": np.random.default_rng()}, "give either seed or generator"),
-        ({"num_videos_per_prompt": 0}, "num_videos_per_prompt must be at least 1, got 0"),
+        ({"num_videos_per_prompt": 0}, "count must be from 1 to 1000, got 0"),
         ({"image": GREY[:4]}, r"the image is 8x4 \(width x height\), the video is 8x8"),
         ({"image": {4: GREY}}, "image for frame 4, but the video has frames 0 to 3"),
-        ({"image": "nowhere.png"}, "nowhere.png"),
+        ({"image": "nowhere.png"}, "nowhere.png: no such image file"),
+        ({"image": GREY, "latents": {0: LATENT}}, "frames and latents are given; give either"),
+        ({"resize": True, "fit": "crop"}, "resize is the fit 'stretch', and fit is 'crop'"),
+        ({"colour": "red"}, "a request has no 'colour'; there are: prompt, negative_prompt, "),
     ],
 )
 def test_bad_request_is_refused_before_anything_runs(
@@ -263,3 +291,181 @@ def test_image_encoder_gets_at_least_the_smallest_clip(toy_bundle: Bundle, bundl
     assert shapes == [(1, 3, 3, 8, 8)]
     np.testing.assert_array_equal(np.asarray(out.frames)[0, 1], RED)
     assert not np.array_equal(np.asarray(out.frames)[0, 0], RED)
+
+
+def requests_of_all_kinds() -> list[GenerationRequest]:
+    """Requests that differ in everything but their size."""
+    common = {"num_inference_steps": 3, "seed": 4}
+    return [
+        GenerationRequest(prompt="digit three", **common),
+        GenerationRequest(prompt="left", **common | {"guidance_mode": "sit", "seed": 9}, frames={-1: GREY}),
+        GenerationRequest(prompt="digit", **common, guidance_mode="none", solver="heun"),
+        GenerationRequest(prompt="right", negative_prompt="left", **common | {"num_inference_steps": 5}, count=2),
+        GenerationRequest(prompt="three", **common, guidance_scale=5, stride=3, frames={0: RED}),
+        GenerationRequest(prompt="three", **common, guidance_renorm=False, time_shift=2, latents={1: LATENT}),
+    ]
+
+
+def test_requests_of_one_run_may_differ_in_all_that_is_no_shape(pipe: StivPipeline) -> None:
+    """Each comes out as alone; bit by bit, but for the batch that it is in."""
+    requests = requests_of_all_kinds()
+    together = pipe.run(pipe.plan(requests))
+    alone = [latents for request in requests for latents in pipe.run(pipe.plan(request)).latents]
+    np.testing.assert_allclose(together.latents, np.stack(alone), rtol=0, atol=1e-5)
+    assert together.seeds == [4, 9, 4, 4, 5, 4, 4]
+    frames = np.asarray(together.frames)
+    np.testing.assert_array_equal(frames[1, 3], GREY)
+    np.testing.assert_array_equal(frames[5, 0], RED)
+    np.testing.assert_array_equal(together.latents[6, 1], LATENT)
+
+
+def test_every_step_of_mixed_requests_is_counted_once(pipe: StivPipeline) -> None:
+    seen: list[tuple[int, int]] = []
+    plan = pipe.plan(requests_of_all_kinds())
+    pipe.run(plan, lambda _pipe, step, _time, values: seen.append((step, values["total"])))
+    assert [step for step, _ in seen] == list(range(len(seen)))
+    assert {total for _, total in seen} == {len(seen)}
+
+
+def test_resolved_requests_make_each_video_again(pipe: StivPipeline, bundle_path: Path) -> None:
+    first = pipe([PROMPT, "left"], num_videos_per_prompt=2, image=RED, stride=2, num_inference_steps=2)
+    assert first.bundle == pipe.bundle.manifest.bundle_hash
+    assert first.backend == "onnxruntime"
+    for index, request in enumerate(first.requests):
+        again = GenerationRequest.from_json(request.to_json())
+        assert again == request
+        alone = pipe.run(pipe.plan(again))
+        np.testing.assert_allclose(alone.latents[0], first.latents[index], rtol=0, atol=1e-5)
+        assert alone.requests == [request]
+
+
+def test_given_latents_come_out_as_they_went_in(pipe: StivPipeline) -> None:
+    out = pipe(PROMPT, latents={-1: LATENT}, seed=0)
+    np.testing.assert_array_equal(out.latents[0, 3], LATENT)
+    encoded = pipe(PROMPT, image={1: RED}, seed=0)
+    again = pipe(PROMPT, latents={1: encoded.latents[0, 1]}, seed=0)
+    np.testing.assert_array_equal(again.latents, encoded.latents)
+    np.testing.assert_array_equal(again.frames, encoded.frames)
+
+
+def test_micro_conditions_reach_the_model(pipe: StivPipeline) -> None:
+    """The toy's velocity knows their mean: three of stride are as much as three of height."""
+    base, stride, height = (
+        pipe(PROMPT, seed=0, **each).latents for each in ({}, {"stride": 4}, {"original_height": 11})
+    )
+    assert not np.array_equal(stride, base)
+    np.testing.assert_array_equal(stride, height)
+    np.testing.assert_array_equal(pipe(PROMPT, seed=0, stride=1, original_height=8, original_width=8).latents, base)
+
+
+def test_pictures_that_are_given_often_are_encoded_once(pipe: StivPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+    bind = pipe.backend.bind
+
+    def spied(graph: str, inputs: Any, outputs: Any) -> Any:
+        call = bind(graph, inputs, outputs)
+        return call if graph != "image_encoder" else lambda: (encoded.append(graph), call())[1]
+
+    monkeypatch.setattr(pipe.backend, "bind", spied)
+    pipe(["digit", "left", "right", "three"], image=RED.copy(), num_videos_per_prompt=2, num_inference_steps=1)
+    assert len(encoded) == 1
+
+
+def test_a_plan_is_for_its_bundle(pipe: StivPipeline, bundle_of: Callable[[float], Path]) -> None:
+    with (
+        StivPipeline.from_bundle(bundle_of(0.25), "onnxruntime") as other,
+        pytest.raises(RequestError, match="the plan was made for another bundle"),
+    ):
+        other.run(pipe.plan(GenerationRequest(prompt=PROMPT)))
+
+
+def test_threads_get_their_clips_one_after_another(pipe: StivPipeline) -> None:
+    def options(seed: int) -> dict[str, Any]:
+        return {"seed": seed, "num_inference_steps": 3 + seed % 2, "guidance_mode": ("jit", "sit")[seed // 2]}
+
+    alone = [np.asarray(pipe(PROMPT, **options(seed)).frames) for seed in range(4)]
+    made: dict[tuple[int, int], Any] = {}
+    inside: list[int] = []
+    begin = threading.Barrier(4)
+
+    def step(_pipe: StivPipeline, _step: int, _time: float, _values: Mapping[str, Any]) -> None:
+        inside.append(threading.get_ident())
+
+    def work(seed: int) -> None:
+        begin.wait()
+        for turn in range(3):
+            made[seed, turn] = pipe(PROMPT, **options(seed), callback_on_step_end=step).frames
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 12
+    for (seed, _), frames in made.items():
+        np.testing.assert_array_equal(frames, alone[seed])
+    runs = [len(list(same)) for _, same in itertools.groupby(inside)]
+    assert all(run >= 3 for run in runs)  # no steps of one call between those of another
+
+
+def test_a_step_callback_can_not_use_its_pipeline(pipe: StivPipeline) -> None:
+    faults: list[str] = []
+
+    def callback(owner: StivPipeline, *_: object) -> None:
+        for use in (lambda: owner(PROMPT), owner.close):
+            with pytest.raises(RequestError, match="whose step callback can not use it") as caught:
+                use()
+            faults.append(str(caught.value))
+
+    pipe(PROMPT, num_inference_steps=2, callback_on_step_end=callback)
+    assert len(faults) == 4
+    assert all("\n" not in fault for fault in faults)
+    assert pipe(PROMPT, num_inference_steps=1).frames is not None
+
+
+def test_a_failed_run_lets_the_next_one_in(pipe: StivPipeline) -> None:
+    def callback(*_: object) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        pipe(PROMPT, callback_on_step_end=callback)
+    assert pipe(PROMPT, num_inference_steps=1).frames is not None
+
+
+def test_cancel_while_another_thread_runs(pipe: StivPipeline) -> None:
+    """A call that is cancelled while it waits computes nothing."""
+    cancel, inside, caught = threading.Event(), threading.Event(), []
+
+    def wait() -> None:
+        inside.wait()
+        try:
+            pipe(PROMPT, cancel=cancel)
+        except Cancelled as error:
+            caught.append(str(error))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+
+    def callback(*_: object) -> None:
+        inside.set()
+        cancel.set()
+
+    pipe(PROMPT, callback_on_step_end=callback)
+    waiting.join()
+    assert caught == ["cancelled before the first step"]
+
+
+def test_closing_waits_for_the_run(bundle_path: Path) -> None:
+    pipe = StivPipeline.from_bundle(bundle_path, "onnxruntime")
+    closing = threading.Thread(target=pipe.close)
+
+    def callback(_pipe: StivPipeline, step: int, _time: float, _values: Mapping[str, Any]) -> None:
+        if step == 0:
+            closing.start()
+            closing.join(0.05)
+            assert closing.is_alive()
+
+    assert pipe(PROMPT, callback_on_step_end=callback).frames is not None
+    closing.join()
+    with pytest.raises(RequestError, match="closed"):
+        pipe(PROMPT)

@@ -1,0 +1,100 @@
+"""The keywords of a pipeline's call, and the requests that they make."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+
+from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.pipeline.given import ImageLike, as_picture
+from stiv_deploy.runtime.pipeline.images import Fit
+from stiv_deploy.runtime.pipeline.limits import whole_number
+from stiv_deploy.runtime.pipeline.request import GenerationRequest, in_a_row, new_seed
+
+
+class CallOptions(TypedDict, total=False):
+    """Keywords of :class:`pipeline.StivPipeline`'s call: fields of :class:`GenerationRequest`, and short forms.
+
+    ``image`` is the picture of frame 0 or pictures by frame (the field ``frames``), ``num_videos_per_prompt`` the field
+    ``count``, ``resize`` the fit ``stretch``; ``generator`` draws the seed. ``negative_prompt`` may be a list, one for
+    each prompt.
+    """
+
+    negative_prompt: str | Sequence[str]
+    image: ImageLike | Mapping[int, ImageLike] | None
+    latents: Mapping[int, np.ndarray]
+    fit: str
+    resize: bool
+    num_frames: int | None
+    height: int | None
+    width: int | None
+    fps: float | None
+    stride: int
+    original_height: int | None
+    original_width: int | None
+    num_inference_steps: int | None
+    guidance_mode: str | None
+    guidance_scale: float | None
+    image_guidance_scale: float | None
+    guidance_renorm: bool | None
+    solver: str | None
+    time_shift: float | None
+    seed: int | None
+    generator: np.random.Generator | None
+    num_videos_per_prompt: int
+    decode_tile: int | None
+
+
+def requests_of_call(prompt: str | Sequence[str], options: Mapping[str, Any]) -> list[GenerationRequest]:
+    """One request for each prompt, with ``options`` (see :class:`CallOptions`); seeds count on over all videos.
+
+    Raises :class:`RequestError`.
+    """
+    prompts = prompt_list(prompt)
+    fields = dict(options)
+    negatives = negative_list(fields.pop("negative_prompt", ""), len(prompts))
+    seed, generator = fields.pop("seed", None), fields.pop("generator", None)
+    fields = _with_short_forms(fields)
+    requests = [
+        GenerationRequest(prompt=each, negative_prompt=negative, **fields)
+        for each, negative in zip(prompts, negatives, strict=True)
+    ]
+    return in_a_row(requests, first_seed(seed, generator))
+
+
+def _with_short_forms(options: dict[str, Any]) -> dict[str, Any]:
+    """``options`` with ``image``, ``num_videos_per_prompt`` and ``resize`` as the fields that they stand for."""
+    image = options.pop("image", None)
+    if image is not None:
+        pictures = image if isinstance(image, Mapping) else {0: image}
+        options["frames"] = {index: as_picture(each) for index, each in pictures.items()}
+    if "num_videos_per_prompt" in options:
+        options["count"] = options.pop("num_videos_per_prompt")
+    if options.pop("resize", False) and options.setdefault("fit", Fit.STRETCH) != Fit.STRETCH:
+        raise RequestError(f"resize is the fit 'stretch', and fit is {options['fit']!r}; give one of them")
+    return options
+
+
+def prompt_list(prompt: str | Sequence[str]) -> list[str]:
+    """Prompts as a list; :class:`RequestError` if there is none."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise RequestError("no prompt given; give a string or a list of at least one (an empty string is allowed)")
+    return prompts
+
+
+def negative_list(negative: str | Sequence[str], count: int) -> list[str]:
+    """One negative prompt for each of ``count`` prompts."""
+    negatives = [negative] * count if isinstance(negative, str) else list(negative)
+    if len(negatives) != count:
+        raise RequestError(f"{len(negatives)} negative prompts for {count} prompts; give one for all, or one each")
+    return negatives
+
+
+def first_seed(seed: Any, generator: np.random.Generator | None) -> int:
+    """The seed of the first sample: given, drawn from ``generator``, or new."""
+    if seed is None:
+        return new_seed(generator)
+    if generator is not None:
+        raise RequestError("give either seed or generator, not both")
+    return whole_number("seed", seed)

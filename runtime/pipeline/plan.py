@@ -1,0 +1,222 @@
+"""From requests to a plan: every default filled in, everything checked and read, before a device is touched."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.contract import ModelFacts
+from stiv_deploy.runtime.bundle.manifest import SamplingDefaults
+from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.pipeline.images import check_given_frames, fitted_image
+from stiv_deploy.runtime.pipeline.request import GenerationRequest, new_seed
+from stiv_deploy.runtime.pipeline.tiling import check_tile
+from stiv_deploy.runtime.sampling.conditioning import frame_indices, micro_conditions
+from stiv_deploy.runtime.sampling.sampler import SamplingSettings
+
+Item = TypeVar("Item")
+RECOMMENDED = {
+    "num_frames": "frames",
+    "height": "height",
+    "width": "width",
+    "fps": "frames_per_second",
+    "num_inference_steps": "steps",
+    "guidance_mode": "guidance_mode",
+    "guidance_scale": "guidance_scale",
+    "image_guidance_scale": "image_scale",
+    "guidance_renorm": "renorm",
+    "solver": "solver",
+    "time_shift": "time_shift",
+}
+"""Fields of a request that a bundle recommends, by the name of its recommendation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSize:
+    """Size of a video in frames and pixels."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.frames} frames of {self.width}x{self.height}"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Given:
+    """What is given of a video: ``images`` uint8 [H, W, 3] by frame, or ``latents`` fp32 [C, h, w] by latent frame.
+
+    Videos of one request, and of requests that are given the same, share one object.
+    """
+
+    images: Mapping[int, np.ndarray] = field(default_factory=dict)
+    latents: Mapping[int, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlannedVideo:
+    """One video to make.
+
+    ``request`` is its own: one video, its seed and every default filled in, pictures with the SHA-256 of their files;
+    it makes this video again. It comes from number ``origin`` of the planned requests. ``micro`` fp32 [6] are its
+    micro-conditions.
+    """
+
+    request: GenerationRequest
+    origin: int
+    settings: SamplingSettings
+    given: Given
+    micro: np.ndarray
+
+    @property
+    def prompt(self) -> str:
+        """What to show."""
+        return self.request.prompt
+
+    @property
+    def negative_prompt(self) -> str:
+        """What to steer away from."""
+        return self.request.negative_prompt
+
+    @property
+    def seed(self) -> int:
+        """Seed of the noise."""
+        assert self.request.seed is not None
+        return self.request.seed
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GenerationPlan:
+    """All videos of some requests, in batches that the bundle can run, and what they share.
+
+    ``bundle`` is the hash of the bundle that they were planned for; ``decode_tile`` is for :func:`tiling.plan_tiles`.
+    """
+
+    batches: tuple[tuple[PlannedVideo, ...], ...]
+    size: VideoSize
+    decode_tile: int | None
+    bundle: str
+
+    @property
+    def videos(self) -> list[PlannedVideo]:
+        """All videos, in the order of the requests."""
+        return [video for batch in self.batches for video in batch]
+
+
+def plan_generation(bundle: Bundle, requests: GenerationRequest | Sequence[GenerationRequest]) -> GenerationPlan:
+    """The plan of one request, or of several that are of one size and tile; they may differ in everything else.
+
+    Raises :class:`RequestError` for whatever keeps ``bundle`` from making the videos: sizes, tiles, pictures that
+    cannot be read or do not fit, frames that the VAE cannot code, latents of another shape.
+    """
+    model = bundle.manifest.model
+    each = [_with_defaults(request, bundle.manifest.sampling) for request in _listed(requests)]
+    size = _shared("size", [_size(request) for request in each])
+    tile = _shared("decode_tile", [request.decode_tile for request in each])
+    largest = bundle.max_batch(size.frames, size.height, size.width)
+    counts = _batches(sum(request.count for request in each), largest)
+    for count in counts:
+        bucket = bundle.bucket_for(count, size.frames, size.height, size.width)
+        check_tile(model, bucket, tile)
+    videos = iter(_planned(each, size, model))
+    batches = tuple(tuple(next(videos) for _ in range(count)) for count in counts)
+    return GenerationPlan(batches=batches, size=size, decode_tile=tile, bundle=bundle.manifest.bundle_hash)
+
+
+def _listed(requests: GenerationRequest | Sequence[GenerationRequest]) -> list[GenerationRequest]:
+    listed = [requests] if isinstance(requests, GenerationRequest) else list(requests)
+    for each in listed:
+        if not isinstance(each, GenerationRequest):
+            raise RequestError(f"a plan is made of GenerationRequest, got a {type(each).__name__}")
+    if not listed:
+        raise RequestError("no request given; give one or more")
+    return listed
+
+
+def _with_defaults(request: GenerationRequest, defaults: SamplingDefaults) -> GenerationRequest:
+    """``request`` with what it leaves open as ``defaults`` recommend, and with a seed."""
+    given = {name: value for name, value in request if value is not None}
+    values = {name: getattr(defaults, recommended) for name, recommended in RECOMMENDED.items()} | given
+    own = {"original_height": values["height"], "original_width": values["width"], "seed": new_seed()}
+    return GenerationRequest(**(own | values))
+
+
+def _shared(what: str, values: Sequence[Item]) -> Item:
+    """The one value of all requests; :class:`RequestError` naming the first two that differ."""
+    for index, value in enumerate(values):
+        if value != values[0]:
+            raise RequestError(
+                f"requests of one plan have one {what}, but request 0 has {values[0]} and request {index} has {value}; "
+                "plan them apart"
+            )
+    return values[0]
+
+
+def _size(request: GenerationRequest) -> VideoSize:
+    values = dict(request)
+    return VideoSize(frames=values["num_frames"], height=values["height"], width=values["width"])
+
+
+def _batches(count: int, largest: int) -> list[int]:
+    """Sizes of as few batches of at most ``largest`` as hold ``count``, the first ones larger by one or equal."""
+    batches = math.ceil(count / largest)
+    return [count // batches + (index < count % batches) for index in range(batches)]
+
+
+def _planned(requests: Sequence[GenerationRequest], size: VideoSize, model: ModelFacts) -> Iterable[PlannedVideo]:
+    known: dict[Any, tuple[GenerationRequest, Given]] = {}
+    for origin, request in enumerate(requests):
+        key = (tuple(request.frames.items()), tuple(request.latents.items()), request.fit)
+        if key not in known:
+            known[key] = _given(request, size, model)
+        read, given = known[key]
+        settings, micro = _settings(request), _micro(request)
+        for index in range(request.count):
+            own = request.changed(frames=read.frames, seed=(request.seed or 0) + index, count=1)
+            yield PlannedVideo(request=own, origin=origin, settings=settings, given=given, micro=micro)
+
+
+def _settings(request: GenerationRequest) -> SamplingSettings:
+    values = dict(request)
+    return SamplingSettings(
+        steps=values["num_inference_steps"],
+        guidance_mode=values["guidance_mode"],
+        guidance_scale=values["guidance_scale"],
+        image_scale=values["image_guidance_scale"],
+        renorm=values["guidance_renorm"],
+        solver=values["solver"],
+        time_shift=values["time_shift"],
+    )
+
+
+def _micro(request: GenerationRequest) -> np.ndarray:
+    values = dict(request)
+    return micro_conditions(values["original_height"], values["original_width"], values["stride"], values["num_frames"])
+
+
+def _given(request: GenerationRequest, size: VideoSize, model: ModelFacts) -> tuple[GenerationRequest, Given]:
+    """``request`` with its pictures' SHA-256, and what it is given, read and fitted."""
+    pictures = dict(zip(frame_indices(request.frames, size.frames, "image"), request.frames.values(), strict=True))
+    check_given_frames(pictures, model)
+    loaded = {index: picture.load() for index, picture in pictures.items()}
+    images = {
+        index: fitted_image(pixels, size.height, size.width, request.fit, str(picture))
+        for index, (picture, pixels) in loaded.items()
+    }
+    read = request.changed(frames={index: picture for index, (picture, _) in loaded.items()})
+    return read, Given(images=images, latents=_given_latents(request, size, model))
+
+
+def _given_latents(request: GenerationRequest, size: VideoSize, model: ModelFacts) -> dict[int, np.ndarray]:
+    frames = model.latent_frames(size.frames)
+    wanted = (model.latent_channels, size.height // model.spatial_factor, size.width // model.spatial_factor)
+    indices = frame_indices(request.latents, frames, "latents")
+    given = {index: each.array for index, each in zip(indices, request.latents.values(), strict=True)}
+    for index, array in given.items():
+        if array.shape != wanted:
+            raise RequestError(f"the latents of frame {index} are {list(array.shape)}; {size} wants {list(wanted)}")
+    return given

@@ -1,0 +1,112 @@
+"""How a clip was made: the record that its file carries, the report of a generation, and both read back."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
+
+from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.files import write_text
+from stiv_deploy.runtime.pipeline.given import PictureData, PictureFile
+from stiv_deploy.runtime.pipeline.media import is_clip, read_comment
+from stiv_deploy.runtime.pipeline.request import GenerationRequest
+
+EMBEDDED_LIMIT = 2**24
+"""Most characters of a record in a clip; readers of PNG refuse a file with much more text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRecord:
+    """One clip: its own request, the hash of the bundle that made it, and on which backend.
+
+    ``omitted`` are fields of the request that were too large for the clip.
+    """
+
+    bundle: str
+    backend: str
+    request: GenerationRequest
+    omitted: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        values = {"bundle": self.bundle, "backend": self.backend, "request": self.request.to_json()}
+        return values | ({"omitted": list(self.omitted)} if self.omitted else {})
+
+    def embedded(self) -> str:
+        """As JSON text for a clip, which may be passed on: of a picture's absolute path only the file's name.
+
+        If it takes more than ``EMBEDDED_LIMIT``, given pictures and latents are left out; a report has them.
+        """
+        frames = {index: _without_folder(picture) for index, picture in self.request.frames.items()}
+        text = _compact(replace(self, request=self.request.changed(frames=frames)))
+        if len(text) <= EMBEDDED_LIMIT:
+            return text
+        omitted = tuple(name for name in ("frames", "latents") if getattr(self.request, name))
+        return _compact(replace(self, request=self.request.changed(frames={}, latents={}), omitted=omitted))
+
+
+def _compact(record: GenerationRecord) -> str:
+    return json.dumps(record.to_json(), separators=(",", ":"))
+
+
+def _without_folder(picture: PictureFile | PictureData) -> PictureFile | PictureData:
+    if isinstance(picture, PictureFile):
+        for kind in (PurePosixPath, PureWindowsPath):
+            if kind(picture.path).is_absolute():
+                return replace(picture, path=kind(picture.path).name)
+    return picture
+
+
+def write_report(
+    path: Path, files: Sequence[Path], records: Sequence[GenerationRecord], timings: Mapping[str, float]
+) -> None:
+    """Write how the clips in ``files`` were made as JSON to ``path``, whole; :func:`read_requests` reads it.
+
+    Raises :class:`OutputError`.
+    """
+    clips = [{"file": str(file)} | record.to_json() for file, record in zip(files, records, strict=True)]
+    write_text(path, json.dumps({"clips": clips, "timings": dict(timings)}, indent=2) + "\n")
+
+
+class Recorded(NamedTuple):
+    """A request that was read, and the hash of the bundle that it was made with, if known."""
+
+    request: GenerationRequest
+    bundle: str | None
+
+
+def read_requests(path: str | Path) -> list[Recorded]:
+    """The requests in ``path``: JSON of one, a list, a report, or a clip that carries its record.
+
+    Paths of pictures in it are looked up from the working folder. Raises a :class:`RequestError` that names ``path``.
+    """
+    path = Path(path)
+    try:
+        text = read_comment(path) if is_clip(path) else path.read_text(encoding="utf-8")
+        return list(_recorded(json.loads(text)))
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise RequestError(f"{path}: no request can be read from it ({reason})") from None
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from None
+
+
+def _recorded(values: Any) -> Iterator[Recorded]:
+    match values:
+        case [*items] | {"clips": [*items], "timings": _}:
+            for item in items:
+                yield from _recorded(item)
+        case {"request": request, "bundle": str(bundle), **rest}:
+            _check_whole(rest)
+            yield Recorded(GenerationRequest.from_json(request), bundle)
+        case _:
+            yield Recorded(GenerationRequest.from_json(values), None)
+
+
+def _check_whole(rest: Mapping[Any, Any]) -> None:
+    if rest.get("omitted"):
+        raise RequestError(
+            f"the {' and '.join(map(str, rest['omitted']))} of its request were too large for it; use the report that "
+            "'stiv generate --json' wrote"
+        )

@@ -1,0 +1,29 @@
+"""Seconds of a generation by phase."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+PHASES = ("load", "text", "encode", "denoise", "decode")
+
+
+class PhaseClock:
+    """Adds up the seconds of each phase until the device is done with it, in ``seconds``."""
+
+    def __init__(self, synchronize: Callable[[], None]) -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._start = time.perf_counter()
+        self._synchronize = synchronize
+
+    @property
+    def total(self) -> float:
+        """Seconds since this was made."""
+        return time.perf_counter() - self._start
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Add the time of the block to ``phase``."""
+        start = time.perf_counter()
+        yield
+        self._synchronize()
+        self.seconds[phase] += time.perf_counter() - start

@@ -1,0 +1,69 @@
+"""The keywords of a pipeline's call: which there are, and which requests they make."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.pipeline.call import CallOptions, requests_of_call
+from stiv_deploy.runtime.pipeline.request import GenerationRequest
+
+PICTURE = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+SHORT = {"image": "frames", "num_videos_per_prompt": "count", "resize": "fit", "generator": "seed"}
+"""Keywords that are no fields, and the fields that they set."""
+
+
+def test_every_keyword_is_a_field_or_a_short_form_and_every_field_has_one() -> None:
+    keywords = set(CallOptions.__annotations__)
+    assert keywords - set(GenerationRequest.model_fields) == set(SHORT)
+    assert set(GenerationRequest.model_fields) - keywords == {"prompt", "frames", "count"}
+    assert {"frames", "count"} <= set(SHORT.values())
+
+
+def test_keywords_that_are_left_out_say_nothing() -> None:
+    (request,) = requests_of_call("digit", {"seed": 3})
+    assert request == GenerationRequest(prompt="digit", seed=3)
+
+
+def test_none_says_nothing_either() -> None:
+    options = {"image": None, "num_frames": None, "guidance_mode": None, "guidance_renorm": None, "decode_tile": None}
+    assert requests_of_call("digit", options | {"seed": 3}) == [GenerationRequest(prompt="digit", seed=3)]
+
+
+def test_short_forms() -> None:
+    options: dict[str, Any] = {"image": PICTURE, "num_videos_per_prompt": 2, "resize": True, "seed": 0}
+    (request,) = requests_of_call("digit", options)
+    assert request == GenerationRequest(prompt="digit", frames={0: PICTURE}, count=2, fit="stretch", seed=0)
+    assert requests_of_call("digit", options | {"image": {2: PICTURE}})[0].frames.keys() == {2}
+    assert requests_of_call("digit", {"resize": False, "seed": 0}) == [GenerationRequest(prompt="digit", seed=0)]
+    assert requests_of_call("digit", {"resize": True, "fit": "stretch"})[0].fit == "stretch"
+
+
+def test_one_request_for_each_prompt_with_seeds_in_a_row() -> None:
+    made = requests_of_call(["a", "b"], {"negative_prompt": ["c", "d"], "seed": 5, "num_videos_per_prompt": 3})
+    assert [(each.prompt, each.negative_prompt, each.seed, each.count) for each in made] == [
+        ("a", "c", 5, 3),
+        ("b", "d", 8, 3),
+    ]
+
+
+def test_pictures_are_shared_by_the_requests() -> None:
+    first, second = requests_of_call(["a", "b"], {"image": PICTURE})
+    assert first.frames[0] is second.frames[0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "no prompt given"),
+        (["a", 3], {}, "a prompt must be a string, got 3"),
+        (["a", "b"], {"negative_prompt": ["x"]}, "1 negative prompts for 2 prompts"),
+        ("a", {"seed": 1, "generator": np.random.default_rng()}, "give either seed or generator"),
+        (["a", "b"], {"seed": 2**63 - 1}, "seed must be from 0 to"),
+        ("a", {"resize": True, "fit": "pad"}, "resize is the fit 'stretch', and fit is 'pad'; give one of them"),
+    ],
+)
+def test_refused(prompt: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        requests_of_call(prompt, options)
