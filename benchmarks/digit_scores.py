@@ -29,9 +29,9 @@ from clip_source import Settings, Source, Video
 from scorers import Judgement, brightness, judge, percentages
 from sources import open_source
 
+from stiv_deploy.stiv_ref.data.digit_requests import DigitRequests, balanced_requests, real_clips
 from stiv_deploy.stiv_ref.data.moving_digits import MovingDigits
 from stiv_deploy.stiv_ref.plots import Row, contact_sheet
-from stiv_deploy.stiv_ref.samples import Requests, balanced_requests, real_clips
 
 VALIDATION_CLIPS = 300
 SHEET_ROWS = 20
@@ -60,7 +60,7 @@ def validate(source: Source) -> Result:
 class Experiment:
     """Runs settings on one source and one set of requests, and collects rows."""
 
-    def __init__(self, source: Source, requests: Requests, batch: int) -> None:
+    def __init__(self, source: Source, requests: DigitRequests, batch: int) -> None:
         self.source, self.requests, self.batch = source, requests, batch
         self.rows: list[Result] = []
         self.clips: dict[str, tuple[Video, list[Judgement]]] = {}
@@ -93,7 +93,7 @@ class Experiment:
 
 
 def measure(
-    source: Source, requests: Requests, scales: list[float], base: Settings, batch: int
+    source: Source, requests: DigitRequests, scales: list[float], base: Settings, batch: int
 ) -> tuple[Experiment, Result]:
     """All runs, varying ``base``; returns them and the row of the best T2V scale."""
     experiment = Experiment(source, requests, batch)

@@ -36,8 +36,9 @@ from stiv_deploy.calibration.plan import PrecisionPlan, load_plan
 from stiv_deploy.calibration.scales import Scales, check_fits, load_scales
 from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, load_checkpoint
+from stiv_deploy.stiv_ref.data.digit_requests import balanced_requests, real_clips
 from stiv_deploy.stiv_ref.files import sha256
-from stiv_deploy.stiv_ref.samples import balanced_requests, real_clips, settings_of
+from stiv_deploy.stiv_ref.generation import settings_of
 
 FIRST_SEED = 100_000
 """Far from the seeds that ranges come from: a range must not be judged on the noise that it was taken from."""

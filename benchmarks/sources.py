@@ -28,7 +28,7 @@ class ReferenceSource:
         self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, first_frames: Video | None
     ) -> Video:
         """As :class:`Source` says, with the reference sampler."""
-        from stiv_deploy.stiv_ref.samples import generate
+        from stiv_deploy.stiv_ref.generation import generate
 
         own_shift = self.checkpoint.config.sampling.time_shift
         chosen = SamplingSettings(

@@ -15,8 +15,8 @@ from torch import Tensor
 from stiv_deploy.calibration.observers import BAND_EDGES, band_of
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.flow import schedule
+from stiv_deploy.stiv_ref.generation import sampling_inputs
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, guided_velocity, sample
-from stiv_deploy.stiv_ref.samples import sampling_inputs
 
 BANDS = tuple(f"{low:g}-{high:g}" for low, high in zip(BAND_EDGES, BAND_EDGES[1:], strict=False))
 COLORS = {

@@ -22,10 +22,10 @@ from stiv_deploy.calibration.quantize import observed
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.files import replaced_file
+from stiv_deploy.stiv_ref.generation import sampling_inputs, settings_of
 from stiv_deploy.stiv_ref.guidance import GuidanceMode
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, sample
-from stiv_deploy.stiv_ref.samples import sampling_inputs, settings_of
 
 STATE = "stiv-calibration-state"
 Task = Literal["t2v", "ti2v"]

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from stiv_deploy.calibration.errors import CalibrationError
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+from stiv_deploy.stiv_ref.data.digit_requests import DigitRequests, balanced_requests, real_clips
 from stiv_deploy.stiv_ref.data.moving_digits import DIGIT_WORDS, DIRECTIONS, WORDS
 from stiv_deploy.stiv_ref.digit_canvas import SIZE
-from stiv_deploy.stiv_ref.samples import Requests, balanced_requests, real_clips
 from stiv_deploy.stiv_ref.text import END, PAD, UNKNOWN
 
 IMAGES = (".png", ".jpg", ".jpeg")
@@ -34,7 +34,7 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def default_requests(checkpoint: Checkpoint) -> Requests:
+def default_requests(checkpoint: Checkpoint) -> DigitRequests:
     """All captions of the moving digits; :class:`CalibrationError` if the checkpoint knows other words."""
     if not knows_moving_digits(checkpoint):
         raise CalibrationError(

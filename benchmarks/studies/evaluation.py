@@ -21,9 +21,9 @@ from stiv_deploy.stiv_ref.conditioning import replace_frames
 from stiv_deploy.stiv_ref.data.moving_digits import Clips, MovingDigits, micro_conditions
 from stiv_deploy.stiv_ref.digit_canvas import SIZE, speed_of
 from stiv_deploy.stiv_ref.flow import flow_loss, interpolate, velocity_target
+from stiv_deploy.stiv_ref.generation import seeded_noise
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, sample
-from stiv_deploy.stiv_ref.samples import seeded_noise
 
 STALE = 50.0  # percent of the real speed
 LOSS_TIMES = (0.02, 0.06, 0.12, 0.25, 0.4, 0.6, 0.8, 0.95)

@@ -11,7 +11,7 @@ import typer
 from stiv_deploy.stiv_ref.config import StoredType
 
 if TYPE_CHECKING:
-    from stiv_deploy.stiv_ref.data.engine import Progress
+    from stiv_deploy.stiv_ref.data.clip_engine import Progress
 
 data = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
@@ -76,8 +76,8 @@ def cut(
     add new videos; with other thresholds it decides anew without measuring again.
     """
     from stiv_deploy.stiv_ref.config import parse_config
-    from stiv_deploy.stiv_ref.data.engine import MEASURED_NAME, REPORT_NAME
-    from stiv_deploy.stiv_ref.data.engine import cut as run
+    from stiv_deploy.stiv_ref.data.clip_engine import MEASURED_NAME, REPORT_NAME
+    from stiv_deploy.stiv_ref.data.clip_engine import cut as run
     from stiv_deploy.stiv_ref.data.filters import Thresholds
     from stiv_deploy.stiv_ref.data.scenes import SceneSettings
 
@@ -184,8 +184,8 @@ def latents(
     """
     from stiv_deploy.stiv_ref.config import parse_config
     from stiv_deploy.stiv_ref.data.latents import LatentSettings
+    from stiv_deploy.stiv_ref.data.open_source import list_source
     from stiv_deploy.stiv_ref.data.precompute import load_encoders, precompute
-    from stiv_deploy.stiv_ref.data.sources import list_source
     from stiv_deploy.stiv_ref.data.videos import VideoDataset
 
     values = {"frames": frames, "sizes": [_size(each) for each in resolution], "strides": stride or [1], "seed": seed}
@@ -236,9 +236,9 @@ def _progress(quiet: bool, what: str = "videos") -> Iterator["Progress"]:
 
 
 def _draw(out: Path) -> None:
+    from stiv_deploy.stiv_ref.data.clip_engine import read_report
     from stiv_deploy.stiv_ref.data.clip_plots import clip_sheet, plot_scores
     from stiv_deploy.stiv_ref.data.clips import read_clips
-    from stiv_deploy.stiv_ref.data.engine import read_report
 
     clips, report = read_clips(out), read_report(out)
     assert report is not None
@@ -249,9 +249,9 @@ def _draw(out: Path) -> None:
 def _show(index: Path) -> None:
     from rich.console import Console
 
+    from stiv_deploy.stiv_ref.data.clip_engine import read_report
     from stiv_deploy.stiv_ref.data.clip_tables import clip_table, lines_of
     from stiv_deploy.stiv_ref.data.clips import index_path, read_clips
-    from stiv_deploy.stiv_ref.data.engine import read_report
 
     clips = read_clips(index)
     console = Console()

@@ -10,7 +10,7 @@ from rich.table import Table
 from stiv_deploy.stiv_ref.data.clips import Clip
 
 if TYPE_CHECKING:
-    from stiv_deploy.stiv_ref.data.engine import Report
+    from stiv_deploy.stiv_ref.data.clip_engine import Report
 
 QUANTILES = {"least": 0, "10 %": 10, "median": 50, "90 %": 90, "most": 100}
 SCORES = {

@@ -18,11 +18,11 @@ from torch import Tensor
 from stiv_deploy.stiv_ref.checkpoint import SamplingDefaults
 from stiv_deploy.stiv_ref.data.source import Batch
 from stiv_deploy.stiv_ref.files import replaced_file
+from stiv_deploy.stiv_ref.generation import seeded_noise, settings_of
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.plots import STRIP_GAP, Row, contact_sheet
 from stiv_deploy.stiv_ref.recipe import Logging, Stage
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, sample
-from stiv_deploy.stiv_ref.samples import seeded_noise, settings_of
 from stiv_deploy.stiv_ref.text import TextStates
 
 if TYPE_CHECKING:

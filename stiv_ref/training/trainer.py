@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from stiv_deploy.stiv_ref.checkpoint import AnyVae, save_checkpoint
+from stiv_deploy.stiv_ref.data.open_source import open_source
 from stiv_deploy.stiv_ref.data.source import Source
-from stiv_deploy.stiv_ref.data.sources import open_source
 from stiv_deploy.stiv_ref.errors import ConfigError
 from stiv_deploy.stiv_ref.files import write_text
 from stiv_deploy.stiv_ref.recipe import Recipe, Size, Stage, TrainedVae

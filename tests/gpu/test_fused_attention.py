@@ -21,10 +21,10 @@ from stiv_deploy.stiv_ref.errors import AttentionError
 from stiv_deploy.stiv_ref.fused.launch import cuda_library
 from stiv_deploy.stiv_ref.fused.modules import fuse
 from stiv_deploy.stiv_ref.fused.operators import spatial_qkv, temporal_attention
+from stiv_deploy.stiv_ref.generation import sampling_inputs
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.rope import rotate
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, sample
-from stiv_deploy.stiv_ref.samples import sampling_inputs
 from stiv_deploy.stiv_ref.text import TextStates
 
 pytestmark = pytest.mark.gpu

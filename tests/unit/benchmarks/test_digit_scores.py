@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stiv_deploy.stiv_ref.samples import Requests, balanced_requests, real_clips
+from stiv_deploy.stiv_ref.data.digit_requests import DigitRequests, balanced_requests, real_clips
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
@@ -27,7 +27,7 @@ def scores() -> ModuleType:
 class KnownSource:
     """Answers every request with a real clip of what was asked, at ``good`` only; else with that clip reversed."""
 
-    def __init__(self, requests: Requests, good: float, frames: int = 4) -> None:
+    def __init__(self, requests: DigitRequests, good: float, frames: int = 4) -> None:
         self.frames, self.good = frames, good
         self.prompts, self.clips = requests.prompts, real_clips(requests, frames).numpy()
         self.calls: list[tuple[Any, np.ndarray | None]] = []

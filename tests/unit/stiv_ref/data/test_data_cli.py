@@ -73,16 +73,16 @@ def test_cut_and_show(run: Run, videos: Path, tmp_path: Path) -> None:
 
 
 def test_options_reach_the_engine(run: Run, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stiv_deploy.stiv_ref.data import engine
+    from stiv_deploy.stiv_ref.data import clip_engine
 
     seen: dict[str, object] = {}
-    original = engine.cut
+    original = clip_engine.cut
 
     def spy(source: Path, out: Path, **options: object) -> object:
         seen.update(options)
         return original(source, out, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine, "cut", spy)
+    monkeypatch.setattr(clip_engine, "cut", spy)
     (tmp_path / "captions.jsonl").write_text('{"file": "two.mp4", "caption": "tiles"}')
     (tmp_path / "clips.jsonl").touch()
     given = {

@@ -22,6 +22,7 @@ from stiv_deploy.stiv_ref.checkpoint import (
 )
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.errors import CheckpointError, ConfigError
+from stiv_deploy.stiv_ref.generation import generate, sampling_inputs
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.pretrained.vae import (
     CLASSES,
@@ -32,7 +33,6 @@ from stiv_deploy.stiv_ref.pretrained.vae import (
     load_pretrained_vae,
 )
 from stiv_deploy.stiv_ref.sampler import SamplingSettings
-from stiv_deploy.stiv_ref.samples import generate, sampling_inputs
 from stiv_deploy.stiv_ref.text import TextConfig, TextEncoder, word_tokenizer
 
 pytest.importorskip("diffusers")

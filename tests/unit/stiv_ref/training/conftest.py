@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stiv_deploy.stiv_ref.data.open_source import open_source
 from stiv_deploy.stiv_ref.data.source import Batch, Source
-from stiv_deploy.stiv_ref.data.sources import open_source
 from stiv_deploy.stiv_ref.recipe import Recipe, Stage
 from stiv_deploy.stiv_ref.training import trainer
 

@@ -9,7 +9,7 @@ import torch
 
 from stiv_deploy.stiv_ref.checkpoint import load_checkpoint, save_checkpoint
 from stiv_deploy.stiv_ref.data.moving_digits import WORDS, micro_conditions
-from stiv_deploy.stiv_ref.data.sources import open_source
+from stiv_deploy.stiv_ref.data.open_source import open_source
 from stiv_deploy.stiv_ref.errors import CheckpointError
 from stiv_deploy.stiv_ref.initialization import is_temporal
 from stiv_deploy.stiv_ref.recipe import Recipe, Stage

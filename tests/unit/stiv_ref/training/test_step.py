@@ -10,8 +10,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from stiv_deploy.stiv_ref.data.moving_digits import WORDS, micro_conditions
+from stiv_deploy.stiv_ref.data.open_source import open_source
 from stiv_deploy.stiv_ref.data.source import Batch
-from stiv_deploy.stiv_ref.data.sources import open_source
 from stiv_deploy.stiv_ref.errors import ConfigError
 from stiv_deploy.stiv_ref.recipe import Recipe
 from stiv_deploy.stiv_ref.training.parallel import Team

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from stiv_deploy.stiv_ref.commands.data import data as cli
 from stiv_deploy.stiv_ref.config import parse_config
+from stiv_deploy.stiv_ref.data.open_source import open_source
 from stiv_deploy.stiv_ref.data.source import DigitsSource
-from stiv_deploy.stiv_ref.data.sources import open_source
 from stiv_deploy.stiv_ref.errors import DataError, StivRefError
 from stiv_deploy.stiv_ref.objective import sample_generator
 from stiv_deploy.stiv_ref.recipe import Recipe

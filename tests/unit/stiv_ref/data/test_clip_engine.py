@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stiv_deploy.stiv_ref.data import engine
+from stiv_deploy.stiv_ref.data import clip_engine
+from stiv_deploy.stiv_ref.data.clip_engine import Job, Report, cut, measure, read_report
 from stiv_deploy.stiv_ref.data.clips import Clip, read_clips, write_clips
 from stiv_deploy.stiv_ref.data.decode import read_frames
-from stiv_deploy.stiv_ref.data.engine import Job, Report, cut, measure, read_report
 from stiv_deploy.stiv_ref.data.filters import Thresholds
 from stiv_deploy.stiv_ref.data.scenes import SceneSettings
 from stiv_deploy.stiv_ref.errors import CaptionError, ClipsError, VideoError
@@ -88,7 +88,7 @@ def test_nothing_is_measured_twice(source: Path, tmp_path: Path, monkeypatch: py
         seen.append(job.file)
         return measure(job)
 
-    monkeypatch.setattr(engine, "measure", spy)
+    monkeypatch.setattr(clip_engine, "measure", spy)
     before = (out / "clips.jsonl").read_text()
     assert run(source, out).measured_now == 0
     assert (out / "clips.jsonl").read_text() == before
@@ -118,7 +118,7 @@ def test_a_stopped_run_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "measure", stop)
+        patch.setattr(clip_engine, "measure", stop)
         with pytest.raises(KeyboardInterrupt):
             run(source, out)
     assert not (out / "clips.jsonl").exists()

@@ -1,15 +1,14 @@
-"""From prompts to pixels, and what is asked of a checkpoint."""
-
-from collections import Counter
+"""From prompts to pixels."""
 
 import numpy as np
 import pytest
 import torch
 
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+from stiv_deploy.stiv_ref.data.digit_requests import balanced_requests, real_clips
 from stiv_deploy.stiv_ref.fused.modules import fuse
+from stiv_deploy.stiv_ref.generation import generate, seeded_noise, settings_of
 from stiv_deploy.stiv_ref.recipe import Recipe
-from stiv_deploy.stiv_ref.samples import balanced_requests, generate, real_clips, seeded_noise, settings_of
 from stiv_deploy.stiv_ref.training.stages import untrained_checkpoint
 
 
@@ -78,31 +77,3 @@ def test_the_first_frame_is_the_given_one_through_the_vae(checkpoint: Checkpoint
     )
     vae = checkpoint.vae
     torch.testing.assert_close(video[:, 0], vae.decode(vae.encode(first[:, None]))[:, 0], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("count", [40, 80])
-def test_requests_are_balanced(count: int) -> None:
-    requests = balanced_requests(count, moving=True)
-    pairs = Counter(zip(requests.digits, requests.directions, strict=True))
-    assert len(pairs) == 40
-    assert set(pairs.values()) == {count // 40}
-    assert len(balanced_requests(100, moving=True).prompts) == 100
-    assert set(Counter(balanced_requests(100, moving=True).digits).values()) == {10}
-
-
-def test_requests_for_stills() -> None:
-    requests = balanced_requests(2, moving=False)
-    assert requests.prompts == ["digit zero", "digit one"]
-    assert requests.directions == [None, None]
-
-
-def test_real_clips_match_their_requests() -> None:
-    requests = balanced_requests(12, moving=True)
-    clips = real_clips(requests, 3)
-    assert clips.shape == (12, 3, 3, 32, 32)
-    steps = {"left": (0, -2), "right": (0, 2), "up": (-2, 0), "down": (2, 0)}
-    for clip, direction in zip(clips, requests.directions, strict=True):
-        assert torch.equal(clip[1], clip[0].roll(steps[str(direction)], (-2, -1)))
-    assert torch.equal(clips, real_clips(requests, 3))
-    assert not torch.equal(clips, real_clips(requests, 3, seed=1))
-    assert real_clips(requests, 3, size=64).shape == (12, 3, 3, 64, 64)
