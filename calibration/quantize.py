@@ -110,15 +110,15 @@ def _observing(observe: Observer) -> nn.Module:
     return cast(nn.Module, quantizer)
 
 
-def _converted(linear: nn.Module) -> Any:
-    """``linear`` as ModelOpt's, in place, all its quantizers off."""
+def _convert(linear: nn.Module) -> Any:
+    """Make ``linear`` ModelOpt's, in place, and return it as that, all its quantizers off."""
     converted = _modelopt().registry.convert(linear)
     for quantizer in (converted.input_quantizer, converted.weight_quantizer, converted.output_quantizer):
         quantizer.disable()
     return converted
 
 
-def _as_primitive(attention: nn.Module, quantizers: dict[str, nn.Module]) -> None:
+def _make_primitive(attention: nn.Module, quantizers: dict[str, nn.Module]) -> None:
     """Turn a :class:`SelfAttention` into a :class:`PrimitiveAttention`, in place; quantizers by operand."""
     attention.__class__ = PrimitiveAttention
     for operand in (*OPERANDS, "softmax"):
@@ -130,7 +130,7 @@ def _quantize_linear(linear: nn.Linear, layer: Layer, scales: Scales) -> None:
     dtype, quantization = linear.weight.dtype, scales.quantization
     smooth = scales.amax.get(f"{layer.name}.smooth")
     inverse = None if smooth is None else smooth.double().reciprocal().to(dtype)  # what the graph multiplies by
-    converted = _converted(linear)
+    converted = _convert(linear)
     if inverse is not None:
         converted.weight = nn.Parameter(converted.weight / inverse, requires_grad=False)
     converted.input_quantizer = _quantizer(quantization, scales.amax[f"{layer.name}.input"], dtype)
@@ -143,7 +143,7 @@ def _quantize_attention(attention: SelfAttention, layer: Layer, scales: Scales) 
     dtype, size = attention.qkv.weight.dtype, attention.qkv.in_features // attention.heads
     amax = {operand: scales.amax[f"{layer.name}.{operand}"] for operand in OPERANDS}
     amax |= {"q": amax["q"] * size**-0.5, "softmax": ONE}
-    _as_primitive(attention, {name: _quantizer(scales.quantization, value, dtype) for name, value in amax.items()})
+    _make_primitive(attention, {name: _quantizer(scales.quantization, value, dtype) for name, value in amax.items()})
 
 
 def fake_quantized(model: Stiv, scales: Scales, plan: PrecisionPlan) -> Stiv:
@@ -157,7 +157,7 @@ def fake_quantized(model: Stiv, scales: Scales, plan: PrecisionPlan) -> Stiv:
         raise CalibrationError(f"the scales are for model {scales.provenance.model.name}, this one is {config.name}")
     checked_plan(plan, config, scales.quantization, "precision plan")
     own = copy.deepcopy(model)
-    return quantize_layers(own, scales, [layer for layer in model_layers(config) if plan.quantized(layer.name)])
+    return quantized_copy(own, scales, [layer for layer in model_layers(config) if plan.quantized(layer.name)])
 
 
 def _sharing_copy(model: Stiv) -> Stiv:
@@ -169,7 +169,7 @@ def _sharing_copy(model: Stiv) -> Stiv:
     return copy.deepcopy(model, shared)
 
 
-def quantize_layers(model: Stiv, scales: Scales, layers: Iterable[Layer]) -> Stiv:
+def quantized_copy(model: Stiv, scales: Scales, layers: Iterable[Layer]) -> Stiv:
     """A copy of ``model`` with just ``layers`` fake-quantized by ``scales``; it shares the memory of the weights."""
     quantized = _sharing_copy(model)
     for layer in layers:
@@ -182,7 +182,7 @@ def quantize_layers(model: Stiv, scales: Scales, layers: Iterable[Layer]) -> Sti
 
 
 def switch_on(quantized: Stiv, layers: Iterable[Layer]) -> None:
-    """Let just ``layers`` of a model from :func:`quantize_layers` quantize; its other layers compute as they did.
+    """Let just ``layers`` of a model from :func:`quantized_copy` quantize; its other layers compute as they did.
 
     (With SmoothQuant they keep its factors in input and weight, which cancel.)
     """
@@ -204,11 +204,11 @@ def observed(model: Stiv, observer: Callable[[str], Observer]) -> Stiv:
     for layer in model_layers(model.config):
         module = copied.get_submodule(layer.module)
         if layer.kind == "linear":
-            _converted(module).input_quantizer = _observing(observer(f"{layer.name}.input"))
+            _convert(module).input_quantizer = _observing(observer(f"{layer.name}.input"))
         else:
             observers = {operand: observer(f"{layer.name}.{operand}") for operand in OPERANDS}
             observers["q"] = _scaled(observers["q"], model.config.head_dim**0.5)
-            _as_primitive(module, {operand: _observing(each) for operand, each in observers.items()})
+            _make_primitive(module, {operand: _observing(each) for operand, each in observers.items()})
     return copied
 
 

@@ -6,7 +6,7 @@ from stiv_deploy.calibration.budget import Fitted, estimated_errors, fit
 from stiv_deploy.calibration.layers import Layer, model_layers
 from stiv_deploy.calibration.observers import BANDS, band_names
 from stiv_deploy.calibration.plan import PrecisionPlan, default_plan, everything, save_plan
-from stiv_deploy.calibration.quantize import quantize_layers, switch_on
+from stiv_deploy.calibration.quantize import quantized_copy, switch_on
 from stiv_deploy.calibration.run import Calibration, CalibrationRequest, Progress
 from stiv_deploy.calibration.sensitivity import (
     BandErrors,
@@ -25,7 +25,7 @@ class PlanMeter:
     def __init__(self, calibration: Calibration, steps: int) -> None:
         self.model = calibration.checkpoint.model
         self.references = reference_runs(calibration.checkpoint, calibration.material, steps)
-        self.quantized = quantize_layers(self.model, calibration.scales, model_layers(self.model.config))
+        self.quantized = quantized_copy(self.model, calibration.scales, model_layers(self.model.config))
 
     def _switch(self, plan: PrecisionPlan) -> None:
         switch_on(self.quantized, [layer for layer in self._layers() if plan.quantized(layer.name)])

@@ -77,7 +77,7 @@ def base_path(task: str, seed: int, recipe: Recipe, work: Path = WORK) -> Path:
     return work / "base" / f"{task}-{recipe.name}-{seed}.safetensors"
 
 
-def trained(
+def train_with_notes(
     model: Stiv, training: Training, frozen: Frozen, seed: int, **options: Any
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Train ``model``: its averaged weights, and losses and seconds."""
@@ -92,10 +92,10 @@ def base(task: str, seed: int, frozen: Frozen, recipe: Recipe = FULL, work: Path
 
     def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
         if task == "t2i":
-            return trained(mini(temporal=False, seed=seed), recipe.t2i, frozen, seed)
+            return train_with_notes(mini(temporal=False, seed=seed), recipe.t2i, frozen, seed)
         model = mini(seed=seed)
         carry_over(base("t2i", seed, frozen, recipe, work), model)
-        return trained(model, recipe.t2v, frozen, seed)
+        return train_with_notes(model, recipe.t2v, frozen, seed)
 
     return kept_or_made(base_path(task, seed, recipe, work), make)
 

@@ -15,7 +15,7 @@ import above  # noqa: F401  # isort: split
 import command
 import torch
 import typer
-from base import FULL, SMALLEST, Recipe, base, base_name, base_path, kept_or_made, trained
+from base import FULL, SMALLEST, Recipe, base, base_name, base_path, kept_or_made, train_with_notes
 from evaluation import LOSS_TIMES, Trial, clips_for, generate, held_out_loss, scores
 from harness import FRAMES, MINI_SAYS, Frozen, carry_over, frozen_parts, mini
 from image_conditioning import settings
@@ -39,7 +39,7 @@ def arm_model(name: str, seed: int, frozen: Frozen, recipe: Recipe, work: Path) 
     def make() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         model = mini(seed=seed, build=CausalStiv)
         carry_over(base("t2i", seed, frozen, recipe, work), model)
-        return trained(model, recipe.t2v, frozen, seed)
+        return train_with_notes(model, recipe.t2v, frozen, seed)
 
     if name == "full":
         tensors = base("t2v", seed, frozen, recipe, work)

@@ -16,7 +16,7 @@ import torch
 import typer
 from base import FULL, SMALLEST, base_model, base_name
 from evaluation import Trial
-from guidance_modes import Guidance, measured, rest, shipped_model
+from guidance_modes import Guidance, measure, rest, shipped_model
 from harness import frozen_hash, frozen_parts
 from records import WORK, seeds_of, shown
 from report import Comparison, Out, Report, Seeds, Smallest, Work, band, default_out, save, table
@@ -111,10 +111,10 @@ def main(smallest: Smallest = False, seeds: Seeds = "0,1,2", out: Out = None, wo
             for one in asked:
                 if task == MINI_T2V:
                     mini, folder = base_model(seed, frozen, recipe, work), work / f"guidance-{recipe.name}"
-                    found = measured(mini, frozen, one, seed, mini_trial, folder, image=False)
+                    found = measure(mini, frozen, one, seed, mini_trial, folder, image=False)
                 else:
                     image = task == SHIPPED_TI2V
-                    found = measured(model, frozen, one, seed, trial, work / "guidance", image=image)
+                    found = measure(model, frozen, one, seed, trial, work / "guidance", image=image)
                 rows[task][one.name].append(found)
                 typer.echo(f"seed {seed} {task} {one.name}: {found}", err=True)
     bases = [base_name("t2v", seed, recipe, work) for seed in numbers]

@@ -73,7 +73,7 @@ def shipped_model() -> Stiv:
     return load_checkpoint(CHECKPOINT).model
 
 
-def measured(
+def measure(
     model: Stiv, frozen: Frozen, guidance: Guidance, seed: int, trial: Trial, folder: Path, *, image: bool = True
 ) -> Result:
     """Scores of one guidance and seed, kept in ``folder``; also the norm of the latents over that of real ones."""
@@ -164,7 +164,7 @@ def main(smallest: Smallest = False, seeds: Seeds = "0,1,2", out: Out = None, wo
     rows: dict[str, list[Result]] = {one.name: [] for one in asked}
     for seed in numbers:
         for one in asked:
-            rows[one.name].append(measured(model, frozen, one, seed, trial, work / "guidance"))
+            rows[one.name].append(measure(model, frozen, one, seed, trial, work / "guidance"))
             typer.echo(f"seed {seed} {one.name}: {rows[one.name][-1]}", err=True)
     real = [validation(frozen, seed, trial) for seed in numbers]
     head = [

@@ -22,7 +22,7 @@ import above  # noqa: F401  # isort: split
 import command
 import torch
 import typer
-from base import FULL, SMALLEST, Recipe, base, base_name, base_path, kept_or_made, notes_of, trained
+from base import FULL, SMALLEST, Recipe, base, base_name, base_path, kept_or_made, notes_of, train_with_notes
 from evaluation import Trial, clips_for, generate, held_out_loss, scores, validation
 from harness import MINI_SAYS, Frozen, Training, carry_over, frozen_parts, mini, t2i, video
 from image_conditioning import settings
@@ -89,7 +89,7 @@ def image_model(seed: int, frozen: Frozen, plan: Plan, work: Path) -> dict[str, 
     def make() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         model = mini(temporal=False, seed=seed)
         carry_over(base("t2i", seed, frozen, plan.recipe, work), model)
-        return trained(model, plan.image, frozen, seed)
+        return train_with_notes(model, plan.image, frozen, seed)
 
     return kept_or_made(work / "progressive" / f"t2i-{SIZE}-{digest(plan.image, plan.recipe)}-{seed}.safetensors", make)
 
@@ -124,7 +124,7 @@ def arm_result(name: str, seed: int, frozen: Frozen, plan: Plan, work: Path, tri
             curve.append([plan.earlier(name) + step * phase.step_cost, loss["mean"]])
 
         every = max(1, training.steps // plan.looks)
-        tensors, notes = trained(model, training, frozen, seed, observe=observe, every=every)
+        tensors, notes = train_with_notes(model, training, frozen, seed, observe=observe, every=every)
         return tensors, notes | {"curve": curve}
 
     def make() -> Result:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import above  # noqa: F401  # isort: split
-from base import Recipe, base, kept_or_made, trained
+from base import Recipe, base, kept_or_made, train_with_notes
 from harness import Adapt, Frozen, Training, as_is, carry_over, mini, video
 from variants import ImageCrossStiv, LargeImageCrossStiv, by_both, by_cross_attention
 
@@ -59,7 +59,7 @@ def ti2v_model(
         return model
 
     path = arm_path(name, seed, training, recipe, work)
-    tensors = kept_or_made(path, lambda: trained(fresh(), training, frozen, seed, adapt=arm.adapt))
+    tensors = kept_or_made(path, lambda: train_with_notes(fresh(), training, frozen, seed, adapt=arm.adapt))
     model = mini(seed=seed, build=arm.build)
     model.load_state_dict(tensors)
     return model.eval().requires_grad_(False)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stiv_deploy.export.engines.job import EngineJob, EngineResult, Profile
-from stiv_deploy.export.engines.plugin_graphs import prepared
+from stiv_deploy.export.engines.plugin_graphs import prepare_plugins
 from stiv_deploy.runtime.errors import EngineError, one_line
 from stiv_deploy.runtime.files import replaced_file
 from stiv_deploy.runtime.tensorrt_library import import_tensorrt, targets
@@ -140,7 +140,7 @@ def build_engine(job: EngineJob) -> EngineResult:
     start = time.perf_counter()
     logger = make_logger(trt)
     builder = trt.Builder(logger)
-    network = parse(trt, builder, logger, Path(job.onnx), prepared(trt, job))
+    network = parse(trt, builder, logger, Path(job.onnx), prepare_plugins(trt, job))
     decompose_fp32_attention(trt, network)
     config = configure(trt, builder, network, job)
     plan = builder.build_serialized_network(network, config)

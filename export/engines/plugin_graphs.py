@@ -110,8 +110,8 @@ def _quick_packaging(manifest: "Manifest") -> Packaging:
     return Packaging(None, hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest())
 
 
-def prepared(trt: Any, job: EngineJob) -> bytes | None:
-    """The graph of ``job`` for the parser if it has plugin nodes, whose plugins are registered then; else None.
+def prepare_plugins(trt: Any, job: EngineJob) -> bytes | None:
+    """Register the plugins of ``job``, and return its graph for the parser; None if it has no plugin nodes.
 
     Raises what :func:`choose_packaging` and :func:`without_functions` do.
     """

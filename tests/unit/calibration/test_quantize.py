@@ -19,7 +19,7 @@ from stiv_deploy.calibration.plan import PrecisionPlan, default_plan, everything
 from stiv_deploy.calibration.quantize import (
     fake_quantized,
     observed,
-    quantize_layers,
+    quantized_copy,
     require_modelopt,
     switch_on,
 )
@@ -208,13 +208,13 @@ def test_everything_quantized_is_visibly_worse_than_the_default(calibrated: "Cal
 def test_switching_every_layer_off_gives_the_model_back(calibrated: "Calibrated") -> None:
     model = calibrated.checkpoint.model
     layers = model_layers(model.config)
-    quantized = quantize_layers(model, calibrated.scales("int8", per_channel=True, smooth=0.5), layers)
+    quantized = quantized_copy(model, calibrated.scales("int8", per_channel=True, smooth=0.5), layers)
     given = inputs_of(model)
     switch_on(quantized, [])
     assert distance(quantized(**given), model(**given)) < 1e-5  # SmoothQuant's factors cancel
     alone = [layer for layer in layers if layer.name == "block_01.ffn.up"]
     switch_on(quantized, alone)
-    wanted = quantize_layers(model, calibrated.scales("int8", per_channel=True, smooth=0.5), alone)
+    wanted = quantized_copy(model, calibrated.scales("int8", per_channel=True, smooth=0.5), alone)
     assert distance(quantized(**given), wanted(**given)) < 1e-4
     assert distance(quantized(**given), model(**given)) > 1e-4
 

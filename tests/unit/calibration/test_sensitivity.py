@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from stiv_deploy.calibration.errors import CalibrationError
 from stiv_deploy.calibration.layers import model_layers
 from stiv_deploy.calibration.observers import BANDS, band_of
-from stiv_deploy.calibration.quantize import quantize_layers
+from stiv_deploy.calibration.quantize import quantized_copy
 from stiv_deploy.calibration.sensitivity import (
     FINAL,
     Reference,
@@ -39,7 +39,7 @@ def references(calibrated: "Calibrated") -> list[Reference]:
 @pytest.fixture(scope="module")
 def quantized(calibrated: "Calibrated") -> Stiv:
     model = calibrated.checkpoint.model
-    return quantize_layers(model, calibrated.scales("fp8"), model_layers(model.config))
+    return quantized_copy(model, calibrated.scales("fp8"), model_layers(model.config))
 
 
 @given(st.integers(1, 60), st.floats(0.2, 5))
@@ -106,7 +106,7 @@ def test_a_sweep_measures_groups_alone_and_goes_on_where_it_was(
     groups = groups_of(model.config)
     assert list(found.velocity) == list(groups)
     assert steps == list(range(3, len(groups) + FINAL + 1))
-    alone = quantize_layers(model, calibrated.scales("fp8"), groups["block_01.ffn.down"])
+    alone = quantized_copy(model, calibrated.scales("fp8"), groups["block_01.ffn.down"])
     torch.testing.assert_close(
         torch.tensor(found.velocity["block_01.ffn.down"]),
         torch.tensor(velocity_errors(alone, references)),
