@@ -1,5 +1,6 @@
 """The laws of the import graph: who may import whom, no circles, few rooms. `make layout` prints the graph itself."""
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 sys.path.append(str(Path(__file__).parent))
 from import_graph import (
     PACKAGES,
+    ROOT,
     Graph,
     all_circles,
     circles,
@@ -157,6 +159,13 @@ def test_laws_are_of_rooms_that_exist(graph: Graph) -> None:
     rooms = {*LAWS, *FOREIGN}.union(*LAWS.values())
     assert {room for room in rooms if not any(within(module, room) for module in graph)} == set()
     assert {module for module in graph if not any(within(module, room) for room in LAWS)} == set()
+
+
+def test_the_architecture_page_has_the_same_laws() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("\n## Laws\n")[2]
+    rows = re.findall(r"^\| `(.*?)` \| (.*) \|$", page.partition("\n## ")[0], flags=re.MULTILINE)
+    written = {room: set(re.findall(r"`(.*?)`", others)) for room, others in rows}
+    assert written == {room: others - {room} for room, others in LAWS.items()}
 
 
 def test_exceptions_are_needed_and_are_for_one_module_and_library(sources: dict[str, str]) -> None:
