@@ -1,28 +1,19 @@
-"""What lies in the repository: no machine's traces, nothing huge, pins for everything, commands that exist."""
+"""What lies in the repository: no machine's traces, nothing huge, pins for everything."""
 
-import ast
 import re
-import shlex
 import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from stiv_deploy.runtime.command.main import app
-
 ROOT = Path(__file__).parents[3]
 MIB = 2**20
-DOCUMENTS = ("README.md", "CONTRIBUTING.md")
 MACHINE_PATHS = re.compile(r"(?<![\w.\]*])/(?:root|home|work|Users|mnt|opt)/\w")
 REGISTRIES = re.compile(r"pypi\.\w|pythonhosted\.|download\.pytorch\.|\.ngc\.nvidia|[/]simple\b")
 
@@ -107,78 +98,3 @@ def test_dependencies_of_dependencies_are_pinned() -> None:
 
 def test_pins_carry_no_local_versions() -> None:
     assert [version for version in pins().values() if "+" in version or "/" in version] == []
-
-
-def blocks(language: str) -> list[str]:
-    """Fenced blocks of README in ``language``."""
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
-
-
-def commands(program: str) -> list[list[str]]:
-    """Arguments of every ``program`` line in README's shell blocks."""
-    lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.split(" ")[0] == program]
-
-
-def parse(arguments: list[str]) -> None:
-    """Let Typer parse a command line without running it; raises its usage errors."""
-    group: Any = typer.main.get_command(app)
-    if arguments[0].startswith("-"):
-        context = group.make_context("stiv", arguments)
-    else:
-        command = group.get_command(group.context_class(group), arguments[0])
-        assert command is not None, f"no command {arguments[0]!r}"
-        context = command.make_context(arguments[0], arguments[1:])
-    context.close()
-
-
-def test_readme_shows_every_stiv_command() -> None:
-    assert {"train", "export", "build", "parity", "generate", "inspect", "doctor"} <= {
-        each[0] for each in commands("stiv")
-    }
-
-
-@pytest.mark.parametrize("arguments", commands("stiv"), ids=shlex.join)
-def test_readme_stiv_command_parses(arguments: list[str]) -> None:
-    with suppress(typer.Exit):  # --help and --version
-        parse(arguments)
-
-
-def test_wrong_option_does_not_parse() -> None:
-    with pytest.raises(Exception, match="No such option"):
-        parse(["inspect", "bundle", "--colour"])
-
-
-@pytest.mark.parametrize("arguments", commands("make"), ids=shlex.join)
-def test_readme_make_target_exists(arguments: list[str]) -> None:
-    targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    assert {each for each in arguments if "=" not in each} <= set(targets)
-
-
-def test_readme_extras_exist() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    named = re.findall(r"\.\[([a-z,]+)\]", (ROOT / "README.md").read_text())
-    assert named
-    assert {name for each in named for name in each.split(",")} <= set(extras)
-
-
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_links_lead_somewhere(document: str) -> None:
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / document).read_text())
-    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
-
-
-def test_readme_python_is_python() -> None:
-    assert blocks("python")
-    for block in blocks("python"):
-        ast.parse(block)
-
-
-@pytest.mark.slow
-def test_readme_python_runs(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "bundle").symlink_to(bundle)
-    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
-    for block in blocks("python"):
-        subprocess.run([sys.executable, "-c", block], check=True, timeout=300)
-    assert list(tmp_path.glob("*.mp4"))
