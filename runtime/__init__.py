@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from stiv_deploy.runtime.pipeline.plan import GenerationPlan
     from stiv_deploy.runtime.pipeline.request import GenerationRequest
     from stiv_deploy.runtime.sampling.guidance import GuidanceMode
-    from stiv_deploy.runtime.sampling.sampler import Solver
+    from stiv_deploy.runtime.sampling.settings import Solver
 
 _MODULES = {
     "BACKENDS": "backends",
@@ -46,7 +46,7 @@ _MODULES = {
     "GenerationRequest": "pipeline.request",
     "StivOutput": "pipeline.output",
     "StivPipeline": "pipeline.pipeline",
-    "Solver": "sampling.sampler",
+    "Solver": "sampling.settings",
     "write_video": "pipeline.media",
 }
 """Where each public name lives; loaded on first use, so that ``stiv --help`` does not import ONNX Runtime."""

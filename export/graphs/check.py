@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from stiv_deploy.runtime.backends.onnxruntime import set_quantization
 from stiv_deploy.runtime.bundle.contract import (
     MASKED,
-    MAX_BRANCHES,
+    SAMPLE_ROWS,
     Format,
     GraphSpec,
     ModelFacts,
@@ -78,10 +79,11 @@ def check_sizes(bucket: Bucket, facts: ModelFacts) -> dict[str, dict[str, int]]:
     """
     corners: tuple[Literal["min", "typical", "max"], ...] = ("min", "typical", "max")
     sizes: dict[str, dict[str, int]] = {which: bucket.dims(facts, which) for which in corners}
+    batch = _odd_inside(bucket.batch, 1, 0.5)
     sizes["odd"] = dimensions(
         facts,
-        batch=_odd_inside(bucket.batch, 1, 0.5),
-        branches=MAX_BRANCHES,
+        batch=batch,
+        model_batch=batch * SAMPLE_ROWS,
         video_frames=_odd_inside(bucket.frames, facts.frame_multiple, 0.3, facts.frame_padding),
         height=_odd_inside(bucket.height, facts.pixel_multiple, 0.2),
         width=_odd_inside(bucket.width, facts.pixel_multiple, 0.5),
@@ -99,11 +101,9 @@ def graph_sizes(graph: str, bucket: Bucket, facts: ModelFacts) -> dict[str, dict
 
 
 def _fitting(dims: dict[str, int], facts: ModelFacts) -> dict[str, int]:
-    """``dims`` with as many branches, then requests, as :data:`TOKEN_BYTES` has room for; at least one of each."""
+    """``dims`` with as many samples and rows as :data:`TOKEN_BYTES` has room for, at least one of each."""
     rows = max(1, TOKEN_BYTES // (4 * facts.width * dims["token_frames"] * dims["tokens"]))
-    batch = min(dims["batch"], rows)
-    branches = min(dims["branches"], rows // batch)
-    return dims | {"batch": batch, "branches": branches, "model_batch": batch * branches}
+    return dims | {"batch": min(dims["batch"], rows), "model_batch": min(dims["model_batch"], rows)}
 
 
 def _odd_inside(allowed: Range, multiple: int, share: float, padding: int = 0) -> int:
@@ -119,17 +119,22 @@ def draw_inputs(spec: GraphSpec, dims: dict[str, int], vocabulary: int, seed: in
     """Seeded values for a graph's inputs, of the kind that each has in use, in the contract's types."""
     drawn = {}
     for tensor in spec.inputs:
-        values = _draw(tensor, tensor.sized(dims), vocabulary, seed)
+        values = _draw(tensor, tensor.sized(dims), {"token_ids": vocabulary} | _indices(dims), seed)
         drawn[tensor.name] = torch.from_numpy(np.asarray(values)).to(getattr(torch, tensor.dtype))
     return drawn
 
 
-def _draw(tensor: TensorSpec, shape: tuple[int, ...], vocabulary: int, seed: int) -> np.ndarray:
-    """Values in float32 or int64; the ones not named here are standard normal, as latents and tokens are."""
+def _indices(dims: Mapping[str, int]) -> dict[str, int]:
+    """How many rows and samples the indices of the ``step`` graph choose from."""
+    return {"sample_rows": dims.get("model_batch", 1), "row_sample": dims.get("batch", 1)}
+
+
+def _draw(tensor: TensorSpec, shape: tuple[int, ...], limits: Mapping[str, int], seed: int) -> np.ndarray:
+    """Values in float32 or int64, indices below ``limits``; the ones not named here are standard normal."""
     stem = tensor.name.removesuffix("_cos").removesuffix("_sin")  # a table's cosine and sine share their angles
     random = np.random.default_rng([seed, *stem.encode()])
     rules: dict[str, Callable[[], Any]] = {
-        "token_ids": lambda: random.integers(0, vocabulary, shape),
+        **{name: partial(random.integers, 0, limit, shape) for name, limit in limits.items()},
         "token_mask": lambda: _lengths(random, shape).astype(np.int64),
         "text_mask": lambda: np.where(_lengths(random, (shape[0], shape[-1])), 0, MASKED).reshape(shape),
         "timestep": lambda: random.random(shape),
@@ -139,7 +144,8 @@ def _draw(tensor: TensorSpec, shape: tuple[int, ...], vocabulary: int, seed: int
         "spatial": lambda: random.uniform(-np.pi, np.pi, shape),
         "temporal": lambda: random.uniform(-np.pi, np.pi, shape),
         "frame_mask": lambda: random.random(shape) < 0.3,
-        "branch_mask": lambda: random.random(shape) < 0.3,
+        "row_mask": lambda: random.random(shape) < 0.3,
+        "hold": lambda: random.random(shape) < 0.3,
         "renorm": lambda: np.ones(shape),
         "dt": lambda: random.random(shape),
     }

@@ -6,7 +6,7 @@ may be in half precision (``.to(dtype)``): whatever the contract keeps in float3
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar, cast
 
 import torch
@@ -189,8 +189,9 @@ class StepGraph(nn.Module):
     """``step``: guidance, renormalization, solver update, frame replacement and the next model input.
 
     The shipped form of ``stiv_ref.guidance``, ``sampler`` and ``conditioning`` (arXiv 2412.07730, section 3): every
-    guidance rule is a weighted sum over branches, every solver a weighted sum of two velocities, so that one graph
-    serves all modes. All float32.
+    guidance rule is a weighted sum over a sample's rows of the model, every solver a weighted sum of two velocities,
+    and all weights are the sample's own, so that samples of all modes, scales, masks and solvers share one call.
+    A weight of 0 takes nothing (it is no product, which NaN would survive). All float32.
     """
 
     def forward(
@@ -200,31 +201,47 @@ class StepGraph(nn.Module):
         clean: Tensor,
         noise: Tensor,
         frame_mask: Tensor,
-        branch_mask: Tensor,
-        branch_weights: Tensor,
+        sample_rows: Tensor,
+        row_weights: Tensor,
+        row_sample: Tensor,
+        row_mask: Tensor,
         previous_velocity: Tensor,
         solver_weights: Tensor,
         dt: Tensor,
         next_timestep: Tensor,
         renorm: Tensor,
+        hold: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``velocity`` [G, B, T, C, h, w], the others as in the contract -> next latents, guided velocity, next input.
+        """``velocity`` [M, T, C, h, w], the others as in the contract -> next latents, guided velocity, next input.
 
-        ``previous_velocity`` is not looked at where its weight is 0, so that it may be uninitialized.
+        ``sample_rows`` [B, 3] are a sample's rows, the conditional one first; entries of weight 0 may be any row.
+        ``previous_velocity`` is not looked at where its weight is 0, so that it may be uninitialized. Where ``hold``,
+        the latents stay as they were and only the next input moves on: the predictor of a solver of two evaluations.
         """
-        given = frame_mask[:, :, None, None, None]  # (B, T, 1, 1, 1)
-        guided = (branch_weights[:, None, None, None, None, None] * velocity).sum(0)
-        ratio = _norm(velocity[0], given) / _norm(guided, given).clamp_min(NORM_FLOOR)
-        guided = guided * torch.where(renorm > 0, ratio, 1.0)
+        given = _wide(frame_mask)  # (B, T, 1, 1, 1)
+        rows = [velocity.index_select(0, index) for index in sample_rows.unbind(1)]  # each (B, T, C, h, w)
+        guided = _weighted(rows, row_weights)
+        ratio = _norm(rows[0], given) / _norm(guided, given).clamp_min(NORM_FLOOR)
+        guided = guided * torch.where(_wide(renorm) > 0, ratio, 1.0)
 
-        first, second = solver_weights.chunk(2)
-        previous = torch.where(second != 0, second * previous_velocity, 0.0)
-        updated = torch.where(given, clean, latents + dt * (first * guided + previous))
+        step = _wide(dt) * _weighted([guided, previous_velocity], solver_weights)
+        updated = torch.where(given, clean, latents + step)
+        following = _wide(next_timestep)
+        hidden = torch.where(given, following * clean + (1 - following) * noise, updated)
+        seen, unseen = (each.index_select(0, row_sample) for each in (clean, hidden))  # (M, T, C, h, w)
+        return torch.where(_wide(hold), latents, updated), guided, torch.where(_wide(row_mask), seen, unseen)
 
-        noised = next_timestep * clean + (1 - next_timestep) * noise
-        hidden = torch.where(given, noised, updated)
-        model_input = torch.where(branch_mask[:, :, :, None, None, None], clean, hidden)  # (G, B, T, C, h, w)
-        return updated, guided, model_input
+
+def _wide(values: Tensor) -> Tensor:
+    """``values`` [B] or [B, T] with trailing axes up to [B, T, C, h, w]."""
+    return values[(...,) + (None,) * (5 - values.dim())]
+
+
+def _weighted(terms: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Sum of ``terms`` [B, T, C, h, w] by the weights [B, len(terms)] of each sample, nothing from those of 0."""
+    columns = [_wide(column) for column in weights.unbind(1)]
+    first, *rest = [torch.where(weight != 0, weight * term, 0.0) for term, weight in zip(terms, columns, strict=True)]
+    return sum(rest, start=first)
 
 
 def _norm(velocity: Tensor, given: Tensor) -> Tensor:

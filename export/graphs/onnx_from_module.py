@@ -122,7 +122,7 @@ def _example_sizes(facts: ModelFacts) -> dict[str, int]:
     return dimensions(
         facts,
         batch=2,
-        branches=3,
+        model_batch=6,
         video_frames=5 * facts.frame_multiple - facts.frame_padding,
         height=3 * facts.pixel_multiple,
         width=7 * facts.pixel_multiple,

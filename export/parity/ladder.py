@@ -27,14 +27,13 @@ from stiv_deploy.calibration.scales import Scales
 from stiv_deploy.export.parity.draws import UNIT_ROUNDING, Draws, quantized_gate, rel_l2
 from stiv_deploy.export.parity.oracle import Oracle, Tensors
 from stiv_deploy.export.parity.requests import Request, parity_requests
-from stiv_deploy.export.parity.runs import TeacherForced, prepared_denoiser, probe
+from stiv_deploy.export.parity.runs import TeacherForced, free_run, probe
 from stiv_deploy.export.precision import torch_dtype
 from stiv_deploy.runtime.backends import open_backend
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import dimensions, graph_specs, is_block
 from stiv_deploy.runtime.bundle.manifest import ParityRow
-from stiv_deploy.runtime.sampling.sampler import Sampler
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.sampler import sample
 
@@ -126,12 +125,12 @@ class _Ladder:
 
     def dims(self, request: Request) -> dict[str, int]:
         """Symbol values of ``request``."""
-        batch, frames, _, height, width = request.inputs.noise.shape
+        _, frames, _, height, width = request.inputs.noise.shape
         model = self.manifest.model
         return dimensions(
             model,
-            batch=batch,
-            branches=request.branches,
+            batch=1,
+            model_batch=request.branches,
             video_frames=model.video_frames(frames),
             height=height * model.spatial_factor,
             width=width * model.spatial_factor,
@@ -216,9 +215,7 @@ class _Ladder:
         """Level free_run: the whole loop by itself; given frames must be bit-equal; then the gates on the video."""
         self.progress(f"{self.backend.name}: {request.name}, free run")
         truth = sample(self.truth.boundary, self.truth.sampling_inputs(request), request.settings)
-        denoiser = prepared_denoiser(self.backend, self.bundle, self.dims(request), request)
-        noise, clean, mask = (tensor.numpy() for tensor in request.inputs[:3])
-        latents = torch.from_numpy(Sampler(denoiser).run(noise, clean, mask, request.runtime_settings()))
+        latents = torch.from_numpy(free_run(self.backend, self.bundle, self.dims(request), request))
         if self.draws is None:
             plain = sample(self.plain.boundary, self.plain.sampling_inputs(request), request.settings)
             self.add("free_run", request.name, latents, plain, truth)

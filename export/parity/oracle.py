@@ -141,14 +141,39 @@ class Oracle:
 
 def guided_step(inputs: Mapping[str, Tensor]) -> Tensors:
     """The ``step`` graph from the reference's guidance and conditioning functions, in the dtype of its inputs."""
-    velocity, clean, mask = inputs["velocity"], inputs["clean"], inputs["frame_mask"]
-    guided = torch.einsum("g,g...->...", inputs["branch_weights"], velocity)
-    if inputs["renorm"].item():
-        guided = cfg_renorm(guided, velocity[0], mask)
-    current, previous = inputs["solver_weights"]
-    update = current * guided + previous * inputs["previous_velocity"]
-    latents = replace_frames(inputs["latents"] + inputs["dt"] * update, clean, mask)
-    time = inputs["next_timestep"].expand(len(latents))
-    hidden = noise_frames(latents, clean, inputs["noise"], time, mask)
-    branches = [replace_frames(hidden, clean, branch) for branch in inputs["branch_mask"]]
-    return {"next_latents": latents, "guided_velocity": guided, "next_model_input": torch.stack(branches)}
+    samples = [_sample_step(inputs, index) for index in range(len(inputs["latents"]))]
+    latents, velocities, hidden = (torch.stack(part) for part in zip(*samples, strict=True))
+    rows = inputs["row_sample"]
+    model_input = replace_frames(hidden[rows], inputs["clean"][rows], inputs["row_mask"])
+    return {"next_latents": latents, "guided_velocity": velocities, "next_model_input": model_input}
+
+
+def _sample_step(inputs: Mapping[str, Tensor], index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Next latents, guided velocity and the input of a row that sees no given frame, each [T, C, h, w]."""
+    own = {name: inputs[name][index : index + 1] for name in _OF_SAMPLES}
+    rows = inputs["velocity"][inputs["sample_rows"][index]]
+    guided = torch.einsum("r,r...->...", own["row_weights"][0], rows)[None]
+    if own["renorm"].item():
+        guided = cfg_renorm(guided, rows[:1], own["frame_mask"])
+    current, previous = own["solver_weights"][0]
+    moved = own["latents"] + own["dt"] * (current * guided + previous * own["previous_velocity"])
+    updated = replace_frames(moved, own["clean"], own["frame_mask"])
+    hidden = noise_frames(updated, own["clean"], own["noise"], own["next_timestep"], own["frame_mask"])
+    latents = own["latents"] if own["hold"] else updated
+    return latents[0], guided[0], hidden[0]
+
+
+_OF_SAMPLES = (
+    "latents",
+    "clean",
+    "noise",
+    "frame_mask",
+    "row_weights",
+    "previous_velocity",
+    "solver_weights",
+    "dt",
+    "next_timestep",
+    "renorm",
+    "hold",
+)
+"""Inputs of the ``step`` graph whose first axis is the samples."""

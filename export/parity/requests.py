@@ -2,16 +2,17 @@
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from stiv_deploy.runtime.bundle.contract import SAMPLE_ROWS
 from stiv_deploy.runtime.bundle.manifest import Manifest
-from stiv_deploy.runtime.sampling.conditioning import branch_mask
+from stiv_deploy.runtime.sampling.guidance import BRANCHES
 from stiv_deploy.runtime.sampling.guidance import GuidanceMode as RuntimeMode
-from stiv_deploy.runtime.sampling.guidance import branch_weights
-from stiv_deploy.runtime.sampling.sampler import SamplingSettings as RuntimeSettings
-from stiv_deploy.runtime.sampling.sampler import Solver as RuntimeSolver
+from stiv_deploy.runtime.sampling.sample import Sample
+from stiv_deploy.runtime.sampling.settings import SamplingSettings as RuntimeSettings
+from stiv_deploy.runtime.sampling.settings import Solver as RuntimeSolver
+from stiv_deploy.runtime.sampling.text_stage import Tokens
 from stiv_deploy.stiv_ref.block import additive_mask
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.flow import schedule
@@ -26,10 +27,11 @@ NULL = {GuidanceMode.NONE: 0, GuidanceMode.JIT: 1, GuidanceMode.SIT: 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One request of the ladder, on the host, fp32.
+    """One request of the ladder: one sample, on the host, fp32.
 
-    ``token_ids`` and ``token_mask`` int64 [G * B, L] hold all branches; ``inputs.text`` is not filled: each oracle
-    encodes the tokens itself. ``video`` [B, F, 3, H, W] is the clip whose first frame is given.
+    ``token_ids`` and ``token_mask`` int64 [G, L] hold all guidance branches, each a row of the model; ``inputs.text``
+    is not filled: each oracle encodes the tokens itself. ``video`` [1, F, 3, H, W] is the clip whose first frame is
+    given.
     """
 
     name: str
@@ -49,18 +51,35 @@ class Request:
         return schedule(self.settings.steps, self.settings.time_shift).tolist()
 
     def text_mask(self) -> Tensor:
-        """Additive text mask [G * B, 1, 1, L]."""
+        """Additive text mask [G, 1, 1, L]."""
         return additive_mask(self.token_mask)
 
-    def branch_mask(self) -> Tensor:
-        """Frames given in each branch, bool [G, B, T]."""
-        mode = RuntimeMode(self.settings.guidance_mode.value)
-        return torch.from_numpy(np.ascontiguousarray(branch_mask(mode, self.inputs.frame_mask.numpy())))
+    def guidance_inputs(self) -> dict[str, Tensor]:
+        """Inputs of the ``step`` graph that say which rows of the model are the one sample's, and how they weigh."""
+        branches = BRANCHES[RuntimeMode(self.settings.guidance_mode.value)]
+        mask = self.inputs.frame_mask[0]
+        weights = torch.zeros(1, SAMPLE_ROWS)
+        weights[0, : len(branches)] = torch.from_numpy(self.runtime_settings().weights())
+        return {
+            "sample_rows": torch.arange(SAMPLE_ROWS).where(torch.arange(SAMPLE_ROWS) < len(branches), 0)[None],
+            "row_weights": weights,
+            "row_sample": torch.zeros(len(branches), dtype=torch.int64),
+            "row_mask": torch.stack([mask & branch.image for branch in branches]),
+        }
 
-    def branch_weights(self) -> Tensor:
-        """Weights of the branches, fp32 [G]."""
-        mode = RuntimeMode(self.settings.guidance_mode.value)
-        return torch.from_numpy(branch_weights(mode, self.settings.guidance_scale, self.settings.image_scale))
+    def sample(self) -> Sample:
+        """The same clip for the runtime's engine."""
+        noise, clean, mask, micro = (value[0].numpy() for value in (*self.inputs[:3], self.inputs.micro))
+        text, negative = (Tokens(self.token_ids[row].numpy(), self.token_mask[row].numpy()) for row in (0, -1))
+        return Sample(
+            noise=noise,
+            clean=clean,
+            frame_mask=mask,
+            micro=micro,
+            text=text,
+            negative=negative,
+            settings=self.runtime_settings(),
+        )
 
     def runtime_settings(self) -> RuntimeSettings:
         """The same settings for the runtime."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +12,8 @@ from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import block_names
 from stiv_deploy.runtime.sampling.denoiser import Denoiser
+from stiv_deploy.runtime.sampling.engine import StepEngine
+from stiv_deploy.runtime.sampling.text_stage import TextStage, Tokens
 
 
 def probe(oracle: Oracle, request: Request, blocks: int) -> Iterator[tuple[str, Tensors]]:
@@ -48,29 +51,32 @@ def probe(oracle: Oracle, request: Request, blocks: int) -> Iterator[tuple[str, 
     yield (
         "step",
         {
-            "velocity": velocity.unflatten(0, (count, -1)),
+            "velocity": velocity,
             "latents": latents,
             "clean": clean,
             "noise": noise,
             "frame_mask": mask,
-            "branch_mask": request.branch_mask(),
-            "branch_weights": request.branch_weights(),
+            **request.guidance_inputs(),
             "previous_velocity": torch.zeros_like(noise),
-            "solver_weights": torch.tensor([1.0, 0.0]),
+            "solver_weights": torch.tensor([[1.0, 0.0]]),
             "dt": torch.tensor([0.1]),
             "next_timestep": torch.tensor([0.6]),
             "renorm": torch.tensor([1.0]),
+            "hold": torch.tensor([False]),
         },
     )
     yield "decoder", {"latents": latents}
 
 
-def prepared_denoiser(backend: Backend, bundle: Bundle, dims: dict[str, int], request: Request) -> Denoiser:
-    """A denoiser that holds the text and micro-conditions of ``request``."""
-    denoiser = Denoiser(backend, bundle.manifest, dims)
-    denoiser.set_text(request.token_ids.numpy(), request.token_mask.numpy())
-    denoiser.set_micro(request.inputs.micro.repeat(request.branches, 1).numpy())
-    return denoiser
+def free_run(backend: Backend, bundle: Bundle, dims: dict[str, int], request: Request) -> np.ndarray:
+    """Latents fp32 [1, T, C, h, w] of the whole loop, by the runtime's engine."""
+    engine = StepEngine(backend, bundle.manifest, dims, TextStage(backend, bundle.manifest))
+    slot = engine.admit(request.sample())
+    while engine.running:
+        tick = engine.tick()
+        for error in tick.failed.values():
+            raise error
+    return tick.finished[slot][None]
 
 
 class TeacherForced:
@@ -79,24 +85,24 @@ class TeacherForced:
     def __init__(self, backend: Backend, bundle: Bundle, dims: dict[str, int], request: Request) -> None:
         self.backend = backend
         self.times = request.times()
-        self.denoiser = prepared_denoiser(backend, bundle, dims, request)
+        self.denoiser = _prepared_denoiser(backend, bundle, dims, request)
         spec = self.denoiser.specs["step"]
         tensors = (*spec.inputs, *spec.outputs)
         self.buffers = {tensor.name: backend.empty(tensor.sized(dims), tensor.dtype) for tensor in tensors}
-        shape = self.buffers["velocity"].shape
-        self.buffers["velocity"] = self.denoiser.velocity.reshape(*shape)
-        self.buffers["next_model_input"] = self.denoiser.model_input.reshape(*shape)
+        self.buffers["velocity"] = self.denoiser.velocity
+        self.buffers["next_model_input"] = self.denoiser.model_input
+        self.model = self.denoiser.calls(dims["model_batch"])
         self.step = self.denoiser.bind("step", **self.buffers)
         self._write(
             clean=request.inputs.clean,
             noise=request.inputs.noise,
             frame_mask=request.inputs.frame_mask,
-            branch_mask=request.branch_mask(),
-            branch_weights=request.branch_weights(),
+            **request.guidance_inputs(),
             previous_velocity=torch.zeros(self.buffers["latents"].shape),
-            solver_weights=torch.tensor([1.0, 0.0]),
+            solver_weights=torch.tensor([[1.0, 0.0]]),
             renorm=torch.tensor([float(request.settings.renorm)]),
             dt=torch.zeros(1),
+            hold=torch.tensor([False]),
         )
 
     def _write(self, **tensors: Tensor) -> None:
@@ -104,12 +110,20 @@ class TeacherForced:
             self.backend.write(self.buffers[name], tensor.contiguous().numpy())
 
     def velocity(self, latents: Tensor, step: int) -> Tensor:
-        """Guided velocity [B, T, C, h, w] at ``latents`` and time ``step`` of the schedule."""
+        """Guided velocity [1, T, C, h, w] at ``latents`` and time ``step`` of the schedule."""
         time = torch.tensor([self.times[step]], dtype=torch.float32)
         zeros = torch.zeros(self.buffers["velocity"].shape)
         self._write(latents=latents, next_timestep=time, velocity=zeros)
         self.step()  # dt = 0: makes the model input
         self.backend.write(self.denoiser.timestep, time.repeat(self.denoiser.dims["model_batch"]).numpy())
-        self.denoiser()
-        self.step()
+        for call in (*self.model.values(), self.step):
+            call()
         return torch.from_numpy(self.backend.read(self.buffers["guided_velocity"]))
+
+
+def _prepared_denoiser(backend: Backend, bundle: Bundle, dims: dict[str, int], request: Request) -> Denoiser:
+    """A denoiser whose rows hold the text and micro-conditions of ``request``."""
+    denoiser, text = Denoiser(backend, bundle.manifest, dims), TextStage(backend, bundle.manifest)
+    for row, tokens in enumerate(zip(request.token_ids.numpy(), request.token_mask.numpy(), strict=True)):
+        denoiser.set_row(row, text(Tokens(*tokens)), request.inputs.micro[0].numpy())
+    return denoiser

@@ -62,6 +62,8 @@ class Backend(ABC):
     name: str
     device: str
     """The device in words, for reports."""
+    captures = False
+    """Whether :meth:`capture` records the calls, so that running them again costs one launch."""
 
     @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Buffer:

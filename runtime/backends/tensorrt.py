@@ -140,6 +140,8 @@ class TensorRTBackend(Backend):
     engines was built with it; :class:`BackendError` if it is not there. ``trt`` and ``cuda`` are stand-ins for tests.
     """
 
+    captures = True
+
     def __init__(
         self, bundle: Bundle, flavour: Flavour, device: int = 0, *, trt: Any | None = None, cuda: Cuda | None = None
     ) -> None:

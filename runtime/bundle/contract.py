@@ -2,8 +2,9 @@
 
 Export names its inputs and outputs by it, the runtime allocates and binds by it, engines are profiled by it.
 
-Symbols: ``batch`` requests; ``branches`` guidance branches (1 to 3); ``model_batch`` = branches * batch, branch-major;
-``video_frames``, ``height``, ``width`` in pixels; ``frames``, ``latent_height``, ``latent_width`` of the latents;
+Symbols: ``batch`` samples (clips); ``model_batch`` rows of the model, of which a sample has one for each of its
+guidance branches (1 to 3), in any order; ``video_frames``, ``height``, ``width`` in pixels; ``frames``,
+``latent_height``, ``latent_width`` of the latents;
 ``token_frames``, ``tokens`` (of a frame) of the transformer; ``text_tokens``.
 
 Types: whatever the host makes or reads is float32, int64 or bool; ``FLOAT`` is the bundle's precision and stays on
@@ -19,7 +20,8 @@ MICRO_VALUES = 6
 """Micro-conditions: original height and width, crop top and left, frame stride, number of frames."""
 MASKED = -1e4
 """Additive text mask at padding."""
-MAX_BRANCHES = 3
+SAMPLE_ROWS = 3
+"""Rows of the model that one sample can have: its guidance branches."""
 
 Precision = Literal["float32", "float16", "bfloat16"]
 Format = Literal["fp8", "int8"]
@@ -117,7 +119,7 @@ def is_block(graph: str) -> bool:
 
 
 def dimensions(
-    model: ModelFacts, *, batch: int, branches: int, video_frames: int, height: int, width: int, text_tokens: int
+    model: ModelFacts, *, batch: int, model_batch: int, video_frames: int, height: int, width: int, text_tokens: int
 ) -> dict[str, int]:
     """Values of all symbols for one request size."""
     frames = model.latent_frames(video_frames)
@@ -125,8 +127,7 @@ def dimensions(
     pt, ps = model.patch
     return {
         "batch": batch,
-        "branches": branches,
-        "model_batch": branches * batch,
+        "model_batch": model_batch,
         "video_frames": video_frames,
         "height": height,
         "width": width,
@@ -200,23 +201,26 @@ def graph_specs(model: ModelFacts, precision: Precision) -> dict[str, GraphSpec]
         "head": graph([device("x", *tokens), condition, model_input], [host("velocity", "model_batch", *latent_size)]),
         "step": graph(
             [
-                host("velocity", "branches", "batch", *latent_size),
+                host("velocity", "model_batch", *latent_size),
                 host("latents", "batch", *latent_size),
                 host("clean", "batch", *latent_size),
                 host("noise", "batch", *latent_size),
                 other("frame_mask", "bool", "batch", "frames"),
-                other("branch_mask", "bool", "branches", "batch", "frames"),
-                host("branch_weights", "branches"),
+                other("sample_rows", "int64", "batch", SAMPLE_ROWS),
+                host("row_weights", "batch", SAMPLE_ROWS),
+                other("row_sample", "int64", "model_batch"),
+                other("row_mask", "bool", "model_batch", "frames"),
                 host("previous_velocity", "batch", *latent_size),
-                host("solver_weights", 2),
-                host("dt", 1),
-                host("next_timestep", 1),
-                host("renorm", 1),
+                host("solver_weights", "batch", 2),
+                host("dt", "batch"),
+                host("next_timestep", "batch"),
+                host("renorm", "batch"),
+                other("hold", "bool", "batch"),
             ],
             [
                 host("next_latents", "batch", *latent_size),
                 host("guided_velocity", "batch", *latent_size),
-                host("next_model_input", "branches", "batch", *latent_size),
+                host("next_model_input", "model_batch", *latent_size),
             ],
         ),
         "decoder": graph([host("latents", "batch", *latent_size)], [video]),

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from stiv_deploy.runtime.bundle.contract import (
-    MAX_BRANCHES,
+    SAMPLE_ROWS,
     Choice,
     Format,
     Frozen,
@@ -18,7 +18,7 @@ from stiv_deploy.runtime.bundle.contract import (
 )
 from stiv_deploy.runtime.tensorrt_library import Flavour
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 PORTABLE = "portable"
 """The ``sm`` of an engine that is not bound to one GPU architecture."""
@@ -86,11 +86,12 @@ class Bucket(Frozen):
         return all(allowed.min <= size <= allowed.max for size, allowed in sizes)
 
     def dims(self, model: ModelFacts, which: Literal["min", "typical", "max"]) -> dict[str, int]:
-        """Symbol values at the ``min``, ``typical`` or ``max`` corner (branches 1, 2 and 3)."""
+        """Symbol values at the ``min``, ``typical`` or ``max`` corner (1, 2 and 3 model rows a sample)."""
+        batch = getattr(self.batch, which)
         return dimensions(
             model,
-            batch=getattr(self.batch, which),
-            branches={"min": 1, "typical": 2, "max": MAX_BRANCHES}[which],
+            batch=batch,
+            model_batch=batch * {"min": 1, "typical": 2, "max": SAMPLE_ROWS}[which],
             video_frames=getattr(self.frames, which),
             height=getattr(self.height, which),
             width=getattr(self.width, which),
@@ -164,7 +165,7 @@ class Manifest(Frozen):
     """Contents of ``manifest.json``."""
 
     format: Literal["stiv-bundle"] = "stiv-bundle"
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     precision: Precision
     opset: int
     model: ModelFacts

@@ -12,7 +12,7 @@ from stiv_deploy.runtime.pipeline.images import clip_from_images, frames_from_vi
 from stiv_deploy.runtime.pipeline.plan import GenerationPlan, Given, VideoSize
 from stiv_deploy.runtime.pipeline.recent import Recent
 from stiv_deploy.runtime.pipeline.tiling import TiledGraph, TilePlan, plan_tiles
-from stiv_deploy.runtime.sampling.denoiser import GraphClock
+from stiv_deploy.runtime.sampling.hooks import GraphClock
 
 KEPT_DECODERS = 2
 """Sizes whose decoder is kept; two serve a plan whose last batch is smaller than the others."""
@@ -82,7 +82,7 @@ class Coder:
         return dimensions(
             self._model,
             batch=batch,
-            branches=1,
+            model_batch=batch,
             video_frames=frames,
             height=size.height,
             width=size.width,

@@ -27,7 +27,8 @@ class StivOutput:
     [B, T, C, h, w]. ``requests`` make each video again, alone, on a bundle with the hash ``bundle`` and ``backend``:
     seed and all defaults are filled in. ``timings`` in seconds: ``load`` (graphs and buffers, only for a size that is
     new), ``text``, ``encode``, ``denoise`` and ``decode``; ``total`` is all of them and the rest, ``graphs`` the part
-    of it that was spent inside graphs.
+    of it that was spent inside graphs, ``replays`` the part of that in CUDA graphs: 0 where there are none, or the
+    backend refused to capture (then a warning has said why).
     """
 
     frames: "np.ndarray | list[list[Image]] | None"

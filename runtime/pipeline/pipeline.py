@@ -19,7 +19,8 @@ from stiv_deploy.runtime.pipeline.plan import GenerationPlan, plan_generation
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
 from stiv_deploy.runtime.pipeline.sampling_loop import Observer, SamplingLoop, Step
 from stiv_deploy.runtime.pipeline.timing import PhaseClock
-from stiv_deploy.runtime.sampling.denoiser import GraphClock
+from stiv_deploy.runtime.sampling.hooks import GraphClock
+from stiv_deploy.runtime.sampling.replay import REPLAY
 
 AGAIN = "open one with StivPipeline.from_bundle"
 
@@ -61,7 +62,7 @@ class StivPipeline:
         self.bundle = bundle
         self.backend = backend
         self._clock = GraphClock(backend.synchronize if profile else None)
-        self._loop = SamplingLoop(backend, bundle, self._clock, debug=debug)
+        self._loop = SamplingLoop(backend, bundle, self._clock, capture=not profile, debug=debug)
         self._coder = Coder(backend, bundle, self._clock)
         self._lock = Lock()
         self._user: int | None = None
@@ -167,7 +168,7 @@ class StivPipeline:
     def _generate(
         self, plan: GenerationPlan, callback: StepCallback | None, cancel: Event | None, output_type: OutputType
     ) -> StivOutput:
-        phases, graphs = PhaseClock(self.backend.synchronize), self._clock.total
+        phases, graphs = PhaseClock(self.backend.synchronize), self._graph_seconds()
         with phases("encode"):
             clean = self._coder.clean_latents(plan)
         latents: list[np.ndarray] = []
@@ -177,7 +178,8 @@ class StivPipeline:
             latents.append(self._loop(batch, plan.size, given, phases, observer, cancel))
             if output_type != "latent":
                 frames.append(self._decode(plan, latents[-1], phases))
-        timings = phases.seconds | {"graphs": self._clock.total - graphs, "total": phases.total}
+        spent = {name: after - graphs[name] for name, after in self._graph_seconds().items()}
+        timings = phases.seconds | spent | {"total": phases.total}
         return StivOutput(
             frames=as_output(frames, output_type),
             latents=np.concatenate(latents),
@@ -186,6 +188,10 @@ class StivPipeline:
             backend=self.backend.name,
             timings=timings,
         )
+
+    def _graph_seconds(self) -> dict[str, float]:
+        """Seconds in graphs so far, and of these in replays of captured ones."""
+        return {"graphs": self._clock.total, "replays": self._clock.seconds[REPLAY]}
 
     def _decode(self, plan: GenerationPlan, latents: np.ndarray, phases: PhaseClock) -> np.ndarray:
         with phases("load"):

@@ -15,7 +15,7 @@ from stiv_deploy.runtime.pipeline.images import check_given_frames, fitted_image
 from stiv_deploy.runtime.pipeline.request import GenerationRequest, new_seed
 from stiv_deploy.runtime.pipeline.tiling import check_tile
 from stiv_deploy.runtime.sampling.conditioning import frame_indices, micro_conditions
-from stiv_deploy.runtime.sampling.sampler import SamplingSettings
+from stiv_deploy.runtime.sampling.settings import SamplingSettings
 
 Item = TypeVar("Item")
 RECOMMENDED = {

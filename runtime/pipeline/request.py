@@ -13,7 +13,7 @@ from stiv_deploy.runtime.pipeline.given import Latents, Picture
 from stiv_deploy.runtime.pipeline.images import Fit
 from stiv_deploy.runtime.pipeline.limits import BOUNDS, SEED_LIMIT, TEXT_LIMIT, bounded, named, switch, text
 from stiv_deploy.runtime.sampling.guidance import GuidanceMode
-from stiv_deploy.runtime.sampling.sampler import Solver
+from stiv_deploy.runtime.sampling.settings import Solver
 
 NAMES = {"guidance_mode": GuidanceMode, "solver": Solver, "fit": Fit}
 """Fields that choose one of several names."""

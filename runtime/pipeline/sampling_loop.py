@@ -1,7 +1,8 @@
-"""From planned videos to latents: the one place that knows how videos are sampled together."""
+"""From planned videos to latents: the videos of a batch go through one engine together."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from threading import Event
 
 import numpy as np
@@ -9,15 +10,18 @@ import numpy as np
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import dimensions
+from stiv_deploy.runtime.errors import Cancelled
 from stiv_deploy.runtime.pipeline.plan import PlannedVideo, VideoSize
 from stiv_deploy.runtime.pipeline.recent import Recent
 from stiv_deploy.runtime.pipeline.timing import PhaseClock
 from stiv_deploy.runtime.pipeline.tokenization import PromptTokenizer
 from stiv_deploy.runtime.sampling.conditioning import frame_mask, scatter_frames
-from stiv_deploy.runtime.sampling.denoiser import Denoiser, GraphClock
-from stiv_deploy.runtime.sampling.guidance import BRANCHES
+from stiv_deploy.runtime.sampling.engine import StepEngine
+from stiv_deploy.runtime.sampling.hooks import Hook
 from stiv_deploy.runtime.sampling.noise import draw_noise
-from stiv_deploy.runtime.sampling.sampler import Sampler, SamplingSettings, StepRecord
+from stiv_deploy.runtime.sampling.sample import Sample
+from stiv_deploy.runtime.sampling.solvers import evaluations
+from stiv_deploy.runtime.sampling.text_stage import TextStage, Tokens
 
 KEPT_SIZES = 2
 """Sizes whose buffers are kept; two serve a plan whose last batch is smaller than the others."""
@@ -31,7 +35,7 @@ class Step:
     total: int
     time: float
     read_latents: Callable[[], np.ndarray]
-    """Copies latents fp32 [B, T, C, h, w] of the videos sampled together to the host, and waits for them."""
+    """Copies the latents fp32 [B, T, C, h, w] of the batch to the host, and waits for them."""
 
 
 Observer = Callable[[Step], object]
@@ -39,19 +43,22 @@ Observer = Callable[[Step], object]
 
 
 class SamplingLoop:
-    """Samples batches of a plan: videos of equal settings at once, one such group after another."""
+    """Samples batches of a plan. With ``capture`` the model's calls become a CUDA graph where the backend has such."""
 
-    def __init__(self, backend: Backend, bundle: Bundle, clock: GraphClock, *, debug: bool = False) -> None:
+    def __init__(
+        self, backend: Backend, bundle: Bundle, hook: Hook, *, capture: bool = True, debug: bool = False
+    ) -> None:
         self._backend = backend
         self._bundle = bundle
-        self._clock = clock
-        self._debug = debug
+        self._hook = hook
+        self._capture, self._debug = capture, debug
         self._tokenizer = PromptTokenizer(bundle)
-        self._samplers: Recent[Sampler] = Recent(KEPT_SIZES)
+        self._engines: Recent[StepEngine] = Recent(KEPT_SIZES)
 
     def steps(self, batch: Sequence[PlannedVideo]) -> int:
-        """How many steps an observer sees of ``batch``."""
-        return sum(settings.steps for settings in _groups(batch))
+        """How many steps an observer sees of ``batch``: evaluations of the model that complete a step of a video."""
+        planned = [evaluations(video.settings) for video in batch]
+        return len({tick for each in planned for tick, evaluation in enumerate(each) if not evaluation.hold})
 
     def __call__(
         self,
@@ -64,83 +71,103 @@ class SamplingLoop:
     ) -> np.ndarray:
         """Latents fp32 [B, T, C, h, w] of ``batch``, whose given latents [C, h, w] by latent frame are ``clean``.
 
-        ``observer`` sees the steps counted over the whole batch, with the latents of those videos that are sampled
-        together. Raises :class:`Cancelled` between two steps once ``cancel`` is set, :class:`StivError` if the result
-        is not finite.
+        Raises :class:`Cancelled` between two steps once ``cancel`` is set, :class:`StivError` if a result is not
+        finite.
         """
         least = self._bundle.bucket_for(len(batch), size.frames, size.height, size.width).batch.min
-        parts: dict[int, np.ndarray] = {}
-        before, total = 0, self.steps(batch)
-        for settings, rows in _groups(batch).items():
-            counted = None if observer is None else _counted(observer, before, total)
-            filled = rows + rows[-1:] * (least - len(rows))  # the bucket takes no fewer: the last one again
-            videos, given = [batch[row] for row in filled], [clean[row] for row in filled]
-            parts |= zip(filled, self._sample(videos, size, given, phases, counted, cancel), strict=True)
-            before += settings.steps
-        return np.stack([parts[row] for row in range(len(batch))])
+        dims = self._dims(batch, size, least)
+        samples = [self._sample(video, given, dims) for video, given in zip(batch, clean, strict=True)]
+        with phases("load"):
+            engine = self._engine(samples, dims, least)
+        try:
+            with phases("text"):
+                for sample in samples:
+                    engine.admit(sample)
+            with phases("denoise"):
+                return _drained(engine, self.steps(batch), observer, cancel)
+        finally:
+            for slot in engine.running:
+                engine.evict(slot)
 
     def free(self) -> None:
         """Free all buffers."""
-        self._samplers.clear()
+        self._engines.clear()
+        self.__dict__.pop("_text", None)
 
-    def _sample(
-        self,
-        videos: Sequence[PlannedVideo],
-        size: VideoSize,
-        clean: Sequence[Mapping[int, np.ndarray]],
-        phases: PhaseClock,
-        observer: Callable[[StepRecord], None] | None,
-        cancel: Event | None,
-    ) -> np.ndarray:
-        """Latents of ``videos``, all of the same settings."""
-        settings = videos[0].settings
-        with phases("load"):
-            sampler = self._sampler(len(videos), size, settings)
-        with phases("text"):
-            self._condition(sampler.denoiser, videos)
-        with phases("denoise"):
-            shape = sampler.denoiser.specs["decoder"].inputs[0].sized(sampler.denoiser.dims)[1:]
-            noise = draw_noise([video.seed for video in videos], shape)
-            given = np.concatenate([scatter_frames(frames, 1, shape) for frames in clean])
-            mask = np.concatenate([frame_mask(1, shape[0], frames) for frames in clean])
-            return sampler.run(noise, given, mask, settings, observer, cancel)
+    @cached_property
+    def _text(self) -> TextStage:
+        """Prompts are the same at every size."""
+        least = min(bucket.batch.min for bucket in self._bundle.manifest.buckets)
+        return TextStage(self._backend, self._bundle.manifest, least, self._hook)
 
-    def _sampler(self, batch: int, size: VideoSize, settings: SamplingSettings) -> Sampler:
+    def _dims(self, batch: Sequence[PlannedVideo], size: VideoSize, least: int) -> dict[str, int]:
+        """Symbol values; where graphs take no fewer than ``least``, some slots stay free and some rows nobody's."""
         model = self._bundle.manifest.model
-        dims = dimensions(
+        return dimensions(
             model,
-            batch=batch,
-            branches=len(BRANCHES[settings.guidance_mode]),
+            batch=max(len(batch), least),
+            model_batch=max(sum(len(video.settings.rows()) for video in batch), least),
             video_frames=size.frames,
             height=size.height,
             width=size.width,
             text_tokens=model.max_text_tokens,
         )
-        return self._samplers.get(
-            tuple(dims.values()),
-            lambda: Sampler(Denoiser(self._backend, self._bundle.manifest, dims, self._clock), debug=self._debug),
+
+    def _engine(self, samples: Sequence[Sample], dims: dict[str, int], least: int) -> StepEngine:
+        """The engine for ``samples``, kept from an earlier batch or made now."""
+        rungs = _rungs(samples, least, dims["model_batch"])
+
+        def make() -> StepEngine:
+            manifest = self._bundle.manifest
+            return StepEngine(
+                self._backend,
+                manifest,
+                dims,
+                self._text,
+                rungs=rungs,
+                hook=self._hook,
+                capture=self._capture,
+                debug=self._debug,
+            )
+
+        return self._engines.get((*dims.values(), rungs), make)
+
+    def _sample(self, video: PlannedVideo, given: Mapping[int, np.ndarray], dims: dict[str, int]) -> Sample:
+        channels = self._bundle.manifest.model.latent_channels
+        shape = (dims["frames"], channels, dims["latent_height"], dims["latent_width"])
+        encoded = self._tokenizer([video.prompt, video.negative_prompt])
+        text, negative = (Tokens(*each) for each in zip(*encoded, strict=True))
+        return Sample(
+            noise=draw_noise([video.seed], shape)[0],
+            clean=scatter_frames(given, shape),
+            frame_mask=frame_mask(shape[0], given),
+            micro=video.micro,
+            text=text,
+            negative=negative,
+            settings=video.settings,
         )
 
-    def _condition(self, denoiser: Denoiser, videos: Sequence[PlannedVideo]) -> None:
-        """Text of all branches, those without text getting the negative prompts, and micro-conditions."""
-        branches = BRANCHES[videos[0].settings.guidance_mode]
-        texts = [video.prompt if branch.text else video.negative_prompt for branch in branches for video in videos]
-        denoiser.set_text(*self._tokenizer(texts))
-        denoiser.set_micro(np.tile(np.stack([video.micro for video in videos]), (len(branches), 1)))
+
+def _rungs(samples: Sequence[Sample], least: int, most: int) -> tuple[int, ...]:
+    """Numbers of rows to bind: one where all videos end together, else two more for when the first have ended."""
+    if len({len(evaluations(sample.settings)) for sample in samples}) == 1:
+        return (most,)
+    return tuple(sorted({max(least, -(-most // share)) for share in (1, 2, 4)}))
 
 
-def _groups(batch: Sequence[PlannedVideo]) -> dict[SamplingSettings, list[int]]:
-    """Rows of ``batch`` by settings."""
-    groups: dict[SamplingSettings, list[int]] = {}
-    for row, video in enumerate(batch):
-        groups.setdefault(video.settings, []).append(row)
-    return groups
-
-
-def _counted(observer: Observer, before: int, total: int) -> Callable[[StepRecord], None]:
-    """``observer`` with ``before`` steps done already, of ``total``."""
-
-    def observe(record: StepRecord) -> None:
-        observer(Step(before + record.step, total, record.time, record.read_latents))
-
-    return observe
+def _drained(engine: StepEngine, total: int, observer: Observer | None, cancel: Event | None) -> np.ndarray:
+    """Latents fp32 [B, T, C, h, w] of the videos in ``engine``, by slot."""
+    slots, done = engine.running, 0
+    reached, made = dict.fromkeys(slots, 0.0), dict.fromkeys(slots, np.empty(0))
+    while engine.running:
+        if cancel is not None and cancel.is_set():
+            raise Cancelled(f"cancelled after {done} of {total} steps")
+        tick = engine.tick()
+        for error in tick.failed.values():
+            raise error
+        made |= tick.finished
+        reached |= tick.moved
+        done += bool(tick.moved)
+        if tick.moved and observer is not None:
+            observer(Step(done - 1, total, min(reached.values()), lambda: engine.read()[slots]))
+    return np.stack([made[slot] for slot in slots])

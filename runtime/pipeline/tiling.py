@@ -101,7 +101,7 @@ class TilePlan:
         return dimensions(
             model,
             batch=self.batch.size,
-            branches=1,
+            model_batch=self.batch.size,
             video_frames=model.video_frames(self.frames.size),
             height=self.height.size * model.spatial_factor,
             width=self.width.size * model.spatial_factor,

@@ -1,7 +1,7 @@
-"""Frame replacement, the host's half: which frames are given, which branches see them, and the clean latents.
+"""Frame replacement, the host's half: which frames are given, which rows see them, and the clean latents.
 
-A boolean frame mask [B, T] marks latent frames that are given; the ``step`` graph puts their clean latents into the
-model input and the result (arXiv 2412.07730, section 3).
+A boolean frame mask [T] marks the latent frames of a sample that are given; the ``step`` graph puts their clean latents
+into the model input and the result (arXiv 2412.07730, section 3).
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ import numpy as np
 
 from stiv_deploy.runtime.bundle.contract import MASKED
 from stiv_deploy.runtime.errors import RequestError
-from stiv_deploy.runtime.sampling.guidance import BRANCHES, GuidanceMode
+from stiv_deploy.runtime.sampling.guidance import Branch
 
 
 def frame_indices(indices: Iterable[int], frames: int, what: str = "image") -> list[int]:
@@ -30,23 +30,23 @@ def frame_indices(indices: Iterable[int], frames: int, what: str = "image") -> l
     return resolved
 
 
-def frame_mask(batch: int, frames: int, given: Iterable[int] = ()) -> np.ndarray:
-    """Frame mask bool [batch, frames], true at the ``given`` latent frames of every sample."""
-    mask = np.zeros((batch, frames), dtype=np.bool_)
-    mask[:, list(given)] = True
+def frame_mask(frames: int, given: Iterable[int] = ()) -> np.ndarray:
+    """Frame mask bool [frames] of a sample, true at its ``given`` latent frames."""
+    mask = np.zeros(frames, dtype=np.bool_)
+    mask[list(given)] = True
     return mask
 
 
-def branch_mask(mode: GuidanceMode, mask: np.ndarray) -> np.ndarray:
-    """Mask bool [branches, B, T]: ``mask`` [B, T] in branches that see the image, all false in the others."""
-    return np.stack([mask if branch.image else np.zeros_like(mask) for branch in BRANCHES[mode]])
+def row_mask(branch: Branch, mask: np.ndarray) -> np.ndarray:
+    """Frames bool [T] that the row of ``branch`` gets clean: those of ``mask`` if it sees the image, else none."""
+    return mask if branch.image else np.zeros_like(mask)
 
 
-def scatter_frames(given: Mapping[int, np.ndarray], batch: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Clean latents fp32 [batch, *shape] with ``shape`` = (T, C, h, w): ``given`` frames [C, h, w], zero elsewhere."""
-    clean = np.zeros((batch, *shape), dtype=np.float32)
+def scatter_frames(given: Mapping[int, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """Clean latents fp32 ``shape`` = [T, C, h, w] of a sample: ``given`` frames [C, h, w], zero elsewhere."""
+    clean = np.zeros(shape, dtype=np.float32)
     for index, latents in given.items():
-        clean[:, index] = latents
+        clean[index] = latents
     return clean
 
 

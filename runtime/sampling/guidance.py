@@ -1,4 +1,4 @@
-"""Guidance as data: which branches the model runs, and how the ``step`` graph weighs their velocities.
+"""Guidance as data: which branches, each a row of the model, a sample has, and how ``step`` weighs their velocities.
 
 Branches are ordered from most to least conditioned, so that the first is the conditional one that CFG-Renorm takes
 its norm from. Source: arXiv 2412.07730, section 3.
@@ -53,3 +53,19 @@ def branch_weights(mode: GuidanceMode, guidance_scale: float, image_scale: float
         GuidanceMode.SIT: (guidance_scale, image_scale - guidance_scale, 1 - image_scale),
     }[mode]
     return np.array(weights, dtype=np.float32)
+
+
+class GuidanceRow(NamedTuple):
+    """A row of the model: what it is conditioned on, and the weight of its velocity in the guided velocity."""
+
+    branch: Branch
+    weight: float
+
+
+def guidance_rows(mode: GuidanceMode, weights: np.ndarray) -> list[GuidanceRow]:
+    """The rows that a sample needs of its branches' ``weights`` [branches]: the conditional one, and all not 0.
+
+    Guidance with scale 1 is the conditional velocity, and needs one row.
+    """
+    rows = [GuidanceRow(*pair) for pair in zip(BRANCHES[mode], weights.tolist(), strict=True)]
+    return [rows[0], *(row for row in rows[1:] if row.weight != 0)]

@@ -113,7 +113,7 @@ def test_graphs_at_every_kind_of_size(exported: Any, name: str, graph: str) -> N
         dims = dimensions(
             model,
             batch=batch,
-            branches=1,
+            model_batch=1,
             video_frames=model.video_frames(frames),
             height=rows * model.pixel_multiple,
             width=columns * model.pixel_multiple,

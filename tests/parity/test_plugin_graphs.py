@@ -82,7 +82,13 @@ def odd_sizes(reference: Checkpoint) -> dict[str, dict[str, int]]:
     shapes = {"one frame": (3, 1, 3, 5), "odd": (3, 7, 5, 3), "one token": (1, 5, 1, 1)}
     return {
         name: dimensions(
-            facts, batch=batch, branches=1, video_frames=frames, height=h * pixels, width=w * pixels, text_tokens=5
+            facts,
+            batch=batch,
+            model_batch=batch,
+            video_frames=frames,
+            height=h * pixels,
+            width=w * pixels,
+            text_tokens=5,
         )
         for name, (batch, frames, h, w) in shapes.items()
     }

@@ -49,7 +49,7 @@ def test_sizes_cover_the_bucket(micro: Checkpoint) -> None:
     assert sizes["min"]["token_frames"] == sizes["min"]["model_batch"] == sizes["min"]["text_tokens"] == 1
     odd = sizes["odd"]
     assert odd["latent_height"] != odd["latent_width"]
-    assert [odd[name] % 2 for name in ("batch", "branches", "frames", "text_tokens", "tokens")] == [1] * 5
+    assert [odd[name] % 2 for name in ("batch", "model_batch", "frames", "text_tokens", "tokens")] == [1] * 5
 
 
 def test_large_sizes_are_checked_with_fewer_rows(micro: Checkpoint) -> None:
@@ -58,11 +58,11 @@ def test_large_sizes_are_checked_with_fewer_rows(micro: Checkpoint) -> None:
     bucket = Bucket(name="b", batch=Range(min=1, typical=1, max=4), frames=wide, height=SIDE, width=SIDE)
     for which, dims in check_sizes(bucket, facts).items():
         row = 4 * facts.width * dims["token_frames"] * dims["tokens"]
-        assert dims["model_batch"] == dims["batch"] * dims["branches"] >= 1
+        assert dims["model_batch"] >= dims["batch"] >= 1
         assert dims["model_batch"] * row <= TOKEN_BYTES or dims["model_batch"] == 1, which
         if which != "odd":
             whole = bucket.dims(facts, which)  # type: ignore[arg-type]
-            assert {name for name in dims if dims[name] != whole[name]} <= {"batch", "branches", "model_batch"}
+            assert {name for name in dims if dims[name] != whole[name]} <= {"batch", "model_batch"}
 
 
 @pytest.mark.parametrize("factors", [{}, {"spatial_factor": 32, "temporal_factor": 8, "causal_vae": True}])

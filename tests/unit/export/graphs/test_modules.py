@@ -76,7 +76,7 @@ def test_vae_graphs_are_the_vae(micro: Checkpoint) -> None:
 def test_half_precision_keeps_the_contracts_types(micro: Checkpoint) -> None:
     facts = model_facts(micro.config)
     specs = graph_specs(facts, "bfloat16")
-    dims = dimensions(facts, batch=2, branches=1, video_frames=2, height=16, width=24, text_tokens=4)
+    dims = dimensions(facts, batch=2, model_batch=2, video_frames=2, height=16, width=24, text_tokens=4)
     for name in ("text_encoder", "text_kv", "embed", "block_00", "head"):
         module = copy.deepcopy(graph_modules(micro)[name]).to(torch.bfloat16)
         inputs = [torch.zeros(t.sized(dims), dtype=getattr(torch, t.dtype)) for t in specs[name].inputs]

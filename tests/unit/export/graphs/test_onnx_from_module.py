@@ -89,7 +89,7 @@ def test_weights_beyond_two_gibibytes_are_checked_and_run(head: TracedGraph, mic
     write_graph(template, parameters_of(module), tmp_path, "head")
     path, data = tmp_path / "head.onnx", tmp_path / "head.onnx.data"
     dims = dimensions(
-        model_facts(micro.config), batch=1, branches=1, video_frames=2, height=16, width=24, text_tokens=4
+        model_facts(micro.config), batch=1, model_batch=1, video_frames=2, height=16, width=24, text_tokens=4
     )
     inputs = {name: tensor.numpy() for name, tensor in draw_inputs(spec, dims, vocabulary=1).items()}
     (wanted,) = open_session(path).run(None, inputs)

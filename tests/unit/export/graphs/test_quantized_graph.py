@@ -107,7 +107,7 @@ def sizes(micro: Checkpoint) -> dict[str, int]:
     from stiv_deploy.export.graphs.modules import model_facts
 
     return dimensions(
-        model_facts(micro.config), batch=1, branches=2, video_frames=3, height=40, width=24, text_tokens=5
+        model_facts(micro.config), batch=1, model_batch=2, video_frames=3, height=40, width=24, text_tokens=5
     )
 
 
@@ -296,7 +296,7 @@ def test_activation_outliers_stay_finite(
     writer = GraphWriter(checkpoint, tmp_path, "float16")
     writer.write("block_00")
     session = open_session(tmp_path / "block_00.onnx")
-    dims = dimensions(writer.facts, batch=1, branches=1, video_frames=2, height=40, width=40, text_tokens=5)
+    dims = dimensions(writer.facts, batch=1, model_batch=1, video_frames=2, height=40, width=40, text_tokens=5)
     for outlier in (1000.0, 20000.0):
         inputs = draw_inputs(writer.specs["block_00"], dims, vocabulary=19)
         inputs["x"][..., ::97] *= outlier / float(inputs["x"][..., ::97].abs().max())

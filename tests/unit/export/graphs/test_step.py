@@ -1,6 +1,7 @@
 """The step graph against the reference's own functions and its sampler."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -41,8 +42,37 @@ def guide(mode: GuidanceMode, velocity: Tensor, scale: float, image_scale: float
             return sit_cfg(*velocity, scale, image_scale)
 
 
-def scalar(value: float, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.tensor([value], dtype=dtype)
+def each(value: float, dtype: torch.dtype = torch.float64, batch: int = 2) -> Tensor:
+    """The same number for every sample."""
+    return torch.full((batch,), value, dtype=dtype)
+
+
+def solver(first: float, second: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.tensor([[first, second]] * 2, dtype=dtype)
+
+
+class Rows(NamedTuple):
+    """Which rows are whose, as the graph takes it: branch-major, as if all samples had the same guidance."""
+
+    sample_rows: Tensor
+    row_weights: Tensor
+    row_sample: Tensor
+    row_mask: Tensor
+
+
+def rows_of(mask: Tensor, sees: list[bool], branch_weights: Tensor) -> Rows:
+    batch, count = len(mask), len(sees)
+    index = torch.arange(count * batch).reshape(count, batch).T
+    nothing = torch.zeros(batch, 3 - count)
+    return Rows(
+        torch.cat([index, nothing.long()], dim=1),
+        torch.cat([branch_weights.expand(batch, -1), nothing.to(branch_weights.dtype)], dim=1),
+        torch.arange(batch).repeat(count),
+        torch.cat([mask if seen else torch.zeros_like(mask) for seen in sees]),
+    )
+
+
+GO_ON = torch.zeros(2, dtype=torch.bool)
 
 
 def tensors(seed: int, branches: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -78,17 +108,17 @@ def test_euler_step_is_the_references(
 ) -> None:
     sees = SEES[mode]
     t = tensors(seed, len(sees))
-    branch_mask = torch.stack([mask if seen else torch.zeros_like(mask) for seen in sees])
     found = STEP(
-        t["velocity"], t["latents"], t["clean"], t["noise"], mask, branch_mask, weights(mode, scale, image_scale),
-        t["previous"], torch.tensor([1.0, 0.0], dtype=torch.float64), scalar(dt), scalar(following), scalar(renorm),
+        t["velocity"].flatten(0, 1), t["latents"], t["clean"], t["noise"], mask,
+        *rows_of(mask, sees, weights(mode, scale, image_scale)),
+        t["previous"], solver(1, 0), each(dt), each(following), each(renorm), GO_ON,
     )  # fmt: skip
 
     v = guide(mode, t["velocity"], scale, image_scale)
     v = cfg_renorm(v, t["velocity"][0], mask) if renorm else v
     latents = replace_frames(t["latents"] + dt * v, t["clean"], mask)
     hidden = noise_frames(latents, t["clean"], t["noise"], torch.full((2,), following, dtype=torch.float64), mask)
-    model_input = torch.stack([latents if seen else hidden for seen in sees])
+    model_input = torch.cat([latents if seen else hidden for seen in sees])
     size = max(1.0, abs(scale), abs(image_scale)) * 20
     for value, wanted in zip(found, (latents, v, model_input), strict=True):
         torch.testing.assert_close(value, wanted, rtol=EXACT, atol=EXACT * size)
@@ -100,42 +130,132 @@ def test_given_frames_are_bit_equal(mode: GuidanceMode, dtype: torch.dtype) -> N
     sees = SEES[mode]
     t = tensors(1, len(sees), dtype)
     mask = torch.tensor([[True, False, True], [False, True, False]])
-    branch_mask = torch.stack([mask if seen else torch.zeros_like(mask) for seen in sees])
     latents, _, model_input = STEP(
-        t["velocity"], t["latents"], t["clean"], t["noise"], mask, branch_mask, weights(mode, 7.5, 1.5).to(dtype),
-        t["previous"], torch.tensor([1.0, 0.0], dtype=dtype), scalar(0.1, dtype), scalar(0.3, dtype), scalar(1, dtype),
+        t["velocity"].flatten(0, 1), t["latents"], t["clean"], t["noise"], mask,
+        *rows_of(mask, sees, weights(mode, 7.5, 1.5).to(dtype)),
+        t["previous"], solver(1, 0, dtype), each(0.1, dtype), each(0.3, dtype), each(1, dtype), GO_ON,
     )  # fmt: skip
     assert torch.equal(latents[mask], t["clean"][mask])
-    for seen, branch in zip(sees, model_input, strict=True):
+    for seen, branch in zip(sees, model_input.unflatten(0, (-1, 2)), strict=True):
         assert torch.equal(branch[~mask], latents[~mask])
         assert torch.equal(branch[mask], t["clean"][mask]) == seen
 
 
-def test_first_model_input_and_uninitialized_buffers() -> None:
-    """``dt`` 0 and velocity 0 give the first model input; the previous velocity may hold anything."""
+def test_uninitialized_buffers() -> None:
+    """Velocities of no weight may hold anything, and so may the latents that a sample at rest does not hold."""
     t = tensors(2, 2, torch.float32)
     mask = torch.tensor([[True, False, False]] * 2)
+    rows = rows_of(mask, [True], torch.ones(1))
+    anything = torch.full(SHAPE, math.nan)
     latents, guided, model_input = STEP(
-        torch.zeros(2, *SHAPE), t["noise"], t["clean"], t["noise"], mask, torch.stack([mask, torch.zeros_like(mask)]),
-        torch.tensor([7.5, -6.5]), torch.full(SHAPE, math.nan), torch.tensor([1.0, 0.0]), torch.zeros(1),
-        torch.zeros(1), torch.ones(1),
+        torch.cat([t["velocity"][0], anything]), t["latents"], t["clean"], t["noise"], mask, *rows, anything,
+        solver(1, 0, torch.float32), each(0, torch.float32), each(0, torch.float32), each(0, torch.float32), GO_ON,
     )  # fmt: skip
-    assert torch.equal(guided, torch.zeros(SHAPE))
-    assert torch.equal(latents, replace_frames(t["noise"], t["clean"], mask))
-    assert torch.equal(model_input[0], latents)
-    assert torch.equal(model_input[1], t["noise"])
+    assert torch.equal(guided, t["velocity"][0])
+    assert torch.equal(latents, replace_frames(t["latents"], t["clean"], mask))
+    assert torch.equal(model_input, latents)
 
 
 def test_all_frames_given_stay_finite() -> None:
     t = tensors(3, 2, torch.float32)
     mask = torch.ones(2, 3, dtype=torch.bool)
     outputs = STEP(
-        t["velocity"], t["latents"], t["clean"], t["noise"], mask, torch.stack([mask, ~mask]),
-        torch.tensor([4.0, -3.0]), t["previous"], torch.tensor([1.0, 0.0]), scalar(0.1, torch.float32),
-        scalar(0.2, torch.float32), torch.ones(1),
+        t["velocity"].flatten(0, 1), t["latents"], t["clean"], t["noise"], mask,
+        *rows_of(mask, [True, False], torch.tensor([4.0, -3.0])), t["previous"],
+        solver(1, 0, torch.float32), each(0.1, torch.float32), each(0.2, torch.float32), each(1, torch.float32), GO_ON,
     )  # fmt: skip
     assert all(bool(output.isfinite().all()) for output in outputs)
     assert torch.equal(outputs[0], t["clean"])
+
+
+def test_hold_keeps_the_latents_and_moves_the_next_input() -> None:
+    t = tensors(6, 1)
+    mask = torch.tensor([[True, False, False], [False, False, False]])
+    rows = rows_of(mask, [True], torch.ones(1, dtype=torch.float64))
+
+    def step(hold: list[bool]) -> tuple[Tensor, ...]:
+        return STEP(
+            t["velocity"][0], t["latents"], t["clean"], t["noise"], mask, *rows, t["previous"], solver(1, 0),
+            each(0.3), each(0.5), each(0), torch.tensor(hold),
+        )  # fmt: skip
+
+    moved, held = step([False, False]), step([True, False])
+    assert torch.equal(held[0][0], t["latents"][0])
+    assert torch.equal(held[0][1], moved[0][1])
+    for free, kept in zip(moved[1:], held[1:], strict=True):
+        assert torch.equal(free, kept)
+
+
+class Alone(NamedTuple):
+    """A sample of a mixed call: its guidance, and the rest of what is its own."""
+
+    mode: GuidanceMode
+    scale: float
+    renorm: bool
+    mask: list[bool]
+    solver: tuple[float, float]
+    dt: float
+    following: float
+    hold: bool
+
+
+alone = st.builds(
+    Alone,
+    st.sampled_from(GuidanceMode),
+    scales,
+    st.booleans(),
+    st.lists(st.booleans(), min_size=3, max_size=3),
+    st.sampled_from([(1.0, 0.0), (0.5, 0.5), (1.5, -0.5)]),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.booleans(),
+)
+
+
+def mixed(chosen: list[Alone], order: list[int], t: dict[str, Tensor], velocity: Tensor) -> tuple[Tensor, ...]:
+    """One call for all of ``chosen``, whose rows lie in ``velocity`` as ``order`` says."""
+    sees = [seen for one in chosen for seen in SEES[one.mode]]
+    owner = [index for index, one in enumerate(chosen) for _ in SEES[one.mode]]
+    masks = torch.tensor([one.mask for one in chosen])
+    place = {number: row for row, number in enumerate(order)}
+    sample_rows, row_weights = torch.zeros(len(chosen), 3, dtype=torch.int64), torch.zeros(len(chosen), 3).double()
+    for index, (mode, scale, *_) in enumerate(chosen):
+        own = [place[number] for number, who in enumerate(owner) if who == index]
+        sample_rows[index, : len(own)] = torch.tensor(own)
+        row_weights[index, : len(own)] = weights(mode, scale, 1.5)
+    row_mask = torch.stack([masks[owner[number]] & sees[number] for number in order])
+    batch = {name: t[name][: len(chosen)] for name in ("latents", "clean", "noise", "previous")}
+    numbers = [[one.dt, one.following, one.renorm] for one in chosen]
+    return STEP(
+        velocity[order], batch["latents"], batch["clean"], batch["noise"], masks, sample_rows, row_weights,
+        torch.tensor([owner[number] for number in order]), row_mask, batch["previous"],
+        torch.tensor([one.solver for one in chosen], dtype=torch.float64),
+        *torch.tensor(numbers, dtype=torch.float64).unbind(1), torch.tensor([one.hold for one in chosen]),
+    )  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(chosen=st.tuples(alone, alone), seed=st.integers(0, 2**31), data=st.data())
+def test_samples_in_one_call_are_as_alone(chosen: tuple[Alone, Alone], seed: int, data: st.DataObject) -> None:
+    """Bit-equal, in any order of rows; and what is not a number in one stays in that one."""
+    counts = [len(SEES[one.mode]) for one in chosen]
+    t = tensors(seed, 3)
+    velocity = t["velocity"].flatten(0, 1)[: sum(counts)]
+    order = data.draw(st.permutations(range(sum(counts))))
+    together = mixed(list(chosen), order, t, velocity)
+    ill = velocity.clone()
+    ill[: counts[0]] = math.nan
+    beside_nan = mixed(list(chosen), order, t, ill)
+    for index, rows in enumerate((range(counts[0]), range(counts[0], sum(counts)))):
+        own = {name: value[index:] for name, value in t.items() if name != "velocity"}
+        by_itself = mixed([chosen[index]], list(range(len(rows))), own, velocity[rows.start : rows.stop])
+        for number in (0, 1):
+            assert torch.equal(together[number][index], by_itself[number][0])
+        places = [order.index(row) for row in rows]
+        assert torch.equal(together[2][places], by_itself[2])
+        if index == 1:
+            assert torch.equal(beside_nan[0][1], by_itself[0][0])
+            assert torch.equal(beside_nan[2][places], by_itself[2])
 
 
 class ToyModel:
@@ -155,32 +275,27 @@ def run_step_graph(inputs: SamplingInputs, chosen: SamplingSettings) -> Tensor:
     """The runtime's loop, as the contract describes it, over :class:`StepGraph` and the toy model."""
     sees = SEES[chosen.guidance_mode]
     noise, clean, mask, text, null, micro = inputs
-    branch_mask = torch.stack([mask if seen else torch.zeros_like(mask) for seen in sees])
+    rows = rows_of(mask, sees, weights(chosen.guidance_mode, chosen.guidance_scale, chosen.image_scale))
     pooled = torch.cat([text.pooled, null.pooled, null.pooled][: len(sees)])
-    w = weights(chosen.guidance_mode, chosen.guidance_scale, chosen.image_scale)
-    renorm = scalar(float(chosen.renorm and chosen.guidance_mode is not GuidanceMode.NONE))
+    renorm = each(float(chosen.renorm and chosen.guidance_mode is not GuidanceMode.NONE))
 
-    def velocity(model_input: Tensor, time: float) -> Tensor:
-        flat = model_input.flatten(0, 1)
-        v = ToyModel()(flat, flat.new_full((len(flat),), time), micro, pooled, pooled, pooled, TextKV(pooled, pooled))
-        return v.unflatten(0, model_input.shape[:2])
+    def velocity(x: Tensor, time: float) -> Tensor:
+        return ToyModel()(x, x.new_full((len(x),), time), micro, pooled, pooled, pooled, TextKV(pooled, pooled))
 
-    def step(v: Tensor, base: Tensor, previous: Tensor, solver: list[float], dt: float, t: float) -> tuple[Tensor, ...]:
-        solver_weights = torch.tensor(solver, dtype=torch.float64)
-        return STEP(
-            v, base, clean, noise, mask, branch_mask, w, previous, solver_weights, scalar(dt), scalar(t), renorm
-        )
+    def step(v: Tensor, base: Tensor, previous: Tensor, w: tuple, dt: float, t: float, hold: bool = False) -> tuple:
+        state = (v, base, clean, noise, mask, *rows, previous, solver(*w), each(dt), each(t), renorm)
+        return STEP(*state, torch.full((2,), hold))
 
-    anything = torch.full_like(noise, math.nan)
-    first = torch.zeros(len(sees), *noise.shape, dtype=torch.float64)
-    latents, _, model_input = step(first, noise, anything, [1, 0], 0, 0)
+    latents, previous = replace_frames(noise, clean, mask), torch.full_like(noise, math.nan)
+    model_input = torch.cat([latents if seen else noise for seen in sees])
     times = schedule(chosen.steps, chosen.time_shift).tolist()
     for time, following in zip(times, times[1:], strict=False):
-        base, dt = latents, following - time
-        latents, guided, model_input = step(velocity(model_input, time), base, anything, [1, 0], dt, following)
-        if chosen.solver is Solver.HEUN and following < 1:
+        dt, heun = following - time, chosen.solver is Solver.HEUN and following < 1
+        v = velocity(model_input, time)
+        latents, previous, model_input = step(v, latents, previous, (1, 0), dt, following, heun)
+        if heun:
             v = velocity(model_input, following)
-            latents, _, model_input = step(v, base, guided, [0.5, 0.5], dt, following)
+            latents, previous, model_input = step(v, latents, previous, (0.5, 0.5), dt, following)
     return latents
 
 

@@ -60,7 +60,11 @@ def test_manifest_that_is_none(own_bundle: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("edit", "fault"),
     [
-        (lambda m: m.update(format_version=99), "format version 99, this runtime reads 1"),
+        (lambda m: m.update(format_version=99), "format version 99, this runtime reads 2"),
+        (
+            lambda m: m.update(format_version=1),
+            "format version 1, this runtime reads 2; make .* again with 'stiv export'",
+        ),
         (lambda m: m.update(colour="red"), "colour: Extra inputs are not permitted"),
         (lambda m: m["model"].update(depth=3), "model.depth: Extra inputs are not permitted"),
         (lambda m: m.pop("precision"), "precision: Field required"),

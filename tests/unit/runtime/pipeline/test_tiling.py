@@ -98,7 +98,9 @@ def bucket_of(low: int = 8, batch: int = 1, frames: int = 1) -> Bucket:
 
 
 def sizes(model: ModelFacts, batch: int, frames: int, height: int, width: int) -> dict[str, int]:
-    return dimensions(model, batch=batch, branches=1, video_frames=frames, height=height, width=width, text_tokens=1)
+    return dimensions(
+        model, batch=batch, model_batch=batch, video_frames=frames, height=height, width=width, text_tokens=1
+    )
 
 
 def summed(cut: Cut, unit: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.sampling import conditioning
-from stiv_deploy.runtime.sampling.guidance import GuidanceMode
+from stiv_deploy.runtime.sampling.guidance import BRANCHES, GuidanceMode
 from stiv_deploy.stiv_ref import model as reference
 from stiv_deploy.stiv_ref.data.moving_digits import micro_conditions
 
@@ -28,21 +28,20 @@ def test_a_frame_cannot_be_given_twice() -> None:
         conditioning.frame_indices([7, -1], 8)
 
 
-@given(batch=st.integers(1, 4), frames=st.integers(1, 9), data=st.data())
-def test_masks_and_scattered_latents_agree(batch: int, frames: int, data: st.DataObject) -> None:
+@given(frames=st.integers(1, 9), data=st.data())
+def test_masks_and_scattered_latents_agree(frames: int, data: st.DataObject) -> None:
     given_frames = data.draw(st.sets(st.integers(0, frames - 1)))
     latents = {index: rng.standard_normal((4, 2, 3)).astype(np.float32) for index in given_frames}
-    mask = conditioning.frame_mask(batch, frames, latents)
-    clean = conditioning.scatter_frames(latents, batch, (frames, 4, 2, 3))
-    assert mask.shape == (batch, frames)
+    mask = conditioning.frame_mask(frames, latents)
+    clean = conditioning.scatter_frames(latents, (frames, 4, 2, 3))
+    assert mask.tolist() == [index in given_frames for index in range(frames)]
     assert mask.dtype == np.bool_
     for index in range(frames):
-        assert (mask[:, index] == (index in given_frames)).all()
-        np.testing.assert_array_equal(clean[:, index], np.broadcast_to(latents.get(index, 0.0), (batch, 4, 2, 3)))
+        np.testing.assert_array_equal(clean[index], np.broadcast_to(latents.get(index, 0.0), (4, 2, 3)))
 
 
 def test_only_branches_that_see_the_image_have_its_mask() -> None:
-    mask = np.array([[True, False], [True, True]])
+    mask = np.array([True, False])
     none = np.zeros_like(mask)
     wanted = {
         GuidanceMode.NONE: [mask],
@@ -50,7 +49,8 @@ def test_only_branches_that_see_the_image_have_its_mask() -> None:
         GuidanceMode.SIT: [mask, mask, none],
     }
     for mode, rows in wanted.items():
-        np.testing.assert_array_equal(conditioning.branch_mask(mode, mask), np.stack(rows))
+        found = [conditioning.row_mask(branch, mask) for branch in BRANCHES[mode]]
+        np.testing.assert_array_equal(found, rows)
 
 
 def test_additive_mask_is_the_reference_mask() -> None:

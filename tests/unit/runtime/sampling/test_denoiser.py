@@ -3,23 +3,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stiv_deploy.runtime.backends.base import Call
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import dimensions
 from stiv_deploy.runtime.sampling import rope
-from stiv_deploy.runtime.sampling.denoiser import Denoiser, GraphClock
+from stiv_deploy.runtime.sampling.denoiser import Denoiser
+from stiv_deploy.runtime.sampling.text_stage import TextStage, Tokens
 
 EPS = np.finfo(np.float32).eps
 
 
-def toy_dims(
-    toy_bundle: Bundle, batch: int, branches: int, frames: int = 3, height: int = 8, width: int = 4
-) -> dict[str, int]:
+def toy_dims(toy_bundle: Bundle, rows: int, frames: int = 3, height: int = 8, width: int = 4) -> dict[str, int]:
     return dimensions(
         toy_bundle.manifest.model,
-        batch=batch,
-        branches=branches,
+        batch=1,
+        model_batch=rows,
         video_frames=frames,
         height=height,
         width=width,
@@ -34,50 +32,59 @@ def place(toy_bundle: Bundle, dims: dict[str, int]) -> np.ndarray:
     return time[:, None] + space[None]
 
 
-@pytest.mark.parametrize(("batch", "branches", "frames"), [(1, 1, 3), (2, 3, 1), (3, 2, 6)])
-def test_velocity_is_that_of_the_model(toy_bundle: Bundle, toy: Any, batch: int, branches: int, frames: int) -> None:
-    dims = toy_dims(toy_bundle, batch, branches, frames)
-    denoiser = Denoiser(OnnxRuntimeBackend(toy_bundle), toy_bundle.manifest, dims)
-    rng, rows = np.random.default_rng(0), dims["model_batch"]
-    for _ in range(2):  # the second round must not see anything of the first
-        ids, mask = rng.integers(0, 8, (rows, 5)), rng.integers(0, 2, (rows, 5))
-        micro, time = rng.random((rows, 6), dtype=np.float32), rng.random(rows, dtype=np.float32)
-        x = rng.standard_normal(denoiser.model_input.shape, dtype=np.float32)
-        denoiser.set_text(ids, mask)
-        denoiser.set_micro(micro)
-        denoiser.backend.write(denoiser.model_input, x)
-        denoiser.backend.write(denoiser.timestep, time)
-        denoiser()
-        states, pooled = toy.text(ids, mask)
-        wanted = toy.velocity(x, time, micro, states, mask, pooled, place(toy_bundle, dims))
-        # About 20 fp32 operations on values below 8 on either side.
-        np.testing.assert_allclose(denoiser.backend.read(denoiser.velocity), wanted, rtol=0, atol=8 * 40 * EPS)
-        np.testing.assert_array_equal(denoiser.backend.read(denoiser.model_input), x)
+class Drawn:
+    """Random conditions and inputs of ``rows`` rows, and what the toy makes of them."""
+
+    def __init__(self, seed: int, shape: tuple[int, ...]) -> None:
+        rng, rows = np.random.default_rng(seed), shape[0]
+        self.ids, self.mask = rng.integers(0, 8, (rows, 5)), rng.integers(0, 2, (rows, 5))
+        self.micro, self.time = rng.random((rows, 6), dtype=np.float32), rng.random(rows, dtype=np.float32)
+        self.x = rng.standard_normal(shape, dtype=np.float32)
+
+    def put(self, denoiser: Denoiser, text: TextStage) -> None:
+        for row, tokens in enumerate(zip(self.ids, self.mask, strict=True)):
+            denoiser.set_row(row, text(Tokens(*tokens)), self.micro[row])
+        denoiser.backend.write(denoiser.model_input, self.x)
+        denoiser.backend.write(denoiser.timestep, self.time)
+
+    def wanted(self, toy: Any, place: np.ndarray) -> np.ndarray:
+        states, pooled = toy.text(self.ids, self.mask)
+        return toy.velocity(self.x, self.time, self.micro, states, self.mask, pooled, place)
 
 
-def test_hook_sees_every_graph_once_a_call(toy_bundle: Bundle) -> None:
-    ran: list[str] = []
+TOLERANCE = 8 * 40 * EPS
+"""About 20 fp32 operations on values below 8 on either side."""
 
-    def hook(graph: str, call: Call) -> Call:
-        def observed() -> None:
+
+@pytest.mark.parametrize(("most", "rows", "frames"), [(1, 1, 3), (6, 6, 1), (6, 4, 6)])
+def test_velocity_is_that_of_the_model(toy_bundle: Bundle, toy: Any, most: int, rows: int, frames: int) -> None:
+    """Over the first rows as over all; the second round must not see anything of the first."""
+    dims, backend = toy_dims(toy_bundle, most, frames), OnnxRuntimeBackend(toy_bundle)
+    denoiser, text = Denoiser(backend, toy_bundle.manifest, dims), TextStage(backend, toy_bundle.manifest)
+    calls = denoiser.calls(rows)
+    for seed in range(2):
+        drawn = Drawn(seed, denoiser.model_input.shape)
+        drawn.put(denoiser, text)
+        for call in calls.values():
             call()
-            ran.append(graph)
-
-        return observed
-
-    dims = toy_dims(toy_bundle, 1, 2)
-    denoiser = Denoiser(OnnxRuntimeBackend(toy_bundle), toy_bundle.manifest, dims, hook)
-    denoiser.set_text(np.zeros((2, 5), dtype=np.int64), np.ones((2, 5), dtype=np.int64))
-    assert ran == ["text_encoder", "text_kv"]
-    denoiser()
-    assert ran[2:] == ["embed", "block_00", "block_01", "head"]
+        wanted = drawn.wanted(toy, place(toy_bundle, dims))[:rows]
+        np.testing.assert_allclose(backend.read(denoiser.velocity)[:rows], wanted, rtol=0, atol=TOLERANCE)
+        np.testing.assert_array_equal(backend.read(denoiser.model_input), drawn.x)
 
 
-def test_clock_sums_seconds_by_graph_and_can_wait_for_the_device() -> None:
-    waits: list[int] = []
-    clock = GraphClock(lambda: waits.append(1))
-    call = clock("head", lambda: None)
-    call()
-    call()
-    assert len(waits) == 2
-    assert clock.seconds["head"] == clock.total > 0
+def test_a_moved_row_is_the_same_row(toy_bundle: Bundle, toy: Any) -> None:
+    dims, backend = toy_dims(toy_bundle, 3), OnnxRuntimeBackend(toy_bundle)
+    denoiser, text = Denoiser(backend, toy_bundle.manifest, dims), TextStage(backend, toy_bundle.manifest)
+    drawn = Drawn(3, denoiser.model_input.shape)
+    drawn.put(denoiser, text)
+    denoiser.move_row(0, 2)
+    backend.write(denoiser.timestep, drawn.time[[2, 1, 0]])
+    for call in denoiser.calls(2).values():
+        call()
+    wanted = drawn.wanted(toy, place(toy_bundle, dims))[[2, 1]]
+    np.testing.assert_allclose(backend.read(denoiser.velocity)[:2], wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_calls_are_the_graphs_in_order(toy_bundle: Bundle) -> None:
+    denoiser = Denoiser(OnnxRuntimeBackend(toy_bundle), toy_bundle.manifest, toy_dims(toy_bundle, 2))
+    assert list(denoiser.calls(2)) == ["embed", "block_00", "block_01", "head"]

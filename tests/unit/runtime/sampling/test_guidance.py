@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stiv_deploy.runtime.errors import RequestError
-from stiv_deploy.runtime.sampling.guidance import BRANCHES, GuidanceMode, branch_weights
+from stiv_deploy.runtime.sampling.guidance import BRANCHES, GuidanceMode, branch_weights, guidance_rows
 from stiv_deploy.stiv_ref import guidance as reference
 
 scales = st.floats(-20, 20, width=32)
@@ -38,6 +38,18 @@ def test_weights_sum_to_one(text: float, image: float) -> None:
         assert weights.dtype == np.float32
         # The sum is exact but for the rounding of each weight.
         assert abs(weights.sum(dtype=np.float64) - 1) <= np.finfo(np.float32).eps * np.abs(weights).sum()
+
+
+@given(text=st.sampled_from([0.0, 1.0, 2.5, 7.5]), image=st.sampled_from([0.0, 1.0, 1.5, 7.5]))
+def test_rows_are_the_branches_of_some_weight(text: float, image: float) -> None:
+    for mode in GuidanceMode:
+        weights = branch_weights(mode, text, image)
+        rows = guidance_rows(mode, weights)
+        assert rows[0].branch == BRANCHES[mode][0]
+        left_out = [branch for branch in BRANCHES[mode] if branch not in [row.branch for row in rows]]
+        assert all(weights[BRANCHES[mode].index(branch)] == 0 for branch in left_out)
+        assert all(row.weight == weights[BRANCHES[mode].index(row.branch)] for row in rows)
+        assert all(row.weight != 0 for row in rows[1:])
 
 
 def test_branches_run_from_most_to_least_conditioned() -> None:

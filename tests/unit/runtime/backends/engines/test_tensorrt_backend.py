@@ -43,6 +43,32 @@ def test_whole_generation_equals_onnxruntime(folder: Path, stand_ins: SimpleName
     np.testing.assert_array_equal(ours.latents, theirs.latents)
     np.testing.assert_array_equal(ours.frames, theirs.frames)
     assert {engine.graph for engine in trt.loaded} >= {"embed", "head", "step", "decoder", "block_01"}
+    assert ours.timings["graphs"] > ours.timings["replays"] > 0, "all steps but the first replay a CUDA graph"
+    assert theirs.timings["replays"] == 0
+
+
+def test_a_generation_without_cuda_graphs_is_the_same_and_says_why(
+    folder: Path, stand_ins: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments: dict[str, Any] = {"prompt": "digit three moving left", "num_inference_steps": 3, "seed": 4}
+    outputs = []
+    for refused in (set(), {"embed"}):
+        backend, trt = stand_ins.open(folder)
+        trt.not_capturable |= refused
+        with backend:
+            outputs.append(StivPipeline(Bundle.open(folder), backend)(**arguments))
+    np.testing.assert_array_equal(outputs[0].latents, outputs[1].latents)
+    assert outputs[1].timings["replays"] == 0
+    (said,) = caplog.messages
+    assert said.startswith("running without a CUDA graph: ")
+    assert "embed" in said
+
+
+def test_profiling_times_every_graph_and_so_captures_none(folder: Path, stand_ins: SimpleNamespace) -> None:
+    backend, _ = stand_ins.open(folder)
+    with backend:
+        pipe = StivPipeline(Bundle.open(folder), backend, profile=True)
+        assert pipe("digit three", num_inference_steps=3, seed=4).timings["replays"] == 0
 
 
 def test_engines_are_loaded_on_first_use_and_once(folder: Path, stand_ins: SimpleNamespace) -> None:
@@ -63,7 +89,7 @@ def test_one_arena_serves_all_contexts_and_is_as_large_as_the_largest(folder: Pa
     assert small is not None
     assert small.size == stand_ins.scratch_of("decoder")
     dims = dimensions(
-        backend._bundle.manifest.model, batch=1, branches=1, video_frames=4, height=8, width=8, text_tokens=5
+        backend._bundle.manifest.model, batch=1, model_batch=1, video_frames=4, height=8, width=8, text_tokens=5
     )
     spec = backend._bundle.manifest.graphs["head"].spec
     buffers = {t.name: backend.empty(t.sized(dims), t.dtype) for t in (*spec.inputs, *spec.outputs)}

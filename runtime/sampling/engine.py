@@ -1,0 +1,210 @@
+"""The sampling loop, a step at a time: clips join and leave between evaluations and share one call of the model.
+
+A *slot* holds a clip that is being made, a *row* of the model one of its guidance branches. Clips in one engine have
+the same size; prompts, seeds, steps, guidance, given frames and solvers are each clip's own. Frame replacement,
+guidance, renormalization and the solver's update are the ``step`` graph; the same loop in plain PyTorch, for one batch,
+is ``stiv_ref/sampler.py`` (arXiv 2412.07730, section 3).
+
+Everything is allocated and bound when the engine is made, for each of its *rungs*: how many rows a call of the model
+has. A tick takes the smallest rung that holds the rows in use, writes a few numbers to the device and runs graphs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from stiv_deploy.runtime.backends.base import Backend, Buffer
+from stiv_deploy.runtime.bundle.manifest import Manifest
+from stiv_deploy.runtime.errors import StivError
+from stiv_deploy.runtime.sampling.conditioning import row_mask
+from stiv_deploy.runtime.sampling.denoiser import Denoiser
+from stiv_deploy.runtime.sampling.guidance import GuidanceRow
+from stiv_deploy.runtime.sampling.hooks import Hook, no_hook
+from stiv_deploy.runtime.sampling.replay import Replay
+from stiv_deploy.runtime.sampling.sample import Sample
+from stiv_deploy.runtime.sampling.solvers import Evaluation, evaluations
+from stiv_deploy.runtime.sampling.step_inputs import StepInputs
+from stiv_deploy.runtime.sampling.text_stage import TextStage
+
+
+class Tick(NamedTuple):
+    """What a tick did, by slot. ``moved`` slots completed a step, to the time given.
+
+    ``finished`` latents, fp32 [T, C, h, w], have their given frames bit-equal to ``clean``. Slots that finished or
+    failed are free.
+    """
+
+    moved: dict[int, float]
+    finished: dict[int, np.ndarray]
+    failed: dict[int, StivError]
+
+
+@dataclass
+class _Running:
+    """A clip in its slot: what is left of its evaluations, and its rows of the model, the conditional one first."""
+
+    planned: tuple[Evaluation, ...]
+    rows: list[int]
+    position: int = 0
+
+    @property
+    def done(self) -> bool:
+        return self.position == len(self.planned)
+
+
+class StepEngine:
+    """Slots for ``dims["batch"]`` clips of one size over at most ``dims["model_batch"]`` rows of the model.
+
+    ``rungs`` are the numbers of rows that calls of the model have, ascending up to the most there can be. A clip is the
+    same, bit by bit where the backend computes every row alike, whatever runs beside it at the same rung. With
+    ``debug`` latents are checked after every step, so that the first bad one can be named; this waits for the device.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        manifest: Manifest,
+        dims: Mapping[str, int],
+        text: TextStage,
+        *,
+        rungs: Sequence[int] = (),
+        hook: Hook = no_hook,
+        capture: bool = True,
+        debug: bool = False,
+    ) -> None:
+        self.backend = backend
+        self.debug = debug
+        self.slots, self.rows = dims["batch"], dims["model_batch"]
+        self.rungs = tuple(rungs) or (self.rows,)
+        assert self.rungs == tuple(sorted({*self.rungs, self.rows}))
+        self.denoiser = Denoiser(backend, manifest, dict(dims))
+        self._text = text
+        self._inputs = StepInputs(self.denoiser)
+        self._forward = {rows: Replay(backend, self.denoiser.calls(rows), hook, capture=capture) for rows in self.rungs}
+        self._advance = {rows: [hook("step", call) for call in self._inputs.both_ways(rows)] for rows in self.rungs}
+        self._side = 0
+        self._running: dict[int, _Running] = {}
+
+    @property
+    def running(self) -> list[int]:
+        """Slots in use, in the order of admission."""
+        return list(self._running)
+
+    @property
+    def used_rows(self) -> int:
+        """Rows of the model in use."""
+        return sum(len(running.rows) for running in self._running.values())
+
+    @property
+    def refused_capture(self) -> str | None:
+        """Why the backend would not capture the model's calls; None if it did, or has not been asked yet."""
+        return next((replay.refused for replay in self._forward.values() if replay.refused), None)
+
+    def fits(self, sample: Sample) -> bool:
+        """Whether there is a slot and rows for ``sample`` now."""
+        return len(self._running) < self.slots and self.used_rows + len(sample.settings.rows()) <= self.rows
+
+    def admit(self, sample: Sample) -> int:
+        """Put ``sample`` into a free slot, to take part from the next tick on; it must fit, see :meth:`fits`.
+
+        Encodes its texts, unless they are kept, and queues copies; does not wait for the device.
+        """
+        assert self.fits(sample)
+        slot = next(slot for slot in range(self.slots) if slot not in self._running)
+        guidance, used = sample.settings.rows(), self.used_rows
+        self._fill_slot(slot, sample)
+        self._inputs.guide(slot, sample.frame_mask, guidance, renorm=sample.settings.renormalizes)
+        for row, each in enumerate(guidance, used):
+            self._fill_row(row, slot, each, sample)
+        rows = [*range(used, used + len(guidance))]
+        self._running[slot] = _Running(evaluations(sample.settings), rows)
+        return slot
+
+    def _fill_slot(self, slot: int, sample: Sample) -> None:
+        self.backend.write(self._inputs.noise[slot], sample.noise)
+        self.backend.write(self._inputs.clean[slot], sample.clean)
+        self.backend.write(self._latents[slot], sample.start(sample.frame_mask))
+
+    def _fill_row(self, row: int, slot: int, guidance: GuidanceRow, sample: Sample) -> None:
+        text = sample.text if guidance.branch.text else sample.negative
+        seen = row_mask(guidance.branch, sample.frame_mask)
+        self.denoiser.set_row(row, self._text(text), sample.micro)
+        self.backend.write(self.denoiser.model_input[row], sample.start(seen))
+        self._inputs.see(row, slot, seen)
+
+    def tick(self) -> Tick:
+        """One evaluation of the model for every running clip, each at its own time; at least one must be running."""
+        rung = next(rows for rows in self.rungs if rows >= self.used_rows > 0)
+        for slot, running in self._running.items():
+            self._inputs.schedule(slot, running.rows, running.planned[running.position])
+        self._inputs.flush()
+        self._forward[rung]()
+        self._advance[rung][self._side]()
+        self._side = 1 - self._side
+        return self._count()
+
+    def _count(self) -> Tick:
+        """Count the evaluation, and take out what has finished."""
+        tick = Tick({}, {}, {})
+        for slot, running in self._running.items():
+            evaluation = running.planned[running.position]
+            running.position += 1
+            if not evaluation.hold:
+                tick.moved[slot] = evaluation.next_timestep
+                self._look(slot, running, evaluation, tick)
+        self._release([*tick.finished, *tick.failed])
+        return tick
+
+    def _look(self, slot: int, running: _Running, evaluation: Evaluation, tick: Tick) -> None:
+        """Are a slot's latents the result, and finite?"""
+        if not (running.done or self.debug):
+            return
+        latents = self.backend.read(self._latents[slot])
+        if not np.isfinite(latents).all():
+            tick.failed[slot] = _not_finite(running, evaluation, named=self.debug)
+        elif running.done:
+            tick.finished[slot] = latents
+
+    def evict(self, slot: int) -> None:
+        """Give up the clip in ``slot``; the others do not notice."""
+        self._release([slot])
+
+    def _release(self, slots: Sequence[int]) -> None:
+        """Free ``slots``, and fill the gaps that their rows leave with the last rows in use."""
+        last = self.used_rows
+        holes = sorted((row for slot in slots for row in self._running[slot].rows), reverse=True)
+        for slot in slots:
+            del self._running[slot]
+            self._inputs.rest(slot)
+        for hole in holes:
+            last -= 1
+            if hole != last:
+                self._move_row(hole, last)
+
+    def _move_row(self, target: int, source: int) -> None:
+        rows = next(running.rows for running in self._running.values() if source in running.rows)
+        rows[rows.index(source)] = target
+        self.denoiser.move_row(target, source)
+        self._inputs.move_row(target, source)
+
+    @property
+    def _latents(self) -> Buffer:
+        return self._inputs.latents[self._side]
+
+    def read(self) -> np.ndarray:
+        """The latents of all slots, fp32 [slots, T, C, h, w], a free one's last; waits for the device."""
+        return self.backend.read(self._latents)
+
+
+def _not_finite(running: _Running, evaluation: Evaluation, *, named: bool) -> StivError:
+    if named:
+        planned = running.planned
+        done, steps = (sum(not each.hold for each in part) for part in (planned[: running.position], planned))
+        where = f"step {done} of {steps} (t = {evaluation.next_timestep - evaluation.dt:.4f})"
+        return StivError(f"the latents are not finite after {where}")
+    return StivError(
+        "the generated latents are not finite; lower the guidance scale, or use a bundle of higher precision "
+        "(set debug to name the first bad step)"
+    )

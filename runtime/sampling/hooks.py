@@ -1,0 +1,45 @@
+"""Hooks around bound graphs: to time them, or to look at what they compute."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+from stiv_deploy.runtime.backends.base import Call
+
+Hook = Callable[[str, Call], Call]
+"""Given a graph's name and its bound call, returns the call to use instead: to time it, or to look at its buffers."""
+
+
+def no_hook(_graph: str, call: Call) -> Call:
+    """The hook that changes nothing."""
+    return call
+
+
+class GraphClock:
+    """A hook that sums the seconds spent in each graph.
+
+    Without ``synchronize`` these are the seconds until a call returns; with a backend's ``synchronize`` they include
+    the device's work, at the price of a wait after every graph.
+    """
+
+    def __init__(self, synchronize: Call | None = None) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._synchronize = synchronize
+
+    @property
+    def total(self) -> float:
+        """Seconds in all graphs."""
+        return sum(self.seconds.values())
+
+    def __call__(self, graph: str, call: Call) -> Call:
+        """Wrap ``call``."""
+        seconds, synchronize, now = self.seconds, self._synchronize, time.perf_counter
+
+        def timed() -> None:
+            start = now()
+            call()
+            if synchronize is not None:
+                synchronize()
+            seconds[graph] += now() - start
+
+        return timed
