@@ -17,7 +17,8 @@ import typer
 from PIL import Image
 from pydantic import BaseModel
 
-from stiv_deploy.runtime.bundle.manifest import Manifest
+from stiv_deploy.runtime.bundle.contract import ModelFacts, graph_specs
+from stiv_deploy.runtime.bundle.manifest import FORMAT_VERSION, Manifest
 from stiv_deploy.runtime.command.main import app
 
 ROOT = Path(__file__).parents[3]
@@ -27,6 +28,9 @@ PAGES = (
     "runtime/plugins/README.md",
     *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")),
 )
+FOLDERS = "benchmarks|calibration|checkpoints|docs|export|recipes|runtime|stiv_ref|tests"
+PATHS = re.compile(rf"`((?:{FOLDERS})/[\w./-]*)`")
+"""Files and folders of this repository that a page names."""
 
 
 def text(page: str) -> str:
@@ -68,6 +72,12 @@ def test_anchors_are_headings(page: str) -> None:
     targets = [((ROOT / page).parent / path if path else ROOT / page, name) for path, name in links(page) if name]
     wrong = [(path, name) for path, name in targets if name not in anchors(str(path.resolve().relative_to(ROOT)))]
     assert wrong == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_paths_exist(page: str) -> None:
+    paths = [ROOT / path for path in PATHS.findall(text(page))]
+    assert [path for path in paths if not path.exists() and not path.with_suffix(".py").exists()] == []
 
 
 def test_every_page_can_be_reached_from_the_readme() -> None:
@@ -180,6 +190,11 @@ def quoted(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
 
+def bundle_rows(columns: int) -> list[list[str]]:
+    """Rows of those tables of graphs in the bundle's page that have so many columns."""
+    return [row for row in tables("docs/bundle.md")["Graphs"] if len(row) == columns]
+
+
 def parts(annotation: Any) -> Iterator[type[BaseModel]]:
     """All classes of the manifest that a field of this type holds."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -190,10 +205,45 @@ def parts(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from parts(argument)
 
 
+def contract() -> dict[str, Any]:
+    """Graphs of a video model of two blocks."""
+    facts = dict.fromkeys(ModelFacts.model_fields, 2) | {"name": "two", "patch": (1, 2), "base_grid": (4, 4)}
+    return graph_specs(ModelFacts.model_validate(facts | {"temporal": True, "causal_vae": False}), "float16")
+
+
 @pytest.mark.parametrize("part", sorted(set(parts(Manifest)), key=lambda each: each.__name__))
 def test_every_field_of_the_manifest_has_its_line(part: type[BaseModel]) -> None:
     rows = tables("docs/bundle.md").get(part.__name__, [])
     assert sorted(name for row in rows for name in quoted(row[0])) == sorted(part.model_fields)
+
+
+def test_every_graph_has_its_line_with_its_tensors() -> None:
+    page = {name: (quoted(row[1]), quoted(row[2])) for row in bundle_rows(4) for name in quoted(row[0])}
+    assert page == {
+        name: ([each.name for each in spec.inputs], [each.name for each in spec.outputs])
+        for name, spec in contract().items()
+    }
+
+
+def test_every_symbol_has_its_line() -> None:
+    tensors = [tensor for spec in contract().values() for tensor in (*spec.inputs, *spec.outputs)]
+    symbols = {dim for tensor in tensors for dim in tensor.shape if isinstance(dim, str)}
+    assert {name for row in bundle_rows(2) for name in quoted(row[0])} == symbols
+
+
+def test_inputs_of_the_step_have_their_shapes() -> None:
+    written = {
+        each.name: f"{each.dtype} [{', '.join(map(str, each.shape))}]".removeprefix("float32 ")
+        for each in contract()["step"].inputs
+    }
+    page = {name: row[1] for row in bundle_rows(3) for name in quoted(row[0])}
+    assert page
+    assert page == {name: written[name] for name in page}
+
+
+def test_the_format_is_the_last_of_the_policy() -> None:
+    assert f"`format_version` is **{FORMAT_VERSION}**" in text("docs/bundle.md")
+    assert tables("docs/bundle.md")["Version policy"][-1][0] == str(FORMAT_VERSION)
 
 
 def test_the_picture_moves_and_is_small() -> None:
