@@ -1,73 +1,68 @@
 """``stiv generate``, ``stiv inspect`` and ``stiv doctor``: arguments in, words and files out."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.command.generation import check_report, requests_from_options
+from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, progress_bar
 
 if TYPE_CHECKING:
-    import numpy as np
     from rich.console import Console
 
     from stiv_deploy.runtime.bundle.contract import ModelFacts
     from stiv_deploy.runtime.bundle.manifest import Bucket, Range
     from stiv_deploy.runtime.command.doctor import Report as DoctorReport
     from stiv_deploy.runtime.command.inspection import BundleReport, EngineReport, OnnxReport
-    from stiv_deploy.runtime.pipeline.pipeline import StepCallback
 
 MIB = 2**20
 
 
-def parse_frames(image: Path | None, frames: list[str]) -> "dict[int, Path]":
-    """Pictures by frame number from --image and the --frame INDEX=FILE options."""
-    given = {} if image is None else {0: image}
-    for item in frames:
-        index, _, file = item.partition("=")
-        if not (file and index.strip().removeprefix("-").isdecimal()):
-            raise RequestError(f"--frame {item!r}: want INDEX=FILE, as in --frame 7=last.png")
-        if int(index) in given:
-            raise RequestError(f"frame {int(index)} is given twice; --image is frame 0")
-        given[int(index)] = Path(file)
-    return given
-
-
-@contextmanager
-def step_progress() -> Iterator["StepCallback"]:
-    """A progress bar over the sampling steps on stderr; yields the pipeline's callback."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("step", total=None)
-
-        def advance(_pipe: Any, step: int, _time: float, values: Mapping[str, Any]) -> None:
-            progress.update(task, completed=step + 1, total=values["total"])
-
-        yield advance
-
-
 def generate(
+    context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, made by 'stiv export'.", show_default=False)],
-    prompt: Annotated[list[str], typer.Option(help="What to show; repeat it for several videos at once.")],
     out: Annotated[
         Path, typer.Option(help="Output: .mp4, .gif, .webp, .png (one row of frames), or a folder of PNG frames.")
     ],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to show; repeat it for several videos at once.")
+    ] = None,
+    request: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Request, or a list of them, as JSON; or a clip made by 'stiv generate', to make it again. Other "
+            "options replace what it says.",
+        ),
+    ] = None,
     image: Annotated[Path | None, typer.Option(help="Picture to start from: the first frame.")] = None,
     frame: Annotated[
         list[str] | None,
         typer.Option(metavar="INDEX=FILE", help="Picture of any frame (0 first, -1 last); repeatable."),
     ] = None,
-    resize: Annotated[bool, typer.Option("--resize", help="Scale the pictures to the video's size.")] = False,
-    negative_prompt: Annotated[str, typer.Option(help="What to steer away from.")] = "",
+    fit: Annotated[
+        Literal["exact", "stretch", "crop", "pad"] | None,
+        typer.Option(help="How pictures get the video's size. Default: exact, other sizes are refused."),
+    ] = None,
+    resize: Annotated[bool, typer.Option("--resize", help="The same as --fit stretch.")] = False,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
+    count: Annotated[int | None, typer.Option(help="Videos of each prompt.", show_default="1")] = None,
     frames: Annotated[int | None, typer.Option(help="Number of frames.")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second of what is written.")] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(help="Sampling stride: source frames from one frame to the next.", show_default="1"),
+    ] = None,
+    original_height: Annotated[
+        int | None, typer.Option(help="Height of the source that the video is to look like. Default: its own.")
+    ] = None,
+    original_width: Annotated[
+        int | None, typer.Option(help="Width of the source that the video is to look like. Default: its own.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale (of the text, in mode sit).")] = None,
     image_guidance: Annotated[float | None, typer.Option(help="Guidance scale of the image, in mode sit.")] = None,
@@ -83,6 +78,7 @@ def generate(
         int | None, typer.Option(help="Seed of the noise; video i of several takes seed + i. Default: a new one.")
     ] = None,
     backend: Annotated[str | None, typer.Option(help="Backend ('stiv doctor' lists them); default: the best.")] = None,
+    device: Annotated[int, typer.Option(metavar="INDEX", help="GPU, as CUDA counts them.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
     decode_tile: Annotated[
         int | None,
@@ -94,43 +90,38 @@ def generate(
         ),
     ] = None,
     upscale: Annotated[int, typer.Option(min=1, help="Enlarge each pixel of the written video this many times.")] = 1,
+    json_file: JsonTarget = None,
 ) -> None:
     """Generate video from text, or from text and pictures, with a bundle.
 
-    Sizes, steps and guidance default to what the bundle's checkpoint recommends ('stiv inspect BUNDLE').
+    Sizes, steps and guidance default to what the bundle's checkpoint recommends ('stiv inspect BUNDLE'). What is
+    written carries its request: --request makes it again, bit by bit on the same backend.
 
     stiv generate bundle --prompt "digit three moving left" --out three.mp4
+    stiv generate bundle --request three.mp4 --out again.mp4
     """
-    from stiv_deploy.runtime.pipeline.media import check_output, write_video
+    from stiv_deploy.runtime.pipeline.media import check_output
     from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
+    from stiv_deploy.runtime.pipeline.records import report_text
 
-    images = parse_frames(image, frame or [])
-    targets = check_output(out, len(prompt))
-    with StivPipeline.from_bundle(bundle, backend=backend, threads=threads) as pipe, step_progress() as advance:
-        output = pipe(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            image=images,
-            num_frames=frames,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            image_guidance_scale=image_guidance,
-            guidance_mode=guidance_mode,
-            guidance_renorm=renorm,
-            solver=solver,
-            time_shift=time_shift,
-            seed=seed,
-            callback_on_step_end=advance,
-            resize=resize,
-            decode_tile=decode_tile,
-        )
-    clips = cast("np.ndarray", output.frames)
-    for target, clip, used in zip(targets, clips, output.seeds, strict=True):
-        write_video(target, clip, pipe.bundle.manifest.sampling.frames_per_second, upscale)
-        typer.echo(f"{target}: {clip.shape[0]} frames of {clip.shape[2]}x{clip.shape[1]}, seed {used}")
-    typer.echo(f"generated in {output.timings['total']:.1f} s on {pipe.backend.name}")
+    check_json(json_file)
+    requests, made_with = requests_from_options(context.params)
+    check_report(json_file, check_output(out, sum(each.count for each in requests)))
+    opened = StivPipeline.from_bundle(bundle, backend=backend, threads=threads, device=device)
+    with opened as pipe, progress_bar("step") as progress:
+        plan = pipe.plan(requests)
+        for other in made_with - {plan.bundle}:
+            typer.echo(f"note: made with another bundle ({other[:12]}), this is {plan.bundle[:12]}", err=True)
+        output = pipe.run(plan, lambda _pipe, step, _time, values: progress("", step + 1, values["total"]))
+    written = output.write(out, upscale)
+
+    def show() -> None:
+        for target, request in zip(written, output.requests, strict=True):
+            size = f"{request.num_frames} frames of {request.width}x{request.height}"
+            typer.echo(f"{target}: {size}, seed {request.seed}")
+        typer.echo(f"generated in {output.timings['total']:.1f} s on {output.backend}")
+
+    answer(json_file, lambda: report_text(written, output.records, output.timings), show)
 
 
 def inspect(

@@ -7,7 +7,6 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from stiv_deploy.runtime.errors import RequestError
-from stiv_deploy.runtime.files import write_text
 from stiv_deploy.runtime.pipeline.given import PictureData, PictureFile
 from stiv_deploy.runtime.pipeline.media import is_clip, read_comment
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
@@ -58,15 +57,10 @@ def _without_folder(picture: PictureFile | PictureData) -> PictureFile | Picture
     return picture
 
 
-def write_report(
-    path: Path, files: Sequence[Path], records: Sequence[GenerationRecord], timings: Mapping[str, float]
-) -> None:
-    """Write how the clips in ``files`` were made as JSON to ``path``, whole; :func:`read_requests` reads it.
-
-    Raises :class:`OutputError`.
-    """
+def report_text(files: Sequence[Path], records: Sequence[GenerationRecord], timings: Mapping[str, float]) -> str:
+    """How the clips in ``files`` were made, whole, as JSON; :func:`read_requests` reads it."""
     clips = [{"file": str(file)} | record.to_json() for file, record in zip(files, records, strict=True)]
-    write_text(path, json.dumps({"clips": clips, "timings": dict(timings)}, indent=2) + "\n")
+    return json.dumps({"clips": clips, "timings": dict(timings)}, indent=2)
 
 
 class Recorded(NamedTuple):

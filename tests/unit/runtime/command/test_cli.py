@@ -1,21 +1,28 @@
 """The ``stiv`` command: what it writes, what it refuses and with which code, and how it stops."""
 
+import inspect
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, version
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
+from stiv_deploy.runtime import GenerationPlan, GenerationRequest, StivPipeline
 from stiv_deploy.runtime.command import main as main_module
-from stiv_deploy.runtime.command.cli import parse_frames
+from stiv_deploy.runtime.command.cli import generate
+from stiv_deploy.runtime.command.generation import FIELDS, parse_frames
 from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.pipeline.request import NAMES
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -187,61 +194,170 @@ def test_generate_writes_a_clip(run: Run, bundle_path: Path, tmp_path: Path) -> 
     assert [file.name for file in tmp_path.iterdir()] == ["clip.webp"]
 
 
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[GenerationRequest]:
+    """The requests that commands plan."""
+    seen: list[GenerationRequest] = []
+    original = StivPipeline.plan
+
+    def spy(self: StivPipeline, requests: list[GenerationRequest]) -> GenerationPlan:
+        seen[:] = requests
+        return original(self, requests)
+
+    monkeypatch.setattr(StivPipeline, "plan", spy)
+    return seen
+
+
+OPTIONS: dict[str, Any] = {
+    "--negative-prompt": "left",
+    "--fit": "crop",
+    "--count": 2,
+    "--frames": 3,
+    "--height": 4,
+    "--width": 4,
+    "--fps": 7.5,
+    "--stride": 3,
+    "--original-height": 720,
+    "--original-width": 1280,
+    "--steps": 2,
+    "--guidance": 2.5,
+    "--image-guidance": 1.25,
+    "--guidance-mode": "sit",
+    "--no-renorm": False,
+    "--solver": "heun",
+    "--time-shift": 2.0,
+    "--decode-tile": 4,
+}
+"""An option for each field of a request that is one, with another value than the default."""
+
+
+def flat(options: Mapping[str, Any]) -> list[Any]:
+    return [item for name, value in options.items() for item in ([name] if name == "--no-renorm" else [name, value])]
+
+
+def test_every_option_is_a_field_and_every_field_has_an_option() -> None:
+    parameters = {name for name in inspect.signature(generate).parameters if name in FIELDS}
+    assert parameters == set(FIELDS)
+    fields = set(GenerationRequest.model_fields)
+    assert fields - set(FIELDS.values()) == {"prompt", "frames", "seed", "latents"}  # as FIELDS says
+    assert {name.removeprefix("--no-").removeprefix("--").replace("-", "_") for name in OPTIONS} == set(FIELDS)
+
+
+def test_names_to_choose_from_are_those_of_the_request() -> None:
+    hints = get_type_hints(generate)
+    for name in ("fit", "guidance_mode", "solver"):
+        choices, _ = get_args(hints[name])
+        assert sorted(get_args(choices)) == sorted(NAMES[name])
+
+
 def test_generate_passes_every_option_on(
+    run: Run, bundle_path: Path, tmp_path: Path, planned: list[GenerationRequest]
+) -> None:
+    red = tmp_path / "red.png"
+    Image.new("RGB", (4, 4), "red").save(red)
+    others = ["--image", red, "--frame", f"-1={red}", "--seed", 11, "--backend", "onnxruntime", "--threads", 1]
+    others += ["--device", 0]
+    code, _, err = run(
+        "generate", bundle_path, "--prompt", "digit", *flat(OPTIONS), *others, "--out", tmp_path / "out.mp4"
+    )
+    assert (code, err) == (0, "")
+    names = {FIELDS[option.removeprefix("--no-").removeprefix("--").replace("-", "_")]: option for option in OPTIONS}
+    wanted = {field: OPTIONS[option] for field, option in names.items()}
+    assert planned == [GenerationRequest(prompt="digit", seed=11, frames={0: red, -1: red}, **wanted)]
+    defaults = dict(GenerationRequest(prompt=""))
+    assert all(wanted[field] != defaults[field] for field in wanted)  # so that a lost option shows
+
+
+def test_options_that_are_not_given_leave_the_defaults(
+    run: Run, bundle_path: Path, tmp_path: Path, planned: list[GenerationRequest]
+) -> None:
+    assert run("generate", bundle_path, "--prompt", "digit", "--seed", 0, "--out", tmp_path / "a.png")[0] == 0
+    assert planned == [GenerationRequest(prompt="digit", seed=0)]
+
+
+def frames_of(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.png", "a.json"])
+def test_request_makes_a_clip_again(run: Run, bundle_path: Path, tmp_path: Path, name: str) -> None:
+    Image.fromarray(np.full((8, 8, 3), 51, dtype=np.uint8)).save(tmp_path / "grey.png")
+    options = {"--steps": 3, "--fps": 12.5, "--guidance-mode": "sit", "--image": tmp_path / "grey.png"}
+    first = ("generate", bundle_path, "--prompt", "digit", *flat(options))
+    out = tmp_path / (name if name != "a.json" else "a.mp4")
+    assert run(*first, "--out", out, "--json", tmp_path / "a.json")[0] == 0
+    again = tmp_path / f"again{out.suffix}"
+    pictures = ["--image", tmp_path / "grey.png"] if name != "a.json" else []  # a clip has but the picture's name
+    code, stdout, err = run("generate", bundle_path, "--request", tmp_path / name, *pictures, "--out", again)
+    assert (code, err) == (0, "")
+    seed = json.loads((tmp_path / "a.json").read_text())["clips"][0]["request"]["seed"]
+    assert f"seed {seed}\n" in stdout
+    if out.suffix == ".mp4":
+        np.testing.assert_array_equal(frames_of(again), frames_of(out))
+    else:
+        np.testing.assert_array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(out)))
+
+
+def test_request_with_a_picture_that_changed(
     run: Run, bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8), "red").save("first.png")
+    assert run("generate", bundle_path, "--prompt", "digit", "--image", "first.png", "--out", "a.mp4")[0] == 0
+    Image.new("RGB", (8, 8), "blue").save("first.png")
+    code, out, err = run("generate", bundle_path, "--request", "a.mp4", "--out", "b.mp4")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: first.png: not the picture that the request was made with")
+    assert not Path("b.mp4").exists()
 
-    seen = {}
-    original = StivPipeline.__call__
 
-    def spy(self: StivPipeline, **options: object) -> object:
-        seen.update(options)
-        return original(self, **options)  # type: ignore[arg-type]
+def test_options_replace_what_the_request_says(
+    run: Run, bundle_path: Path, tmp_path: Path, planned: list[GenerationRequest]
+) -> None:
+    file = tmp_path / "a.json"
+    file.write_text('[{"prompt": "a", "seed": 3, "num_inference_steps": 2, "count": 2}, {"prompt": "b", "seed": 9}]')
+    command = ("generate", bundle_path, "--request", file, "--out", tmp_path / "a.png")
+    assert run(*command, "--steps", 1)[0] == 0
+    first = GenerationRequest(prompt="a", seed=3, num_inference_steps=1, count=2)
+    assert planned == [first, GenerationRequest(prompt="b", seed=9, num_inference_steps=1)]
+    assert run(*command, "--seed", 5)[0] == 0
+    assert [request.seed for request in planned] == [5, 7]
+    assert run(*command, "--prompt", "c", "--prompt", "d")[0] == 0
+    assert [(request.prompt, request.seed) for request in planned] == [("c", 3), ("d", 3), ("c", 9), ("d", 9)]
 
-    monkeypatch.setattr(StivPipeline, "__call__", spy)
-    Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
-    options = {
-        "--negative-prompt": "left",
-        "--image": tmp_path / "red.png",
-        "--frame": f"-1={tmp_path / 'red.png'}",
-        "--frames": 3,
-        "--height": 4,
-        "--width": 4,
-        "--steps": 2,
-        "--guidance": 2.5,
-        "--image-guidance": 1.25,
-        "--guidance-mode": "sit",
-        "--solver": "heun",
-        "--time-shift": 2.0,
-        "--seed": 11,
-        "--backend": "onnxruntime",
-        "--threads": 1,
-        "--decode-tile": 4,
-    }
-    flat = [item for pair in options.items() for item in pair]
-    out = tmp_path / "out.mp4"
-    code, _, err = run("generate", bundle_path, "--prompt", "digit", "--no-renorm", *flat, "--out", out)
-    assert (code, err) == (0, "")
-    seen.pop("callback_on_step_end")
-    assert seen == {
-        "prompt": ["digit"],
-        "negative_prompt": "left",
-        "image": {0: tmp_path / "red.png", -1: tmp_path / "red.png"},
-        "num_frames": 3,
-        "height": 4,
-        "width": 4,
-        "num_inference_steps": 2,
-        "guidance_scale": 2.5,
-        "image_guidance_scale": 1.25,
-        "guidance_mode": "sit",
-        "guidance_renorm": False,
-        "solver": "heun",
-        "time_shift": 2.0,
-        "seed": 11,
-        "resize": False,
-        "decode_tile": 4,
-    }
+
+def test_request_of_another_bundle_is_noted(
+    run: Run, bundle_path: Path, tmp_path: Path, bundle_of: Callable[[float], Path]
+) -> None:
+    assert run("generate", bundle_of(0.25), "--prompt", "digit", "--out", tmp_path / "a.png")[0] == 0
+    code, _, err = run("generate", bundle_path, "--request", tmp_path / "a.png", "--out", tmp_path / "b.png")
+    assert (code, err.count("\n")) == (0, 1)
+    assert err.startswith("note: made with another bundle (")
+    assert run("generate", bundle_path, "--request", tmp_path / "b.png", "--out", tmp_path / "c.png")[2] == ""
+
+
+def test_count_of_each_prompt(run: Run, bundle_path: Path, tmp_path: Path) -> None:
+    command = ("generate", bundle_path, "--prompt", "digit", "--prompt", "three", "--seed", 5, "--count", 2)
+    code, stdout, _ = run(*command, "--out", tmp_path / "a.png")
+    assert code == 0
+    assert [line.rpartition("seed ")[2] for line in stdout.splitlines()[:4]] == ["5", "6", "7", "8"]
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_json_alone_prints_the_report(run: Run, bundle_path: Path, tmp_path: Path) -> None:
+    code, stdout, _ = run("generate", bundle_path, "--prompt", "digit", "--out", tmp_path / "a.gif", "--json")
+    assert code == 0
+    report = json.loads(stdout)
+    assert report["clips"][0]["file"] == str(tmp_path / "a.gif")
+    assert report["timings"]["total"] > 0
+
+
+def test_frame_rate_is_written(run: Run, bundle_path: Path, tmp_path: Path) -> None:
+    command = ("generate", bundle_path, "--prompt", "digit", "--fps", 12.5, "--out", tmp_path / "a.mp4")
+    assert run(*command)[0] == 0
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.streams.video[0].average_rate == 12.5
 
 
 def test_generate_several_prompts(run: Run, bundle_path: Path, tmp_path: Path) -> None:
@@ -272,7 +388,8 @@ def test_generate_scales_an_image_when_asked(run: Run, bundle_path: Path, tmp_pa
         tmp_path / "a.gif",
     )
     assert run(*arguments)[0] == 2
-    assert run(*arguments, "--resize")[0] == 0
+    for fit in (("--resize",), ("--fit", "stretch"), ("--resize", "--fit", "stretch"), ("--fit", "pad")):
+        assert run(*arguments, *fit)[0] == 0
 
 
 BAD_REQUESTS = [
@@ -297,6 +414,19 @@ BAD_REQUESTS = [
     (["--image", "good.png", "--frame", "0=good.png"], "frame 0 is given twice"),
     (["--out", "clip.avi"], "cannot write '.avi'"),
     (["--out", "none/clip.mp4"], "does not exist"),
+    (["--fps", "0"], "fps must be from 0.01 to 1000.0, got 0.0"),
+    (["--stride", "0"], "stride must be from 1 to 65536, got 0"),
+    (["--count", "0"], "count must be from 1 to 1000, got 0"),
+    (["--fit", "zoom"], "--fit"),
+    (["--fit", "pad", "--resize"], "--resize is --fit stretch, and --fit is pad"),
+    (["--device", "-1"], "the device is a GPU's index, 0 or more; got -1"),
+    (["--request", "none.json"], "none.json: no request can be read from it (No such file or directory)"),
+    (["--request", "good.png"], "good.png: it carries no request"),
+    (["--request", "text.png"], "text.png: not a picture that can be read"),
+    (["--request", "unknown.json"], "unknown.json: a request has no 'sed'; there are: prompt, "),
+    (["--request", "latents.json"], "the latents of frame 0 are [1, 1, 1]; 4 frames of 8x8 wants [4, 4, 4]"),
+    (["--json", "none/a.json"], "none/a.json: cannot be written"),
+    (["--json", "clip.mp4"], "clip.mp4: named by both --out and --json"),
 ]
 
 
@@ -308,6 +438,9 @@ def test_bad_request(
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     Image.new("RGB", (20, 10)).save(tmp_path / "large.png")
     (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "unknown.json").write_text('{"prompt": "digit", "sed": 1}')
+    latents = {"dtype": "float32", "shape": [1, 1, 1], "data": "AAAAAA=="}
+    (tmp_path / "latents.json").write_text(json.dumps({"prompt": "digit", "latents": {"0": latents}}))
     before = sorted(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
     code, out, err = run("generate", bundle_path, "--prompt", "digit", "--out", "clip.mp4", *options)
@@ -315,6 +448,11 @@ def test_bad_request(
     assert err.startswith("error: ")
     assert message in err
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_neither_prompt_nor_request(run: Run, bundle_path: Path, tmp_path: Path) -> None:
+    message = "error: no prompt given; give --prompt, or --request with a file that has one\n"
+    assert run("generate", bundle_path, "--out", tmp_path / "a.mp4") == (2, "", message)
 
 
 @pytest.mark.parametrize("damage", ["missing", "no manifest", "bad manifest", "no graph", "corrupt graph"])

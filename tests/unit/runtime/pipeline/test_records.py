@@ -13,7 +13,7 @@ from PIL import Image
 from stiv_deploy.runtime import GenerationRequest, RequestError, StivPipeline
 from stiv_deploy.runtime.pipeline import records
 from stiv_deploy.runtime.pipeline.output import StivOutput
-from stiv_deploy.runtime.pipeline.records import GenerationRecord, read_requests, write_report
+from stiv_deploy.runtime.pipeline.records import GenerationRecord, read_requests, report_text
 
 FORMATS = ("clip.mp4", "clip.png", "clip.gif", "clip.webp", "clip")
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -112,8 +112,9 @@ def test_too_much_to_embed_is_left_out_and_said(tmp_path: Path, monkeypatch: pyt
 
 def test_a_report_has_all_requests_in_full(tmp_path: Path) -> None:
     made = [record_of(seed=1, frames={0: "/data/me/a.png"}), record_of(seed=2, latents={0: LATENT})]
-    write_report(tmp_path / "a.json", [Path("x-0.mp4"), Path("x-1.mp4")], made, {"total": 1.5})
-    values = json.loads((tmp_path / "a.json").read_text())
+    text = report_text([Path("x-0.mp4"), Path("x-1.mp4")], made, {"total": 1.5})
+    (tmp_path / "a.json").write_text(text)
+    values = json.loads(text)
     assert [clip["file"] for clip in values["clips"]] == ["x-0.mp4", "x-1.mp4"]
     assert values["timings"] == {"total": 1.5}
     assert read_requests(tmp_path / "a.json") == [(record.request, "b" * 64) for record in made]

@@ -1,0 +1,104 @@
+"""From the options of ``stiv generate`` to requests."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stiv_deploy.runtime.errors import OutputError, RequestError
+
+if TYPE_CHECKING:
+    from stiv_deploy.runtime.pipeline.records import Recorded
+    from stiv_deploy.runtime.pipeline.request import GenerationRequest
+
+FIELDS = {
+    "negative_prompt": "negative_prompt",
+    "fit": "fit",
+    "frames": "num_frames",
+    "height": "height",
+    "width": "width",
+    "fps": "fps",
+    "stride": "stride",
+    "original_height": "original_height",
+    "original_width": "original_width",
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "image_guidance": "image_guidance_scale",
+    "guidance_mode": "guidance_mode",
+    "renorm": "guidance_renorm",
+    "solver": "solver",
+    "time_shift": "time_shift",
+    "count": "count",
+    "decode_tile": "decode_tile",
+}
+"""Parameters of the command that are fields of a request, with the field's name.
+
+Besides them ``prompt`` makes a request each, ``image`` and ``frame`` are the field ``frames``, ``resize`` is a ``fit``,
+``seed`` counts on over all videos, and ``request`` reads whole requests, the only way to ``latents``.
+"""
+
+
+def requests_from_options(options: Mapping[str, Any]) -> "tuple[list[GenerationRequest], set[str]]":
+    """Requests of the command's ``options``, and the hashes of the bundles that read ones were made with.
+
+    What is given as an option replaces what a read request says. Raises :class:`RequestError`.
+    """
+    from stiv_deploy.runtime.pipeline.request import in_a_row, new_seed
+
+    read = _read(options["request"])
+    values = {field: options[name] for name, field in FIELDS.items() if options[name] is not None}
+    frames = parse_frames(options["image"], options["frame"] or [])
+    values |= {"frames": frames} if frames else {}
+    values |= {"fit": _stretch(options["fit"])} if options["resize"] else {}
+    requests = _with_prompts([each.request for each in read], options["prompt"] or [], values)
+    if options["seed"] is not None:
+        requests = in_a_row(requests, options["seed"])
+    elif not read:
+        requests = in_a_row(requests, new_seed())
+    return requests, {each.bundle for each in read if each.bundle is not None}
+
+
+def _read(path: Path | None) -> "Sequence[Recorded]":
+    from stiv_deploy.runtime.pipeline.records import read_requests
+
+    return [] if path is None else read_requests(path)
+
+
+def _with_prompts(
+    read: "Sequence[GenerationRequest]", prompts: Sequence[str], values: Mapping[str, Any]
+) -> "list[GenerationRequest]":
+    """Each request of ``read`` with each of ``prompts``; if either is empty, the others as they are."""
+    from stiv_deploy.runtime.pipeline.request import GenerationRequest
+
+    if not (read or prompts):
+        raise RequestError("no prompt given; give --prompt, or --request with a file that has one")
+    if not read:
+        return [GenerationRequest(prompt=prompt, **values) for prompt in prompts]
+    if not prompts:
+        return [request.changed(**values) for request in read]
+    return [request.changed(prompt=prompt, **values) for request in read for prompt in prompts]
+
+
+def _stretch(fit: str | None) -> str:
+    """What ``--resize`` means, beside ``--fit``."""
+    if fit not in (None, "stretch"):
+        raise RequestError(f"--resize is --fit stretch, and --fit is {fit}; give one of them")
+    return "stretch"
+
+
+def parse_frames(image: Path | None, frames: Sequence[str]) -> dict[int, Path]:
+    """Pictures by frame number from --image and the --frame INDEX=FILE options."""
+    given = {} if image is None else {0: image}
+    for item in frames:
+        index, _, file = item.partition("=")
+        if not (file and index.strip().removeprefix("-").isdecimal()):
+            raise RequestError(f"--frame {item!r}: want INDEX=FILE, as in --frame 7=last.png")
+        if int(index) in given:
+            raise RequestError(f"frame {int(index)} is given twice; --image is frame 0")
+        given[int(index)] = Path(file)
+    return given
+
+
+def check_report(report: Path | None, clips: Sequence[Path]) -> None:
+    """:class:`OutputError` if the file of ``--json`` is one of ``clips``."""
+    if report is not None and report.absolute() in [clip.absolute() for clip in clips]:
+        raise OutputError(f"{report}: named by both --out and --json; choose two names")
