@@ -90,7 +90,7 @@ def generate(
         ),
     ] = None,
     upscale: Annotated[int, typer.Option(min=1, help="Enlarge each pixel of the written video this many times.")] = 1,
-    json_file: JsonTarget = None,
+    json: JsonTarget = None,
 ) -> None:
     """Generate video from text, or from text and pictures, with a bundle.
 
@@ -104,9 +104,9 @@ def generate(
     from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
     from stiv_deploy.runtime.pipeline.records import report_text
 
-    check_json(json_file)
+    check_json(json)
     requests, made_with = requests_from_options(context.params)
-    check_report(json_file, check_output(out, sum(each.count for each in requests)))
+    check_report(json, check_output(out, sum(each.count for each in requests)))
     opened = StivPipeline.from_bundle(bundle, backend=backend, threads=threads, device=device)
     with opened as pipe, progress_bar("step") as progress:
         plan = pipe.plan(requests)
@@ -121,7 +121,7 @@ def generate(
             typer.echo(f"{target}: {size}, seed {request.seed}")
         typer.echo(f"generated in {output.timings['total']:.1f} s on {output.backend}")
 
-    answer(json_file, lambda: report_text(written, output.records, output.timings), show)
+    answer(json, lambda: report_text(written, output.records, output.timings), show)
 
 
 def inspect(
@@ -129,7 +129,7 @@ def inspect(
         Path,
         typer.Argument(help="Bundle folder, .onnx or .engine file.", metavar="BUNDLE|ONNX|ENGINE", show_default=False),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: JsonTarget = None,
 ) -> None:
     """Show what is in a bundle, an ONNX graph or an engine.
 
@@ -139,18 +139,21 @@ def inspect(
 
     from stiv_deploy.runtime.command.inspection import BundleReport, OnnxReport, inspect_path
 
+    check_json(json)
     report = inspect_path(path)
-    if as_json:
-        typer.echo(report.model_dump_json(indent=2))
-    elif isinstance(report, BundleReport):
-        print_bundle(report, Console())
-    elif isinstance(report, OnnxReport):
-        print_onnx(report, Console())
-    else:
-        print_engine(report, Console())
+
+    def show() -> None:
+        if isinstance(report, BundleReport):
+            print_bundle(report, Console())
+        elif isinstance(report, OnnxReport):
+            print_onnx(report, Console())
+        else:
+            print_engine(report, Console())
+
+    answer(json, lambda: report.model_dump_json(indent=2), show)
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def doctor(json: JsonTarget = None) -> None:
     """Show what is installed, which backends work here, and why the others do not.
 
     Exit code 0 if this machine can generate; optional parts may be missing.
@@ -159,11 +162,9 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
     from stiv_deploy.runtime.command.doctor import examine
 
+    check_json(json)
     report = examine()
-    if as_json:
-        typer.echo(report.model_dump_json(indent=2))
-    else:
-        print_doctor(report, Console())
+    answer(json, lambda: report.model_dump_json(indent=2), lambda: print_doctor(report, Console()))
     if not report.healthy:
         raise typer.Exit(1)
 

@@ -353,6 +353,18 @@ def test_json_alone_prints_the_report(run: Run, bundle_path: Path, tmp_path: Pat
     assert report["timings"]["total"] > 0
 
 
+def test_json_of_inspect_and_doctor_alone_or_to_a_file(run: Run, bundle_path: Path, tmp_path: Path) -> None:
+    for command in (("inspect", bundle_path), ("doctor",)):
+        printed = run(*command, "--json")
+        assert printed[0] == 0
+        assert json.loads(printed[1])
+        code, out, err = run(*command, "--json", tmp_path / "a.json")
+        assert (code, err) == (0, "")
+        assert set(json.loads((tmp_path / "a.json").read_text())) == set(json.loads(printed[1]))
+        assert not out.startswith("{")
+        assert run(*command, "--json", tmp_path / "none" / "a.json")[0] == 2
+
+
 def test_frame_rate_is_written(run: Run, bundle_path: Path, tmp_path: Path) -> None:
     command = ("generate", bundle_path, "--prompt", "digit", "--fps", 12.5, "--out", tmp_path / "a.mp4")
     assert run(*command)[0] == 0

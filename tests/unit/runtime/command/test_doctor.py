@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 
 from stiv_deploy.runtime.command import doctor
 from stiv_deploy.runtime.command.cli import doctor as doctor_command
+from stiv_deploy.runtime.command.terminal import Command
 from stiv_deploy.runtime.plugins import library, tensorrt_plugins
 
 app = typer.Typer()
-app.command()(doctor_command)
+app.command(cls=Command)(doctor_command)
 run = CliRunner().invoke
 
 ALL = doctor.DEPENDENCIES

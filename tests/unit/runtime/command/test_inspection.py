@@ -14,10 +14,11 @@ from stiv_deploy.runtime.bundle.engine_files import graph_hash
 from stiv_deploy.runtime.bundle.manifest import EngineRecord, FileRecord, ParityRow, PluginForm, QuantizationRecord
 from stiv_deploy.runtime.command.cli import inspect as inspect_command
 from stiv_deploy.runtime.command.inspection import EngineReport, inspect_path, plan_rows, precision_text
+from stiv_deploy.runtime.command.terminal import Command
 from stiv_deploy.runtime.errors import BundleError, EngineError, RequestError
 
 app = typer.Typer()
-app.command()(inspect_command)
+app.command(cls=Command)(inspect_command)
 
 
 def show(path: Path, *options: str) -> str:
