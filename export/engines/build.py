@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stiv_deploy.export.engines.install import commit, staged
-from stiv_deploy.export.engines.job import BUILDER_REVISION, EngineJob
+from stiv_deploy.export.engines.job import BUILDER_REVISION, FLAGS_CLEARED, FLAGS_SET, EngineJob
 from stiv_deploy.export.engines.plan_cache import CachedPlan, PlanCache, plan_key
 from stiv_deploy.export.engines.plugin_graphs import BuildAttention, Packaging, choose_packaging
 from stiv_deploy.export.engines.processes import BuilderProcesses
@@ -194,6 +194,7 @@ class EngineBuild:
             sm=self.sm,
             optimization_level=job.optimization_level,
             revision=BUILDER_REVISION,
+            flags=[FLAGS_SET[job.backend], FLAGS_CLEARED],
             **extra,
         )
 

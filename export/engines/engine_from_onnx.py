@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stiv_deploy.export.engines.job import EngineJob, EngineResult, Profile
+from stiv_deploy.export.engines.job import FLAGS_CLEARED, FLAGS_SET, EngineJob, EngineResult, Profile
 from stiv_deploy.export.engines.plugin_graphs import prepare_plugins
 from stiv_deploy.runtime.errors import EngineError, one_line
 from stiv_deploy.runtime.files import replaced_file
@@ -122,8 +122,10 @@ def save_timing_cache(config: Any, path: Path) -> None:
 def configure(trt: Any, builder: Any, network: Any, job: EngineJob) -> Any:
     """The builder configuration of ``job``."""
     config = builder.create_builder_config()
-    # TF32 would round the inputs of fp32 products to 10 bits of mantissa; who wants speed takes a 16-bit bundle.
-    config.clear_flag(trt.BuilderFlag.TF32)
+    for name in FLAGS_SET[job.backend]:
+        config.set_flag(getattr(trt.BuilderFlag, name))
+    for name in FLAGS_CLEARED:
+        config.clear_flag(getattr(trt.BuilderFlag, name))
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layer names and types stay readable in the engine
     if job.optimization_level is not None:
         config.builder_optimization_level = job.optimization_level

@@ -9,7 +9,14 @@ from dataclasses import asdict, dataclass
 from stiv_deploy.runtime.tensorrt_library import Flavour
 
 BUILDER_REVISION = 1
-"""Part of every plan's key: raise it whenever ``engine_from_onnx`` would build a different engine from the same job."""
+"""Part of every plan's key: raise it whenever ``engine_from_onnx`` would build a different engine from the same job.
+
+Flags are in the key themselves.
+"""
+FLAGS_SET: dict[Flavour, tuple[str, ...]] = {"tensorrt": (), "tensorrt-rtx": ("REQUIRE_USER_ALLOCATION",)}
+"""``BuilderFlag`` names. RTX may allocate while it runs unless told not to, and cannot be captured then."""
+FLAGS_CLEARED = ("TF32",)
+"""TF32 would round the inputs of fp32 products to 10 bits of mantissa; who wants speed takes a 16-bit bundle."""
 
 Shape = tuple[int, ...]
 Profile = dict[str, tuple[Shape, Shape, Shape]]

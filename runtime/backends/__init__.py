@@ -18,9 +18,13 @@ log = logging.getLogger(__name__)
 
 
 class Entry(NamedTuple):
-    """A backend: ``reason(device)`` why it cannot run there or ``None``, and ``open(bundle, threads, device)``."""
+    """A backend: ``open(bundle, threads, device)``, and reasons for a device, ``None`` if there are none.
+
+    ``reason(device)``: why it cannot run there; ``graph_reason(device)``: why it captures no CUDA graphs there.
+    """
 
     reason: Callable[[int], str | None]
+    graph_reason: Callable[[int], str | None]
     open: Callable[[Bundle, int | None, int], Backend]
 
 
@@ -46,6 +50,12 @@ def _engine_reason(flavour: Flavour, device: int) -> str | None:
     return tensorrt.unavailable_reason(flavour, device)
 
 
+def _engine_graph_reason(flavour: Flavour, device: int) -> str | None:
+    from stiv_deploy.runtime.backends import tensorrt
+
+    return tensorrt.graph_reason(flavour, device)
+
+
 def _open_engines(flavour: Flavour, bundle: Bundle, _threads: int | None, device: int) -> Backend:
     from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend
 
@@ -53,11 +63,17 @@ def _open_engines(flavour: Flavour, bundle: Bundle, _threads: int | None, device
 
 
 def _onnxruntime(where: "Where") -> Entry:
-    return Entry(partial(_onnxruntime_reason, where), partial(_open_onnxruntime, where))
+    return Entry(
+        partial(_onnxruntime_reason, where),
+        lambda _: "it runs one call after another; only engines are captured",
+        partial(_open_onnxruntime, where),
+    )
 
 
 def _engines(flavour: Flavour) -> Entry:
-    return Entry(partial(_engine_reason, flavour), partial(_open_engines, flavour))
+    return Entry(
+        partial(_engine_reason, flavour), partial(_engine_graph_reason, flavour), partial(_open_engines, flavour)
+    )
 
 
 TABLE: dict[str, Entry] = {
@@ -74,6 +90,13 @@ PREFERENCE = (*FLAVOURS, "onnxruntime-cuda", "onnxruntime")
 def unavailable_reason(name: str, device: int = 0) -> str | None:
     """Why the backend ``name`` cannot run on ``device`` of this machine, in one line; ``None`` if it can."""
     return TABLE[name].reason(device)
+
+
+def graph_reason(name: str, device: int = 0) -> str | None:
+    """Why the backend ``name`` will not capture CUDA graphs on ``device``, in one line; ``None`` if it will."""
+    if unavailable_reason(name, device) is not None:
+        return "the backend does not work here"
+    return TABLE[name].graph_reason(device)
 
 
 def available(device: int = 0) -> dict[str, str | None]:
@@ -126,4 +149,13 @@ def open_backend(name: str | None, bundle: Bundle, threads: int | None = None, d
     return TABLE[name].open(bundle, threads, device)
 
 
-__all__ = ["AUTO", "BACKENDS", "Backend", "BundleError", "available", "open_backend", "unavailable_reason"]
+__all__ = [
+    "AUTO",
+    "BACKENDS",
+    "Backend",
+    "BundleError",
+    "available",
+    "graph_reason",
+    "open_backend",
+    "unavailable_reason",
+]

@@ -50,6 +50,9 @@ class Device:
     name: str
     sm: str
 
+    def __str__(self) -> str:
+        return f"{self.index}: {self.name} (SM {self.sm})"
+
 
 class Releases:
     """When finalizers may give back what CUDA lent: at once, or after the captures that are on.
@@ -266,6 +269,15 @@ class Graph:
     def __call__(self) -> None:
         """Queue one launch."""
         self._cuda.call("cudaGraphLaunch", self._executable, self._stream)
+
+
+def try_capture(cuda: Cuda) -> None:
+    """Capture one small copy and replay it; :class:`BackendError` says what CUDA has against graphs here."""
+    stream, target, source = cuda.stream(), cuda.allocate(1), cuda.allocate(1)
+    try:
+        stream.capture(partial(stream.copy, target.address, source.address, 1))()
+    finally:
+        stream.close()
 
 
 def _text(value: bytes | str) -> str:

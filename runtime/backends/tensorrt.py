@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from stiv_deploy.runtime.backends.base import ITEM_BYTES, Backend, Buffer, Call, from_bytes, run_in_order
-from stiv_deploy.runtime.backends.cuda import Cuda, Graph, Memory, Stream, load_cuda
+from stiv_deploy.runtime.backends.cuda import Cuda, Graph, Memory, Stream, load_cuda, try_capture
 from stiv_deploy.runtime.backends.engine_choice import (
     build_command,
     check_engine,
@@ -44,6 +44,21 @@ def unavailable_reason(flavour: Flavour, device: int = 0) -> str | None:
         Cuda(load_cuda(), device)
     except BackendError as error:
         return f"no usable NVIDIA GPU: {error}"
+    return None
+
+
+def graph_reason(flavour: Flavour, device: int = 0) -> str | None:
+    """Why engines of ``flavour`` will not run as CUDA graphs on GPU ``device``; ``None`` if CUDA captures a trial here.
+
+    What an engine says of itself is known when it is captured.
+    """
+    reason = unavailable_reason(flavour, device)
+    if reason is not None:
+        return reason
+    try:
+        try_capture(Cuda(load_cuda(), device))
+    except BackendError as error:
+        return str(error)
     return None
 
 
@@ -248,7 +263,12 @@ class TensorRTBackend(Backend):
         return context
 
     def _context_settings(self, engine: Any) -> Any:
-        """No own device memory; on RTX also one cache of run-time compiled kernels, which equal blocks share."""
+        """No own device memory; on RTX also one cache of run-time compiled kernels, which equal blocks share.
+
+        RTX compiles kernels for the very shapes, by default in the background and in use as soon as they are done:
+        then two runs would not be one computation, and a captured graph would keep the makeshift. Here the first run
+        of a binding waits for them.
+        """
         user_managed = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if not hasattr(self._trt, "IRuntimeCache"):
             return user_managed
@@ -257,6 +277,8 @@ class TensorRTBackend(Backend):
         if self._kernels is None:
             self._kernels = config.create_runtime_cache()
         config.set_runtime_cache(self._kernels)
+        eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.dynamic_shapes_kernel_specialization_strategy = eager
         return config
 
     def _twins(self, buffers: Mapping[str, Buffer]) -> dict[str, Twin]:

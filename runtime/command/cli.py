@@ -340,6 +340,7 @@ def print_doctor(report: "DoctorReport", console: "Console") -> None:
         f"stiv-deploy {report.stiv_deploy} on Python {report.python}, {report.platform}\n"
         f"CPU: {report.cpu}, {report.cores} cores; memory {memory}; {report.disk_free_gib} GiB free on disk here\n"
         f"GPU: {gpus}\nCUDA driver: {report.cuda_driver or f'none ({report.cuda_problem})'}\n"
+        f"Devices, as --device counts them: {'; '.join(report.devices) or 'none'}\n"
         f"mp4 (libx264): {'yes' if report.mp4 else f'no ({report.mp4_problem})'}\n",
         highlight=False,
         markup=False,
@@ -348,7 +349,7 @@ def print_doctor(report: "DoctorReport", console: "Console") -> None:
         (each.name, each.extra or "base", each.version or "-", each.problem or "ok") for each in report.packages
     )
     print_table(console, "Packages", ("package", "extra", "version", "state"), packages)
-    backends = ((each.name, "yes" if each.works else "no", each.reason) for each in report.backends)
-    print_table(console, "Backends", ("backend", "works", "reason"), backends)
+    backends = ((each.name, "yes" if each.works else "no", each.reason, each.cuda_graphs) for each in report.backends)
+    print_table(console, "Backends", ("backend", "works", "reason", "CUDA graphs"), backends)
     libraries = ((each.name, "yes" if each.works else "no", each.state) for each in report.libraries)
     print_table(console, "Libraries of 'make plugins' (optional)", ("library", "works", "state"), libraries)

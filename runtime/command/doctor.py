@@ -64,11 +64,12 @@ class Package(BaseModel):
 
 
 class BackendState(BaseModel):
-    """One backend: whether it works here, and why not."""
+    """One backend: whether it works here and why not, and whether it will use CUDA graphs: yes, or no and why not."""
 
     name: str
     works: bool
     reason: str
+    cuda_graphs: str
 
 
 class LibraryState(BaseModel):
@@ -94,6 +95,7 @@ class Report(BaseModel):
     gpu_problem: str | None
     cuda_driver: str | None
     cuda_problem: str | None
+    devices: list[str]
     mp4: bool
     mp4_problem: str | None
     packages: list[Package]
@@ -168,6 +170,13 @@ def cuda_driver() -> str:
     return f"{call[1] // 1000}.{call[1] % 1000 // 10}"
 
 
+def cuda_devices() -> list[str]:
+    """Index, name and compute capability of each GPU that CUDA sees; the order may not be nvidia-smi's."""
+    from stiv_deploy.runtime.backends.cuda import Cuda, count_gpus
+
+    return [str(Cuda(index=index).device) for index in range(count_gpus() or 0)]
+
+
 def mp4_encoder() -> str:
     """Name of the H.264 encoder that PyAV brings; raises if it brings none."""
     import av
@@ -180,8 +189,22 @@ def backend_states() -> list[BackendState]:
     from stiv_deploy.runtime.backends import available
 
     return [
-        BackendState(name=name, works=reason is None, reason=reason or "ok") for name, reason in available().items()
+        BackendState(name=name, works=reason is None, reason=reason or "ok", cuda_graphs=cuda_graphs(name))
+        for name, reason in available().items()
     ]
+
+
+def cuda_graphs(name: str) -> str:
+    """Whether the backend ``name`` will use CUDA graphs: "yes", or "no: " and why not."""
+    from stiv_deploy.runtime.backends import graph_reason
+
+    reason = graph_reason(name)
+    return "yes" if reason is None else f"no: {reason}"
+
+
+def no_backends(reason: str) -> BackendState:
+    """The one row of a machine whose backends cannot even be asked."""
+    return BackendState(name="all", works=False, reason=reason, cuda_graphs="no")
 
 
 def kernel_library() -> str:
@@ -218,6 +241,7 @@ def examine() -> Report:
         reason_of(list_gpus) if shutil.which("nvidia-smi") else (None, "nvidia-smi not found: no NVIDIA driver here")
     )
     driver, cuda_problem = reason_of(cuda_driver)
+    devices, device_problem = reason_of(cuda_devices)
     encoder, mp4_problem = reason_of(mp4_encoder)
     backends, backend_problem = reason_of(backend_states)
     return Report(
@@ -232,11 +256,12 @@ def examine() -> Report:
         gpus=gpus or [],
         gpu_problem=gpu_problem,
         cuda_driver=driver,
-        cuda_problem=cuda_problem,
+        cuda_problem=cuda_problem or device_problem,
+        devices=devices or [],
         mp4=encoder is not None,
         mp4_problem=mp4_problem,
         packages=[check_package(dependency) for dependency in DEPENDENCIES],
-        backends=backends or [BackendState(name="all", works=False, reason=backend_problem or "none registered")],
+        backends=backends or [no_backends(backend_problem or "none registered")],
         libraries=[
             library_state("attention kernels", kernel_library),
             library_state("TensorRT plugins", tensorrt_plugin_library),

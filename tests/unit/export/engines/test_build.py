@@ -130,6 +130,16 @@ def test_what_decides_the_plan_is_in_its_key(folder: Path, builders: Builders, u
     assert len(builders.jobs) == 2
 
 
+@pytest.mark.parametrize(("table", "value"), [("FLAGS_SET", {"tensorrt-rtx": ("STRICT_NANS",)}), ("FLAGS_CLEARED", ())])
+def test_builder_flags_are_in_the_key(
+    folder: Path, builders: Builders, monkeypatch: pytest.MonkeyPatch, table: str, value: object
+) -> None:
+    build(folder, graphs=("head",))
+    monkeypatch.setattr(build_module, table, value)
+    build(folder, graphs=("head",))
+    assert len(builders.jobs) == 2
+
+
 def test_weights_and_library_version_are_in_the_key(
     folder: Path, builders: Builders, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,14 +84,17 @@ def test_layer_report_names_types_and_nodes(tmp_path: Path) -> None:
     assert "FP8 x FP8" in {layer.operands for layer in products}
 
 
-def test_float32_is_not_rounded_to_tf32(tmp_path: Path) -> None:
-    """A builder's default would leave fp32 products 10 bits of mantissa."""
+def test_flags_of_every_build(tmp_path: Path) -> None:
+    """A builder's defaults would leave fp32 products 10 bits of mantissa, and memory to the running engine."""
     trt, task = import_tensorrt("tensorrt-rtx"), job(save(tmp_path / "g.onnx", PRODUCT.format(type="float")), (8,))
     logger = make_logger(trt)
     builder = trt.Builder(logger)
     config = configure(trt, builder, parse(trt, builder, logger, Path(task.onnx)), task)
     assert not config.get_flag(trt.BuilderFlag.TF32)
-    assert builder.create_builder_config().get_flag(trt.BuilderFlag.TF32), "else clearing it means nothing"
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION), "else RTX cannot be captured in a CUDA graph"
+    default = builder.create_builder_config()
+    assert default.get_flag(trt.BuilderFlag.TF32), "else clearing it means nothing"
+    assert not default.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION), "else setting it means nothing"
 
 
 def test_one_engine_for_several_buckets(tmp_path: Path) -> None:

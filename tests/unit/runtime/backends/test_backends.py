@@ -43,7 +43,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
 
 def works(monkeypatch: pytest.MonkeyPatch, opens: Callable[..., Any]) -> None:
     """Lets every backend claim to work; ``opens(name, bundle, threads, device)`` takes the place of opening it."""
-    table = {name: backends.Entry(lambda _: None, partial(opens, name)) for name in BACKENDS}
+    table = {name: backends.Entry(lambda _: None, lambda _: None, partial(opens, name)) for name in BACKENDS}
     monkeypatch.setattr(backends, "TABLE", table)
 
 
@@ -143,6 +143,15 @@ def test_gpu_of_onnxruntime_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("stiv_deploy.runtime.backends.onnxruntime.count_gpus", lambda: 2)
     assert backends.unavailable_reason("onnxruntime-cuda", 2) == "there is no GPU 2; CUDA sees 2, counted from 0"
     assert "CUDA cannot be used" in str(backends.unavailable_reason("onnxruntime-cuda", 1))
+
+
+def test_cuda_graphs_are_the_engines_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert backends.graph_reason("onnxruntime") == "it runs one call after another; only engines are captured"
+    monkeypatch.setattr("stiv_deploy.runtime.backends.tensorrt.missing_library", lambda _: "nothing here")
+    assert backends.graph_reason("tensorrt-rtx") == "the backend does not work here"
+    monkeypatch.setattr("stiv_deploy.runtime.backends.tensorrt.unavailable_reason", lambda *_: None)
+    monkeypatch.setattr("stiv_deploy.runtime.backends.tensorrt.graph_reason", lambda *given: f"not {given}")
+    assert backends.graph_reason("tensorrt-rtx", 1) == "not ('tensorrt-rtx', 1)"
 
 
 def test_cuda_without_its_provider_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -14,6 +15,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from typer.testing import CliRunner
 
+from stiv_deploy.runtime.backends import cuda
+from stiv_deploy.runtime.backends.cuda import Device
 from stiv_deploy.runtime.command import doctor
 from stiv_deploy.runtime.command.cli import doctor as doctor_command
 from stiv_deploy.runtime.command.terminal import Command
@@ -85,9 +88,12 @@ def test_no_working_backend_is_sick(monkeypatch: pytest.MonkeyPatch) -> None:
     from stiv_deploy.runtime import backends
 
     monkeypatch.setattr(backends, "available", lambda: {"onnxruntime": "broken here"})
+    monkeypatch.setattr(backends, "graph_reason", lambda _: "it cannot")
     result = run(app, ["--json"])
     assert result.exit_code == 1
-    assert json.loads(result.stdout)["backends"] == [{"name": "onnxruntime", "works": False, "reason": "broken here"}]
+    assert json.loads(result.stdout)["backends"] == [
+        {"name": "onnxruntime", "works": False, "reason": "broken here", "cuda_graphs": "no: it cannot"}
+    ]
 
 
 def test_installed_but_broken_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +109,29 @@ def test_gpu_listing(fake_nvidia_smi: Callable[[str], None]) -> None:
     report = doctor.examine()
     assert report.gpus == ["NVIDIA L4, 23034 MiB, 8.9, 580.1"]
     assert report.gpu_problem is None
+
+
+def test_devices_are_listed_as_cuda_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["NVIDIA L40S", "NVIDIA T4"]
+
+    def describe(index: int) -> SimpleNamespace:
+        return SimpleNamespace(device=Device(index, names[index], "89"))
+
+    monkeypatch.setattr(cuda, "count_gpus", lambda: 2)
+    monkeypatch.setattr(cuda, "Cuda", describe)
+    assert doctor.examine().devices == ["0: NVIDIA L40S (SM 89)", "1: NVIDIA T4 (SM 89)"]
+    assert "--device counts them: 0: NVIDIA L40S (SM 89); 1: NVIDIA T4 (SM 89)" in run(app, []).stdout
+
+
+def test_cuda_graphs_are_used_or_not_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stiv_deploy.runtime import backends
+
+    reasons = {"tensorrt": None, "tensorrt-rtx": "cudaGraphInstantiate failed"}
+    monkeypatch.setattr(backends, "available", lambda: dict.fromkeys(reasons))
+    monkeypatch.setattr(backends, "graph_reason", reasons.get)
+    states = {state.name: state.cuda_graphs for state in doctor.backend_states()}
+    assert states == {"tensorrt": "yes", "tensorrt-rtx": "no: cudaGraphInstantiate failed"}
+    assert "no: cudaGraphInstantiate failed" in run(app, [], env={"COLUMNS": "200"}).stdout
 
 
 def test_driver_that_does_not_answer(fake_nvidia_smi: Callable[[str], None]) -> None:

@@ -1,5 +1,6 @@
 """What the TensorRT backend checks before it runs anything, and what it says."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 
 from stiv_deploy.runtime.backends import tensorrt as backend_module
 from stiv_deploy.runtime.backends.engine_choice import build_command
-from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend, unavailable_reason
+from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend, graph_reason, unavailable_reason
 from stiv_deploy.runtime.bundle.bundle import Bundle, write_manifest
 from stiv_deploy.runtime.errors import BackendError, BundleError, EngineError
 
@@ -103,6 +104,25 @@ def test_unavailable_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend_module, "load_cuda", lambda: no_driver)
     wanted = "no usable NVIDIA GPU: cudaGetDeviceCount failed: cudaErrorInsufficientDriver (driver too old)"
     assert unavailable_reason("tensorrt-rtx") == wanted
+
+
+@pytest.mark.parametrize("refuse", [False, True])
+def test_cuda_graphs_are_tried(monkeypatch: pytest.MonkeyPatch, stand_ins: SimpleNamespace, refuse: bool) -> None:
+    """A trial tells, and leaves nothing behind."""
+    cudart = stand_ins.cudart()
+    cudart.refuse_graphs = refuse
+    monkeypatch.setattr(backend_module, "missing_library", lambda flavour: None)
+    monkeypatch.setattr(backend_module, "load_cuda", lambda: cudart)
+    wanted = "cudaGraphInstantiate failed: cudaErrorNotSupported (operation not supported)" if refuse else None
+    assert graph_reason("tensorrt") == wanted
+    assert not cudart.streams
+    gc.collect()
+    assert not cudart.memory
+
+
+def test_no_cuda_graphs_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_module, "missing_library", lambda flavour: "TensorRT is not installed")
+    assert graph_reason("tensorrt") == "TensorRT is not installed"
 
 
 def test_available_with_everything(monkeypatch: pytest.MonkeyPatch, stand_ins: SimpleNamespace) -> None:

@@ -186,7 +186,7 @@ def test_without_the_library_the_best_backend_is_another(
 ) -> None:
     library.path.unlink()
     for name in BACKENDS:
-        entry = Entry(lambda _: None, partial(opener, stand_ins, plugin_folder, name))
+        entry = Entry(lambda _: None, lambda _: None, partial(opener, stand_ins, plugin_folder, name))
         monkeypatch.setitem(TABLE, name, entry)
     caplog.set_level("INFO")
     with open_backend(None, Bundle.open(plugin_folder)) as backend:

@@ -118,9 +118,12 @@ def test_rtx_contexts_share_one_cache_of_compiled_kernels(
     own_bundle: Path, monkeypatch: pytest.MonkeyPatch, stand_ins: SimpleNamespace
 ) -> None:
     monkeypatch.setattr(stand_ins.trt, "IRuntimeCache", object, raising=False)
+    strategies = SimpleNamespace(EAGER="wait for the kernels of the shapes")
+    monkeypatch.setattr(stand_ins.trt, "DynamicShapesKernelSpecializationStrategy", strategies, raising=False)
     backend, trt = stand_ins.open(stand_ins.add_engines(own_bundle, backend="tensorrt-rtx"), flavour="tensorrt-rtx")
     kept = [bind_decoder(backend, decoder_arrays()) for _ in range(2)]
     assert [(how.strategy, how.cache) for how in trt.context_settings] == [("user managed", "kernels")] * 2
+    assert {how.dynamic_shapes_kernel_specialization_strategy for how in trt.context_settings} == {strategies.EAGER}
     assert trt.caches == 1
     assert len(kept) == 2
 
