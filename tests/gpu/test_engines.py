@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,24 @@ def test_cuda_graph_replay_equals_the_call(backend: TensorRTBackend, built: Bund
     backend.write(outputs["velocity"], np.zeros_like(expected))
     replay()
     np.testing.assert_array_equal(backend.read(outputs["velocity"]), expected)
+
+
+def test_one_cuda_graph_of_all_engines(backend: TensorRTBackend, built: Bundle, bind: Bind) -> None:
+    """And of a device copy, while memory dies that may only be freed when the graph is done."""
+    bound = [bind(backend, built, graph, "typical") for graph in built.manifest.graphs]
+    calls = [call for call, _, _ in bound]
+    for call in calls:
+        call()
+    outputs = [buffer for _, _, buffers in bound for buffer in buffers.values()]
+    expected = [backend.read(buffer) for buffer in outputs]
+    twin = backend.empty(outputs[0].shape, outputs[0].dtype)
+    doomed = [backend.empty((1 << 20,), "float32")]
+    replay = backend.capture([*calls, partial(backend.copy, twin, outputs[0]), doomed.clear])
+    for buffer, values in zip(outputs, expected, strict=True):
+        backend.write(buffer, np.zeros_like(values))
+    replay()
+    for buffer, values in zip((*outputs, twin), (*expected, expected[0]), strict=True):
+        np.testing.assert_array_equal(backend.read(buffer), values)
 
 
 def test_arena_is_shared(backend: TensorRTBackend, built: Bundle, bind: Bind) -> None:
