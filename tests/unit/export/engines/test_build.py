@@ -93,9 +93,9 @@ def test_profiles_are_the_corners_of_the_buckets(folder: Path, builders: Builder
     build(folder, graphs=("step",))
     (job,) = builders.jobs
     short, long = job.profiles
-    assert short["velocity"] == ((1, 1, 1, 4, 2, 2), (2, 1, 2, 4, 4, 4), (3, 2, 4, 4, 6, 6))
-    assert long["velocity"][2] == (3, 2, 9, 4, 6, 6)
-    assert short["dt"] == ((1,), (1,), (1,))
+    assert short["velocity"] == ((1, 1, 4, 2, 2), (2, 2, 4, 4, 4), (6, 4, 4, 6, 6))
+    assert long["velocity"][2] == (6, 9, 4, 6, 6)
+    assert short["dt"] == ((1,), (1,), (2,))
     assert EngineJob.from_json(job.to_json()) == job
 
 
