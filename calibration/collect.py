@@ -26,9 +26,9 @@ from stiv_deploy.stiv_ref.generation import sampling_inputs, settings_of
 from stiv_deploy.stiv_ref.guidance import GuidanceMode
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, sample
+from stiv_deploy.stiv_ref.tasks import TASKS, TaskName
 
 STATE = "stiv-calibration-state"
-Task = Literal["t2v", "ti2v"]
 Calibrator = Literal["max", "percentile"]
 Statistics = dict[str, Statistic]
 """Statistics by ``<layer>.<operand>``."""
@@ -57,7 +57,7 @@ class Material:
 class Unit:
     """One batch of a run: positions of its samples, which are also their seeds above the run's seed."""
 
-    task: Task
+    task: TaskName
     guidance: GuidanceMode
     samples: range
 
@@ -81,7 +81,7 @@ def unit_inputs(checkpoint: Checkpoint, material: Material, unit: Unit, seed: in
     """Inputs of ``unit``: prompts and images in turn, every sample with a seed of its own."""
     prompts = [material.prompts[index % len(material.prompts)] for index in unit.samples]
     images = None
-    if unit.task == "ti2v":
+    if TASKS[unit.task].conditioned:
         assert material.images is not None
         images = material.images[[index % len(material.images) for index in unit.samples]]
     return sampling_inputs(checkpoint, prompts, [seed + index for index in unit.samples], images)

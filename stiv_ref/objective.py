@@ -6,7 +6,6 @@ drawn whatever the number of processes, the size of the micro-batches, or the st
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,18 +16,19 @@ from stiv_deploy.stiv_ref.conditioning import draw_dropout, draw_frame_mask, rep
 from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.flow import flow_loss, interpolate, sample_timesteps, velocity_target
 from stiv_deploy.stiv_ref.model import Stiv
+from stiv_deploy.stiv_ref.tasks import TASKS, Task, TaskName
 from stiv_deploy.stiv_ref.text import TextStates
 
 
 class Objective(FrozenConfig):
     """How a stage draws its training samples.
 
-    ``image_dropout`` is the share of clips without a given frame; ``joint_dropout`` the share of those that lose their
-    text too. ``mask_ratio`` of the spatial tokens skip the main blocks (MaskDiT, arXiv 2306.09305); their loss counts
-    ``masked_loss_weight`` times.
+    ``image_dropout`` is the share of clips without their given frames; ``joint_dropout`` the share of those that lose
+    their text too. ``mask_ratio`` of the spatial tokens skip the main blocks (MaskDiT, arXiv 2306.09305); their loss
+    counts ``masked_loss_weight`` times.
     """
 
-    task: Literal["t2i", "t2v", "ti2v"]
+    task: TaskName
     text_dropout: float = Field(default=0.1, ge=0, le=1)
     image_dropout: float = Field(default=0.1, ge=0, le=1)
     joint_dropout: float = Field(default=0.5, ge=0, le=1)
@@ -36,6 +36,11 @@ class Objective(FrozenConfig):
     time_shift: float = Field(default=1.0, gt=0)
     mask_ratio: float = Field(default=0.0, ge=0, lt=1)
     masked_loss_weight: float = Field(default=0.1, ge=0, le=1)
+
+    @property
+    def kind(self) -> Task:
+        """The task by its name."""
+        return TASKS[self.task]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +84,8 @@ def draw(
     objective: Objective, latents_shape: Sequence[int], tokens: int, generators: Sequence[torch.Generator]
 ) -> Draws:
     """Make the choices for latents ``latents_shape`` (T, C, h, w) with ``tokens`` a frame, one sample per generator."""
-    image_dropout = objective.image_dropout if objective.task == "ti2v" else 1.0
-    joint = objective.joint_dropout if objective.task == "ti2v" else objective.text_dropout
+    image_dropout = objective.image_dropout if objective.kind.conditioned else 1.0
+    joint = objective.joint_dropout if objective.kind.conditioned else objective.text_dropout
     timesteps, noises, texts, images, keeps = [], [], [], [], []
     for generator in generators:
         drop_text, drop_image = draw_dropout(
@@ -98,7 +103,7 @@ def draw(
     return Draws(
         timestep=torch.cat(timesteps),
         noise=torch.stack(noises),
-        given=draw_frame_mask(len(generators), latents_shape[0], torch.cat(images)),
+        given=draw_frame_mask(objective.kind.given, latents_shape[0], torch.cat(images)),
         drop_text=torch.cat(texts),
         keep=torch.stack(keeps) if keeps else None,
     )

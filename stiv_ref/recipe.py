@@ -121,7 +121,7 @@ class Logging(FrozenConfig):
 
 
 class Stage(Objective):
-    """One stage of the progressive recipe: T2I, then T2V, then TI2V, from low to high resolution, short to long.
+    """One stage of the progressive recipe: T2I, T2V, then given frames; from low to high resolution, short to long.
 
     ``resolution`` is (height, width) in pixels; ``buckets`` are several, of which every batch has one.
     ``spatial_from`` and ``temporal_from`` name earlier stages, or STIV checkpoint folders (a path with a slash):
@@ -149,16 +149,16 @@ class Stage(Objective):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.task == "t2i" and self.frames != 1:
-            raise ValueError(f"task t2i trains on one frame, not {self.frames}")
-        if self.task != "t2i" and self.frames < 2:
-            raise ValueError(f"task {self.task} needs at least 2 frames, got {self.frames}")
-        if self.task == "ti2v" and self.joint_dropout * self.image_dropout > self.text_dropout:
+        if not self.kind.video and self.frames != 1:
+            raise ValueError(f"task {self.task} trains on one frame, not {self.frames}")
+        if self.frames < self.kind.least_frames:
+            raise ValueError(f"task {self.task} needs at least {self.kind.least_frames} frames, got {self.frames}")
+        if self.kind.conditioned and self.joint_dropout * self.image_dropout > self.text_dropout:
             raise ValueError("joint_dropout * image_dropout must not exceed text_dropout")
         if self.resolution is not None and self.buckets:
             raise ValueError("give resolution or buckets, not both")
-        if self.temporal_from and self.task == "t2i":
-            raise ValueError("temporal_from has no meaning for t2i, which has no temporal attention")
+        if self.temporal_from and not self.kind.video:
+            raise ValueError(f"temporal_from has no meaning for {self.task}, which has no temporal attention")
         if self.temporal_from and self.spatial_from == SCRATCH:
             raise ValueError('spatial_from = "scratch" starts all weights anew; take out temporal_from')
         return self
@@ -230,10 +230,11 @@ class Recipe(FrozenConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        ranks = [("t2i", "t2v", "ti2v").index(stage.task) for stage in self.stages]
+        ranks = [stage.kind.video + stage.kind.conditioned for stage in self.stages]
         names = [stage.name for stage in self.stages]
         if ranks != sorted(ranks):
-            raise ValueError(f"stages must go t2i, t2v, ti2v, got {', '.join(stage.task for stage in self.stages)}")
+            got = ", ".join(stage.task for stage in self.stages)
+            raise ValueError(f"stages must go t2i, t2v, then ti2v, predict and interpolate, got {got}")
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"stage names must differ, {min(twice)!r} stands twice")
         for number, stage in enumerate(self.stages):
@@ -254,7 +255,7 @@ class Recipe(FrozenConfig):
                 raise ValueError(
                     f"stage {stage.name}: {key} is {name!r}; {there}. A checkpoint folder has a slash in it"
                 )
-            if key == "temporal_from" and earlier[name].task == "t2i":
+            if key == "temporal_from" and not earlier[name].kind.video:
                 raise ValueError(
                     f"stage {stage.name}: temporal_from {name!r} is an image stage, without temporal weights"
                 )
@@ -313,12 +314,12 @@ class Recipe(FrozenConfig):
 
     def patch_of(self, stage: Stage) -> tuple[int, int]:
         """The patch (pt, ps) of ``stage``: 1 frame for images, ``patch_frames`` if given, else the model's."""
-        frames = 1 if stage.task == "t2i" else stage.patch_frames or self.model.patch[0]
+        frames = stage.patch_frames or self.model.patch[0] if stage.kind.video else 1
         return frames, self.model.patch[1]
 
     def model_of(self, stage: Stage) -> StivConfig:
         """The architecture of ``stage``: image models have no temporal attention and a patch of one frame."""
-        return self.model.model_copy(update={"temporal": stage.task != "t2i", "patch": self.patch_of(stage)})
+        return self.model.model_copy(update={"temporal": stage.kind.video, "patch": self.patch_of(stage)})
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -98,7 +98,7 @@ class Phase:
     @property
     def step_cost(self) -> float:
         """Compute of one step in video-token updates; an image token counts :data:`IMAGE_COST`."""
-        weight = IMAGE_COST if self.objective.task == "t2i" else 1.0
+        weight = 1.0 if self.objective.kind.video else IMAGE_COST
         return weight * self.batch * self.frames * self.tokens
 
     @property

@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 
 from stiv_deploy.runtime.bundle.contract import ModelFacts
 from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.pipeline.tasks import task_of
 
 
 class Fit(StrEnum):
@@ -54,18 +55,18 @@ def _padded(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(frame)
 
 
-def check_given_frames(images: Collection[int], model: ModelFacts) -> None:
-    """Raise :class:`RequestError` if the VAE cannot code the video frames ``images`` without those between them.
+def check_given_frames(images: Collection[int], frames: int, model: ModelFacts) -> None:
+    """Raise :class:`RequestError` if the VAE cannot code ``images`` of ``frames`` frames without those between them.
 
     A causal VAE codes a frame from those before it: the first alone, or the first few that fill latent frames.
     """
     if not model.causal_vae or not images:
         return
-    factor, given = model.temporal_factor, sorted(images)
-    if given != list(range(len(given))) or (len(given) - 1) % factor:
+    factor = model.temporal_factor
+    if not task_of(images, frames).leading or (len(images) - 1) % factor:
         raise RequestError(
-            f"images are given for frames {', '.join(map(str, given))}; this bundle's VAE codes each frame from those "
-            f"before it: give frame 0 alone, or the first {1 + factor}, {1 + 2 * factor}, ... frames"
+            f"images are given for frames {', '.join(map(str, sorted(images)))}; this bundle's VAE codes each frame "
+            f"from those before it: give frame 0 alone, or the first {1 + factor}, {1 + 2 * factor}, ... frames"
         )
 
 

@@ -11,6 +11,7 @@ from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import ModelFacts
 from stiv_deploy.runtime.bundle.manifest import SamplingDefaults
 from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.pipeline.given import Latents
 from stiv_deploy.runtime.pipeline.images import check_given_frames, fitted_image
 from stiv_deploy.runtime.pipeline.request import GenerationRequest, new_seed
 from stiv_deploy.runtime.pipeline.tiling import check_tile
@@ -176,7 +177,7 @@ def _planned(requests: Sequence[GenerationRequest], size: VideoSize, model: Mode
         read, given = known[key]
         settings, micro = _settings(request), _micro(request)
         for index in range(request.count):
-            own = request.changed(frames=read.frames, seed=(request.seed or 0) + index, count=1)
+            own = request.changed(frames=read.frames, latents=read.latents, seed=(request.seed or 0) + index, count=1)
             yield PlannedVideo(request=own, origin=origin, settings=settings, given=given, micro=micro)
 
 
@@ -199,24 +200,25 @@ def _micro(request: GenerationRequest) -> np.ndarray:
 
 
 def _given(request: GenerationRequest, size: VideoSize, model: ModelFacts) -> tuple[GenerationRequest, Given]:
-    """``request`` with its pictures' SHA-256, and what it is given, read and fitted."""
+    """``request`` with frames counted from 0 and its pictures' SHA-256, and what it is given, read and fitted."""
     pictures = dict(zip(frame_indices(request.frames, size.frames, "image"), request.frames.values(), strict=True))
-    check_given_frames(pictures, model)
+    check_given_frames(pictures, size.frames, model)
     loaded = {index: picture.load() for index, picture in pictures.items()}
     images = {
         index: fitted_image(pixels, size.height, size.width, request.fit, str(picture))
         for index, (picture, pixels) in loaded.items()
     }
-    read = request.changed(frames={index: picture for index, (picture, _) in loaded.items()})
-    return read, Given(images=images, latents=_given_latents(request, size, model))
+    latents = _given_latents(request, size, model)
+    read = request.changed(frames={index: picture for index, (picture, _) in loaded.items()}, latents=latents)
+    return read, Given(images=images, latents={index: each.array for index, each in latents.items()})
 
 
-def _given_latents(request: GenerationRequest, size: VideoSize, model: ModelFacts) -> dict[int, np.ndarray]:
+def _given_latents(request: GenerationRequest, size: VideoSize, model: ModelFacts) -> dict[int, Latents]:
     frames = model.latent_frames(size.frames)
     wanted = (model.latent_channels, size.height // model.spatial_factor, size.width // model.spatial_factor)
-    indices = frame_indices(request.latents, frames, "latents")
-    given = {index: each.array for index, each in zip(indices, request.latents.values(), strict=True)}
-    for index, array in given.items():
-        if array.shape != wanted:
-            raise RequestError(f"the latents of frame {index} are {list(array.shape)}; {size} wants {list(wanted)}")
+    given = dict(zip(frame_indices(request.latents, frames, "latents"), request.latents.values(), strict=True))
+    for index, each in given.items():
+        if each.array.shape != wanted:
+            shape = list(each.array.shape)
+            raise RequestError(f"the latents of frame {index} are {shape}; {size} wants {list(wanted)}")
     return given

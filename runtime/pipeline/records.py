@@ -10,6 +10,7 @@ from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.pipeline.given import PictureData, PictureFile
 from stiv_deploy.runtime.pipeline.media import is_clip, read_comment
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
+from stiv_deploy.runtime.pipeline.tasks import task_of
 
 EMBEDDED_LIMIT = 2**24
 """Most characters of a record in a clip; readers of PNG refuse a file with much more text."""
@@ -27,9 +28,14 @@ class GenerationRecord:
     request: GenerationRequest
     omitted: tuple[str, ...] = ()
 
+    @property
+    def task(self) -> str:
+        """What it is called to be given just these frames, see :data:`~stiv_deploy.runtime.pipeline.tasks.TASKS`."""
+        return task_of(self.request.frames or self.request.latents, self.request.num_frames or 0).name
+
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
-        values = {"bundle": self.bundle, "backend": self.backend, "request": self.request.to_json()}
+        values = {"bundle": self.bundle, "backend": self.backend, "task": self.task, "request": self.request.to_json()}
         return values | ({"omitted": list(self.omitted)} if self.omitted else {})
 
     def embedded(self) -> str:
@@ -38,15 +44,15 @@ class GenerationRecord:
         If it takes more than ``EMBEDDED_LIMIT``, given pictures and latents are left out; a report has them.
         """
         frames = {index: _without_folder(picture) for index, picture in self.request.frames.items()}
-        text = _compact(replace(self, request=self.request.changed(frames=frames)))
+        text = self._compact(request=self.request.changed(frames=frames))
         if len(text) <= EMBEDDED_LIMIT:
             return text
         omitted = tuple(name for name in ("frames", "latents") if getattr(self.request, name))
-        return _compact(replace(self, request=self.request.changed(frames={}, latents={}), omitted=omitted))
+        return self._compact(request=self.request.changed(frames={}, latents={}), omitted=omitted)
 
-
-def _compact(record: GenerationRecord) -> str:
-    return json.dumps(record.to_json(), separators=(",", ":"))
+    def _compact(self, **changes: Any) -> str:
+        values = replace(self, **changes).to_json() | {"task": self.task}  # which it stays without what is left out
+        return json.dumps(values, separators=(",", ":"))
 
 
 def _without_folder(picture: PictureFile | PictureData) -> PictureFile | PictureData:

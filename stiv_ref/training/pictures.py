@@ -1,6 +1,6 @@
 """Contact sheets while a model trains, and one picture of all of them over time.
 
-Sheets of a stage show the same prompts, noise and first frames, drawn with the averaged weights, so that they compare.
+Sheets of a stage show the same prompts, noise and given frames, drawn with the averaged weights, so that they compare.
 Drawing leaves the training as it was: its weights, its random numbers, its modes.
 """
 
@@ -55,12 +55,13 @@ class LatentCoder(Protocol):
 class Subjects:
     """What all sheets of a stage show: ``prompts`` N; ``shape`` (T, C, h, w) of their latents; ``micro`` fp32 [N, 6].
 
-    ``first`` fp32 [N, 1, C, h, w] are the given first frames of image-to-video, or ``None``.
+    ``clean`` fp32 [N, len(given), C, h, w] are the latent frames ``given``, if any are.
     """
 
     prompts: list[str]
     shape: tuple[int, ...]
-    first: Tensor | None
+    given: list[int]
+    clean: Tensor
     micro: Tensor
 
     def __len__(self) -> int:
@@ -74,7 +75,7 @@ def wanted(logging: Logging) -> int:
 
 @torch.no_grad()
 def choose(stage: Stage, logging: Logging, batch: Batch, vae: LatentCoder) -> Subjects:
-    """The subjects of ``stage``: the recipe's prompts, or the batch's captions; its sizes and first frames.
+    """The subjects of ``stage``: the recipe's prompts, or the batch's captions; its sizes and given frames.
 
     ``batch`` has :func:`wanted` samples of the stage's data; with fewer, the sheet has fewer.
     """
@@ -87,10 +88,12 @@ def choose(stage: Stage, logging: Logging, batch: Batch, vae: LatentCoder) -> Su
     height, width = (side * vae.config.spatial_factor for side in latents.shape[-2:])
     micro = batch.micro[:count].float().clone()
     micro[:, :4] = torch.tensor([height, width, 0, 0])  # a whole picture of this size; stride and frames stay
+    given = stage.kind.given_frames(latents.shape[1])
     return Subjects(
         prompts=list(logging.prompts or batch.captions)[:count],
         shape=tuple(latents.shape[1:]),
-        first=latents[:count, :1].float().clone() if stage.task == "ti2v" else None,
+        given=given,
+        clean=latents[:count, given].float(),
         micro=micro,
     )
 
@@ -144,8 +147,7 @@ def generate_clips(
             part = slice(start, min(start + at_once, len(subjects)))
             noise = seeded_noise(range(part.start, part.stop), subjects.shape).to(device)
             clean, given = torch.zeros_like(noise), torch.zeros(noise.shape[:2], dtype=torch.bool, device=device)
-            if subjects.first is not None:
-                clean[:, :1], given[:, 0] = subjects.first[part].to(device), True
+            clean[:, subjects.given], given[:, subjects.given] = subjects.clean[part].to(device), True
             text, null = encode(subjects.prompts[part]), encode([""] * len(noise))
             inputs = SamplingInputs(noise, clean, given, text, null, subjects.micro[part].to(device))
             clips.append(vae.decode(sample(model, inputs, settings)).float().cpu())
@@ -184,7 +186,7 @@ def draw_samples(
     out = run / FOLDER / f"{name}-{step:07d}.png"
     clips = generate_clips(model, encode, vae, subjects, settings_of(sampling), at_once or len(subjects))
     if write:
-        given = "image + " if subjects.first is not None else ""
+        given = ("", "image + ", "frames + ")[min(len(subjects.given), 2)]
         rows = [
             Row(video=_for_sheet(clip).numpy(), caption=given + prompt)
             for clip, prompt in zip(clips, subjects.prompts, strict=True)

@@ -50,7 +50,7 @@ def origins(recipe: Recipe, number: int, out: Path) -> tuple[Path | None, Path |
         return None, None
     before = recipe.stages[number - 2] if number > 1 else None
     spatial = stage.spatial_from or (before.name if before else "")
-    temporal = stage.temporal_from or (before.name if before and before.task != "t2i" and stage.task != "t2i" else "")
+    temporal = stage.temporal_from or (before.name if before and before.kind.video and stage.kind.video else "")
 
     def folder(name: str) -> Path | None:
         return Path(name) if "/" in name else out / STAGES / name if name else None

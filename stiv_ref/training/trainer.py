@@ -77,8 +77,14 @@ def check_vae(recipe: Recipe, vae: AnyVae) -> None:
         )
     for stage in recipe.stages:
         _check_sizes(f"stage {stage.name}:", recipe, vae, stage.frames, stage.sizes, recipe.patch_of(stage)[0])
+        latent_frames = vae.config.latent_frames(stage.frames)
+        if stage.kind.video and latent_frames < stage.kind.least_frames:
+            raise ConfigError(
+                f"stage {stage.name}: task {stage.task} needs at least {stage.kind.least_frames} latent frames, "
+                f"{stage.frames} frames are {latent_frames}"
+            )
     last, sampling = recipe.stages[-1], recipe.sampling
-    frames = 1 if last.task == "t2i" else sampling.frames
+    frames = sampling.frames if last.kind.video else 1
     _check_sizes("[sampling]", recipe, vae, frames, [(sampling.height, sampling.width)], recipe.patch_of(last)[0])
 
 

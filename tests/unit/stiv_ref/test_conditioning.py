@@ -37,9 +37,12 @@ def test_hidden_frames_lie_on_the_noising_path(mask: torch.Tensor) -> None:
     assert torch.equal(got[~mask], latents[~mask])
 
 
-def test_training_mask_gives_the_first_frame_unless_dropped() -> None:
-    mask = draw_frame_mask(2, 3, torch.tensor([False, True]))
-    assert mask.tolist() == [[True, False, False], [False, False, False]]
+@pytest.mark.parametrize(
+    ("given", "shown"), [(slice(0), [0, 0, 0]), (slice(1), [1, 0, 0]), (slice(0, None, 2), [1, 0, 1])]
+)
+def test_training_mask_gives_its_frames_unless_dropped(given: slice, shown: list[int]) -> None:
+    mask = draw_frame_mask(given, 3, torch.tensor([False, True]))
+    assert mask.tolist() == [[bool(each) for each in shown], [False, False, False]]
 
 
 def within(share: float, wanted: float, count: int = N) -> bool:

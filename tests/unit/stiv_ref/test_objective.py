@@ -71,6 +71,13 @@ def test_image_to_video_is_given_the_first_frame_and_loses_images_and_texts_at_t
     assert (lost & draws.drop_text).float().mean().item() > 0.15 - four_sigma
 
 
+@pytest.mark.parametrize(("task", "shown"), [("predict", [1, 1, 1]), ("interpolate", [1, 0, 1])])
+def test_other_tasks_are_given_their_frames_together(task: str, shown: list[int]) -> None:
+    draws = draws_of(Objective(task=task, text_dropout=0.2, image_dropout=0.3), range(50))
+    patterns = {tuple(row) for row in draws.given.int().tolist()}
+    assert patterns == {(0, 0, 0), tuple(shown)}
+
+
 @given(tokens=st.integers(1, 64), ratio=st.floats(0, 0.99))
 def test_kept_tokens_are_distinct_sorted_and_as_many_as_asked(tokens: int, ratio: float) -> None:
     count = kept_tokens(tokens, ratio)

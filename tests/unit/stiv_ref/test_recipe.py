@@ -26,9 +26,23 @@ FAULTS = {
     "bad name": ('name = "short"', 'name = "a/b"', "name: String should match"),
     "wrong type": ("threads = 1", 'threads = "many"', "threads: Input should be a valid integer"),
     "no steps": ("steps = 5", "steps = 0", "steps: Input should be greater than 0 (got 0)"),
-    "unknown task": ('task = "t2i"', 'task = "v2v"', "stages.0.task: Input should be 't2i', 't2v' or 'ti2v'"),
+    "unknown task": (
+        'task = "t2i"',
+        'task = "v2v"',
+        "stages.0.task: Input should be 't2i', 't2v', 'ti2v', 'predict' or 'interpolate'",
+    ),
     "image with frames": ('task = "t2i"', 'task = "t2i"\nframes = 2', "task t2i trains on one frame, not 2"),
     "video of one frame": ('task = "t2i"', 'task = "t2v"', "task t2v needs at least 2 frames, got 1"),
+    "nothing to predict": (
+        'task = "ti2v"\nframes = 3',
+        'task = "predict"\nframes = 4',
+        "task predict needs at least 5 frames, got 4",
+    ),
+    "dropout of given frames": (
+        'task = "ti2v"',
+        'task = "interpolate"\nimage_dropout = 0.5',
+        "must not exceed text_dropout",
+    ),
     "too many frames": ('task = "ti2v"\nframes = 3', 'task = "ti2v"\nframes = 10', "there can be 1 to 9"),
     "dropout": ('task = "ti2v"', 'task = "ti2v"\nimage_dropout = 0.5', "must not exceed text_dropout"),
     "ema": ("threads = 1", "threads = 1\nema = 1.0", "ema: Input should be less than 1"),
@@ -65,7 +79,7 @@ def test_impossible_recipes_are_one_clear_line(recipe_file: Path, fault: str) ->
 def test_stage_order(recipe_file: Path) -> None:
     head, first, second = recipe_file.read_text().split("[[stages]]")
     recipe_file.write_text("[[stages]]".join((head, second, first)))
-    with pytest.raises(ConfigError, match="stages must go t2i, t2v, ti2v, got ti2v, t2i"):
+    with pytest.raises(ConfigError, match="stages must go t2i, t2v, then ti2v, predict and interpolate, got ti2v, t2i"):
         load_recipe(recipe_file)
 
 

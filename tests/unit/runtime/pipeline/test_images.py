@@ -100,7 +100,7 @@ def test_clip_of_a_temporal_vae_fills_groups_with_the_nearest_image(facts: Model
 @pytest.mark.parametrize(("count", "latent_frames"), [(1, [0]), (5, [0, 1]), (9, [0, 1, 2])])
 def test_clip_of_a_causal_vae_is_the_first_frames(causal: ModelFacts, count: int, latent_frames: list[int]) -> None:
     images = numbered(*reversed(range(count)))
-    check_given_frames(images, causal)
+    check_given_frames(images, 9, causal)
     groups, clip = clip_from_images(images, causal)
     assert groups == latent_frames
     np.testing.assert_allclose((clip[:, 0, 0, 0] + 1) * 127.5, range(count), atol=1e-4)
@@ -110,12 +110,12 @@ def test_clip_of_a_causal_vae_is_the_first_frames(causal: ModelFacts, count: int
 def test_a_causal_vae_cannot_code_a_frame_without_those_before_it(causal: ModelFacts, frames: tuple[int, ...]) -> None:
     wanted = r"given for frames {}; .*give frame 0 alone, or the first 5, 9, \.\.\. frames"
     with pytest.raises(RequestError, match=wanted.format(", ".join(map(str, frames)))):
-        check_given_frames(numbered(*frames), causal)
+        check_given_frames(numbered(*frames), 9, causal)
 
 
 def test_a_per_frame_vae_codes_any_frame(facts: ModelFacts) -> None:
-    check_given_frames(numbered(1, 3), facts)
-    check_given_frames({}, facts.model_copy(update={"temporal_factor": 4, "causal_vae": True}))
+    check_given_frames(numbered(1, 3), 9, facts)
+    check_given_frames({}, 9, facts.model_copy(update={"temporal_factor": 4, "causal_vae": True}))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -104,6 +104,7 @@ def test_too_much_to_embed_is_left_out_and_said(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(records, "EMBEDDED_LIMIT", len(record.embedded()) - 1)
     values = json.loads(record.embedded())
     assert values["omitted"] == ["frames"]
+    assert values["task"] == "ti2v"
     assert values["request"]["seed"] == 3
     (tmp_path / "a.json").write_text(record.embedded())
     with pytest.raises(RequestError, match="a.json: the frames of its request were too large for it; use the report"):

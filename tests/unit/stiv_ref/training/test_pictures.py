@@ -56,18 +56,20 @@ def batch(frames: int) -> Batch:
     return Batch(video=video, captions=["one", "two three", "four"], micro=micro, names=["x", "y", "z"])
 
 
-@pytest.mark.parametrize(("task", "frames"), [("t2i", 1), ("t2v", 4), ("ti2v", 4)])
-def test_subjects_are_of_the_data(task: str, frames: int, vae: Vae) -> None:
+@pytest.mark.parametrize(
+    ("task", "frames", "given"),
+    [("t2i", 1, []), ("t2v", 4, []), ("ti2v", 4, [0]), ("predict", 6, [0, 1, 2, 3]), ("interpolate", 4, [0, 2])],
+)
+def test_subjects_are_of_the_data(task: str, frames: int, given: list[int], vae: Vae) -> None:
     data = batch(frames)
     subjects = choose(stage(task, frames), Logging(sample_count=2), data, vae)
     assert subjects.prompts == ["one", "two three"]
     assert subjects.shape == (frames, 4, 2, 4)
     assert subjects.micro.tolist() == [[8, 16, 0, 0, 4, frames]] * 2  # whole pictures, the data's stride and frames
-    if task == "ti2v":
-        assert data.video is not None
-        torch.testing.assert_close(subjects.first, vae.encode(data.video[:2, :1]))
-    else:
-        assert subjects.first is None
+    assert subjects.given == given
+    assert data.video is not None
+    with torch.no_grad():
+        torch.testing.assert_close(subjects.clean, vae.encode(data.video[:2])[:, given])
 
 
 def test_prompts_of_the_recipe_and_latents_of_shards(vae: Vae) -> None:
@@ -77,17 +79,18 @@ def test_prompts_of_the_recipe_and_latents_of_shards(vae: Vae) -> None:
     assert pictures.wanted(logging) == 1
     subjects = choose(stage("ti2v", 3), logging, data, vae)
     assert subjects.prompts == ["my own"]
-    assert torch.equal(subjects.first, latents[:1, :1])
+    assert torch.equal(subjects.clean, latents[:1, :1])
 
 
-def test_given_frames_stay_and_a_sample_does_not_depend_on_its_neighbours(model: Stiv, vae: Vae) -> None:
-    subjects = choose(stage("ti2v", 4), Logging(sample_count=3), batch(4), vae)
+@pytest.mark.parametrize("task", ["ti2v", "interpolate"])
+def test_given_frames_stay_and_a_sample_does_not_depend_on_its_neighbours(model: Stiv, vae: Vae, task: str) -> None:
+    subjects = choose(stage(task, 4), Logging(sample_count=3), batch(4), vae)
     one_by_one, together = (
         generate_clips(model, encode, vae, subjects, SamplingSettings(steps=2), at_once) for at_once in (1, 3)
     )
     torch.testing.assert_close(one_by_one, together)
     with torch.no_grad():
-        torch.testing.assert_close(together[:, :1], vae.decode(subjects.first))
+        torch.testing.assert_close(together[:, subjects.given], vae.decode(subjects.clean))
     assert (together[:, 1] - together[:, 0]).abs().max() > 1e-3
 
 

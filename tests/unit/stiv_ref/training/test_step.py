@@ -217,6 +217,18 @@ def test_given_frames_enter_clean_and_do_not_count(started: Started) -> None:
     torch.testing.assert_close(losses, target.square().mean(dim=(1, 2, 3, 4)), rtol=1e-3, atol=0)
 
 
+def test_every_second_frame_enters_clean_and_does_not_count(started: Started) -> None:
+    """Only the frame between is left: its error is the whole loss."""
+    run = started(stage={"task": "interpolate", "image_dropout": 0.0, "joint_dropout": 0.0})
+    seen = spied(run)
+    losses = steps_losses(run)
+    [[batch]] = list(open_source(run.recipe, run.current, 1).batches(range(1), [range(6)]))
+    clean = latents_of(run, batch)
+    assert torch.equal(seen["latents"][:, ::2], clean[:, ::2])
+    target = (clean - seen["latents"])[:, 1] / (1 - seen["timestep"])[:, None, None, None]
+    torch.testing.assert_close(losses, target.square().mean(dim=(1, 2, 3)), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("task", ["t2i", "t2v"])
 def test_tasks_without_image_get_no_clean_frame(started: Started, task: str) -> None:
     run = started(stage={"task": task, "frames": 1 if task == "t2i" else 3, "image_dropout": 0.0})

@@ -4,6 +4,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from stiv_deploy.stiv_ref.recipe import FrozenText, FrozenVae, Recipe
 from stiv_deploy.stiv_ref.training import step as step_module
 from stiv_deploy.stiv_ref.training.parallel import Team
 from stiv_deploy.stiv_ref.training.state import read_position
-from stiv_deploy.stiv_ref.training.trainer import check, train
+from stiv_deploy.stiv_ref.training.trainer import check, check_vae, train
 from stiv_deploy.stiv_ref.training.vae_stage import frames_of
 
 BeforeStep = Callable[[tuple[int, int], Callable[[], None]], None]
@@ -200,6 +201,15 @@ def test_bad_origins_stop_before_training(recipe: Recipe, whole: Path, tmp_path:
     ):
         train(wide, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_task_that_is_given_all_latent_frames(recipe: Recipe) -> None:
+    """A VAE that codes four frames as one leaves fewer latent frames than the recipe has frames."""
+    first, last = recipe.stages
+    predict = last.model_copy(update={"task": "predict", "frames": 9, "name": "p"})
+    config = SimpleNamespace(latent_channels=4, spatial_factor=4, latent_frames=lambda frames: (frames - 1) // 4 + 1)
+    with pytest.raises(ConfigError, match="stage p: task predict needs at least 5 latent frames, 9 frames are 3$"):
+        check_vae(recipe.model_copy(update={"stages": (first, predict)}), SimpleNamespace(config=config))
 
 
 def test_components_that_do_not_fit_the_model(recipe: Recipe, whole: Path, tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+"""Tasks: every set of given frames has a name, and the reference's patterns have their own."""
+
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stiv_deploy.runtime.pipeline.tasks import TASKS, task_of
+from stiv_deploy.stiv_ref import tasks as reference
+
+
+@pytest.mark.parametrize(
+    ("shown", "frames", "name"),
+    [
+        ([], 1, "t2i"),
+        ([], 8, "t2v"),
+        ([0], 8, "ti2v"),
+        ([0], 1, "ti2v"),
+        ([1, 0], 8, "predict"),
+        ([0, 1, 2, 3], 8, "predict"),
+        ([0, 7], 8, "interpolate"),
+        ([4, 0, 2, 6], 8, "interpolate"),
+        ([0, 1, 7], 8, "interpolate"),
+        ([7], 8, "frames"),
+        ([2, 3], 8, "frames"),
+    ],
+)
+def test_task_of_given_frames(shown: list[int], frames: int, name: str) -> None:
+    assert task_of(shown, frames).name == name
+
+
+@given(frames=st.integers(1, 12), data=st.data())
+def test_leading_tasks_are_given_the_beginning_and_nothing_else(frames: int, data: st.DataObject) -> None:
+    shown = data.draw(st.sets(st.integers(0, frames - 1)))
+    assert task_of(shown, frames).leading == (shown == set(range(len(shown))))
+
+
+@pytest.mark.parametrize("name", get_args(reference.TaskName))
+def test_what_the_reference_trains_for_has_the_same_name(name: reference.TaskName) -> None:
+    task = reference.TASKS[name]
+    frames = 9 if task.video else 1
+    assert task_of(task.given_frames(frames), frames).name == name
+
+
+def test_names_differ_and_the_last_fits_everything() -> None:
+    assert len({task.name for task in TASKS}) == len(TASKS)
+    assert all(TASKS[-1].fits(shown, 4) for shown in ([], [0], [3], [0, 3]))
