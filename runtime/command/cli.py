@@ -48,14 +48,14 @@ def generate(
     ] = None,
     resize: Annotated[bool, typer.Option("--resize", help="The same as --fit stretch.")] = False,
     negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
-    count: Annotated[int | None, typer.Option(help="Videos of each prompt.", show_default="1")] = None,
+    count: Annotated[int | None, typer.Option(help="Videos of each prompt. Default: 1.")] = None,
     frames: Annotated[int | None, typer.Option(help="Number of frames.")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second of what is written.")] = None,
     stride: Annotated[
         int | None,
-        typer.Option(help="Sampling stride: source frames from one frame to the next.", show_default="1"),
+        typer.Option(help="Sampling stride: source frames from one frame to the next. Default: 1."),
     ] = None,
     original_height: Annotated[
         int | None, typer.Option(help="Height of the source that the video is to look like. Default: its own.")
@@ -94,8 +94,9 @@ def generate(
 ) -> None:
     """Generate video from text, or from text and pictures, with a bundle.
 
-    Sizes, steps and guidance default to what the bundle's checkpoint recommends ('stiv inspect BUNDLE'). What is
-    written carries its request: --request makes it again, bit by bit on the same backend.
+    Sizes, steps and guidance default to what the bundle's checkpoint recommends ('stiv inspect BUNDLE'). A clip
+    carries its request, and --request makes it again: on the same backend bit by bit if it was made alone, else but for
+    rounding. The report of --json makes all clips of a call again as they were made, together.
 
     stiv generate bundle --prompt "digit three moving left" --out three.mp4
     stiv generate bundle --request three.mp4 --out again.mp4

@@ -24,11 +24,13 @@ class StivOutput:
     """Result of a run of B videos.
 
     ``frames`` uint8 [B, F, H, W, 3], or lists of PIL images, or ``None`` for latents only; ``latents`` fp32
-    [B, T, C, h, w]. ``requests`` make each video again, alone, on a bundle with the hash ``bundle`` and ``backend``:
-    seed and all defaults are filled in. ``timings`` in seconds: ``load`` (graphs and buffers, only for a size that is
-    new), ``text``, ``encode``, ``denoise`` and ``decode``; ``total`` is all of them and the rest, ``graphs`` the part
-    of it that was spent inside graphs, ``replays`` the part of that in CUDA graphs: 0 where there are none, or the
-    backend refused to capture (then a warning has said why).
+    [B, T, C, h, w]. ``requests`` make the videos again on a bundle with the hash ``bundle`` and on ``backend``, bit by
+    bit in one plan, but for the rounding of another batch one alone: seed and all defaults are filled in.
+
+    ``timings`` in seconds: ``load`` (graphs and buffers, only for a size that is new), ``text``, ``encode``,
+    ``denoise`` and ``decode``; ``total`` is all of them and the rest, ``graphs`` the part of it that was spent inside
+    graphs, ``replays`` the part of that in CUDA graphs: 0 where there are none, or the backend refused to capture (then
+    a warning has said why).
     """
 
     frames: "np.ndarray | list[list[Image]] | None"
