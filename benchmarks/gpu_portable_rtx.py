@@ -17,8 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
-from stiv_deploy.export.engines.plan_cache import default_cache
+from stiv_deploy.export.engines.build import BuildRequest, build_engines
 from stiv_deploy.runtime.backends.base import Backend, Buffer
 from stiv_deploy.runtime.backends.cuda import Cuda
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -101,8 +100,7 @@ def portable_copy(source: Path, folder: Path) -> Bundle:
     if bundle.manifest.precision != "float32":
         raise StivError(f"{source} is in {bundle.manifest.precision}; this check wants a float32 bundle")
     write_manifest(folder, bundle.manifest.model_copy(update={"engines": ()}))
-    request = BuildRequest(backend="tensorrt-rtx", sm=PORTABLE, cache=default_cache())
-    EngineBuild(Bundle.open(folder), request).run(lambda engine: None)
+    build_engines(BuildRequest(bundle=folder, backend="tensorrt-rtx", sm=PORTABLE))
     return Bundle.open(folder)
 
 

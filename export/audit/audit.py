@@ -1,25 +1,30 @@
 """Builds each distinct graph of a bundle for the audit alone, per target and bucket; keeps the report, not the plan."""
 
+import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from stiv_deploy.export.audit.fusion_audit import AuditRow, Expectation, audit_graph, expectation
 from stiv_deploy.export.audit.layer_report import EngineLayer, read_report
-from stiv_deploy.export.engines.build import check_fp8, known_names, resolve_sm
+from stiv_deploy.export.engines.build import check_fp8, choose_graphs, default_jobs, resolve_sm
 from stiv_deploy.export.engines.job import EngineJob
 from stiv_deploy.export.engines.processes import BuilderProcesses
 from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.bundle.contract import is_block
+from stiv_deploy.runtime.bundle.contract import Format, Frozen, Precision, is_block
 from stiv_deploy.runtime.bundle.engine_files import profile, sm_folder
 from stiv_deploy.runtime.bundle.manifest import PORTABLE, Bucket, Manifest
 from stiv_deploy.runtime.errors import EngineError
+from stiv_deploy.runtime.progress import Progress, unheard
 from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour, import_tensorrt
 
 AUDITED = ("text_kv", "embed", "head", "step")
 """Graphs beside the blocks that run in the bundle's type and are audited by default, ``step`` for stray types."""
+DEFAULT_SMS = ("89", "120")
+LOGGED = "block_00"
+"""The graph that a build log is of, if nobody says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +41,46 @@ class AuditedEngine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuditReport:
-    """The checks and the engines that they were made on."""
+class AuditRequest:
+    """An audit of the bundle in the folder ``bundle``, of engines that ``backend`` builds for the GPUs ``sms``.
 
-    rows: tuple[AuditRow, ...]
+    ``graphs`` empty mean :func:`default_graphs`, ``blocks`` among them all blocks; ``jobs`` None means what suits the
+    machine and builder. With ``log``, a build log or a layer-information JSON, nothing is built: it is audited as that
+    of the one graph in ``graphs``, :data:`LOGGED` if empty. Raises :class:`EngineError` for less than one job.
+    """
+
+    bundle: Path
+    backend: Flavour = "tensorrt-rtx"
+    sms: tuple[str, ...] = DEFAULT_SMS
+    graphs: tuple[str, ...] = ()
+    log: Path | None = None
+    jobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.jobs is not None and self.jobs < 1:
+            raise EngineError(f"--jobs must be at least 1, got {self.jobs}")
+
+
+class AuditReport(Frozen):
+    """The checks of an audit and the engines that they were made on, and what bundle and builder these are of."""
+
+    model: str
+    precision: Precision
+    quantization: Format | None
+    builder: str
     engines: tuple[AuditedEngine, ...]
+    rows: tuple[AuditRow, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check did."""
+        return all(row.passed for row in self.rows)
+
+    def to_json(self) -> str:
+        """Everything, with ``passed``."""
+        values = self.model_dump(mode="json")
+        rows = values.pop("rows")
+        return json.dumps({**values, "passed": self.passed, "rows": rows}, indent=1)
 
 
 def distinct_graphs(manifest: Manifest, graphs: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -79,13 +119,14 @@ class Audit:
     target among ``sms``, :class:`EngineError` for an unknown graph.
     """
 
-    def __init__(self, bundle: Bundle, backend: Flavour, sms: Sequence[str], graphs: Sequence[str], jobs: int) -> None:
-        trt = import_tensorrt(backend)
+    def __init__(self, bundle: Bundle, request: AuditRequest) -> None:
+        trt = import_tensorrt(request.backend)
         manifest = bundle.manifest
-        self.bundle, self.backend, self.jobs = bundle, backend, jobs
-        self.title = f"{TITLES[backend]} {trt.__version__}"
-        chosen = known_names(graphs or default_graphs(manifest), list(manifest.graphs), "graph")
-        targets = [resolve_sm(trt, backend, sm) for sm in sms]
+        self.bundle, self.backend = bundle, request.backend
+        self.jobs = request.jobs or default_jobs(request.backend)
+        self.title = f"{TITLES[self.backend]} {trt.__version__}"
+        chosen = choose_graphs(manifest, request.graphs, default_graphs(manifest))
+        targets = [resolve_sm(trt, self.backend, sm) for sm in request.sms]
         for sm in targets:
             check_fp8(manifest, chosen, sm)
         kinds = distinct_graphs(manifest, chosen)
@@ -132,11 +173,8 @@ class Audit:
         )
         return audit_graph(layers, task.expected, task.target, task.bucket), engine
 
-    def run(self, report: Callable[[str, int, int], None]) -> AuditReport:
-        """Build and check everything; ``report`` hears what was done, how many are, and how many there are.
-
-        Raises :class:`EngineError` with the builder's own words if a graph cannot be built.
-        """
+    def run(self, progress: Progress) -> AuditReport:
+        """Build and check everything; :class:`EngineError` in the builder's own words if a graph cannot be built."""
         rows: list[AuditRow] = []
         engines: list[AuditedEngine] = []
         pool = ThreadPoolExecutor(self.jobs)
@@ -144,19 +182,46 @@ class Audit:
             for done, (checks, engine) in enumerate(pool.map(self._run, self.tasks), 1):
                 rows += checks
                 engines.append(engine)
-                report(f"{engine.graph} {engine.target}", done, len(self.tasks))
+                progress(f"{engine.graph} {engine.target}", done, len(self.tasks))
         except BaseException:
             self._builders.stop()
             raise
         finally:
             pool.shutdown(cancel_futures=True)
             self._folder.cleanup()
-        return AuditReport(rows=tuple(rows), engines=tuple(engines))
+        return _report(self.bundle, self.title, engines, rows)
 
 
 def kernel_count(layers: Sequence[EngineLayer]) -> int:
     """Layers that launch a kernel."""
     return sum(layer.is_kernel for layer in layers)
+
+
+def _report(bundle: Bundle, builder: str, engines: Sequence[AuditedEngine], rows: Sequence[AuditRow]) -> AuditReport:
+    manifest = bundle.manifest
+    return AuditReport(
+        model=manifest.model.name,
+        precision=manifest.precision,
+        quantization=manifest.quantization.format if manifest.quantization else None,
+        builder=builder,
+        engines=tuple(engines),
+        rows=tuple(rows),
+    )
+
+
+def audit_bundle(request: AuditRequest, progress: Progress = unheard) -> AuditReport:
+    """Check what ``request`` asks for; nothing is written.
+
+    Raises :class:`BundleError`, what :class:`Audit` and its run do, and :class:`ReportError` for what is no log.
+    """
+    bundle = Bundle.open(request.bundle)
+    if request.log is None:
+        return Audit(bundle, request).run(progress)
+    graphs = request.graphs or (LOGGED,)
+    if len(graphs) != 1 or graphs[0] not in bundle.manifest.graphs:
+        known = ", ".join(bundle.manifest.graphs)
+        raise EngineError(f"--log is of one graph, got --graphs {','.join(graphs)}; the bundle has {known}")
+    return audit_log(bundle, graphs[0], request.log)
 
 
 def audit_log(bundle: Bundle, graph: str, path: Path) -> AuditReport:
@@ -172,4 +237,4 @@ def audit_log(bundle: Bundle, graph: str, path: Path) -> AuditReport:
         build_seconds=0.0,
         plan_bytes=0,
     )
-    return AuditReport(rows=tuple(rows), engines=(engine,))
+    return _report(bundle, path.name, [engine], rows)

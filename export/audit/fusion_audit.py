@@ -4,9 +4,8 @@ Checks the builder's layer report of a graph against :file:`expected_fusions.jso
 planned types, each attention one fused kernel, no float32 product in 16-bit graphs, no more kernels than known.
 """
 
-import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Literal, NamedTuple
@@ -245,9 +244,3 @@ def failures(rows: Sequence[AuditRow]) -> list[str]:
         for row in rows
         if not row.passed
     ]
-
-
-def audit_json(facts: Mapping[str, object], rows: Sequence[AuditRow]) -> str:
-    """The audit as JSON: ``facts``, whether all passed, and every row."""
-    passed = all(row.passed for row in rows)
-    return json.dumps({**facts, "passed": passed, "rows": [row.model_dump() for row in rows]}, indent=1) + "\n"

@@ -56,9 +56,7 @@ def export_stage(run: DemoRun, checkpoint: Path) -> None:
 
 def build_stage(run: DemoRun, sm: str) -> None:
     """Bundle -> engines, where the builder is installed; otherwise the report says why there are none."""
-    from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
-    from stiv_deploy.export.engines.plan_cache import default_cache
-    from stiv_deploy.runtime.bundle.bundle import Bundle
+    from stiv_deploy.export.engines.build import BuildRequest, build_engines
     from stiv_deploy.runtime.tensorrt_library import missing_library
 
     reason = missing_library("tensorrt-rtx")
@@ -67,8 +65,7 @@ def build_stage(run: DemoRun, sm: str) -> None:
         run.console.print(f"[bold]TensorRT-RTX engines[/bold]: skipped, {reason}")
         return
     with run.stage(f"TensorRT-RTX engines for SM {sm}, ahead of time"):
-        request = BuildRequest(backend="tensorrt-rtx", sm=sm, cache=default_cache())
-        EngineBuild(Bundle.open(run.out / "bundle"), request).run(lambda _engine: None)
+        build_engines(BuildRequest(bundle=run.out / "bundle", backend="tensorrt-rtx", sm=sm))
 
 
 def parity_stage(run: DemoRun) -> None:

@@ -5,55 +5,79 @@ when every one is there. The manifest and the engine files are then replaced in 
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stiv_deploy.export.engines.install import commit, staged
 from stiv_deploy.export.engines.job import BUILDER_REVISION, FLAGS_CLEARED, FLAGS_SET, EngineJob
-from stiv_deploy.export.engines.plan_cache import CachedPlan, PlanCache, plan_key
+from stiv_deploy.export.engines.plan_cache import CachedPlan, PlanCache, default_cache, plan_key
 from stiv_deploy.export.engines.plugin_graphs import BuildAttention, Packaging, choose_packaging
 from stiv_deploy.export.engines.processes import BuilderProcesses
 from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.contract import Frozen, is_block
 from stiv_deploy.runtime.bundle.engine_files import graph_hash, profile, sm_folder
 from stiv_deploy.runtime.bundle.manifest import PORTABLE, Bucket, EngineRecord, FileRecord, Manifest
 from stiv_deploy.runtime.errors import BackendError, EngineError, OutputError
+from stiv_deploy.runtime.progress import Progress, unheard
 from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour, import_tensorrt, targets
 
 AUTO = "auto"
 FP8_SM = 89
 """The first compute capability whose tensor cores take FP8 (Ada; Hopper and Blackwell do too)."""
-Progress = Callable[["BuiltEngine"], None]
+BLOCKS = "blocks"
+"""Stands for all blocks among the names of graphs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildRequest:
-    """What to build. ``buckets`` and ``graphs`` empty mean all; ``jobs`` 0 means what suits the machine and builder.
+    """Engines of the bundle in the folder ``bundle``, to be built for the GPU ``sm``.
 
-    With ``attention`` "plugin" or "quick" graphs that have a form with plugin nodes are built from it, the others as
-    always; "plugin" takes the plugin library, "quick" the kernels that need no library where the engine runs.
+    ``buckets`` and ``graphs`` empty mean all, ``blocks`` among the graphs all blocks; ``jobs`` None means what suits
+    the machine and builder, ``cache`` is the folder of finished plans. With ``attention`` "plugin" or "quick" graphs
+    that have a form with plugin nodes are built from it, the others as always; "plugin" takes the plugin library,
+    "quick" the kernels that need no library where the engine runs. Raises :class:`EngineError` for less than one job.
     """
 
+    bundle: Path
     backend: Flavour
     sm: str
     buckets: tuple[str, ...] = ()
     graphs: tuple[str, ...] = ()
-    jobs: int = 0
-    cache: Path
+    jobs: int | None = None
+    cache: Path = field(default_factory=default_cache)
     rebuild: bool = False
     optimization_level: int | None = None
     attention: BuildAttention = "native"
 
+    def __post_init__(self) -> None:
+        if self.jobs is not None and self.jobs < 1:
+            raise EngineError(f"--jobs must be at least 1, got {self.jobs}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltEngine:
-    """One finished engine; ``cached`` if no builder ran for it (another build, or an equal graph, made it)."""
+    """One finished engine; ``cached`` if no builder ran for it (another build, or an equal graph, made it).
+
+    ``attention`` is the form of its graph that it was built from.
+    """
 
     graph: str
+    attention: BuildAttention
     plan: CachedPlan
     cached: bool
+
+
+class BuildReport(Frozen):
+    """The engines of a build in the order of the graphs, for which GPU, and by which library."""
+
+    bundle: Path
+    backend: Flavour
+    version: str
+    sm: str
+    engines: tuple[BuiltEngine, ...]
 
 
 def gpu_sm() -> str:
@@ -113,6 +137,17 @@ def choose_buckets(manifest: Manifest, names: Sequence[str]) -> list[Bucket]:
     return [known[name] for name in known_names(names, list(known), "bucket")]
 
 
+def choose_graphs(manifest: Manifest, names: Sequence[str], default: Sequence[str] = ()) -> list[str]:
+    """The graphs called ``names``, :data:`BLOCKS` being all blocks; if empty ``default``, or all.
+
+    Raises :class:`EngineError` for an unknown one.
+    """
+    known = list(manifest.graphs)
+    blocks = [name for name in known if is_block(name)]
+    chosen = dict.fromkeys(each for name in names for each in (blocks if name == BLOCKS else [name]))
+    return known_names(list(chosen) or default, known, "graph")
+
+
 def known_names(names: Sequence[str], known: Sequence[str], what: str) -> list[str]:
     """``names``, all ``known`` ones if empty; :class:`EngineError` if one is not known."""
     unknown = [name for name in names if name not in known]
@@ -135,13 +170,14 @@ class EngineBuild:
     plugins whatever :func:`choose_packaging` does.
     """
 
-    def __init__(self, bundle: Bundle, request: BuildRequest) -> None:
+    def __init__(self, request: BuildRequest) -> None:
+        bundle = Bundle.open(request.bundle)
         trt = import_tensorrt(request.backend)
         self.bundle, self.request = bundle, request
         self.version: str = trt.__version__
         self.sm = resolve_sm(trt, request.backend, request.sm)
         self.buckets = choose_buckets(bundle.manifest, request.buckets)
-        self.graphs = known_names(request.graphs, list(bundle.manifest.graphs), "graph")
+        self.graphs = choose_graphs(bundle.manifest, request.graphs)
         check_fp8(bundle.manifest, self.graphs, self.sm)
         self.packaging = choose_packaging(trt, bundle.manifest, self.graphs, request.backend, request.attention)
         if not os.access(bundle.folder, os.W_OK):
@@ -202,16 +238,20 @@ class EngineBuild:
         """Take the plan from the cache or build it in a process of its own."""
         found = None if self.request.rebuild else self.cache.find(key)
         if found is not None:
-            return BuiltEngine(graph=graph, plan=found, cached=True)
+            return self._built(graph, found, cached=True)
         with self.cache.draft(key) as draft:
             result = self._builders.run(self.job(graph, draft))
             if result.error is not None:
                 builder = f"{TITLES[self.request.backend]} {self.version}"
                 raise EngineError(f"{graph}: {builder} cannot build it for {sm_folder(self.sm)}: {result.error}")
             plan = self.cache.keep(key, draft, result.seconds)
-        return BuiltEngine(graph=graph, plan=plan, cached=False)
+        return self._built(graph, plan, cached=False)
 
-    def _build_all(self, report: Progress) -> dict[str, BuiltEngine]:
+    def _built(self, graph: str, plan: CachedPlan, *, cached: bool) -> BuiltEngine:
+        attention = "native" if self.packaging_of(graph) is None else self.request.attention
+        return BuiltEngine(graph=graph, attention=attention, plan=plan, cached=cached)
+
+    def _build_all(self, progress: Progress) -> dict[str, BuiltEngine]:
         """Build every distinct engine, some at a time; the first failure, or Ctrl-C, ends all builders."""
         graphs_of: dict[str, list[str]] = {}
         for graph in self.graphs:
@@ -223,8 +263,8 @@ class EngineBuild:
             for future in as_completed(futures):
                 engine = future.result()
                 for index, graph in enumerate(futures[future]):
-                    built[graph] = BuiltEngine(graph=graph, plan=engine.plan, cached=engine.cached or index > 0)
-                    report(built[graph])
+                    built[graph] = self._built(graph, engine.plan, cached=engine.cached or index > 0)
+                    progress(graph, len(built), len(self.graphs))
         except BaseException:
             self._builders.stop()
             raise
@@ -256,13 +296,27 @@ class EngineBuild:
             for bucket in self.buckets
         ]
 
-    def run(self, report: Progress) -> list[BuiltEngine]:
-        """Build and install; returns the engines in the order of the graphs. ``report`` hears of each as it is done.
+    def run(self, progress: Progress) -> BuildReport:
+        """Build and install; ``progress`` hears of each engine as it is done.
 
         Raises :class:`EngineError` with the builder's own words. The bundle is unchanged unless this returns.
         """
-        built = self._build_all(report)
+        built = self._build_all(progress)
         records = [record for graph in self.graphs for record in self._records(built[graph])]
         with staged(self.bundle.folder, {self._path(graph): built[graph].plan.path for graph in self.graphs}) as files:
             commit(self.bundle, files, records)
-        return [built[graph] for graph in self.graphs]
+        return BuildReport(
+            bundle=self.request.bundle,
+            backend=self.request.backend,
+            version=self.version,
+            sm=self.sm,
+            engines=tuple(built[graph] for graph in self.graphs),
+        )
+
+
+def build_engines(request: BuildRequest, progress: Progress = unheard) -> BuildReport:
+    """Build the engines that ``request`` asks for and enter them in the bundle, all or none.
+
+    Raises what :class:`EngineBuild` does, before the first builder starts, and what its run does.
+    """
+    return EngineBuild(request).run(progress)

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, progress_bar, table
 
-    from stiv_deploy.export.engines.build import BuiltEngine, EngineBuild
+if TYPE_CHECKING:
+    from stiv_deploy.export.engines.build import BuildReport
 
 MIB = 2**20
 
@@ -19,43 +19,30 @@ def listed(values: list[str] | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if name))
 
 
-def expanded(names: tuple[str, ...], known: "Sequence[str]") -> tuple[str, ...]:
-    """Replace the word ``blocks`` by the names of all blocks."""
-    from stiv_deploy.runtime.bundle.contract import is_block
-
-    blocks = [name for name in known if is_block(name)]
-    return tuple(dict.fromkeys(each for name in names for each in (blocks if name == "blocks" else [name])))
+def sm_name(text: str) -> str:
+    """A compute capability as the request has it: ``89`` of ``SM89``."""
+    return text.lower().removeprefix("sm")
 
 
-def _with_progress(job: "EngineBuild") -> "list[BuiltEngine]":
+def show(report: "BuildReport") -> None:
+    """Print a table of the engines made."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("engines", total=len(job.graphs))
-
-        def report(engine: "BuiltEngine") -> None:
-            progress.update(task, advance=1, description=f"engines ({engine.graph})")
-
-        return job.run(report)
-
-
-def _print_table(job: "EngineBuild", engines: "list[BuiltEngine]") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("graph", "attention", title=f"{job.request.backend} {job.version}, SM {job.sm}")
-    for column in ("MiB", "build s", "from"):
-        table.add_column(column, justify="right")
-    for engine in engines:
-        source = "cache" if engine.cached else "builder"
-        form = "native" if job.packaging_of(engine.graph) is None else job.request.attention
-        table.add_row(engine.graph, form, f"{engine.plan.bytes / MIB:.1f}", f"{engine.plan.build_seconds:.1f}", source)
-    total = sum(engine.plan.bytes for engine in engines) / MIB
-    table.add_row("[bold]all", "", f"{total:.1f}", "", "", end_section=True)
-    Console().print(table)
+    engines = report.engines
+    rows = [
+        (
+            engine.graph,
+            engine.attention,
+            f"{engine.plan.bytes / MIB:.1f}",
+            f"{engine.plan.build_seconds:.1f}",
+            "cache" if engine.cached else "builder",
+        )
+        for engine in engines
+    ]
+    total = ("all", "", f"{sum(engine.plan.bytes for engine in engines) / MIB:.1f}", "", "")
+    title = f"{report.backend} {report.version}, SM {report.sm}"
+    columns, numbers = ("graph", "attention", "MiB", "build s", "from"), ("MiB", "build s")
+    Console().print(table(title, columns, [*rows, total], numbers))
 
 
 def build(
@@ -90,31 +77,29 @@ def build(
             "library that the engines need too, 'quick' temporal attention only, into the engines (16-bit bundles)."
         ),
     ] = "native",
+    json: JsonTarget = None,
 ) -> None:
     """Compile a bundle's graphs into engines for one kind of GPU.
 
     TensorRT-RTX needs no GPU for it. The engines go into the bundle, all or none; equal plans are taken from the cache.
     """
-    from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
+    from stiv_deploy.export.engines.build import BuildRequest, build_engines
     from stiv_deploy.export.engines.plan_cache import default_cache
-    from stiv_deploy.runtime.bundle.bundle import Bundle
-    from stiv_deploy.runtime.errors import EngineError
     from stiv_deploy.runtime.tensorrt_library import parse_flavour
 
-    if jobs is not None and jobs < 1:
-        raise EngineError(f"--jobs must be at least 1, got {jobs}")
-    flavour = parse_flavour(backend)
-    opened = Bundle.open(bundle)
+    check_json(json)
     request = BuildRequest(
-        backend=flavour,
-        sm=sm.lower().removeprefix("sm"),
+        bundle=bundle,
+        backend=parse_flavour(backend),
+        sm=sm_name(sm),
         buckets=listed(bucket),
-        graphs=expanded(listed(graphs), list(opened.manifest.graphs)),
-        jobs=jobs or 0,
-        cache=default_cache() if cache is None else cache,
+        graphs=listed(graphs),
+        jobs=jobs,
+        cache=cache or default_cache(),
         rebuild=rebuild,
         optimization_level=optimization_level,
         attention=attention,
     )
-    job = EngineBuild(opened, request)
-    _print_table(job, _with_progress(job))
+    with progress_bar("build") as progress:
+        report = build_engines(request, progress)
+    answer(json, lambda: report.model_dump_json(indent=1), lambda: show(report))

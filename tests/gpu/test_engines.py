@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
+from stiv_deploy.export.engines.build import BuildRequest, build_engines
 from stiv_deploy.runtime.backends.cuda import Cuda
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend, unavailable_reason
@@ -41,8 +41,8 @@ def built(flavour: Flavour, bundle: Path, tmp_path_factory: pytest.TempPathFacto
     shutil.copytree(bundle, folder)
     known, here = targets(import_tensorrt(flavour)), Cuda().device.sm
     sm = PORTABLE if known and here not in known else here
-    request = BuildRequest(backend=flavour, sm=sm, cache=folder.parent / "cache")
-    EngineBuild(Bundle.open(folder), request).run(lambda engine: None)
+    request = BuildRequest(bundle=folder, backend=flavour, sm=sm, cache=folder.parent / "cache")
+    build_engines(request)
     return Bundle.open(folder)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
-from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
+from stiv_deploy.export.engines.build import BuildRequest, build_engines
 from stiv_deploy.export.engines.plugin_graphs import BuildAttention
 from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.backends.base import Backend
@@ -57,8 +57,10 @@ def make_bundle(
                 checkpoint=checkpoint, out=folder / "bundle", precision=precision, check=False, attention="plugin"
             )
         )
-        request = BuildRequest(backend="tensorrt", sm="auto", attention=attention, cache=folder / "cache")
-        EngineBuild(Bundle.open(folder / "bundle"), request).run(lambda engine: None)
+        request = BuildRequest(
+            bundle=folder / "bundle", backend="tensorrt", sm="auto", attention=attention, cache=folder / "cache"
+        )
+        build_engines(request)
         return Bundle.open(folder / "bundle")
 
     return make

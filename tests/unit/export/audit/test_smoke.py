@@ -9,7 +9,7 @@ import torch
 from stiv_deploy.calibration.layers import Format, model_layers
 from stiv_deploy.calibration.plan import default_plan, save_plan
 from stiv_deploy.calibration.scales import Provenance, Scales, save_scales, tensor_names
-from stiv_deploy.export.audit.audit import Audit, AuditReport
+from stiv_deploy.export.audit.audit import AuditReport, AuditRequest, audit_bundle
 from stiv_deploy.export.audit.fusion_audit import failures
 from stiv_deploy.export.audit.layer_report import read_report
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
@@ -57,7 +57,7 @@ def quantization(checkpoint: Path, chosen: Format, folder: Path) -> dict[str, An
 
 
 def audited(folder: Path, *sms: str) -> AuditReport:
-    return Audit(Bundle.open(folder), "tensorrt-rtx", sms, ["block_00", "step"], 1).run(lambda text, done, total: None)
+    return audit_bundle(AuditRequest(bundle=folder, sms=sms, graphs=("block_00", "step"), jobs=1))
 
 
 @pytest.fixture(scope="module", params=get_args(Format))

@@ -12,7 +12,7 @@ import pytest
 
 from stiv_deploy.export.engines import build as build_module
 from stiv_deploy.export.engines import install as engine_install
-from stiv_deploy.export.engines.build import BuildRequest, BuiltEngine, EngineBuild, default_jobs
+from stiv_deploy.export.engines.build import BuildRequest, BuiltEngine, build_engines, choose_graphs, default_jobs
 from stiv_deploy.export.engines.job import EngineJob, EngineResult
 from stiv_deploy.export.engines.processes import BuilderProcesses
 from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, write_manifest
@@ -59,12 +59,12 @@ def builders(monkeypatch: pytest.MonkeyPatch) -> Builders:
 
 
 def request_for(folder: Path, **update: object) -> BuildRequest:
-    values = {"backend": "tensorrt-rtx", "sm": "89", "cache": folder.parent / "cache", **update}
+    values = {"bundle": folder, "backend": "tensorrt-rtx", "sm": "89", "cache": folder.parent / "cache", **update}
     return BuildRequest(**values)  # type: ignore[arg-type]
 
 
-def build(folder: Path, **update: object) -> list[BuiltEngine]:
-    return EngineBuild(Bundle.open(folder), request_for(folder, **update)).run(lambda engine: None)
+def build(folder: Path, **update: object) -> tuple[BuiltEngine, ...]:
+    return build_engines(request_for(folder, **update)).engines
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -220,11 +220,11 @@ def test_failed_graph_leaves_the_bundle_as_it_was(folder: Path, builders: Builde
 def test_interrupt_while_building_leaves_the_bundle_as_it_was(folder: Path, builders: Builders) -> None:
     before = snapshot(folder)
 
-    def interrupt(engine: BuiltEngine) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        EngineBuild(Bundle.open(folder), request_for(folder)).run(interrupt)
+        build_engines(request_for(folder), interrupt)
     assert snapshot(folder) == before
     assert not leftovers(folder.parent)
 
@@ -312,6 +312,34 @@ def test_builders_run_side_by_side(folder: Path, builders: Builders) -> None:
     builders.before = lambda job: together.wait() and None
     build(folder, graphs=("head", "step"), jobs=2)
     assert len(builders.jobs) == 2
+
+
+def test_progress_and_report_are_of_every_graph(folder: Path, builders: Builders) -> None:
+    told: list[tuple[str, int, int]] = []
+    report = build_engines(request_for(folder), lambda *step: told.append(step))
+    graphs = list(read(folder).graphs)
+    assert sorted(name for name, *_ in told) == sorted(graphs)
+    assert [step[1:] for step in told] == [(done, len(graphs)) for done in range(1, len(graphs) + 1)]
+    assert [engine.graph for engine in report.engines] == graphs
+    assert (report.backend, report.version, report.sm) == ("tensorrt-rtx", "1.7.1", "89")
+    assert {engine.attention for engine in report.engines} == {"native"}
+    written = json.loads(report.model_dump_json())
+    assert written["engines"][0]["plan"]["sha256"] == report.engines[0].plan.sha256
+
+
+def test_blocks_stand_for_all_blocks(folder: Path) -> None:
+    manifest = read(folder)
+    blocks = ["block_00", "block_01", "block_02"]
+    assert choose_graphs(manifest, ("head", "blocks", "block_01")) == ["head", *blocks]
+    assert choose_graphs(manifest, ()) == list(manifest.graphs)
+    assert choose_graphs(manifest, (), ["step"]) == ["step"]
+    with pytest.raises(EngineError, match="unknown graph block_09; the bundle has text_encoder, "):
+        choose_graphs(manifest, ("blocks", "block_09"))
+
+
+def test_less_than_one_job(folder: Path) -> None:
+    with pytest.raises(EngineError, match="--jobs must be at least 1, got 0"):
+        request_for(folder, jobs=0)
 
 
 def test_tensorrt_builds_one_at_a_time_by_default() -> None:

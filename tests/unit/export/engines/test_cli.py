@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stiv_deploy.export.engines.cli import expanded, listed
+from stiv_deploy.export.engines.cli import listed, sm_name
 from stiv_deploy.runtime import tensorrt_library
 from stiv_deploy.runtime.bundle.bundle import read_manifest, write_manifest
 from stiv_deploy.runtime.bundle.manifest import QuantizationRecord
@@ -107,8 +107,7 @@ def test_missing_file(stiv: Stiv, words_bundle: Path) -> None:
     assert_refused(stiv("build", words_bundle, "--sm", "89"), "missing from the bundle")
 
 
-def test_lists_of_graphs() -> None:
-    known = ["text_encoder", "block_00", "block_01", "head"]
+def test_lists_of_names() -> None:
     assert listed(["head, step", "embed", "head"]) == ("head", "step", "embed")
     assert listed(None) == ()
-    assert expanded(("head", "blocks", "block_01"), known) == ("head", "block_00", "block_01")
+    assert [sm_name(text) for text in ("SM89", "sm120", "121", "Portable")] == ["89", "120", "121", "portable"]

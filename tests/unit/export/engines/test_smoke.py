@@ -14,6 +14,7 @@ from stiv_deploy.export.bundle_from_checkpoint import export_bundle
 from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
 from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.progress import unheard
 from stiv_deploy.runtime.tensorrt_library import missing_library
 
 pytestmark = [
@@ -44,9 +45,10 @@ def own_bundle(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(folder: Path, sm: str, *graphs: str, rebuild: bool = False) -> EngineBuild:
-    request = BuildRequest(backend="tensorrt-rtx", sm=sm, graphs=graphs, cache=folder.parent / "cache", rebuild=rebuild)
-    job = EngineBuild(Bundle.open(folder), request)
-    job.run(lambda engine: None)
+    cache = folder.parent / "cache"
+    request = BuildRequest(bundle=folder, backend="tensorrt-rtx", sm=sm, graphs=graphs, cache=cache, rebuild=rebuild)
+    job = EngineBuild(request)
+    job.run(unheard)
     return job
 
 

@@ -270,12 +270,10 @@ def builders(monkeypatch: pytest.MonkeyPatch, tensorrt: FakeTensorRT) -> list[An
 @pytest.fixture
 def build(plugin_bundle: Path, builders: list[Any]) -> Callable[..., Any]:
     """Builds chosen graphs of :func:`plugin_bundle`, by default in the form with plugins."""
-    from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
-    from stiv_deploy.runtime.bundle.bundle import Bundle
+    from stiv_deploy.export.engines.build import BuildRequest, build_engines
 
     def make(*graphs: str, **update: Any) -> Any:
         values = {"backend": "tensorrt", "sm": "auto", "attention": "plugin", "cache": plugin_bundle.parent / "cache"}
-        request = BuildRequest(graphs=graphs, **(values | update))
-        return EngineBuild(Bundle.open(plugin_bundle), request).run(lambda engine: None)
+        return build_engines(BuildRequest(bundle=plugin_bundle, graphs=graphs, **(values | update))).engines
 
     return make

@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
-from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
+from stiv_deploy.export.engines.build import BuildRequest, build_engines
 from stiv_deploy.export.engines.job import EngineJob
 from stiv_deploy.export.engines.plugin_graphs import KNOWN, without_functions
 from stiv_deploy.export.engines.worker import run
@@ -44,9 +44,14 @@ def test_a_build_finds_every_plugin(
     exported: Path, builders: list[Any], library: PluginLibrary, tmp_path: Path
 ) -> None:
     request = BuildRequest(
-        backend="tensorrt", sm="auto", graphs=(*BLOCKS, "head"), attention="plugin", cache=tmp_path / "cache"
+        bundle=exported,
+        backend="tensorrt",
+        sm="auto",
+        graphs=(*BLOCKS, "head"),
+        attention="plugin",
+        cache=tmp_path / "cache",
     )
-    EngineBuild(Bundle.open(exported), request).run(lambda engine: None)
+    build_engines(request)
     bundle = Bundle.open(exported)
     for record in bundle.manifest.engines:
         layers = json.loads(bundle.verified(record.file).read_text())

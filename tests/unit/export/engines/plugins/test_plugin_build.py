@@ -103,12 +103,13 @@ def test_cached_native_plans_stay_valid_where_plugins_come(
 
     def key(attention: str) -> str:
         request = BuildRequest(
+            bundle=plugin_bundle,
             backend="tensorrt",
             sm="auto",
             cache=plugin_bundle / "cache",
             attention=attention,  # type: ignore[arg-type]
         )
-        return EngineBuild(Bundle.open(plugin_bundle), request).key("head")
+        return EngineBuild(request).key("head")
 
     assert key("native") == key("plugin")
 
