@@ -70,14 +70,13 @@ def build_stage(run: DemoRun, sm: str) -> None:
 
 def parity_stage(run: DemoRun) -> None:
     """Bundle -> parity.json, and the rows in its manifest."""
-    from stiv_deploy.export.parity.files import opened_pair, record_rows, runnable, write_json
-    from stiv_deploy.export.parity.ladder import run_parity
+    from stiv_deploy.export.parity.files import report_json
+    from stiv_deploy.export.parity.stage import ParityRequest, run_parity
+    from stiv_deploy.runtime.files import write_text
 
     with run.stage("Parity with the float64 reference"):
-        bundle, checkpoint = opened_pair(run.out / "bundle", None, CHECKPOINT.parent)
-        run.parity = run_parity(bundle, checkpoint, runnable(bundle, None), 10, lambda _text: None)
-        record_rows(bundle, run.parity)
-        write_json(run.out / "parity.json", run.parity)
+        run.parity = run_parity(ParityRequest(bundle=run.out / "bundle"))
+        write_text(run.out / "parity.json", report_json(run.parity) + "\n")
 
 
 def held_out_image(digit: str) -> np.ndarray:

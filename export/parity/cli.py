@@ -1,19 +1,21 @@
 """``stiv parity``: measure a bundle against the reference, and fail when a gate does."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from stiv_deploy.export.parity.ladder import ParityReport
+from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, progress_bar, table
 
-CHECKPOINTS = Path("checkpoints")
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from stiv_deploy.export.parity.ladder import ParityReport
 
 
 def parity(
     bundle: Annotated[Path, typer.Argument(help="Folder written by 'stiv export'.")],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table here as JSON.")] = None,
+    json: JsonTarget = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(help="What the bundle was exported from; by default the one below checkpoints/ with its hash."),
@@ -35,63 +37,55 @@ def parity(
     The truth is the reference in float64; gates derive from what plain PyTorch loses in the bundle's precision. For a
     bundle with 8-bit layers that is the fake-quantized reference, and direct_ rows compare with it.
     """
+    from stiv_deploy.export.parity.files import report_json
+    from stiv_deploy.export.parity.stage import ParityRequest, run_parity
+
+    check_json(json)
+    request = ParityRequest(
+        bundle=bundle,
+        checkpoint=checkpoint,
+        scales=scales,
+        backends=tuple(dict.fromkeys(backend or ())),
+        steps=steps,
+        record=record,
+    )
+    with progress_bar("parity") as progress:
+        report = run_parity(request, progress)
+    answer(json, lambda: report_json(report), lambda: show(report))
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def show(report: "ParityReport") -> None:
+    """Print the rows of each backend, the video gates, and what failed."""
     from rich.console import Console
 
-    from stiv_deploy.export.parity.files import (
-        check_json_target,
-        opened_pair,
-        opened_scales,
-        record_rows,
-        runnable,
-        write_json,
-    )
-    from stiv_deploy.export.parity.ladder import run_parity
-
-    if json_file is not None:
-        check_json_target(json_file)
-    opened, loaded = opened_pair(bundle, checkpoint, CHECKPOINTS)
-    ranges = opened_scales(opened, scales)
-    backends = runnable(opened, backend)
     console = Console()
-    with console.status("parity") as status:
-        report = run_parity(opened, loaded, backends, steps, status.update, ranges)
-    if record:
-        record_rows(opened, report)
-    if json_file is not None:
-        write_json(json_file, report)
-    for name in backends:
+    for name in dict.fromkeys(row.backend for row in report.rows):
         console.print(parity_table(report, name))
     console.print(video_table(report))
     failed = [f"{row.level} {row.name} on {row.backend}" for row in report.rows if not row.passed]
     failed += [f"{gate.name} on {gate.backend}" for gate in report.video if not gate.passed]
-    if failed:
-        console.print(f"parity FAILED: {'; '.join(failed)}")
-        raise typer.Exit(1)
-    console.print(f"parity passed: {len(report.rows)} rows, {len(report.video)} video gates")
+    counts = f"{len(report.rows)} rows, {len(report.video)} video gates"
+    console.print(f"parity FAILED: {'; '.join(failed)}" if failed else f"parity passed: {counts}")
 
 
-def parity_table(report: "ParityReport", backend: str) -> Any:
+def parity_table(report: "ParityReport", backend: str) -> "Table":
     """The rows of one backend as a table that fits a terminal of 80 columns."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
     pairs = [pair for pair in zip(report.rows, report.yardsticks, strict=True) if pair[0].backend == backend]
-    table = Table(
-        title=f"{backend}, {pairs[0][0].precision}: relative L2 error against the float64 reference",
-        caption="direct: against the fake-quantized reference" if any(_direct(row.level) for row, _ in pairs) else None,
-        box=SIMPLE,
-        padding=(0, 1, 0, 0),
-    )
-    for name in ("level", "name"):
-        table.add_column(name, no_wrap=True)
-    for name in ("error", "torch", "gate", "pass"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row, yardstick in pairs:
-        numbers = (f"{value:.1e}" for value in (row.rel_l2, yardstick, row.gate))
-        table.add_row(
-            "  direct" if _direct(row.level) else row.level, row.name, *numbers, "yes" if row.passed else "NO"
+    rows = [
+        (
+            "  direct" if _direct(row.level) else row.level,
+            row.name,
+            *(f"{value:.1e}" for value in (row.rel_l2, yardstick, row.gate)),
+            "yes" if row.passed else "NO",
         )
-    return table
+        for row, yardstick in pairs
+    ]
+    numbers = ("error", "torch", "gate", "pass")
+    title = f"{backend}, {pairs[0][0].precision}: relative L2 error against the float64 reference"
+    caption = "direct: against the fake-quantized reference" if any(_direct(row.level) for row, _ in pairs) else None
+    return table(title, ("level", "name", *numbers), rows, numbers, caption)
 
 
 def _direct(level: str) -> bool:
@@ -100,13 +94,11 @@ def _direct(level: str) -> bool:
     return level.startswith(DIRECT)
 
 
-def video_table(report: "ParityReport") -> Any:
+def video_table(report: "ParityReport") -> "Table":
     """The video gates as a table for a terminal."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    table = Table("video gate", "backend", "value", "at least", "pass", box=SIMPLE)
-    for gate in report.video:
-        passed = "yes" if gate.passed else "NO"
-        table.add_row(gate.name, gate.backend, f"{gate.value:.4f}", f"{gate.gate:.2f}", passed)
-    return table
+    numbers = ("value", "at least")
+    rows = [
+        (gate.name, gate.backend, f"{gate.value:.4f}", f"{gate.gate:.2f}", "yes" if gate.passed else "NO")
+        for gate in report.video
+    ]
+    return table("Video gates", ("video gate", "backend", *numbers, "pass"), rows, numbers)

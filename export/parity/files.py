@@ -1,4 +1,4 @@
-"""Files around a parity run: the bundle and its checkpoint, the JSON report, the rows in the manifest."""
+"""Files around a parity run: bundle, checkpoint and scales, the JSON report, the rows in the manifest."""
 
 import json
 import math
@@ -8,20 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from stiv_deploy.calibration.scales import Scales, load_scales
-from stiv_deploy.export.parity.ladder import ParityReport
+from stiv_deploy.export.parity.ladder import ParityReport, Subject
 from stiv_deploy.runtime.backends import BACKENDS, available
 from stiv_deploy.runtime.bundle.bundle import Bundle, write_manifest
-from stiv_deploy.runtime.errors import BackendError, BundleError, OutputError
-from stiv_deploy.runtime.files import sha256, write_text
-from stiv_deploy.stiv_ref.checkpoint import Checkpoint, CheckpointFolder, open_checkpoint
+from stiv_deploy.runtime.errors import BackendError, BundleError
+from stiv_deploy.runtime.files import sha256
+from stiv_deploy.stiv_ref.checkpoint import CheckpointFolder, open_checkpoint
 from stiv_deploy.stiv_ref.errors import StivRefError
 
 
-def opened_pair(bundle: Path, checkpoint: Path | None, folder: Path) -> tuple[Bundle, Checkpoint]:
-    """Open a bundle and the checkpoint it came from; :class:`BundleError` if that is another one or not found."""
-    opened = Bundle.open(bundle)
-    found = _below(folder, opened) if checkpoint is None else _named(checkpoint, opened)
-    return opened, found.load()
+def open_subject(
+    bundle: Bundle, *, checkpoint: Path | None = None, folder: Path, scales: Path | None = None
+) -> Subject:
+    """``bundle`` with the checkpoint and the scales that it was exported from.
+
+    Without ``checkpoint`` it is the one among the folders in ``folder``; for ``scales`` see :func:`opened_scales`.
+    Raises :class:`BundleError` if they are other ones or not found, before the checkpoint is loaded.
+    """
+    found = _below(folder, bundle) if checkpoint is None else _named(checkpoint, bundle)
+    ranges = opened_scales(bundle, scales)
+    return Subject(bundle=bundle, checkpoint=found.load(), scales=ranges)
 
 
 def _below(folder: Path, bundle: Bundle) -> CheckpointFolder:
@@ -72,10 +78,10 @@ def opened_scales(bundle: Bundle, scales: Path | None) -> Scales | None:
     return load_scales(scales)
 
 
-def runnable(bundle: Bundle, asked: Sequence[str] | None) -> list[str]:
+def runnable(bundle: Bundle, asked: Sequence[str]) -> list[str]:
     """The backends to measure: those asked for, which then must work, or all that can run this bundle here."""
     reasons = available()
-    for name in asked or ():
+    for name in asked:
         if name not in BACKENDS:
             raise BackendError(f"unknown backend {name!r}; there are: {', '.join(BACKENDS)}")
         if reasons[name] is not None:
@@ -86,7 +92,7 @@ def runnable(bundle: Bundle, asked: Sequence[str] | None) -> list[str]:
     return [name for name in BACKENDS if reasons[name] is None and (name.startswith("onnxruntime") or name in engines)]
 
 
-def report_json(report: ParityReport) -> dict[str, Any]:
+def report_json(report: ParityReport) -> str:
     """The report as JSON: ``{"passed", "rows": [...], "video": [...]}``; a number that is not finite becomes null."""
 
     def plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -103,18 +109,7 @@ def report_json(report: ParityReport) -> dict[str, Any]:
         )
         for gate in report.video
     ]
-    return {"passed": report.passed, "rows": rows, "video": video}
-
-
-def check_json_target(path: Path) -> None:
-    """:class:`OutputError` if ``path`` cannot become a file."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise OutputError(f"{path}: cannot be written; name a file in a folder that exists")
-
-
-def write_json(path: Path, report: ParityReport) -> None:
-    """Write :func:`report_json` to ``path``, whole or not at all."""
-    write_text(path, json.dumps(report_json(report), indent=2) + "\n")
+    return json.dumps({"passed": report.passed, "rows": rows, "video": video}, indent=2)
 
 
 def record_rows(bundle: Bundle, report: ParityReport) -> None:

@@ -19,6 +19,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import dimensions, graph_specs, is_block
 from stiv_deploy.runtime.bundle.manifest import ParityRow
+from stiv_deploy.runtime.progress import Progress, unheard
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.sampler import sample
 
@@ -43,7 +45,16 @@ FLOOR = 4.0
 DIRECT = "direct_"
 """Prefix of the levels that compare with the fake-quantized reference."""
 
-Progress = Callable[[str], None]
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is measured: a bundle, the checkpoint it was exported from, and the scales if it has 8-bit layers."""
+
+    bundle: Bundle
+    checkpoint: Checkpoint
+    scales: Scales | None = None
 
 
 @dataclass(frozen=True)
@@ -84,14 +95,12 @@ def gate_of(level: str, precision: str, yardstick: float) -> float:
 class _Ladder:
     """Collects rows for one backend."""
 
-    def __init__(
-        self, backend: Backend, bundle: Bundle, checkpoint: Checkpoint, draws: Draws | None, progress: Progress
-    ) -> None:
-        self.backend, self.bundle, self.draws, self.progress = backend, bundle, draws, progress
-        self.manifest = bundle.manifest
-        self.precision = bundle.manifest.precision
-        self.truth = Oracle(checkpoint, torch.float64)
-        self.plain = Oracle(checkpoint, torch_dtype(self.precision))
+    def __init__(self, backend: Backend, subject: Subject, draws: Draws | None, tell: Tell) -> None:
+        self.backend, self.bundle, self.draws, self.tell = backend, subject.bundle, draws, tell
+        self.manifest = subject.bundle.manifest
+        self.precision = self.manifest.precision
+        self.truth = Oracle(subject.checkpoint, torch.float64)
+        self.plain = Oracle(subject.checkpoint, torch_dtype(self.precision))
         self.rows: list[ParityRow] = []
         self.yardsticks: list[float] = []
         self.video: list[VideoGate] = []
@@ -152,7 +161,7 @@ class _Ladder:
         """Levels op and block: every graph alone, on inputs that the oracle really feeds it half-way through a run."""
         dims = self.dims(request)
         for graph, inputs in probe(self.truth, request, self.manifest.model.blocks):
-            self.progress(f"{self.backend.name}: {graph}")
+            self.tell(f"{self.backend.name}: {graph}")
             given = self.as_given(graph, inputs)
             truth = self.truth.run(graph, given)
             quantized = self.draws is not None and graph in self.draws.graphs
@@ -182,7 +191,7 @@ class _Ladder:
             truth.append(velocity)
 
         sample(self.truth.boundary, self.truth.sampling_inputs(request), request.settings, keep)
-        self.progress(f"{self.backend.name}: {request.name}, {len(points)} steps from the reference's latents")
+        self.tell(f"{self.backend.name}: {request.name}, {len(points)} steps from the reference's latents")
         runner = TeacherForced(self.backend, self.bundle, self.dims(request), request)
         got = [runner.velocity(latents, step) for step, latents in enumerate(points)]
         if self.draws is None:
@@ -213,7 +222,7 @@ class _Ladder:
 
     def free_run(self, request: Request) -> None:
         """Level free_run: the whole loop by itself; given frames must be bit-equal; then the gates on the video."""
-        self.progress(f"{self.backend.name}: {request.name}, free run")
+        self.tell(f"{self.backend.name}: {request.name}, free run")
         truth = sample(self.truth.boundary, self.truth.sampling_inputs(request), request.settings)
         latents = torch.from_numpy(free_run(self.backend, self.bundle, self.dims(request), request))
         if self.draws is None:
@@ -245,32 +254,24 @@ def _motion(video: Tensor) -> float:
     return video.diff(dim=1).abs().mean().item()
 
 
-def run_parity(
-    bundle: Bundle,
-    checkpoint: Checkpoint,
-    backends: Sequence[str],
-    steps: int,
-    progress: Progress,
-    scales: Scales | None = None,
-) -> ParityReport:
-    """Run the ladder for each of ``backends``, on a T2V and a TI2V request with JIT-CFG and a TI2V one with SIT-CFG.
-
-    ``scales`` are those that a bundle with 8-bit layers was exported with.
-    """
+def climb(subject: Subject, backends: Sequence[str], steps: int, progress: Progress = unheard) -> ParityReport:
+    """Run the ladder for each of ``backends``, on a T2V and a TI2V request with JIT-CFG and a TI2V one with SIT-CFG."""
+    bundle, checkpoint = subject.bundle, subject.checkpoint
     requests = parity_requests(bundle.manifest, checkpoint, steps)
-    draws = None if scales is None else Draws(checkpoint, bundle.manifest, scales)
-    rows: list[ParityRow] = []
-    yardsticks: list[float] = []
-    video: list[VideoGate] = []
+    draws = None if subject.scales is None else Draws(checkpoint, bundle.manifest, subject.scales)
+    done, total = count(), len(backends) * (len(bundle.manifest.graphs) + 2 * len(requests))
+    ladders = []
     for name in backends:
         with open_backend(name, bundle) as backend:
-            ladder = _Ladder(backend, bundle, checkpoint, draws, progress)
+            ladder = _Ladder(backend, subject, draws, lambda what: progress(what, next(done), total))
             ladder.graphs(requests[-1])
             for request in requests:
                 ladder.trajectory(request)
             for request in requests:
                 ladder.free_run(request)
-        rows += ladder.rows
-        yardsticks += ladder.yardsticks
-        video += ladder.video
-    return ParityReport(tuple(rows), tuple(yardsticks), tuple(video))
+        ladders.append(ladder)
+    return ParityReport(
+        rows=tuple(row for ladder in ladders for row in ladder.rows),
+        yardsticks=tuple(value for ladder in ladders for value in ladder.yardsticks),
+        video=tuple(gate for ladder in ladders for gate in ladder.video),
+    )

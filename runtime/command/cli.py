@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from stiv_deploy.runtime.command.generation import check_report, requests_from_options
-from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, progress_bar
+from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, progress_bar, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -171,15 +171,8 @@ def doctor(json: JsonTarget = None) -> None:
 
 
 def print_table(console: "Console", title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """Print ``rows`` of plain text (square brackets stay as they are) under ``columns``."""
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
+    """Print a :func:`table`."""
+    console.print(table(title, columns, rows))
 
 
 def _tensors(tensors: Any) -> str:

@@ -20,7 +20,7 @@ from stiv_deploy.export.bundle_from_checkpoint import default_bucket, export_bun
 from stiv_deploy.export.errors import ExportError
 from stiv_deploy.export.graphs.check import check_sizes
 from stiv_deploy.export.graphs.modules import model_facts
-from stiv_deploy.export.parity.ladder import run_parity
+from stiv_deploy.export.parity.ladder import Subject, climb
 from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime import StivPipeline
 from stiv_deploy.runtime.backends.base import Backend
@@ -240,6 +240,6 @@ def test_buckets_of_a_causal_vae(patch: tuple[int, int], frames: tuple[int, int,
 @pytest.mark.slow
 def test_the_parity_ladder_of_a_causal_vae(exported: Any) -> None:
     both = exported(LTX)
-    report = run_parity(both.pipe.bundle, both.single, ["onnxruntime"], 2, lambda text: None)
+    report = climb(Subject(bundle=both.pipe.bundle, checkpoint=both.single), ["onnxruntime"], 2)
     assert report.passed, [row for row in report.rows if not row.passed]
     assert {"image_encoder.latents", "decoder.video"} <= {row.name for row in report.rows}

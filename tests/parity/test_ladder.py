@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stiv_deploy.export.parity.files import opened_pair, runnable
-from stiv_deploy.export.parity.ladder import run_parity
+from stiv_deploy.export.parity.files import runnable
+from stiv_deploy.export.parity.stage import ParityRequest, run_parity
 from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, write_manifest
 from stiv_deploy.runtime.errors import BackendError, BundleError
 
@@ -21,10 +21,6 @@ LEVELS = {"op", "block", "step", "teacher_forced", "free_run"}
 def stiv(*arguments: object) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "stiv_deploy.runtime.command.main", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def quiet(_text: str) -> None:
-    pass
 
 
 def edited(bundle: Path, target: Path, graph: str, edit: Callable[[np.ndarray], None]) -> Path:
@@ -44,11 +40,16 @@ def edited(bundle: Path, target: Path, graph: str, edit: Callable[[np.ndarray], 
 
 @pytest.mark.slow
 def test_the_ladder_passes_on_every_level(bundle: Path, checkpoint: Path) -> None:
-    opened, loaded = opened_pair(bundle, checkpoint, Path("unused"))
-    report = run_parity(opened, loaded, ["onnxruntime"], 4, quiet)
+    told: list[tuple[str, int, int]] = []
+    request = ParityRequest(bundle=bundle, checkpoint=checkpoint, backends=("onnxruntime",), steps=4, record=False)
+    report = run_parity(request, lambda *step: told.append(step))
     assert report.passed, [row for row in report.rows if not row.passed]
     assert {row.level for row in report.rows} == LEVELS
-    assert sum(row.level == "block" for row in report.rows) == opened.manifest.model.blocks
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.parity == ()
+    assert sum(row.level == "block" for row in report.rows) == manifest.model.blocks
+    total = len(manifest.graphs) + 6
+    assert [step[1:] for step in told] == [(done, total) for done in range(total)]
     assert max(row.rel_l2 for row in report.rows if row.level == "block") <= 1e-5
     assert max(row.rel_l2 for row in report.rows if row.level == "teacher_forced") <= 1e-4
     assert {"finite share", "given frames bit-equal, share"} <= {gate.name.split(": ")[1] for gate in report.video}
@@ -61,8 +62,8 @@ def test_one_part_in_a_thousand_off_in_one_block_fails_that_block_and_the_steps(
     def scale(weights: np.ndarray) -> None:
         weights *= 1.001
 
-    opened, loaded = opened_pair(edited(bundle, tmp_path / "off", "block_02", scale), checkpoint, Path("unused"))
-    report = run_parity(opened, loaded, ["onnxruntime"], 2, quiet)
+    off = edited(bundle, tmp_path / "off", "block_02", scale)
+    report = run_parity(ParityRequest(bundle=off, checkpoint=checkpoint, backends=("onnxruntime",), steps=2))
     failed = {(row.level, row.name) for row in report.rows if not row.passed}
     assert not report.passed
     assert {name for level, name in failed if level == "block"} == {"block_02"}
@@ -98,14 +99,14 @@ def test_another_checkpoint_is_refused(bundle: Path, checkpoint: Path, tmp_path:
     config["sampling"]["steps"] += 1
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(BundleError, match="is not what .* was exported from"):
-        opened_pair(bundle, other, Path("unused"))
+        run_parity(ParityRequest(bundle=bundle, checkpoint=other))
     with pytest.raises(BundleError, match="name it with --checkpoint"):
-        opened_pair(bundle, None, tmp_path)
+        run_parity(ParityRequest(bundle=bundle, checkpoints=tmp_path))
 
 
 @pytest.mark.slow
 def test_backends_that_do_not_exist_or_run_are_refused(bundle: Path) -> None:
     opened = Bundle.open(bundle)
-    assert "onnxruntime" in runnable(opened, None)
+    assert "onnxruntime" in runnable(opened, ())
     with pytest.raises(BackendError, match="unknown backend 'cuda'; there are: onnxruntime"):
         runnable(opened, ["cuda"])

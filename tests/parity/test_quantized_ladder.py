@@ -1,5 +1,6 @@
 """The ladder on quantized bundles of the shipped checkpoint, and that its gates bite."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,8 @@ from stiv_deploy.calibration.run import CalibrationRequest, calibrate, finish
 from stiv_deploy.calibration.scales import Scales, load_scales
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
 from stiv_deploy.export.parity.draws import Draws, quantized_gate, rel_l2
-from stiv_deploy.export.parity.files import opened_pair, opened_scales
-from stiv_deploy.export.parity.ladder import run_parity
+from stiv_deploy.export.parity.files import open_subject
+from stiv_deploy.export.parity.ladder import climb
 from stiv_deploy.export.parity.oracle import Oracle
 from stiv_deploy.export.parity.requests import Request, parity_requests
 from stiv_deploy.export.request import ExportRequest
@@ -53,9 +54,9 @@ def test_fp8_bundle_passes_and_one_with_a_lost_bit_fails(
     files: dict[str, Any] = {"format": "fp8", "scales": scale_files["fp8"]}
     request = ExportRequest(checkpoint=checkpoint, out=tmp_path / "good", precision="float16", check=False, **files)
     export_bundle(request)
-    opened, loaded = opened_pair(tmp_path / "good", checkpoint, Path("unused"))
-    scales = opened_scales(opened, scale_files["fp8"])
-    report = run_parity(opened, loaded, ["onnxruntime"], 2, lambda _: None, scales)
+    opened = Bundle.open(tmp_path / "good")
+    subject = open_subject(opened, checkpoint=checkpoint, folder=Path("unused"), scales=scale_files["fp8"])
+    report = climb(subject, ["onnxruntime"], 2)
     assert report.passed, [row for row in report.rows if not row.passed]
     levels = {row.level for row in report.rows}
     assert {"op", "block", "step", "teacher_forced", "free_run"} <= levels
@@ -68,7 +69,7 @@ def test_fp8_bundle_passes_and_one_with_a_lost_bit_fails(
     spoil_low_bits(coarse)
     bad = opened.folder / record.data.path
     bad.write_bytes(coarse)
-    spoiled = run_parity(trusting(opened), loaded, ["onnxruntime"], 2, lambda _: None, scales)
+    spoiled = climb(replace(subject, bundle=trusting(opened)), ["onnxruntime"], 2)
     failed = {(row.level, row.name) for row in spoiled.rows if not row.passed}
     assert {name for level, name in failed if level == "block"} == {"block_03"}
     assert ("direct_block", "block_03") in failed

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from stiv_deploy.runtime.command import terminal
+from stiv_deploy.runtime.command.main import app
 from stiv_deploy.runtime.command.terminal import Command, JsonTarget
 from stiv_deploy.stiv_ref.commands import terminal as reference_terminal
 
@@ -157,3 +158,17 @@ def test_faults_beside_json_are_those_of_the_command(parse: Parse) -> None:
         parse("--json", "bundle", "--stops", "2")
     with pytest.raises(Exception, match="(?i)missing"):
         parse("--json")
+
+
+def test_json_is_one_option_in_all_commands() -> None:
+    """Alone or with a file, whatever the command; what else the commands take is their own."""
+    group = typer.main.get_command(app)
+    commands = [group.get_command(None, name) for name in group.list_commands(None)]
+    found = {
+        command.name: (parameter.metavar, parameter.help, parameter.is_flag, parameter.default)
+        for command in commands
+        for parameter in command.params
+        if "--json" in parameter.opts
+    }
+    assert found.keys() >= {"inspect", "doctor", "audit", "export", "build"}
+    assert len(set(found.values())) == 1

@@ -1,0 +1,50 @@
+"""The stage of ``stiv parity``: bundle, checkpoint and scales opened, every backend measured, the rows kept."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stiv_deploy.export.errors import ExportError
+from stiv_deploy.export.parity.files import open_subject, record_rows, runnable
+from stiv_deploy.export.parity.ladder import ParityReport, climb
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.progress import Progress, unheard
+
+CHECKPOINTS = Path("checkpoints")
+LEAST_STEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityRequest:
+    """A measurement of the bundle in the folder ``bundle``, along trajectories of so many ``steps``.
+
+    Without ``checkpoint`` the one among the folders in ``checkpoints`` with the bundle's hash is taken, without
+    ``scales`` the file with their hash in or beside the bundle, without ``backends`` all that can run the bundle here.
+    ``record`` keeps the rows in the bundle's manifest. Raises :class:`ExportError` for less than two steps.
+    """
+
+    bundle: Path
+    checkpoint: Path | None = None
+    checkpoints: Path = CHECKPOINTS
+    scales: Path | None = None
+    backends: tuple[str, ...] = ()
+    steps: int = 10
+    record: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps < LEAST_STEPS:
+            raise ExportError(f"--steps {self.steps}: a trajectory has at least {LEAST_STEPS}")
+
+
+def run_parity(request: ParityRequest, progress: Progress = unheard) -> ParityReport:
+    """Climb the ladder on each backend; a gate that fails is in the report.
+
+    Raises :class:`BundleError`, :class:`BackendError`, :class:`CheckpointError` or :class:`CalibrationError` before the
+    first measurement, :class:`OutputError` where rows cannot be kept.
+    """
+    bundle = Bundle.open(request.bundle)
+    backends = runnable(bundle, request.backends)
+    subject = open_subject(bundle, checkpoint=request.checkpoint, folder=request.checkpoints, scales=request.scales)
+    report = climb(subject, backends, request.steps, progress)
+    if request.record:
+        record_rows(bundle, report)
+    return report
