@@ -97,11 +97,11 @@ class Backend(ABC):
         """Release sessions, engines and streams."""
 
     def capture(self, calls: Sequence[Call]) -> Call:
-        """One call for ``calls`` in their order; each must have run once since it was bound.
+        """One call for ``calls`` in their order.
 
         A backend may record them here and replay the record: shapes and addresses are then frozen, contents are not.
-        Nothing runs until the result is called. Raises :class:`CaptureError` where that is refused; ``calls`` and the
-        backend work on as before.
+        It runs them first if one has not run yet, so they must compute the same when repeated. Raises
+        :class:`CaptureError` where that is refused; ``calls`` and the backend work on as before.
         """
         return partial(run_in_order, tuple(calls))
 

@@ -115,6 +115,11 @@ class BoundGraph:
         self._generation = 0  # of the arena that the context knows; a reference to it would keep it from being freed
 
     @property
+    def settled(self) -> bool:
+        """Whether it has run in the arena as it is now."""
+        return self._generation == self._arena.generation
+
+    @property
     def capturable(self) -> bool:
         """What the library says of capturing this context; TensorRT, unlike RTX, is not asked."""
         ask = getattr(self._context, "is_stream_capturable", None)
@@ -124,7 +129,7 @@ class BoundGraph:
         """Queue one run."""
         self._stream.use_device()
         memory = self._arena.memory
-        if memory is not None and self._generation != self._arena.generation:
+        if memory is not None and not self.settled:
             self._context.set_device_memory(memory.address, memory.size)
             self._generation = self._arena.generation
         for twin in self._inputs:
@@ -320,14 +325,18 @@ class TensorRTBackend(Backend):
         return call
 
     def capture(self, calls: Sequence[Call]) -> Call:
-        """One call that replays ``calls`` as a CUDA graph; each must have run once since it was bound.
+        """One call that replays ``calls`` as a CUDA graph.
 
-        Contexts set themselves up in their first run after a change of shape, which cannot be captured. Shapes and
-        addresses are frozen in the graph, buffers may be rewritten between replays. Raises :class:`CaptureError` if
-        the library or CUDA refuses; the stream and ``calls`` work on as before.
+        Contexts set themselves up in their first run after a change of shapes or memory, which cannot be captured: if
+        one has not had it, all run first. Shapes and addresses are frozen in the graph, buffers may be rewritten
+        between replays. Raises :class:`CaptureError` if the library or CUDA refuses; the stream and ``calls`` work on
+        as before.
         """
+        bound = [call for call in calls if isinstance(call, BoundGraph)]
+        if not all(call.settled for call in bound):
+            run_in_order(calls)
         self.synchronize()
-        refused = [call.name for call in calls if isinstance(call, BoundGraph) and not call.capturable]
+        refused = [call.name for call in bound if not call.capturable]
         if refused:
             raise CaptureError(f"{TITLES[self._flavour]} cannot capture {', '.join(refused)} into a CUDA graph")
         try:

@@ -190,6 +190,8 @@ class FakeContext:
         self.addresses: dict[str, int] = {}
         self.memory: tuple[int, int] | None = None
         self.profile: int | None = None
+        self.set_up = False
+        """Whether it has run since its shapes and its memory were set."""
         self.runs = 0
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
@@ -200,6 +202,7 @@ class FakeContext:
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert self.profile is not None, "the profile comes before the shapes"
         self.shapes[name] = shape
+        self.set_up = False
         return True
 
     def set_tensor_address(self, name: str, address: int) -> bool:
@@ -213,12 +216,13 @@ class FakeContext:
     def set_device_memory(self, address: int, size: int) -> None:
         assert size >= self.engine.scratch
         self.memory = address, size
+        self.set_up = False
 
     def execute_async_v3(self, stream: int) -> bool:
         cudart = self.engine.library.cudart
         if not cudart.takes(stream):
             return False
-        if cudart.captured is not None and not self.runs:
+        if cudart.captured is not None and not self.set_up:
             cudart.spoilt = True  # it would set itself up now, which cannot be captured
             return False
         cudart.enqueue(self._run)
@@ -242,6 +246,7 @@ class FakeContext:
         for tensor, value in zip(self.engine.session.get_outputs(), outputs, strict=True):
             self._array(tensor.name, value.shape, value.dtype)[...] = value
         self.runs += 1
+        self.set_up = True
 
     def _array(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize

@@ -156,6 +156,19 @@ def test_captured_calls_replay_on_new_data(folder: Path, stand_ins: SimpleNamesp
     np.testing.assert_array_equal(backend.read(target)[..., ::2, ::2], 3 * decoder_arrays()[:, :, :3])
 
 
+def test_capture_after_the_arena_grew(folder: Path, stand_ins: SimpleNamespace) -> None:
+    """Contexts that ran in the old arena only would have to set themselves up while being captured."""
+    backend, trt = stand_ins.open(folder)
+    source, target, call = bind_decoder(backend, decoder_arrays())
+    call()
+    backend._arena.reserve(2 * stand_ins.scratch_of("decoder"))
+    runs = trt.loaded[0].contexts[0].runs
+    replay = backend.capture([call])
+    assert trt.loaded[0].contexts[0].runs == runs + 1
+    backend._arena.reserve(3 * stand_ins.scratch_of("decoder"))  # the graph goes on in the arena that it knows
+    still_works(backend, source, target, replay)
+
+
 def test_views_that_are_not_aligned_are_copied(folder: Path, stand_ins: SimpleNamespace) -> None:
     """``setTensorAddress`` demands 256 bytes; rows of a stacked tensor need not have them. Also when captured."""
     backend, _ = stand_ins.open(folder)
@@ -187,11 +200,21 @@ def test_fault_while_capturing_ends_the_capture(folder: Path, stand_ins: SimpleN
     still_works(backend, source, target, call)
 
 
-def test_calls_that_never_ran_are_not_captured(folder: Path, stand_ins: SimpleNamespace) -> None:
+def test_calls_that_never_ran_run_before(folder: Path, stand_ins: SimpleNamespace) -> None:
     backend, trt = stand_ins.open(folder)
     source, target, call = bind_decoder(backend, decoder_arrays())
-    with pytest.raises(CaptureError, match="no CUDA graph could be captured: graph decoder: the engine could not be"):
-        backend.capture([call])
+    replay = backend.capture([call])
+    assert trt.loaded[0].contexts[0].runs == 1
+    still_works(backend, source, target, replay)
+
+
+def test_launch_that_fails_while_capturing(folder: Path, stand_ins: SimpleNamespace) -> None:
+    backend, trt = stand_ins.open(folder)
+    source, target, call = bind_decoder(backend, decoder_arrays())
+    call()
+    wanted = "no CUDA graph could be captured: graph decoder: the engine could not be launched"
+    with pytest.raises(CaptureError, match=wanted):
+        backend.capture([partial(setattr, trt.loaded[0].contexts[0], "set_up", False), call])
     assert trt.cudart.last_error == 0, "another library would take it for its own"
     still_works(backend, source, target, call)
 
