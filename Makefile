@@ -16,7 +16,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-PYTEST := $(BIN)/python -m pytest -q -rs
+# Bytecode is written even where the environment says no: without it every process parses all sources and tests again.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -rs
 PARALLEL := --numprocesses auto --dist worksteal
 TORCH := $(shell grep '^torch==' constraints.txt)
 LINTED := calibration export runtime stiv_ref tests $(wildcard benchmarks)

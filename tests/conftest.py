@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import gc
 import os
 import shutil
 import signal
@@ -60,8 +61,14 @@ def root() -> Path:
     return ROOT
 
 
+def pytest_collection_finish() -> None:
+    """Take modules and tests out of the garbage collector's rounds: they stay, and are most of what there is."""
+    gc.collect()
+    gc.freeze()
+
+
 Make = Callable[[Path], object]
-Once = Callable[[str, Make], Path]
+Once = Callable[[str | Path, Make], Path]
 
 
 @pytest.fixture(scope="session")
@@ -69,15 +76,17 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
     """``once(name, make)``: a path that ``make`` has made once for all workers of this run; do not write into it.
 
     The worker that asks first calls ``make(path)``, the others wait for it; after a failure the next one tries again.
+    In the place of a name, an absolute path outlives the run: it should be named by the content of what it is made of.
     """
     base = tmp_path_factory.getbasetemp()
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once"
 
-    def made(name: str, make: Make) -> Path:
-        path, done = shared / name, shared / f"{name}.done"
-        shared.mkdir(exist_ok=True)
-        with (shared / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, or the process ends
+    def made(name: str | Path, make: Make) -> Path:
+        path = shared / name
+        lock, done = (path.with_name(f"{path.name}.{end}") for end in ("lock", "done"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, or the process ends
             if not done.exists():
                 shutil.rmtree(path, ignore_errors=True)
                 make(path)

@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from stiv_deploy.runtime.plugins.library import EMULATED, KernelLibrary
 ROOT = Path(__file__).parents[2]
 PLUGINS = ROOT / "runtime" / "plugins"
 SOURCES = ("attention/kernels_emulated.cpp", "common/emulation.cpp", "common/device_error.cpp")
-FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-DSTIV_BUILD", "-DSTIV_EMULATE"]
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-DSTIV_BUILD", "-DSTIV_EMULATE"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]
 
 
@@ -26,16 +27,11 @@ def _fingerprint() -> str:
 
 
 @pytest.fixture(scope="session")
-def emulated() -> KernelLibrary:
+def emulated(once: Callable[..., Path]) -> KernelLibrary:
     """The emulated kernel library; compiled when a source has changed since the last time."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("the emulated kernels need a C++ compiler: g++ was not found")
+    command = [compiler, *FLAGS, *WARNINGS, *(str(PLUGINS / name) for name in SOURCES), "-o"]
     target = ROOT / "build" / "emulated" / _fingerprint() / EMULATED
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_suffix(f".{id(target)}.tmp")
-        sources = [str(PLUGINS / name) for name in SOURCES]
-        subprocess.run([compiler, *FLAGS, *WARNINGS, *sources, "-o", str(temporary)], check=True, timeout=600)
-        temporary.replace(target)
-    return KernelLibrary(target)
+    return KernelLibrary(once(target, lambda path: subprocess.run([*command, str(path)], check=True, timeout=600)))

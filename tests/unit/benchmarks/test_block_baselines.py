@@ -278,6 +278,7 @@ def test_a_trace_counts_kernels_and_copies_and_nothing_else(part: Callable[[str]
 # --- variants and rows
 
 
+@pytest.mark.slow
 def test_every_variant_of_a_dry_run_is_measured_and_right(part: Callable[[str], ModuleType], rows: list[Any]) -> None:
     assert [row.variant for row in rows] == [variant.name for variant in part("variants").VARIANTS]
     for row in rows:
@@ -293,6 +294,7 @@ def test_every_variant_of_a_dry_run_is_measured_and_right(part: Callable[[str], 
     assert rows[2].parity.error > 4 * rows[0].parity.error  # 8 bits are no 16
 
 
+@pytest.mark.slow
 def test_the_report_has_a_line_for_each_row_and_says_how(part: Callable[[str], ModuleType], rows: list[Any]) -> None:
     text = part("baselines").report(rows)
     table = [line for line in text.splitlines() if line.startswith("|")]
@@ -305,6 +307,7 @@ def test_the_report_has_a_line_for_each_row_and_says_how(part: Callable[[str], M
     assert "dry run" not in on_gpu
 
 
+@pytest.mark.slow
 def test_the_report_names_what_was_not_run_and_what_is_wrong(
     part: Callable[[str], ModuleType], rows: list[Any]
 ) -> None:
@@ -319,12 +322,14 @@ def test_the_report_names_what_was_not_run_and_what_is_wrong(
     assert "no shares: not permitted" in baselines.report([unseen])
 
 
+@pytest.mark.slow
 def test_fractions_are_the_least_time_over_the_measured(rows: list[Any]) -> None:
     row = rows[0]
     assert row.fraction == pytest.approx(row.bound.total_us / row.timing.median_us)
     assert row.gemm_fraction < row.fraction
 
 
+@pytest.mark.slow
 def test_a_variant_that_fails_says_so_and_ends_nothing(
     part: Callable[[str], ModuleType], rows: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,6 +350,7 @@ def test_a_variant_that_fails_says_so_and_ends_nothing(
     assert [row.timing is None for row in found] == [False, True]
 
 
+@pytest.mark.slow
 def test_shares_that_cannot_be_had_leave_the_time(
     part: Callable[[str], ModuleType], rows: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,6 +395,7 @@ def test_fp8_needs_a_gpu_that_has_it(part: Callable[[str], ModuleType], monkeypa
     assert variants.obstacle(variants.VARIANTS[0], torch.device("cuda")) is None
 
 
+@pytest.mark.slow
 def test_a_kernel_error_is_one_variants_note(
     part: Callable[[str], ModuleType], rows: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -406,6 +413,7 @@ def test_a_kernel_error_is_one_variants_note(
 # --- files
 
 
+@pytest.mark.slow
 def test_files_are_whole_and_hold_all_rows(part: Callable[[str], ModuleType], rows: list[Any], tmp_path: Path) -> None:
     part("baselines").write(rows, CPU, tmp_path / "results")
     assert not list((tmp_path / "results").glob("*.part"))
@@ -419,6 +427,7 @@ def test_files_are_whole_and_hold_all_rows(part: Callable[[str], ModuleType], ro
     assert part("baselines").report(rows) in page.read_text()
 
 
+@pytest.mark.slow
 def test_the_command_writes_and_fails_on_a_wrong_result(
     part: Callable[[str], ModuleType],
     rows: list[Any],

@@ -48,6 +48,7 @@ class KnownSource:
 REQUESTS = balanced_requests(12, moving=True)
 
 
+@pytest.mark.slow
 def test_right_and_reversed_clips_score_as_they_must(scores: ModuleType) -> None:
     source = KnownSource(REQUESTS, good=3.0)
     experiment, best = scores.measure(source, REQUESTS, [2.0, 3.0], scores.Settings(steps=1, scale=1.0), batch=5)
@@ -72,6 +73,7 @@ def test_every_setting_gets_the_same_requests_and_ti2v_the_first_frames(scores: 
     assert image_row["rest_psnr_db"] > 100
 
 
+@pytest.mark.slow
 def test_scorers_are_validated_beside(scores: ModuleType) -> None:
     result = scores.validate(KnownSource(REQUESTS, good=3.0))
     assert result["real"]["digit"] >= 97

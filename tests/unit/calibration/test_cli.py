@@ -64,14 +64,14 @@ def test_options_reach_the_scales(stiv: Stiv, micro_path: Path, tmp_path: Path) 
         return dict(load_scales(out).amax)
 
     plain = ranges("plain", "--precision", "fp8")
-    channels = ranges("channels", "--precision", "fp8", "--per-channel")
-    clipped = ranges("clipped", "--precision", "fp8", "--calibrator", "percentile", "--percentile", 90)
+    clip = ("--calibrator", "percentile", "--percentile", 90)
+    channels = ranges("channels", "--precision", "fp8", "--per-channel", *clip)
     smooth = ranges("smooth", "--precision", "int8", "--smoothquant", 0.5)
     other = ranges("other", "--precision", "fp8", "--seed", 5)
     name = "block_00.ffn.up"
     assert channels[f"{name}.weight"].max() == plain[f"{name}.weight"]
     assert channels[f"{name}.weight"].shape == (128,)
-    assert clipped[f"{name}.input"] < plain[f"{name}.input"]
+    assert channels[f"{name}.input"] < plain[f"{name}.input"]
     assert smooth[f"{name}.smooth"].shape == (32,)
     assert f"{name}.smooth" not in plain
     assert other[f"{name}.input"] != plain[f"{name}.input"]

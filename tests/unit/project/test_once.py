@@ -6,7 +6,7 @@ from threading import Thread
 
 import pytest
 
-Once = Callable[[str, Callable[[Path], object]], Path]
+Once = Callable[[str | Path, Callable[[Path], object]], Path]
 
 
 def test_all_who_ask_at_once_get_what_one_made(once: Once) -> None:

@@ -56,6 +56,7 @@ def test_records_describe_the_files(head: TracedGraph, tmp_path: Path) -> None:
         assert (record.sha256, record.bytes) == (hashlib.sha256(content).hexdigest(), len(content))
 
 
+@pytest.mark.slow
 def test_tracing_twice_gives_equal_bytes(head: TracedGraph, micro: Checkpoint, tmp_path: Path) -> None:
     first, module, spec = head
     second = trace(module, "head", spec, model_facts(micro.config))

@@ -192,6 +192,7 @@ def test_the_traced_graph_computes_what_the_module_computes(
     assert relative_error(found, traced.module(*inputs.values())) < FLOAT32_GATE
 
 
+@pytest.mark.slow
 def test_equal_input_gives_equal_bytes(traced: Traced, micro: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "again").mkdir()
     first = write(traced, tmp_path)

@@ -166,8 +166,8 @@ def test_a_binding_keeps_its_buffers_alive(backend: OnnxRuntimeBackend) -> None:
     call, _, outputs = bind_text(backend, 2, 3)
     call()
     wanted = backend.read(outputs["pooled"])
+    gc.collect()
     for _ in range(20):
-        gc.collect()
         backend.upload(np.full((2, 3), 7, dtype=np.int64))  # would take the place of a freed input
         call()
     np.testing.assert_array_equal(backend.read(outputs["pooled"]), wanted)

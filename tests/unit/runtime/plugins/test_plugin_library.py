@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror"]
 SHARED = ["-fPIC", "-shared", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wl,-z,defs"]
 PLUGIN_SOURCES = sorted([*ATTENTION.glob("plugin_*.cpp"), *ATTENTION.glob("*_plugin.cpp")])
 HARNESS_SOURCES = sorted(HARNESS.glob("*.cpp"))
+Once = Callable[..., Path]
 UNLOGGED = "[stiv] StivTemporalAttention: attribute heads is missing"
 
 
@@ -75,7 +77,7 @@ class Build:
         assert done.stderr == UNLOGGED + "\n"  # made before a logger was given; nothing after
 
 
-def compiled(name: str, sources: list[Path], options: list[str]) -> Path:
+def compiled(once: Once, name: str, sources: list[Path], options: list[str]) -> Path:
     """``name`` made from ``sources``; compiled again when one of the files or options has changed."""
     compiler = shutil.which("g++")
     if compiler is None:
@@ -84,38 +86,37 @@ def compiled(name: str, sources: list[Path], options: list[str]) -> Path:
     inputs = {*sources, *(path for source in sources for path in source.parent.glob("*.h")), *INTERFACE.glob("*.h")}
     for path in sorted(inputs):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    command = [compiler, *FLAGS, *map(str, sources), *options, "-o"]
     target = ROOT / "build" / "harness" / digest.hexdigest()[:16] / name
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_suffix(f".{os.getpid()}.tmp")
-        subprocess.run([compiler, *FLAGS, *map(str, sources), *options, "-o", str(temporary)], check=True, timeout=600)
-        temporary.replace(target)
-    return target
+    return once(target, lambda path: subprocess.run([*command, str(path)], check=True, timeout=600))
 
 
-def plugin_library(headers: list[str], kernels: Path) -> Path:
+def plugin_library(once: Once, headers: list[str], kernels: Path) -> Path:
     """The plugins, linked with a kernel library."""
     folder = str(kernels.parent)
     link = ["-L" + folder, f"-l:{kernels.name}", f"-Wl,-rpath,{folder}"]
-    return compiled("libstiv_plugins.so", PLUGIN_SOURCES, [*headers, *SHARED, *link])
+    return compiled(once, "libstiv_plugins.so", PLUGIN_SOURCES, [*headers, *SHARED, *link])
+
+
+def host_program(once: Once, headers: list[str], options: list[str]) -> Path:
+    """The program that does with the plugins what TensorRT does."""
+    return compiled(once, "plugin_harness", HARNESS_SOURCES, [*headers, *options])
 
 
 @pytest.fixture(scope="module")
-def build(emulated: KernelLibrary) -> Build:
+def build(once: Once, emulated: KernelLibrary) -> Build:
     """Plugins and harness against the test interface, on the emulated kernels."""
     headers = ["-I", str(INTERFACE)]
-    return Build(
-        plugin_library(headers, emulated.path), compiled("plugin_harness", HARNESS_SOURCES, [*headers, "-ldl"])
-    )
+    return Build(plugin_library(once, headers, emulated.path), host_program(once, headers, ["-ldl"]))
 
 
 @pytest.fixture(params=["plugin", "harness", "both"], scope="module")
-def tensorrt_build(request: pytest.FixtureRequest, emulated: KernelLibrary) -> Build:
+def tensorrt_build(request: pytest.FixtureRequest, once: Once, emulated: KernelLibrary) -> Build:
     """The same with TensorRT's own headers on one side or on both."""
     real, interface = tensorrt_headers(), ["-I", str(INTERFACE)]
     plugin = interface if request.param == "harness" else real
     harness = interface if request.param == "plugin" else real
-    return Build(plugin_library(plugin, emulated.path), compiled("plugin_harness", HARNESS_SOURCES, [*harness, "-ldl"]))
+    return Build(plugin_library(once, plugin, emulated.path), host_program(once, harness, ["-ldl"]))
 
 
 def test_header_is_written_from_the_specification() -> None:
@@ -190,10 +191,10 @@ def test_tensorrts_own_headers(tensorrt_build: Build, command: str) -> None:
 
 
 @pytest.mark.gpu
-def test_enqueue_on_the_gpu() -> None:
+def test_enqueue_on_the_gpu(once: Once) -> None:
     kernels, cuda = library_path(), cuda_root()
     assert cuda is not None, "the CUDA toolkit that built the kernels is not found"
     headers = ["-I", str(INTERFACE)]
     runtime = ["-DSTIV_HARNESS_CUDA", "-isystem", str(cuda / "include"), "-L" + str(cuda / "lib64"), "-lcudart_static"]
-    harness = compiled("plugin_harness", HARNESS_SOURCES, [*headers, *runtime, "-ldl", "-lpthread", "-lrt"])
-    Build(plugin_library(headers, kernels), harness).check("enqueue", least=60)
+    harness = host_program(once, headers, [*runtime, "-ldl", "-lpthread", "-lrt"])
+    Build(plugin_library(once, headers, kernels), harness).check("enqueue", least=60)

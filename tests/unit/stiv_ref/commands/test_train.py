@@ -13,6 +13,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from stiv_deploy.runtime.command.main import main
 from stiv_deploy.stiv_ref import config
 from stiv_deploy.stiv_ref.checkpoint import load_checkpoint
 from stiv_deploy.stiv_ref.commands.train import consolidate, train
@@ -51,6 +52,11 @@ def assert_one_line(error: object, *parts: str) -> None:
         assert part in str(error)
 
 
+def one_step_each(recipe_file: Path) -> str:
+    """The recipe with stages of one step."""
+    return recipe_file.read_text().replace("steps = 5", "steps = 1")
+
+
 def test_a_short_run_makes_checkpoint_and_pictures(app: typer.Typer, recipe_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "run"
     error, output = invoke(app, recipe_file, "--out", out, "--quiet")
@@ -67,17 +73,14 @@ def test_a_short_run_makes_checkpoint_and_pictures(app: typer.Typer, recipe_file
     assert not [path for path in out.iterdir() if "partial" in path.name or path.name.startswith(".")]
 
 
-def test_default_folder_is_named_after_the_recipe(
+def test_default_folder_is_named_after_the_recipe_and_a_bar_shows_the_loss(
     app: typer.Typer, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    error, _ = invoke(app, recipe_file, "--quiet")
+    recipe_file.write_text(one_step_each(recipe_file))
+    error, output = invoke(app, recipe_file)
     assert error is None
     assert (tmp_path / "runs" / "short" / "checkpoint" / "config.json").is_file()
-
-
-def test_the_bar_shows_the_loss(app: typer.Typer, recipe_file: Path, tmp_path: Path) -> None:
-    _, output = invoke(app, recipe_file, "--out", tmp_path / "run")
     assert "2-ti2v" in output
     assert "loss" in output
 
@@ -113,6 +116,7 @@ def test_nothing_to_consolidate(consolidating: typer.Typer, tmp_path: Path) -> N
 
 
 def test_state_of_another_recipe(app: typer.Typer, recipe_file: Path, tmp_path: Path) -> None:
+    recipe_file.write_text(one_step_each(recipe_file))
     invoke(app, recipe_file, "--out", tmp_path / "run", "--quiet")
     recipe_file.write_text(recipe_file.read_text().replace("threads = 1", "threads = 1\nseed = 5"))
     error, _ = invoke(app, recipe_file, "--out", tmp_path / "run", "--quiet")
@@ -172,10 +176,11 @@ def test_ctrl_c_on_the_real_command_saves_and_exits_130(tmp_path: Path, number: 
     assert sorted(path.name for path in out.iterdir()) == ["log.jsonl", "state", "tokenizer.json", "vae.safetensors"]
 
 
-def test_bad_recipe_on_the_real_command_exits_2_with_one_line(tmp_path: Path) -> None:
-    process = run_stiv(tmp_path / "missing.toml")
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    [line] = errors.strip().splitlines()
+def test_bad_recipe_on_the_real_command_exits_2_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["stiv", "train", str(tmp_path / "missing.toml")])
+    assert main() == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
     assert "missing.toml" in line

@@ -73,6 +73,7 @@ def targets(program: torch.export.ExportedProgram) -> list[str]:
     return [str(node.target) for node in program.graph.nodes if str(node.target).startswith("stiv.")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
 def test_export_of_any_size(block: Flat, small_config: StivConfig, frozen: bool) -> None:
     block.requires_grad_(not frozen)
@@ -85,10 +86,12 @@ def test_export_of_any_size(block: Flat, small_config: StivConfig, frozen: bool)
             torch.testing.assert_close(program.module()(*inputs), block(*inputs), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_native_trace_has_none_of_our_operators(random_model: ModelFactory, small_config: StivConfig) -> None:
     assert targets(exported(Flat(random_model(blocks=1).blocks[0]), small_config)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_sees_through(block: Flat, small_config: StivConfig, dynamic: bool) -> None:
     torch._dynamo.reset()
