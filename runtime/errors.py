@@ -27,6 +27,14 @@ class EngineError(StivError):
     """An engine is missing or was built for another GPU, version or graph."""
 
 
+class KernelError(StivError):
+    """The kernel library is missing, does not fit this version, or refused a call."""
+
+
+class RegisterError(StivError):
+    """A kernel spills, or uses more registers than the ceiling, or there is no report."""
+
+
 class OutputError(StivError):
     """The output cannot be written."""
 

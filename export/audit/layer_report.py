@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stiv_deploy.runtime.errors import StivError
+from stiv_deploy.export.errors import ReportError
 
 NO_KERNEL = frozenset({"shape_call", "signal", "wait", "noop", "constant"})
 """Layer types that launch nothing: shapes worked out on the host, synchronization, constants."""
@@ -37,10 +37,6 @@ _LINE = re.compile(
 _TENSOR = re.compile(r"\{ Name: ([^{}]*?), (?:Location: \w+, )?Dimensions: \[([^\]]*)\][^{}]*?Datatype: ([^,{}]*)")
 _PROFILE = re.compile(r" \[profile (\d+)\]")
 _GROUP = re.compile(r"_myl(\d+)_\d+$")
-
-
-class ReportError(StivError):
-    """A file is no layer report, or says too little to audit."""
 
 
 @dataclass(frozen=True, kw_only=True)

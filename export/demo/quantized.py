@@ -21,8 +21,8 @@ from stiv_deploy.export.demo.demo import (
     held_out_image,
     write_report,
 )
+from stiv_deploy.export.errors import StageError
 from stiv_deploy.runtime.bundle.contract import Format
-from stiv_deploy.runtime.errors import StivError
 from stiv_deploy.runtime.tensorrt_library import Flavour, missing_library
 
 BACKEND: Flavour = "tensorrt-rtx"
@@ -37,14 +37,6 @@ TITLES = {
     "parity": "Parity with the float64 and the fake-quantized reference",
     "generate": "Generate",
 }
-
-
-class StageError(StivError):
-    """A command of the demo failed; its own words are above."""
-
-    def __init__(self, command: str, exit_code: int) -> None:
-        super().__init__(f"'stiv {command}' ended with {exit_code}; its message is above")
-        self.exit_code = exit_code
 
 
 @dataclass

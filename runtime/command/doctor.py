@@ -19,43 +19,66 @@ GIB = 2**30
 
 
 class Dependency(NamedTuple):
-    """An imported module, the distribution that brings it, and the extra that brings that ('' for the base install)."""
+    """An imported module, the distribution that brings it, and the extras that bring that (none for the base install).
+
+    Without a ``module`` nothing is imported: it is enough that the distribution is there.
+    """
 
     module: str
     distribution: str
-    extra: str
+    extras: tuple[str, ...] = ()
 
 
 DEPENDENCIES = (
-    Dependency("numpy", "numpy", ""),
-    Dependency("onnxruntime", "onnxruntime", ""),
-    Dependency("tokenizers", "tokenizers", ""),
-    Dependency("av", "av", ""),
-    Dependency("PIL", "pillow", ""),
-    Dependency("typer", "typer", ""),
-    Dependency("rich", "rich", ""),
-    Dependency("pydantic", "pydantic", ""),
-    Dependency("torch", "torch", "ref"),
-    Dependency("safetensors", "safetensors", "ref"),
-    Dependency("sklearn", "scikit-learn", "ref"),
-    Dependency("matplotlib", "matplotlib", "ref"),
-    Dependency("scenedetect", "scenedetect", "data"),
-    Dependency("cv2", "opencv-python", "data"),
-    Dependency("webdataset", "webdataset", "data"),
-    Dependency("onnx", "onnx", "export"),
-    Dependency("onnxscript", "onnxscript", "export"),
-    Dependency("tensorrt_rtx_bindings", "tensorrt_rtx_cu13_bindings", "rtx"),
-    Dependency("tensorrt_rtx_libs", "tensorrt_rtx_cu13_libs", "rtx"),
-    Dependency("cuda.bindings", "cuda-python", "rtx"),
-    Dependency("tensorrt", "tensorrt-cu13", "tensorrt"),
+    Dependency("numpy", "numpy"),
+    Dependency("onnxruntime", "onnxruntime"),
+    Dependency("tokenizers", "tokenizers"),
+    Dependency("av", "av"),
+    Dependency("PIL", "pillow"),
+    Dependency("typer", "typer"),
+    Dependency("rich", "rich"),
+    Dependency("pydantic", "pydantic"),
+    Dependency("torch", "torch", ("ref",)),
+    Dependency("safetensors", "safetensors", ("ref",)),
+    Dependency("sklearn", "scikit-learn", ("ref",)),
+    Dependency("matplotlib", "matplotlib", ("ref",)),
+    Dependency("scenedetect", "scenedetect", ("data",)),
+    Dependency("cv2", "opencv-python", ("data",)),
+    Dependency("webdataset", "webdataset", ("data",)),
+    Dependency("diffusers", "diffusers", ("encoders",)),
+    Dependency("transformers", "transformers", ("encoders",)),
+    Dependency("tensorboard", "tensorboard", ("tensorboard",)),
+    Dependency("modelopt", "nvidia-modelopt", ("calibration",)),
+    Dependency("requests", "requests", ("calibration",)),
+    Dependency("onnx", "onnx", ("export",)),
+    Dependency("onnxscript", "onnxscript", ("export",)),
+    Dependency("tensorrt_rtx_bindings", "tensorrt_rtx_cu13_bindings", ("rtx",)),
+    Dependency("tensorrt_rtx_libs", "tensorrt_rtx_cu13_libs", ("rtx",)),
+    Dependency("cuda.bindings", "cuda-python", ("rtx", "tensorrt", "gpu")),
+    Dependency("tensorrt", "tensorrt-cu13", ("tensorrt",)),
+    Dependency("onnxruntime", "onnxruntime-gpu", ("gpu",)),
+    Dependency("hypothesis", "hypothesis", ("dev",)),
+    Dependency("ml_dtypes", "ml_dtypes", ("dev",)),
+    Dependency("mypy", "mypy", ("dev",)),
+    Dependency("pre_commit", "pre-commit", ("dev",)),
+    Dependency("psutil", "psutil", ("dev",)),
+    Dependency("pytest", "pytest", ("dev",)),
+    Dependency("pytest_timeout", "pytest-timeout", ("dev",)),
+    Dependency("xdist", "pytest-xdist", ("dev",)),
+    Dependency("ruff", "ruff", ("dev",)),
+    Dependency("", "scikit-video", ("dev",)),
 )
+"""All that ``pyproject.toml`` names; of two that bring the same module, the one of the base install first."""
 
-# Other distributions that bring the same module.
-ALTERNATIVES = {"onnxruntime": ("onnxruntime-gpu",), "cv2": ("opencv-python-headless", "opencv-contrib-python")}
+ALTERNATIVES = {
+    "onnxruntime": ("onnxruntime-gpu",),
+    "opencv-python": ("opencv-python-headless", "opencv-contrib-python"),
+}
+"""Other distributions that bring the same module, by distribution."""
 
 
 class Package(BaseModel):
-    """One dependency: its version, or why it cannot be used."""
+    """One dependency: the extras that it is in, with commas, its version, or why it cannot be used."""
 
     name: str
     extra: str
@@ -127,14 +150,19 @@ def installed_version(distribution: str) -> str | None:
 
 def check_package(dependency: Dependency) -> Package:
     """Import one dependency and note its version, or what is wrong."""
-    names = (dependency.distribution, *ALTERNATIVES.get(dependency.module, ()))
+    names = (dependency.distribution, *ALTERNATIVES.get(dependency.distribution, ()))
     name, found = next(((name, found) for name in names if (found := installed_version(name))), (names[0], None))
+    problem: str | None = None
     if found is None:
-        extra = f"stiv-deploy[{dependency.extra}]" if dependency.extra else "stiv-deploy"
-        problem: str | None = f"not installed; run: pip install '{extra}'"
-    else:
+        problem = f"not installed; run: pip install '{installable(dependency)}'"
+    elif dependency.module:
         _, problem = reason_of(lambda: import_module(dependency.module))
-    return Package(name=name, extra=dependency.extra, version=found, problem=problem)
+    return Package(name=name, extra=", ".join(dependency.extras), version=found, problem=problem)
+
+
+def installable(dependency: Dependency) -> str:
+    """What pip installs to bring ``dependency``: this project, with the first extra that it is in."""
+    return f"stiv-deploy[{dependency.extras[0]}]" if dependency.extras else "stiv-deploy"
 
 
 def cpu_name() -> str:

@@ -52,14 +52,11 @@ def _commands() -> dict[str, EntryPoint]:
 
 def _needs(error: ImportError) -> str | None:
     """What to install for a module that is missing; None if it is not one of our optional dependencies."""
-    from stiv_deploy.runtime.command.doctor import DEPENDENCIES
+    from stiv_deploy.runtime.command.doctor import DEPENDENCIES, installable
 
     missing = (error.name or "").partition(".")[0]
-    extras = [each.extra for each in DEPENDENCIES if each.module.partition(".")[0] == missing]
-    if not extras:
-        return None
-    wanted = f"stiv-deploy[{extras[0]}]" if extras[0] else "stiv-deploy"
-    return f"{missing} is not installed; run: pip install '{wanted}'"
+    found = next((each for each in DEPENDENCIES if missing and each.module.partition(".")[0] == missing), None)
+    return None if found is None else f"{missing} is not installed; run: pip install '{installable(found)}'"
 
 
 def _unavailable(name: str, error: ImportError) -> typer.Typer:

@@ -12,7 +12,7 @@ from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
-from stiv_deploy.runtime.errors import StivError
+from stiv_deploy.runtime.errors import KernelError
 
 LIBRARY_VARIABLE = "STIV_PLUGIN_LIBRARY"
 FOLDER = Path(__file__).resolve().parent / "_lib"
@@ -22,10 +22,6 @@ BUILD_HINT = (
     "build it with `make plugins` (nvcc and CMake 3.25 needed), or by hand with "
     "`cmake -S . -B build/plugins` and `cmake --build build/plugins --target install`"
 )
-
-
-class KernelError(StivError):
-    """The kernel library is missing, does not fit this version, or refused a call."""
 
 
 class KernelDtype(IntEnum):

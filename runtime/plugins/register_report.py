@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from stiv_deploy.runtime.errors import StivError
+from stiv_deploy.runtime.errors import RegisterError
 
 CEILING = Path(__file__).parent / "attention" / "registers.json"
 _ENTRY = re.compile(r"Compiling entry function '(?P<symbol>\w+)' for '(?P<target>sm_\w+)'")
@@ -18,10 +18,6 @@ _SPILLS = re.compile(
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill"
 )
 _USED = re.compile(r"Used (?P<registers>\d+) registers")
-
-
-class RegisterError(StivError):
-    """A kernel spills, or uses more registers than the ceiling, or there is no report."""
 
 
 @dataclass(frozen=True)

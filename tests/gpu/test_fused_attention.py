@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stiv_deploy.runtime.plugins.library import KernelError
+from stiv_deploy.runtime.errors import KernelError
 from stiv_deploy.stiv_ref.block import RopeTables, StivBlock
 from stiv_deploy.stiv_ref.checkpoint import load_checkpoint
 from stiv_deploy.stiv_ref.config import StivConfig

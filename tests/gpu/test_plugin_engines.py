@@ -16,9 +16,9 @@ from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend, unavailable_reason
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import Precision
-from stiv_deploy.runtime.errors import BackendError
+from stiv_deploy.runtime.errors import BackendError, KernelError
 from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
-from stiv_deploy.runtime.plugins.library import KernelError, library_path
+from stiv_deploy.runtime.plugins.library import library_path
 from stiv_deploy.runtime.plugins.tensorrt_plugins import plugin_library
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stiv_deploy.runtime.errors import KernelError
 from stiv_deploy.runtime.plugins.library import (
     BUILD_HINT,
     FOLDER,
     KernelDtype,
-    KernelError,
     KernelLibrary,
     Plan,
     TemporalAttention,

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from stiv_deploy.runtime.plugins.library import LIBRARY_VARIABLE, KernelError
+from stiv_deploy.runtime.errors import KernelError
+from stiv_deploy.runtime.plugins.library import LIBRARY_VARIABLE
 from stiv_deploy.stiv_ref.block import RopeTables, StivBlock
 
 CPU = torch.device("cpu")

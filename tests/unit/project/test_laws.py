@@ -1,5 +1,6 @@
 """The laws of the import graph: who may import whom, no circles, few rooms. `make layout` prints the graph itself."""
 
+import ast
 import re
 import sys
 from collections.abc import Iterator
@@ -173,6 +174,35 @@ def test_exceptions_are_needed_and_are_for_one_module_and_library(sources: dict[
         assert any(allowed(where, name) for name in imported(sources[where])), (where, library)
         assert not allowed(f"{where}_other", library)
         assert not allowed(where, f"{library}_other")
+
+
+def own_errors(sources: dict[str, str]) -> dict[str, list[str]]:
+    """Modules other than ``errors`` and the classes in them that derive from a class of such a module."""
+    trees = {module: ast.parse(source) for module, source in sources.items()}
+    defined = {
+        module: {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+        for module, tree in trees.items()
+    }
+    errors = {name for module, classes in defined.items() if module.endswith("/errors") for name in classes}
+    found = {
+        module: [
+            name
+            for name, node in classes.items()
+            if errors & {base.id for base in node.bases if isinstance(base, ast.Name)}
+        ]
+        for module, classes in defined.items()
+        if not module.endswith("/errors")
+    }
+    return {module: names for module, names in found.items() if names}
+
+
+def test_errors_are_in_the_file_of_their_package(sources: dict[str, str]) -> None:
+    assert own_errors(sources) == {}
+
+
+def test_errors_elsewhere_are_seen(sources: dict[str, str]) -> None:
+    planted_error = "from stiv_deploy.runtime.errors import StivError\n\n\nclass OtherError(StivError):\n    pass"
+    assert own_errors({**sources, "export/x": planted_error}) == {"export/x": ["OtherError"]}
 
 
 def planted(graph: Graph, module: str, target: str) -> Graph:

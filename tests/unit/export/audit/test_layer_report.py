@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from stiv_deploy.export.audit.layer_report import ReportError, parse_report, read_report, type_name
+from stiv_deploy.export.audit.layer_report import parse_report, read_report, type_name
+from stiv_deploy.export.errors import ReportError
 
 REPORTS = Path(__file__).parent / "reports"
 # Lines in the form of TensorRT 10: no constants, so that weights are not shown; a prefix where a logger sets one.

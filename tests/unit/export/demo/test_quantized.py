@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from stiv_deploy.export.demo import quantized as demo_quantized
-from stiv_deploy.export.demo.quantized import QuantizedDemo, StageError, quantized_demo
+from stiv_deploy.export.demo.quantized import QuantizedDemo, quantized_demo
+from stiv_deploy.export.errors import StageError
 
 CHECKPOINT = Path("checkpoints/tiny")
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,9 @@ app.command(cls=Command)(doctor_command)
 run = CliRunner().invoke
 
 ALL = doctor.DEPENDENCIES
-QUICK = (doctor.Dependency("numpy", "numpy", ""), doctor.Dependency("nonsense", "no-such-thing", "rtx"))
+METAPACKAGES = {"cuda", "tensorrt"}
+"""Modules whose distribution, the one to install, only asks for others that bring them."""
+QUICK = (doctor.Dependency("numpy", "numpy"), doctor.Dependency("nonsense", "no-such-thing", ("rtx", "gpu")))
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +73,7 @@ def test_report_as_text_names_the_remedy() -> None:
 
 
 def test_missing_base_package_is_sick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "DEPENDENCIES", (doctor.Dependency("nonsense", "no-such-thing", ""),))
+    monkeypatch.setattr(doctor, "DEPENDENCIES", (doctor.Dependency("nonsense", "no-such-thing"),))
     assert run(app, ["--json"]).exit_code == 1
 
 
@@ -98,7 +101,7 @@ def test_no_working_backend_is_sick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_installed_but_broken_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """numpy is installed; that its module cannot be imported is the news."""
-    package = doctor.check_package(doctor.Dependency("nonsense", "numpy", ""))
+    package = doctor.check_package(doctor.Dependency("nonsense", "numpy"))
     assert package.version is not None
     assert package.problem is not None
     assert "No module named 'nonsense'" in package.problem
@@ -141,12 +144,31 @@ def test_driver_that_does_not_answer(fake_nvidia_smi: Callable[[str], None]) -> 
     assert report.gpu_problem == "RuntimeError: cannot talk to the driver"
 
 
-def test_every_dependency_is_declared_in_its_extra(root: Path) -> None:
+def test_the_packages_and_extras_are_those_of_the_project(root: Path) -> None:
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    declared = {"": project["dependencies"], **project["optional-dependencies"]}
-    for dependency in ALL:
-        names = {canonicalize_name(Requirement(text).name) for text in declared[dependency.extra]}
-        assert canonicalize_name(dependency.distribution) in names
+    declared = {
+        (extra, canonicalize_name(Requirement(text).name))
+        for extra, texts in {"": project["dependencies"], **project["optional-dependencies"]}.items()
+        for text in texts
+    }
+    known = {(extra, canonicalize_name(each.distribution)) for each in ALL for extra in each.extras or ("",)}
+    assert known == {(extra, name) for extra, name in declared if name != "stiv-deploy"}
+    assert len({each.distribution for each in ALL}) == len(ALL)
+
+
+def test_every_module_is_its_distributions() -> None:
+    """Of what is installed here; a module of another name would be reported as broken, or as there."""
+    owners = packages_distributions()
+    for each in ALL:
+        top = each.module.partition(".")[0]
+        if top and doctor.installed_version(each.distribution) is not None:
+            names = {canonicalize_name(name) for name in owners.get(top, [])}
+            assert canonicalize_name(each.distribution) in names or top in METAPACKAGES, each
+
+
+def test_a_distribution_without_a_module_is_looked_for_only() -> None:
+    package = doctor.check_package(doctor.Dependency("", "numpy", ("dev",)))
+    assert (package.name, package.extra, package.problem) == ("numpy", "dev", None)
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stiv_deploy.runtime.plugins.library import KERNELS, KernelDtype, KernelError, KernelLibrary, TemporalAttention
+from stiv_deploy.runtime.errors import KernelError
+from stiv_deploy.runtime.plugins.library import KERNELS, KernelDtype, KernelLibrary, TemporalAttention
 from stiv_deploy.runtime.plugins.spec import HEAD_DIMS
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]

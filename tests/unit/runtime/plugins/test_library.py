@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stiv_deploy.runtime.errors import StivError
+from stiv_deploy.runtime.errors import KernelError, StivError
 from stiv_deploy.runtime.plugins import library as module
 from stiv_deploy.runtime.plugins.library import (
     KERNELS,
     LIBRARY_VARIABLE,
     KernelDtype,
-    KernelError,
     KernelLibrary,
     SpatialQkv,
     TemporalAttention,

@@ -4,15 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from stiv_deploy.runtime.plugins.register_report import (
-    KernelReport,
-    RegisterError,
-    faults,
-    main,
-    parse,
-    read_reports,
-    summary,
-)
+from stiv_deploy.runtime.errors import RegisterError
+from stiv_deploy.runtime.plugins.register_report import KernelReport, faults, main, parse, read_reports, summary
 
 SYMBOL = "_ZN4stiv12_GLOBAL__N_118temporal_attentionINS_8BFloat16ELi72ELi2EEEvNS_18TemporalParametersIT_EE"
 TEXT = f"""ptxas info    : 0 bytes gmem

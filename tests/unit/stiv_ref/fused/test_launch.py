@@ -17,13 +17,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stiv_deploy.runtime.plugins.library import (
-    LIBRARY_VARIABLE,
-    KernelError,
-    KernelLibrary,
-    SpatialQkv,
-    TemporalAttention,
-)
+from stiv_deploy.runtime.errors import KernelError
+from stiv_deploy.runtime.plugins.library import LIBRARY_VARIABLE, KernelLibrary, SpatialQkv, TemporalAttention
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.errors import AttentionError
 from stiv_deploy.stiv_ref.fused import operators

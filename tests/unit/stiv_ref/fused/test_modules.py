@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from stiv_deploy.runtime.plugins.library import LIBRARY_VARIABLE, KernelError
+from stiv_deploy.runtime.errors import KernelError
+from stiv_deploy.runtime.plugins.library import LIBRARY_VARIABLE
 from stiv_deploy.stiv_ref.block import RopeTables, SelfAttention, StivBlock
 from stiv_deploy.stiv_ref.config import CONFIGS, StivConfig
 from stiv_deploy.stiv_ref.errors import AttentionError

@@ -15,9 +15,8 @@ from stiv_deploy.runtime.bundle.bundle import Bundle, read_manifest, write_manif
 from stiv_deploy.runtime.bundle.contract import graph_specs
 from stiv_deploy.runtime.bundle.engine_files import attention_form, graph_hash
 from stiv_deploy.runtime.bundle.manifest import EngineRecord, Manifest, QuantizationRecord
-from stiv_deploy.runtime.errors import BackendError, BundleError, EngineError, StivError
+from stiv_deploy.runtime.errors import BackendError, BundleError, EngineError, KernelError, StivError
 from stiv_deploy.runtime.plugins import tensorrt_plugins
-from stiv_deploy.runtime.plugins.library import KernelError
 from stiv_deploy.runtime.plugins.tensorrt_plugins import PLUGIN_LIBRARY_VARIABLE, PluginLibrary
 
 Build = Callable[..., Any]

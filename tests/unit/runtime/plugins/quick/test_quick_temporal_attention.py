@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from stiv_deploy.runtime.plugins.library import KernelDtype, KernelError, KernelLibrary, Plan, TemporalAttention
+from stiv_deploy.runtime.errors import KernelError
+from stiv_deploy.runtime.plugins.library import KernelDtype, KernelLibrary, Plan, TemporalAttention
 from stiv_deploy.runtime.plugins.quick.temporal_attention import (
     EPSILON,
     EXTRA_ARGUMENTS,
