@@ -27,11 +27,11 @@ MICRO = ("resolution", "crop", "stride", "frames")
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One layer: its name, the graph it is in, and its module in :class:`stiv_ref.model.Stiv` (dotted path).
+    """One layer: its name, its graph, and its module in :class:`~stiv_deploy.stiv_ref.model.Stiv` (dotted path).
 
     ``group`` is ``block`` for the layers of blocks, ``edge`` for what the default plan never quantizes: patch
     embedding, conditions and AdaLN, text projections (run once a request) and the head. The module of an attention
-    layer is its :class:`~stiv_ref.block.SelfAttention`.
+    layer is its :class:`~stiv_deploy.stiv_ref.block.SelfAttention`.
     """
 
     name: str

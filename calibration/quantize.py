@@ -1,8 +1,8 @@
 """The only call site of NVIDIA ModelOpt: its quantizers put into the reference model, to observe or to fake-quantize.
 
 Fake quantization rounds a value to the nearest that 8 bits can hold and goes on in the model's own type. ModelOpt
-does that in fp32 whatever the model's type; the grid is that of :func:`calibration.scales.scale_of` for the model's
-type, so that an fp16 model has the fp16 scales of the exported graph.
+does that in fp32 whatever the model's type; the grid is that of :func:`~stiv_deploy.calibration.scales.scale_of` for
+the model's type, so that an fp16 model has the fp16 scales of the exported graph.
 """
 
 import copy

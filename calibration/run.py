@@ -164,7 +164,8 @@ def calibrate(request: CalibrationRequest, progress: Progress) -> Calibration:
     """Collect statistics, write the scale file ``request.out`` and its report.
 
     Keeps the statistics' file, so that a caller who fails later need not collect again; see :func:`finish`. Raises
-    :class:`CalibrationError` or :class:`CheckpointError`, before anything expensive where possible.
+    :class:`CalibrationError` or :class:`~stiv_deploy.stiv_ref.errors.CheckpointError`, before anything expensive where
+    possible.
     """
     check_request(request)
     checkpoint = load_checkpoint(request.checkpoint)

@@ -44,9 +44,10 @@ def export_bundle(request: ExportRequest, progress: Progress = unheard) -> Expor
     """Write the bundle that ``request`` asks for, whole or not at all.
 
     An existing bundle is replaced when the new one is complete, any other folder is refused. Raises
-    :class:`CheckpointError`, :class:`CalibrationError` (scales or plan of another model, or no ModelOpt for the
-    comparison), :class:`ExportError` (sizes that the model or the plugins cannot take), :class:`OutputError`, all
-    before the checkpoint is loaded where possible, or :class:`CheckError`.
+    :class:`~stiv_deploy.stiv_ref.errors.CheckpointError`, :class:`~stiv_deploy.calibration.errors.CalibrationError`
+    (scales or plan of another model, or no ModelOpt for the comparison), :class:`ExportError` (sizes that the model or
+    the plugins cannot take), :class:`OutputError`, all before the checkpoint is loaded where possible, or
+    :class:`~stiv_deploy.export.errors.CheckError`.
     """
     started = time.monotonic()
     refuse_bad_target(request.out)

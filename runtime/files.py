@@ -39,7 +39,7 @@ def draft(target: Path) -> Iterator[Path]:
 def replaced_file(target: Path, remedy: str = "") -> Iterator[Path]:
     """Yield a path for a new file, which becomes ``target`` if the block succeeds, and vanishes on any failure.
 
-    An :class:`OSError` becomes an :class:`OutputError`, which ends with ``remedy``.
+    An ``OSError`` becomes an :class:`OutputError`, which ends with ``remedy``.
     """
     with _told(target, remedy), draft(target) as temporary:
         yield temporary

@@ -39,11 +39,11 @@ def sampling_inputs(
     *,
     frames: int | None = None,
 ) -> SamplingInputs:
-    """Inputs of :func:`stiv_ref.sampler.sample`, one sample for each prompt and seed, at the checkpoint's own size.
+    """Inputs of :func:`~stiv_deploy.stiv_ref.sampler.sample`, one for each prompt and seed, at the checkpoint's size.
 
     They are on the device of the model, where text encoder and VAE have to be, and text states are of its type.
     ``first_frames`` [B, 3, H, W] in [-1, 1] are given; ``frames`` of video default to the checkpoint's own number.
-    Raises :class:`ConfigError` for a number of frames that the VAE cannot code.
+    Raises :class:`~stiv_deploy.stiv_ref.errors.ConfigError` for a number of frames that the VAE cannot code.
     """
     defaults, vae, weight = checkpoint.config.sampling, checkpoint.vae, next(checkpoint.model.parameters())
     if frames is None:

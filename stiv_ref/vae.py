@@ -1,4 +1,4 @@
-"""A small convolutional per-frame VAE behind the interface that larger ones (:mod:`stiv_ref.pretrained.vae`) fill.
+"""A small convolutional per-frame VAE, of the interface that :mod:`~stiv_deploy.stiv_ref.pretrained.vae` has too.
 
 Interface: ``encode`` video [B, F, 3, H, W] in [-1, 1] -> latents [B, T, C, h, w] of zero mean and unit variance,
 ``decode`` back; ``latent_frames`` and ``video_frames`` turn F into T and T into F; ``config`` has ``latent_channels``,

@@ -115,8 +115,9 @@ class _Task:
 class Audit:
     """One run of ``stiv audit``: everything is checked on construction, before the first builder starts.
 
-    Raises :class:`BundleError` for a damaged graph file, :class:`BackendError` for a missing library or an impossible
-    target among ``sms``, :class:`EngineError` for an unknown graph.
+    Raises :class:`~stiv_deploy.runtime.errors.BundleError` for a damaged graph file,
+    :class:`~stiv_deploy.runtime.errors.BackendError` for a missing library or an impossible target among ``sms``,
+    :class:`EngineError` for an unknown graph.
     """
 
     def __init__(self, bundle: Bundle, request: AuditRequest) -> None:
@@ -212,7 +213,8 @@ def _report(bundle: Bundle, builder: str, engines: Sequence[AuditedEngine], rows
 def audit_bundle(request: AuditRequest, progress: Progress = unheard) -> AuditReport:
     """Check what ``request`` asks for; nothing is written.
 
-    Raises :class:`BundleError`, what :class:`Audit` and its run do, and :class:`ReportError` for what is no log.
+    Raises :class:`~stiv_deploy.runtime.errors.BundleError`, what :class:`Audit` and its run do, and
+    :class:`~stiv_deploy.export.errors.ReportError` for what is no log.
     """
     bundle = Bundle.open(request.bundle)
     if request.log is None:

@@ -165,9 +165,9 @@ def default_jobs(flavour: Flavour) -> int:
 class EngineBuild:
     """One run of ``stiv build``: everything is checked on construction, before the first builder starts.
 
-    Raises :class:`BundleError` for a damaged graph file, :class:`BackendError` for a missing library or an impossible
-    target, :class:`EngineError` for an unknown graph or bucket, :class:`OutputError` where it could not write, and for
-    plugins whatever :func:`choose_packaging` does.
+    Raises :class:`~stiv_deploy.runtime.errors.BundleError` for a damaged graph file, :class:`BackendError` for a
+    missing library or an impossible target, :class:`EngineError` for an unknown graph or bucket, :class:`OutputError`
+    where it could not write, and for plugins whatever :func:`choose_packaging` does.
     """
 
     def __init__(self, request: BuildRequest) -> None:

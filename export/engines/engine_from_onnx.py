@@ -114,7 +114,7 @@ def use_timing_cache(config: Any, path: Path) -> None:
 
 
 def save_timing_cache(config: Any, path: Path) -> None:
-    """Store the extended timing cache, whole or not at all; raises :class:`OutputError`."""
+    """Store the extended timing cache, whole or not at all; raises :class:`~stiv_deploy.runtime.errors.OutputError`."""
     with replaced_file(path) as temporary:
         temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
 

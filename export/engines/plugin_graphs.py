@@ -51,9 +51,9 @@ def choose_packaging(
 
     The plugin library is loaded in this process too: what is wrong with it shows before a builder starts. Raises
     :class:`BackendError` for a TensorRT without plugins or without the package onnx, and where there is no such
-    library; :class:`KernelError` where the quickly deployable packaging lacks its kernels or TensorRT's part of it;
-    :class:`EngineError` where no graph of the bundle has a plugin form, or one that this package is not for, or none
-    that the quickly deployable packaging is for.
+    library; :class:`~stiv_deploy.runtime.errors.KernelError` where the quickly deployable packaging lacks its kernels
+    or TensorRT's part of it; :class:`EngineError` where no graph of the bundle has a plugin form, or one that this
+    package is not for, or none that the quickly deployable packaging is for.
     """
     if attention == "native":
         return None

@@ -1,8 +1,9 @@
 """The graphs of the contract as modules: reference code between the contract's inputs and outputs.
 
-Each module's ``forward`` takes exactly the inputs of its graph in :func:`runtime.contract.graph_specs`, in order, and
-returns its outputs. The reference module sits in the one child ``source``, whose prefix the ONNX names drop. A module
-may be in half precision (``.to(dtype)``): whatever the contract keeps in float32 is cast at the boundary, inside.
+Each module's ``forward`` takes exactly the inputs of its graph in
+:func:`~stiv_deploy.runtime.bundle.contract.graph_specs`, in order, and returns its outputs. The reference module sits
+in the one child ``source``, whose prefix the ONNX names drop. A module may be in half precision (``.to(dtype)``):
+whatever the contract keeps in float32 is cast at the boundary, inside.
 """
 
 import copy

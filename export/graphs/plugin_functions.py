@@ -1,8 +1,9 @@
 """ONNX function bodies of the plugins: what a plugin node computes, in standard operators of opset 23.
 
 A runtime without the plugins expands a node into its body; the names, inputs and attributes are those of
-:mod:`runtime.plugins.spec`. Bodies hold for every size and floating type. A node with scales has another body than one
-without (functions know no optional computation), so a model holds the body of the form that its nodes use.
+:mod:`~stiv_deploy.runtime.plugins.spec`. Bodies hold for every size and floating type. A node with scales has another
+body than one without (functions know no optional computation), so a model holds the body of the form that its nodes
+use.
 """
 
 import onnx_ir as ir

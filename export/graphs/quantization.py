@@ -1,9 +1,9 @@
 """What a quantized bundle is made from: scales and plan, checked against their checkpoint, and the stored 8-bit values.
 
-Numbers are here, the graph that uses them is in :mod:`export.graphs.quantized_graph`; both go by the same names: in a
-graph, a layer has ``<module>.input_scale`` [], ``<module>.weight_scale`` [] or [out], its 8-bit ``<module>.weight``
-and, with SmoothQuant, ``<module>.inverse_smooth`` [in]; attention has ``<module>.q_scale``, ``.k_scale`` and
-``.v_scale`` [].
+Numbers are here, the graph that uses them is in :mod:`~stiv_deploy.export.graphs.quantized_graph`; both go by the same
+names: in a graph, a layer has ``<module>.input_scale`` [], ``<module>.weight_scale`` [] or [out], its 8-bit
+``<module>.weight`` and, with SmoothQuant, ``<module>.inverse_smooth`` [in]; attention has ``<module>.q_scale``,
+``.k_scale`` and ``.v_scale`` [].
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -70,7 +70,8 @@ def load_quantization(
 ) -> Quantization:
     """Read a scale file and a plan (None: the default) and check both against the checkpoint.
 
-    Raises :class:`CalibrationError` or :class:`CheckpointError`, one line.
+    Raises :class:`~stiv_deploy.calibration.errors.CalibrationError` or
+    :class:`~stiv_deploy.stiv_ref.errors.CheckpointError`, one line.
     """
     config = checkpoint.config.model
     loaded = load_scales(scales)

@@ -3,7 +3,7 @@
 Linears: QuantizeLinear, DequantizeLinear on the input, per tensor; the weight lies in the file in 8 bits, [in, out],
 behind a DequantizeLinear of its own (per tensor, or per output channel on axis 1). Scales have the type of the
 activations and are parameters as the weights are: blocks with equal plans have equal topology. Attention: see
-:mod:`export.graphs.attention_forms`; the softmax's output lies in [0, 1], its scale is a constant.
+:mod:`~stiv_deploy.export.graphs.attention_forms`; the softmax's output lies in [0, 1], its scale is a constant.
 
 QuantizeLinear saturates INT8 at -128, one code below the symmetric grid of the calibration: values that the calibration
 would clip lose a little less. Weights keep to -127.

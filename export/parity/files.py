@@ -56,7 +56,7 @@ def opened_scales(bundle: Bundle, scales: Path | None) -> Scales | None:
     """The scales that ``bundle`` was exported with, None for one without 8-bit layers.
 
     By default they are looked for by their hash in the bundle's folder and beside it. Raises :class:`BundleError` if
-    they are not there or others, :class:`CalibrationError` if the file is damaged.
+    they are not there or others, :class:`~stiv_deploy.calibration.errors.CalibrationError` if the file is damaged.
     """
     record = bundle.manifest.quantization
     if record is None:

@@ -11,8 +11,8 @@ loses there is what nobody can ask a backend not to lose. Gates (relative L2 err
 The float32 caps are the project's promise; the floor covers sums taken in another order.
 
 A bundle with 8-bit layers has the same levels. Graphs without such layers keep the rules above; for everything else the
-yardstick is the fake-quantized reference, with the rules of :mod:`export.parity.draws`, and a second row each (level
-``direct_...``) compares the backend with that model instead of the truth.
+yardstick is the fake-quantized reference, with the rules of :mod:`~stiv_deploy.export.parity.draws`, and a second row
+each (level ``direct_...``) compares the backend with that model instead of the truth.
 """
 
 import math

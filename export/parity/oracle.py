@@ -50,7 +50,8 @@ class Boundary(nn.Module):
 class Oracle:
     """The graphs and the sampling loop of one checkpoint in one dtype.
 
-    Call :meth:`run` with the contract's input names. ``boundary`` is the model for :func:`stiv_ref.sampler.sample`.
+    Call :meth:`run` with the contract's input names. ``boundary`` is the model for
+    :func:`~stiv_deploy.stiv_ref.sampler.sample`.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
@@ -84,7 +85,7 @@ class Oracle:
 
     @torch.no_grad()
     def sampling_inputs(self, request: "Request") -> SamplingInputs:
-        """Inputs of :func:`stiv_ref.sampler.sample` for ``request``, its text encoded by this oracle."""
+        """Inputs of :func:`~stiv_deploy.stiv_ref.sampler.sample` for ``request``, its text encoded by this oracle."""
         batch = len(request.inputs.noise)
         encoded = self._encoded(request.token_ids, request.token_mask)
         text = TextStates(*(part[:batch] for part in encoded))

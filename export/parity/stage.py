@@ -38,8 +38,9 @@ class ParityRequest:
 def run_parity(request: ParityRequest, progress: Progress = unheard) -> ParityReport:
     """Climb the ladder on each backend; a gate that fails is in the report.
 
-    Raises :class:`BundleError`, :class:`BackendError`, :class:`CheckpointError` or :class:`CalibrationError` before the
-    first measurement, :class:`OutputError` where rows cannot be kept.
+    Raises :class:`~stiv_deploy.runtime.errors.BundleError`, :class:`~stiv_deploy.runtime.errors.BackendError`,
+    :class:`~stiv_deploy.stiv_ref.errors.CheckpointError` or :class:`~stiv_deploy.calibration.errors.CalibrationError`
+    before the first measurement, :class:`~stiv_deploy.runtime.errors.OutputError` where rows cannot be kept.
     """
     bundle = Bundle.open(request.bundle)
     backends = runnable(bundle, request.backends)

@@ -28,7 +28,7 @@ def manifest_text(manifest: Manifest) -> str:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Path:
-    """Write ``manifest`` into ``folder``, replacing the old one in one step; raises :class:`OutputError`."""
+    """Write ``manifest`` into ``folder`` in place of the old one; :class:`~stiv_deploy.runtime.errors.OutputError`."""
     target = folder / MANIFEST
     write_text(target, manifest_text(manifest), "choose a folder you may write to")
     return target

@@ -109,7 +109,7 @@ class LatentData(_Array):
 
 
 def as_picture(value: Any) -> PictureFile | PictureData:
-    """The picture that ``value`` (:data:`ImageLike`, or its JSON) gives; files are read later, by :meth:`load`.
+    """The picture that ``value`` (:data:`ImageLike`, or its JSON) gives; files are read later, by ``load``.
 
     Raises :class:`RequestError` for anything else.
     """

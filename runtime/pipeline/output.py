@@ -53,7 +53,8 @@ class StivOutput:
     def write(self, path: str | Path, upscale: int = 1) -> list[Path]:
         """Write the videos, with their records, to ``path`` (several: ``name-0.mp4``, ...); returns where they are.
 
-        Formats and ``upscale`` are those of :func:`media.write_video`. Raises :class:`OutputError`.
+        Formats and ``upscale`` are those of :func:`~stiv_deploy.runtime.pipeline.media.write_video`. Raises
+        :class:`OutputError`.
         """
         targets = check_output(path, len(self.requests))
         for target, clip, record in zip(targets, self._arrays(), self.records, strict=True):

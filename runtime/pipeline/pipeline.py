@@ -81,8 +81,9 @@ class StivPipeline:
     ) -> Self:
         """Open the bundle in the folder ``path`` on ``backend`` (by default the best that works here).
 
-        ``threads`` limits the CPU threads, ``device`` is the GPU's index as CUDA counts. Raises :class:`BundleError`,
-        :class:`BackendError` or :class:`EngineError`.
+        ``threads`` limits the CPU threads, ``device`` is the GPU's index as CUDA counts. Raises
+        :class:`~stiv_deploy.runtime.errors.BundleError`, :class:`~stiv_deploy.runtime.errors.BackendError` or
+        :class:`~stiv_deploy.runtime.errors.EngineError`.
         """
         bundle = Bundle.open(path)
         return cls(bundle, open_backend(backend, bundle, threads, device), profile=profile, debug=debug)
@@ -123,9 +124,9 @@ class StivPipeline:
         """Generate the videos of ``plan``; waits while another thread's run is on.
 
         ``observer`` is called after each step. ``output_type`` is ``np``, ``pil`` or ``latent``, see
-        :class:`StivOutput`. Raises :class:`Cancelled` between two steps once ``cancel`` is set, :class:`StivError` if
-        the result is not finite, :class:`RequestError` for a plan of another bundle, from inside a step callback, and
-        when the pipeline is closed.
+        :class:`StivOutput`. Raises :class:`Cancelled` between two steps once ``cancel`` is set,
+        :class:`~stiv_deploy.runtime.errors.StivError` if the result is not finite, :class:`RequestError` for a plan of
+        another bundle, from inside a step callback, and when the pipeline is closed.
         """
         check_output_type(output_type)
         if plan.bundle != self.bundle.manifest.bundle_hash:

@@ -94,7 +94,8 @@ class PlannedVideo:
 class GenerationPlan:
     """All videos of some requests, in batches that the bundle can run, and what they share.
 
-    ``bundle`` is the hash of the bundle that they were planned for; ``decode_tile`` is for :func:`tiling.plan_tiles`.
+    ``bundle`` is the hash of the bundle that they were planned for; ``decode_tile`` is for
+    :func:`~stiv_deploy.runtime.pipeline.tiling.plan_tiles`.
     """
 
     batches: tuple[tuple[PlannedVideo, ...], ...]

@@ -71,8 +71,8 @@ class SamplingLoop:
     ) -> np.ndarray:
         """Latents fp32 [B, T, C, h, w] of ``batch``, whose given latents [C, h, w] by latent frame are ``clean``.
 
-        Raises :class:`Cancelled` between two steps once ``cancel`` is set, :class:`StivError` if a result is not
-        finite.
+        Raises :class:`Cancelled` between two steps once ``cancel`` is set,
+        :class:`~stiv_deploy.runtime.errors.StivError` if a result is not finite.
         """
         least = self._bundle.bucket_for(len(batch), size.frames, size.height, size.width).batch.min
         dims = self._dims(batch, size, least)

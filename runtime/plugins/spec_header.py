@@ -1,4 +1,4 @@
-"""The plugins' tables for C++, ``attention/plugin_spec.h``, written from :mod:`stiv_deploy.runtime.plugins.spec`.
+"""The plugins' tables for C++, ``attention/plugin_spec.h``, written from :mod:`~stiv_deploy.runtime.plugins.spec`.
 
 ``python -m stiv_deploy.runtime.plugins.spec_header`` rewrites the file; a test fails while it is not up to date.
 """

@@ -79,7 +79,7 @@ def load_plugins(trt: Any, library: PluginLibrary) -> None:
     """Register the plugins of ``library`` with ``trt``, TensorRT's module; once per process, further calls do nothing.
 
     Raises :class:`BackendError` if TensorRT refuses the library, if it lacks a plugin of
-    :mod:`stiv_deploy.runtime.plugins.spec`, or if this process has another one already.
+    :mod:`~stiv_deploy.runtime.plugins.spec`, or if this process has another one already.
     """
     with _lock:
         _, present = _loaded.get(id(trt), (trt, None))

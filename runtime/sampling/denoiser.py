@@ -16,9 +16,10 @@ from stiv_deploy.runtime.sampling.text_stage import TextRow
 class Denoiser:
     """Runs the transformer on the rows of ``model_input`` at ``timestep`` and leaves the result in ``velocity``.
 
-    Buffers, for the most rows M = ``dims["model_batch"]`` (see :func:`contract.dimensions`): ``model_input`` and
-    ``velocity`` fp32 [M, T, C, h, w], ``timestep`` fp32 [M]. Rows may hold anything until they are given text and
-    micro-conditions: nobody takes the velocity of a row that no sample has.
+    Buffers, for the most rows M = ``dims["model_batch"]`` (see
+    :func:`~stiv_deploy.runtime.bundle.contract.dimensions`): ``model_input`` and ``velocity`` fp32 [M, T, C, h, w],
+    ``timestep`` fp32 [M]. Rows may hold anything until they are given text and micro-conditions: nobody takes the
+    velocity of a row that no sample has.
     """
 
     def __init__(self, backend: Backend, manifest: Manifest, dims: dict[str, int]) -> None:

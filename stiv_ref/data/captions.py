@@ -22,7 +22,7 @@ def read_captions(folder: Path, jsonl: Path | None = None) -> dict[str, str]:
     From the sidecar ``clip.txt`` beside ``clip.mp4``; or, with ``jsonl``, from lines of
     ``{"file": "clip.mp4", "caption": "..."}``, whose other keys are ignored. White space is collapsed. Raises
     :class:`CaptionError` for a video without caption, an empty caption, a line that is not valid or names no video of
-    the folder; :class:`VideoError` for a folder without videos.
+    the folder; :class:`~stiv_deploy.stiv_ref.errors.VideoError` for a folder without videos.
     """
     videos = list_videos(folder)
     captions = known_captions(folder, videos, jsonl)

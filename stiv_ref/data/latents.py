@@ -136,7 +136,7 @@ def _check_settings(data: ShardData, index: LatentIndex, recipe: Recipe, stage: 
 
 
 class LatentDataset:
-    """Pre-computed samples: a :class:`~stiv_ref.data.loader.ClipDataset` of latents fp32 [T, C, h, w]."""
+    """Pre-computed samples: a :class:`~stiv_deploy.stiv_ref.data.loader.ClipDataset` of latents fp32 [T, C, h, w]."""
 
     def __init__(
         self, title: str, shards: Sequence[Path], index: LatentIndex, stage: Stage, *, with_text: bool
@@ -155,7 +155,7 @@ class LatentDataset:
         ]
 
     def load(self, group: int, number: int, generator: torch.Generator) -> Sample:
-        """As :class:`~stiv_ref.data.loader.ClipDataset` says; ``generator`` is not used: all was drawn before."""
+        """As :class:`~stiv_deploy.stiv_ref.data.loader.ClipDataset` says; nothing is drawn, all was before."""
         record, facts = self.records[number]
         try:
             tensors = load(record.members["safetensors"].read())

@@ -121,7 +121,7 @@ class _Keys(Sampler[list[Key]]):
 
 
 class DatasetSource:
-    """A :class:`~stiv_ref.data.source.Source` over a dataset.
+    """A :class:`~stiv_deploy.stiv_ref.data.source.Source` over a dataset.
 
     ``workers`` processes load ahead; with 0 loading happens in this one. :meth:`batches` raises :class:`DataError` once
     more than ``max_broken`` of all samples were found broken.
@@ -146,13 +146,13 @@ class DatasetSource:
         return sorted({word for part in parts for word, _ in part})
 
     def batches(self, steps: range, parts: Sequence[range]) -> Iterator[list[Batch]]:
-        """As :class:`~stiv_ref.data.source.Source` says. Raises :class:`DataError` if too much is broken."""
+        """As :class:`~stiv_deploy.stiv_ref.data.source.Source` says. :class:`DataError` if too much is broken."""
         loaded = self._load(_Keys(steps, parts))
         for _ in steps:
             yield [self._checked(next(loaded)) for _ in parts]
 
     def stills(self, count: int) -> Tensor:
-        """As :class:`~stiv_ref.data.source.Source` says: random frames of videos, in an order of their own."""
+        """As :class:`~stiv_deploy.stiv_ref.data.source.Source` says: random frames, in an order of their own."""
         dataset, workers, broken = self.dataset.stills(), self.workers, self.max_broken
         source = DatasetSource(dataset, seed=self.seed, stage=0, batch=count, workers=workers, max_broken=broken)
         size = max(1, -(-count // max(1, 4 * self.workers)))
@@ -162,7 +162,7 @@ class DatasetSource:
         return torch.cat([batch.video[:, 0] for batch in batches if batch.video is not None])
 
     def broken(self) -> list[str]:
-        """As :class:`~stiv_ref.data.source.Source` says; after them, what the stage cannot use for another reason."""
+        """As :class:`~stiv_deploy.stiv_ref.data.source.Source` says, then what the stage cannot use otherwise."""
         return [f"{name}: {fault}" for name, fault in sorted(self._broken.items())] + [
             f"{name}: {reason}" for name, reason in sorted(self.dataset.left_out.items())
         ]

@@ -15,8 +15,9 @@ from stiv_deploy.stiv_ref.recipe import DigitsData, Recipe, ShardData, Stage, Vi
 def open_source(recipe: Recipe, stage: Stage, number: int) -> Source:
     """The data of ``stage``, which is number ``number`` of ``recipe``, counted from 1 (it seeds the draws).
 
-    Everything is looked into here, so that nothing can be missing later: raises a :class:`StivRefError` that says what
-    is wrong with the data or does not fit the recipe. Reading needs no library beyond those of the reference.
+    Everything is looked into here, so that nothing can be missing later: raises a
+    :class:`~stiv_deploy.stiv_ref.errors.StivRefError` that says what is wrong with the data or does not fit the recipe.
+    Reading needs no library beyond those of the reference.
     """
     data = recipe.data[stage.data]
     if isinstance(data, DigitsData):

@@ -1,7 +1,7 @@
 """Pre-computing latents and text states: every clip goes through the frozen encoders once, not once an epoch.
 
 What is stored is the VAE's posterior mean, standardized, and the text encoder's output, as training would compute them;
-:mod:`stiv_ref.data.latents` reads it.
+:mod:`~stiv_deploy.stiv_ref.data.latents` reads it.
 """
 
 import hashlib
@@ -62,7 +62,8 @@ def load_encoders(
 ) -> Encoders:
     """Load encoders from STIV checkpoints, or from folders of diffusers and of transformers.
 
-    Raises :class:`CheckpointError` if a folder has none, or if ``max_tokens`` is given for a checkpoint's text encoder.
+    Raises :class:`~stiv_deploy.stiv_ref.errors.CheckpointError` if a folder has none, or if ``max_tokens`` is given for
+    a checkpoint's text encoder.
     """
     loaded_vae = load_vae(vae) if is_checkpoint(vae) else load_pretrained_vae(vae)
     loaded_text = None

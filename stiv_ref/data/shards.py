@@ -55,7 +55,7 @@ class ShardClip:
     first: int = 0
 
     def read(self, start: int, count: int, stride: int) -> NDArray[np.uint8]:
-        """As :class:`~stiv_ref.data.videos.Clip` says."""
+        """As :class:`~stiv_deploy.stiv_ref.data.videos.Clip` says."""
         with unpacked(self.video, self.suffix) as path:
             return read_frames(path, self.first + start, count, stride)
 

@@ -98,7 +98,7 @@ def span(frames: int, stride: int) -> int:
 
 
 class VideoDataset:
-    """Clips of ``frames`` frames, drawn from videos: a :class:`~stiv_ref.data.loader.ClipDataset` of pixels.
+    """Clips of ``frames`` frames drawn from videos, a :class:`~stiv_deploy.stiv_ref.data.loader.ClipDataset` of pixels.
 
     Each sample draws a stride among the ``strides`` that the video is long enough for, then a start and a crop. Single
     frames have stride 1. Every video belongs to the bucket of ``sizes`` that is nearest.
@@ -119,7 +119,7 @@ class VideoDataset:
                 self.groups[nearest_bucket(clip.size, self.sizes)].append(number)
 
     def load(self, group: int, number: int, generator: torch.Generator) -> Sample:
-        """As :class:`~stiv_ref.data.loader.ClipDataset` says: video fp32 [F, 3, H, W] in [-1, 1]."""
+        """As :class:`~stiv_deploy.stiv_ref.data.loader.ClipDataset` says: video fp32 [F, 3, H, W] in [-1, 1]."""
         clip, bucket = self.listing.clips[number], self.sizes[group]
         possible = [stride for stride in self.strides if span(self.frames, stride) <= clip.frames]
         stride = possible[_integer(len(possible), generator)]
@@ -142,7 +142,7 @@ class VideoDataset:
         )
 
     def stills(self) -> "VideoDataset":
-        """As :class:`~stiv_ref.data.loader.ClipDataset` says: in the first of the sizes."""
+        """As :class:`~stiv_deploy.stiv_ref.data.loader.ClipDataset` says: in the first of the sizes."""
         return VideoDataset(self.listing, sizes=self.sizes[:1], frames=1)
 
     def _wanted(self) -> str:
@@ -153,7 +153,7 @@ def list_videos_of(data: VideoData) -> Listing:
     """The videos of ``data``: a folder, all of whose videos are looked into, or an index of clips (``clips.jsonl``).
 
     Raises :class:`VideoError` if the folder is missing or has no videos, :class:`CaptionError` if captions are missing,
-    :class:`ClipsError` if the index is not valid.
+    :class:`~stiv_deploy.stiv_ref.errors.ClipsError` if the index is not valid.
     """
     return _listed_clips(data) if data.path.is_file() else _listed_folder(data)
 

@@ -1,4 +1,4 @@
-"""Pretrained text encoders of the transformers library, frozen, behind the call of :class:`stiv_ref.text.TextEncoder`.
+"""Pretrained text encoders of transformers, frozen, called like :class:`~stiv_deploy.stiv_ref.text.TextEncoder`.
 
 STIV takes token states of a pretrained encoder and pools the last text token (arXiv 2412.07730, section 3). T5 (arXiv
 1910.10683), CLIP (2103.00020) and BERT (1810.04805; MiniLM and other sentence encoders are of its form) are read from a

@@ -1,4 +1,4 @@
-"""Pretrained VAEs of the diffusers library, frozen, behind the interface of :mod:`stiv_ref.vae`.
+"""Pretrained VAEs of the diffusers library, frozen, behind the interface of :mod:`~stiv_deploy.stiv_ref.vae`.
 
 ``AutoencoderKL`` codes every frame on its own: the VAE of Stable Diffusion, SDXL, SD 3 and FLUX (latent diffusion,
 arXiv 2112.10752). ``AutoencoderKLLTXVideo`` is a causal video VAE (LTX-Video, arXiv 2501.00103): the first frame

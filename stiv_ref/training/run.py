@@ -29,7 +29,7 @@ VAE_FILE, TOKENIZER_FILE = "vae.safetensors", "tokenizer.json"
 
 @dataclass(kw_only=True)
 class Run:
-    """Components of the running stage, sharded over ``team``; what :mod:`stiv_ref.training.state` writes and reads.
+    """Components of the running stage, sharded over ``team``: what :mod:`~stiv_deploy.stiv_ref.training.state` stores.
 
     In stage 0 there is no ``model`` yet and the optimizer is that of the VAE.
     """
@@ -95,7 +95,10 @@ def save_vae(run: Run) -> None:
 
 
 def load_vae(run: Run) -> None:
-    """Read and freeze what :func:`save_vae` wrote, if this run trains its VAE; raises :class:`CheckpointError`."""
+    """Read and freeze what :func:`save_vae` wrote, if this run trains its VAE.
+
+    Raises :class:`~stiv_deploy.stiv_ref.errors.CheckpointError`.
+    """
     if isinstance(run.recipe.vae, TrainedVae):
         fill(run.vae, load_tensors(run.out / VAE_FILE), run.out / VAE_FILE)
     run.vae.to(run.team.device).eval().requires_grad_(False)

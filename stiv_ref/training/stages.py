@@ -136,7 +136,8 @@ def _spread(module: nn.Module, whole: nn.Module | None, team: Team) -> None:
 def begin_stage(run: Run, *, fresh: bool = True) -> None:
     """Make model, optimizer and averages of stage ``run.stage``, with the weights of its origins if ``fresh``.
 
-    Otherwise their values are left to :func:`stiv_ref.training.state.load_state`. All processes must call it together.
+    Otherwise their values are left to :func:`~stiv_deploy.stiv_ref.training.state.load_state`. All processes must call
+    it together.
     """
     recipe, team = run.recipe, run.team
     run.optimizer, run.averages, run.model = None, {}, None

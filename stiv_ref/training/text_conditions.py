@@ -71,7 +71,10 @@ def word_encoder(settings: WordText, model: StivConfig, tokenizer: Tokenizer, se
 
 
 def frozen_text(settings: FrozenText) -> tuple[AnyTextEncoder, Tokenizer]:
-    """The frozen encoder that the recipe names, and its tokenizer; :class:`CheckpointError` if it cannot be read."""
+    """The frozen encoder that the recipe names, and its tokenizer.
+
+    Raises :class:`~stiv_deploy.stiv_ref.errors.CheckpointError` if it cannot be read.
+    """
     if settings.kind == "pretrained":
         return load_pretrained_text(settings.path, settings.max_tokens)
     encoder, tokenizer = load_text_encoder(settings.path)

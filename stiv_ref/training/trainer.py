@@ -40,8 +40,9 @@ def train(recipe: Recipe, out: Path, *, quiet: bool = False) -> Path:
     """Train ``recipe`` in the folder ``out`` and return the checkpoint's path, ``out/checkpoint``.
 
     Goes on from ``out/state`` if there is one. Ctrl-C and SIGTERM save the state first and raise ``KeyboardInterrupt``.
-    Under torchrun all processes must call it together. Raises :class:`StivRefError` for whatever the user can mend:
-    before the first step wherever that can be known, :class:`DivergedError` for a loss that is not finite.
+    Under torchrun all processes must call it together. Raises :class:`~stiv_deploy.stiv_ref.errors.StivRefError` for
+    whatever the user can mend: before the first step wherever that can be known,
+    :class:`~stiv_deploy.stiv_ref.errors.DivergedError` for a loss that is not finite.
     """
     with joined() as team:
         torch.set_num_threads(recipe.threads)

@@ -192,7 +192,7 @@ def register_temporal_attention(
     """Register the plugin with TensorRT in this process, before a graph is parsed; :data:`PLUGIN_ID`, version 1.
 
     With ``fp8_output`` it has the input ``output_scale`` and writes FP8. Nodes must carry every attribute of
-    :mod:`stiv_deploy.runtime.plugins.spec`, as there are no defaults here, with ``plugin_version`` and
+    :mod:`~stiv_deploy.runtime.plugins.spec`, as there are no defaults here, with ``plugin_version`` and
     ``plugin_namespace``; the function body of ``StivTemporalAttention`` must be out of the model, as
     ``export/engines/plugin_graphs.py`` takes it, or an early parser expands it instead. The network needs no creation
     flag and the nodes no attribute ``aot``: they choose between two implementations, and this is the only one. Do not
