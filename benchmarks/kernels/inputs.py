@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stiv_deploy.runtime.plugins.library import KernelDtype, KernelLibrary, SpatialQkv, TemporalAttention
+from stiv_deploy.runtime.plugins.library import POINTERS, KernelDtype, KernelLibrary, SpatialQkv, TemporalAttention
 
 KERNEL_DTYPES = {
     torch.float32: KernelDtype.FLOAT32,
@@ -17,7 +17,6 @@ KERNEL_DTYPES = {
 }
 FP8 = torch.float8_e4m3fn
 EPSILON = 1e-6
-POINTERS = ("qkv", "q_gamma", "k_gamma", "cos", "sin")
 SIZES = {3: ("batch", "frames", "positions"), 2: ("rows", "positions")}
 """Names of the axes of qkv before its 3, by their number: temporal attention, and pre-processing."""
 GUARD = 1024  # bytes of NaN before and behind every output

@@ -21,10 +21,10 @@ from kernels.contenders import (
     assemble,
     make_sets,
 )
-from kernels.inputs import FP8, POINTERS, sizes_and_types
+from kernels.inputs import FP8, sizes_and_types
 from kernels.machine import clocks
 from kernels.outcome import Outcome, Save, Status, table
-from stiv_deploy.runtime.plugins.library import Plan, SpatialQkv, TemporalAttention
+from stiv_deploy.runtime.plugins.library import POINTERS, Plan, SpatialQkv, TemporalAttention
 
 BIG_COPY = 2**31
 """Bytes, read and written, of the large copy."""

@@ -12,7 +12,7 @@ from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
-from stiv_deploy.runtime.errors import KernelError
+from stiv_deploy.runtime.errors import KernelError, StivError
 
 LIBRARY_VARIABLE = "STIV_PLUGIN_LIBRARY"
 FOLDER = Path(__file__).resolve().parent / "_lib"
@@ -41,18 +41,23 @@ class KernelDtype(IntEnum):
 _POINTER, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
-class _TemporalCall(ctypes.Structure):
+class _QkvCall(ctypes.Structure):
+    """What both calls begin with."""
+
+    _fields_ = tuple((name, _POINTER) for name in ("qkv", "bias", "q_gamma", "k_gamma", "cos", "sin"))
+
+
+class _TemporalCall(_QkvCall):
     _fields_ = (
-        *((name, _POINTER) for name in ("qkv", "bias", "q_gamma", "k_gamma", "cos", "sin", "output_scale", "output")),
+        *((name, _POINTER) for name in ("output_scale", "output")),
         *((name, _INT64) for name in ("batch", "frames", "positions", "heads", "head_dim")),
         *((name, _INT32) for name in ("dtype", "output_dtype")),
         ("epsilon", ctypes.c_float),
     )
 
 
-class _SpatialCall(ctypes.Structure):
+class _SpatialCall(_QkvCall):
     _fields_ = (
-        *((name, _POINTER) for name in ("qkv", "bias", "q_gamma", "k_gamma", "cos", "sin")),
         *((name, _POINTER) for name in ("q_scale", "k_scale", "v_scale", "q", "k", "v")),
         *((name, _INT64) for name in ("rows", "positions", "heads", "head_dim")),
         *((name, _INT32) for name in ("dtype", "output_dtype")),
@@ -90,55 +95,53 @@ class Plan:
     tiles: int
 
 
-@dataclass(frozen=True)
-class TemporalAttention:
-    """One call of temporal attention; pointers are addresses, 0 for none. Layouts: ``attention/kernels.h``."""
+POINTERS = ("qkv", "q_gamma", "k_gamma", "cos", "sin")
+"""Inputs that both calls must have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QkvCall:
+    """What both calls have; pointers are addresses, 0 for none. Layouts: ``attention/kernels.h``."""
 
     qkv: int
     q_gamma: int
     k_gamma: int
     cos: int
     sin: int
-    output: int
-    batch: int
-    frames: int
     positions: int
     heads: int
     head_dim: int
     dtype: KernelDtype
     output_dtype: KernelDtype
     bias: int = 0
-    output_scale: int = 0
     epsilon: float = 1e-6
 
 
-@dataclass(frozen=True)
-class SpatialQkv:
-    """One call of spatial pre-processing; pointers are addresses, 0 for none. Layouts: ``attention/kernels.h``."""
+@dataclass(frozen=True, kw_only=True)
+class TemporalAttention(QkvCall):
+    """One call of temporal attention."""
 
-    qkv: int
-    q_gamma: int
-    k_gamma: int
-    cos: int
-    sin: int
+    output: int
+    batch: int
+    frames: int
+    output_scale: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpatialQkv(QkvCall):
+    """One call of spatial pre-processing."""
+
     q: int
     k: int
     v: int
     rows: int
-    positions: int
-    heads: int
-    head_dim: int
-    dtype: KernelDtype
-    output_dtype: KernelDtype
-    bias: int = 0
     q_scale: int = 0
     k_scale: int = 0
     v_scale: int = 0
-    epsilon: float = 1e-6
     query_scale: float = 1.0
 
 
-def _fill(structure: ctypes.Structure, call: object) -> ctypes.Structure:
+def _fill(structure: ctypes.Structure, call: QkvCall) -> ctypes.Structure:
     for name, value in vars(call).items():
         setattr(structure, name, value)
     return structure
@@ -218,17 +221,22 @@ def _declare(dll: ctypes.CDLL) -> None:
         dll.stiv_emulation_seed.restype, dll.stiv_emulation_seed.argtypes = None, [ctypes.c_uint64]
 
 
-def library_path() -> Path:
-    """Where the kernel library is: ``STIV_PLUGIN_LIBRARY``, else the one that ``make plugins`` installed.
+def find_library(title: str, variable: str, name: str, hint: str, error: type[StivError] = KernelError) -> Path:
+    """The library file that the environment's ``variable`` names, else ``name`` where ``make plugins`` installs.
 
-    Raises :class:`KernelError`, with the commands that build it, if there is none.
+    Raises ``error``, which calls it a ``title`` and ends with ``hint``, if there is none.
     """
-    named = os.environ.get(LIBRARY_VARIABLE)
-    path = Path(named) if named else FOLDER / KERNELS
+    named = os.environ.get(variable)
+    path = Path(named) if named else FOLDER / name
     if not path.is_file():
-        origin = f"{LIBRARY_VARIABLE} names {path}, which is not a file" if named else f"no kernel library at {path}"
-        raise KernelError(f"{origin}; {BUILD_HINT}")
+        found = f"{variable} names {path}, which is not a file" if named else f"none at {path}"
+        raise error(f"no {title}: {found}; {hint}")
     return path
+
+
+def library_path() -> Path:
+    """Where the kernel library is; :class:`KernelError`, with the commands that build it, if there is none."""
+    return find_library("kernel library", LIBRARY_VARIABLE, KERNELS, BUILD_HINT)
 
 
 @cache

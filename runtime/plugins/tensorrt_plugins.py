@@ -4,7 +4,6 @@ Builders need it to parse graphs with plugin nodes, the runtime to load engines 
 by name, version and namespace in both, and has no other link between an engine and the library it was built with.
 """
 
-import os
 from ctypes import CDLL
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from stiv_deploy.runtime.errors import BackendError
 from stiv_deploy.runtime.files import sha256
-from stiv_deploy.runtime.plugins.library import FOLDER
+from stiv_deploy.runtime.plugins.library import find_library
 from stiv_deploy.runtime.plugins.spec import DOMAIN, PLUGINS, VERSION
 
 PLUGIN_LIBRARY_VARIABLE = "STIV_TENSORRT_PLUGIN_LIBRARY"
@@ -51,12 +50,8 @@ def plugin_library() -> PluginLibrary:
 
     Raises :class:`BackendError`, with the commands that build it, if there is none.
     """
-    named = os.environ.get(PLUGIN_LIBRARY_VARIABLE)
-    path = Path(named) if named else FOLDER / PLUGIN_LIBRARY
-    if not path.is_file():
-        found = f"{PLUGIN_LIBRARY_VARIABLE} names {path}, which is not a file" if named else f"none at {path}"
-        raise BackendError(f"no TensorRT plugin library: {found}; {BUILD_HINT}")
-    return PluginLibrary.at(path)
+    title = "TensorRT plugin library"
+    return PluginLibrary.at(find_library(title, PLUGIN_LIBRARY_VARIABLE, PLUGIN_LIBRARY, BUILD_HINT, BackendError))
 
 
 def open_in_process(library: PluginLibrary) -> CDLL:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
-from stiv_deploy.stiv_ref.data.buckets import Size
 from stiv_deploy.stiv_ref.data.decode import SUFFIXES, probe, read_frames
 from stiv_deploy.stiv_ref.data.tars import Member, Record, read_shard, write_shard
-from stiv_deploy.stiv_ref.data.videos import SCANNERS, FileClip, Listing, clip_suffix, naming_nothing
+from stiv_deploy.stiv_ref.data.videos import SCANNERS, FileClip, Listing, VideoClip, clip_suffix, naming_nothing
 from stiv_deploy.stiv_ref.errors import CaptionError, DataError, VideoError
 from stiv_deploy.stiv_ref.files import replaced_folder
 
@@ -42,20 +41,15 @@ class VideoFacts(BaseModel):
     clips: tuple[tuple[int, int], ...] = ()
 
 
-@dataclass(frozen=True)
-class ShardClip:
-    """A video in a shard, or ``frames`` frames of it from frame ``first`` on."""
+@dataclass(frozen=True, kw_only=True)
+class ShardClip(VideoClip):
+    """A clip of a video in a shard."""
 
     video: Member
     suffix: str
-    name: str
-    caption: str
-    size: Size
-    frames: int
-    first: int = 0
 
     def read(self, start: int, count: int, stride: int) -> NDArray[np.uint8]:
-        """As :class:`~stiv_deploy.stiv_ref.data.videos.Clip` says."""
+        """As :class:`VideoClip` says."""
         with unpacked(self.video, self.suffix) as path:
             return read_frames(path, self.first + start, count, stride)
 
@@ -155,13 +149,18 @@ def _look(record: Record, caption: str) -> list[ShardClip] | str:
         except VideoError as error:
             return str(error)
         facts = VideoFacts(name=record.name, width=info.width, height=info.height, frames=info.frames)
-    size = (facts.height, facts.width)
-    if not facts.clips:
-        return [ShardClip(video, suffix, facts.name, caption, size, facts.frames)]
+    whole = ShardClip(
+        video=video,
+        suffix=suffix,
+        name=facts.name,
+        caption=caption,
+        size=(facts.height, facts.width),
+        frames=facts.frames,
+    )
     return [
-        ShardClip(video, suffix, facts.name + clip_suffix(start, end), caption, size, end - start, start)
+        replace(whole, name=facts.name + clip_suffix(start, end), frames=end - start, first=start)
         for start, end in facts.clips
-    ]
+    ] or [whole]
 
 
 def pack_videos(listing: Listing, out: Path, per_shard: int, advance: Advance) -> int:

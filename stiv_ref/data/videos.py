@@ -1,12 +1,12 @@
 """Training clips cut from videos: sampling stride, start, resize and crop, micro-conditions; and folders of videos."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,42 +32,32 @@ def naming_nothing(path: Path) -> Iterator[None]:
         raise VideoError(str(error).removeprefix(f"{path}: ")) from None
 
 
-class Clip(Protocol):
-    """A video with its caption and facts, wherever its bytes are."""
+@dataclass(frozen=True, kw_only=True)
+class VideoClip(ABC):
+    """A video, or ``frames`` frames of it from frame ``first`` on, wherever its bytes are.
 
-    @property
-    def name(self) -> str:
-        """What messages and lists call it."""
+    ``name`` is what messages and lists call it, ``caption`` what it shows, ``size`` its height and width, upright.
+    """
 
-    @property
-    def caption(self) -> str:
-        """What it shows."""
-
-    @property
-    def size(self) -> Size:
-        """Height and width in pixels, upright."""
-
-    @property
-    def frames(self) -> int:
-        """How many there are."""
-
-    def read(self, start: int, count: int, stride: int) -> NDArray[np.uint8]:
-        """Frames uint8 [count, H, W, 3]; raises :class:`VideoError` if they cannot be decoded."""
-
-
-@dataclass(frozen=True)
-class FileClip:
-    """A video file, or ``frames`` frames of it from frame ``first`` on."""
-
-    path: Path
     name: str
     caption: str
     size: Size
     frames: int
     first: int = 0
 
+    @abstractmethod
     def read(self, start: int, count: int, stride: int) -> NDArray[np.uint8]:
-        """As :class:`Clip` says."""
+        """Frames uint8 [count, H, W, 3]; raises :class:`VideoError` if they cannot be decoded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileClip(VideoClip):
+    """A clip of a video file."""
+
+    path: Path
+
+    def read(self, start: int, count: int, stride: int) -> NDArray[np.uint8]:
+        """As :class:`VideoClip` says."""
         with naming_nothing(self.path):
             return read_frames(self.path, self.first + start, count, stride)
 
@@ -77,7 +67,7 @@ class Listing:
     """Videos found: those that can be read, faults of the others by name, and the captions of all."""
 
     title: str
-    clips: Sequence[Clip]
+    clips: Sequence[VideoClip]
     broken: dict[str, str]
     captions: Sequence[str]
 
@@ -178,7 +168,7 @@ def _look(folder: Path, name: str, caption: str) -> FileClip | tuple[str, str]:
         return name, str(error)
     except OSError as error:
         return name, f"cannot be read ({error.strerror})"
-    return FileClip(path, name, caption, (height, width), frames)
+    return FileClip(path=path, name=name, caption=caption, size=(height, width), frames=frames)
 
 
 @lru_cache(maxsize=1_000_000)
@@ -205,12 +195,12 @@ def _listed_clips(data: VideoData) -> Listing:
     broken = {file: "no such file" for file, found in there.items() if not found}
     clips = [
         FileClip(
-            folder / each.file,
-            each.file + clip_suffix(each.start, each.end),
-            caption,
-            (each.height, each.width),
-            each.frames,
-            each.start,
+            path=folder / each.file,
+            name=each.file + clip_suffix(each.start, each.end),
+            caption=caption,
+            size=(each.height, each.width),
+            frames=each.frames,
+            first=each.start,
         )
         for each, caption in zip(entries, captions, strict=True)
         if caption and there[each.file]

@@ -4,11 +4,19 @@ The launching functions take any library: the emulated one runs the same kernels
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stiv_deploy.runtime.plugins.library import KernelDtype, KernelLibrary, SpatialQkv, TemporalAttention, open_library
+from stiv_deploy.runtime.plugins.library import (
+    POINTERS,
+    KernelDtype,
+    KernelLibrary,
+    SpatialQkv,
+    TemporalAttention,
+    open_library,
+)
 from stiv_deploy.runtime.plugins.spec import HEAD_DIMS, MAX_FRAMES
 from stiv_deploy.stiv_ref.errors import AttentionError
 from stiv_deploy.stiv_ref.fused.outputs import empty_spatial, empty_temporal, shape_text
@@ -67,27 +75,22 @@ def launch_temporal(
 ) -> Tensor:
     """Temporal attention by ``library`` on ``stream``; arguments as of the operator, already checked there."""
     qkv = tensors[0]
-    batch, frames, positions, channels = qkv.shape
+    batch, frames = qkv.shape[:2]
     if frames > MAX_FRAMES:
         raise AttentionError(
             f"fused attention has GPU kernels for up to {MAX_FRAMES} token frames, qkv {shape_text(qkv)} has {frames}; "
             "give a shorter video, or use a model without fuse()"
         )
-    addresses, _kept = _addresses(tensors, heads)
+    common, _kept = _common(tensors, heads, epsilon)
     output = empty_temporal(qkv, output_scale)
     if qkv.numel():
         call = TemporalAttention(
-            **addresses,
+            **common,
             output=output.data_ptr(),
             output_scale=_scale(output_scale),
+            output_dtype=DTYPES[output.dtype],
             batch=batch,
             frames=frames,
-            positions=positions,
-            heads=heads,
-            head_dim=channels // (3 * heads),
-            dtype=DTYPES[qkv.dtype],
-            output_dtype=DTYPES[output.dtype],
-            epsilon=epsilon,
         )
         library.temporal_attention(call, stream)
     return output
@@ -104,46 +107,42 @@ def launch_spatial(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Spatial pre-processing by ``library`` on ``stream``; arguments as of the operator, already checked there."""
     qkv = tensors[0]
-    rows, positions, channels = qkv.shape
-    addresses, _kept = _addresses(tensors, heads)
+    common, _kept = _common(tensors, heads, epsilon)
     q, k, v = empty_spatial(qkv, heads, scales[0])
     if qkv.numel():
         call = SpatialQkv(
-            **addresses,
+            **common,
             q=q.data_ptr(),
             k=k.data_ptr(),
             v=v.data_ptr(),
             q_scale=_scale(scales[0]),
             k_scale=_scale(scales[1]),
             v_scale=_scale(scales[2]),
-            rows=rows,
-            positions=positions,
-            heads=heads,
-            head_dim=channels // (3 * heads),
-            dtype=DTYPES[qkv.dtype],
             output_dtype=DTYPES[q.dtype],
-            epsilon=epsilon,
+            rows=qkv.shape[0],
             query_scale=query_scale,
         )
         library.spatial_qkv(call, stream)
     return q, k, v
 
 
-def _addresses(tensors: Tensors, heads: int) -> tuple[dict[str, int], list[Tensor]]:
-    """Addresses of the inputs by their name in a call, and the tensors to keep until it is enqueued."""
+def _common(tensors: Tensors, heads: int, epsilon: float) -> tuple[dict[str, Any], list[Tensor]]:
+    """What both calls have, by its name in a call, and the tensors to keep until that is enqueued."""
     qkv, bias, *parameters = tensors
-    check_kernels(qkv.shape[-1] // (3 * heads), qkv.dtype)
+    head_dim = qkv.shape[-1] // (3 * heads)
+    check_kernels(head_dim, qkv.dtype)
     if qkv.data_ptr() % ALIGNMENT:
         raise AttentionError(
             f"fused attention: qkv {shape_text(qkv)} starts at an address that is no multiple of {ALIGNMENT} bytes "
             f"(storage offset {qkv.storage_offset()}); give a tensor of its own, as .clone() makes"
         )
     kept = [qkv, *(_aligned(tensor) for tensor in parameters)]
-    addresses = dict(zip(("qkv", "q_gamma", "k_gamma", "cos", "sin"), (x.data_ptr() for x in kept), strict=True))
+    common: dict[str, Any] = {"positions": qkv.shape[-2], "heads": heads, "head_dim": head_dim, "epsilon": epsilon}
+    common |= zip(POINTERS, (x.data_ptr() for x in kept), strict=True)
     if bias is not None:
         kept.append(_aligned(bias))
-        addresses["bias"] = kept[-1].data_ptr()
-    return addresses, kept
+        common["bias"] = kept[-1].data_ptr()
+    return common | {"dtype": DTYPES[qkv.dtype]}, kept
 
 
 def _aligned(tensor: Tensor) -> Tensor:

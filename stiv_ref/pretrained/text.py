@@ -7,9 +7,6 @@ no code of the folder is run.
 """
 
 import copy
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +20,7 @@ from torch import Tensor, nn
 from stiv_deploy.stiv_ref.block import additive_mask
 from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.errors import CheckpointError
+from stiv_deploy.stiv_ref.pretrained.folders import CONFIG, check_weights, read_config, silenced
 from stiv_deploy.stiv_ref.text import TextConfig, TextStates, load_tokenizer
 
 Architecture = Literal["t5", "clip", "bert"]
@@ -204,29 +202,13 @@ def read_text_encoder(folder: Path, config: PretrainedTextConfig) -> PretrainedT
 
 def _architecture(folder: Path) -> Architecture:
     """The architecture of a folder that has a config.json and safetensors."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder}: no text encoder here ({'config.json is missing' if folder.is_dir() else 'no such folder'}); "
-            "give a folder that save_pretrained of transformers wrote"
-        )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        found = values.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a transformers config ({error})") from None
+    found = read_config(folder, "text encoder", "transformers").get("model_type")
     if found not in MODEL_TYPES:
-        raise CheckpointError(f"{path}: model_type {found!r} is not supported; there are: {', '.join(MODEL_TYPES)}")
-    _check_weights(folder)
+        raise CheckpointError(
+            f"{folder / CONFIG}: model_type {found!r} is not supported; there are: {', '.join(MODEL_TYPES)}"
+        )
+    check_weights(folder, (WEIGHTS, f"{WEIGHTS}.index.json"))
     return MODEL_TYPES[found]
-
-
-def _check_weights(folder: Path) -> None:
-    """Raise :class:`CheckpointError` if the folder has no safetensors, saying so if it has pickles."""
-    if not any((folder / name).is_file() for name in (WEIGHTS, f"{WEIGHTS}.index.json")):
-        pickles = sorted(path.name for path in folder.glob("*.bin"))
-        why = f"; {pickles[0]} is a pickle, which is never loaded" if pickles else ""
-        raise CheckpointError(f"{folder}: no {WEIGHTS} here{why}; write it with the model's save_pretrained")
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
@@ -294,7 +276,7 @@ def _read_model(folder: Path, architecture: Architecture) -> Any:
         ) from None
     kind = KINDS[architecture]
     try:
-        with _quiet(transformers.utils.logging):
+        with silenced(transformers.utils.logging):
             model, report = getattr(transformers, kind.class_name).from_pretrained(
                 folder,
                 local_files_only=True,
@@ -312,17 +294,3 @@ def _read_model(folder: Path, architecture: Architecture) -> Any:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise CheckpointError(f"{folder}: its weights lack {', '.join(missing[:3])}{more}")
     return model.float()
-
-
-@contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
-    """Keep the library's progress bar, and its remarks about the decoder or image half of a file, off the terminal."""
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()

@@ -10,8 +10,6 @@ They are read from a local folder of config.json and safetensors, as ``save_pret
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 
 from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.errors import CheckpointError, ConfigError
+from stiv_deploy.stiv_ref.pretrained.folders import CONFIG, check_weights, read_config, silenced
 
 ClassName = Literal["AutoencoderKL", "AutoencoderKLLTXVideo"]
 CLASSES: tuple[ClassName, ...] = get_args(ClassName)
@@ -198,23 +197,11 @@ def _facts(config: PretrainedVaeConfig) -> str:
 
 def _read_class(folder: Path) -> ClassName:
     """The class of the VAE in ``folder``; its safetensors are there."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder}: no VAE here ({'config.json is missing' if folder.is_dir() else 'no such folder'}); "
-            "give a folder that save_pretrained of diffusers wrote, often called 'vae'"
-        )
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a diffusers config ({error})") from None
+    found = read_config(folder, "VAE", "diffusers", ", often called 'vae'").get("_class_name")
     known = next((name for name in CLASSES if name == found), None)
     if known is None:
-        raise CheckpointError(f"{path}: class {found!r} is not supported; there are: {', '.join(CLASSES)}")
-    if not (folder / WEIGHTS).is_file():
-        pickles = sorted(path.name for path in folder.glob("*.bin"))
-        why = f"; {pickles[0]} is a pickle, which is never loaded" if pickles else ""
-        raise CheckpointError(f"{folder}: no {WEIGHTS} here{why}; write it with the model's save_pretrained")
+        raise CheckpointError(f"{folder / CONFIG}: class {found!r} is not supported; there are: {', '.join(CLASSES)}")
+    check_weights(folder, (WEIGHTS,))
     return known
 
 
@@ -235,7 +222,7 @@ def _read_model(folder: Path, name: ClassName) -> Any:
             f"{folder}: a pretrained VAE needs the diffusers library; install stiv-deploy[encoders]"
         ) from None
     try:
-        with _quiet(diffusers.utils.logging):
+        with silenced(diffusers.utils.logging):
             model, report = getattr(diffusers, name).from_pretrained(
                 folder,
                 local_files_only=True,
@@ -253,14 +240,3 @@ def _read_model(folder: Path, name: ClassName) -> Any:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise CheckpointError(f"{folder / WEIGHTS} does not fit its config.json: {'; '.join(faults[:3])}{more}")
     return model
-
-
-@contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
-    """Keep the library's remarks off the terminal."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

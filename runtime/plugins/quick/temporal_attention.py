@@ -17,6 +17,7 @@ from stiv_deploy.runtime.errors import KernelError
 from stiv_deploy.runtime.plugins.library import (
     BUILD_HINT,
     FOLDER,
+    POINTERS,
     KernelDtype,
     KernelLibrary,
     Plan,
@@ -121,7 +122,7 @@ class QuickTemporalAttention:
             raise KernelError(f"temporal attention takes 1 to {MAX_FRAMES} frames, the graph may have {frames}")
         dtype = self._dtype(qkv)
         sizes = TemporalAttention(
-            **dict.fromkeys(("qkv", "q_gamma", "k_gamma", "cos", "sin", "output"), 0),
+            **dict.fromkeys((*POINTERS, "output"), 0),
             batch=batch,
             frames=frames,
             positions=positions,

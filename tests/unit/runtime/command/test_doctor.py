@@ -174,8 +174,7 @@ def test_a_distribution_without_a_module_is_looked_for_only() -> None:
 @pytest.fixture
 def no_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where both libraries are looked for: an empty folder."""
-    for module in (library, tensorrt_plugins):
-        monkeypatch.setattr(module, "FOLDER", tmp_path)
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
     monkeypatch.delenv(library.LIBRARY_VARIABLE, raising=False)
     monkeypatch.delenv(tensorrt_plugins.PLUGIN_LIBRARY_VARIABLE, raising=False)
     return tmp_path

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from stiv_deploy.runtime.errors import KernelError
-from stiv_deploy.runtime.plugins.library import KERNELS, KernelDtype, KernelLibrary, TemporalAttention
+from stiv_deploy.runtime.plugins.library import KERNELS, POINTERS, KernelDtype, KernelLibrary, TemporalAttention
 from stiv_deploy.runtime.plugins.spec import HEAD_DIMS
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
@@ -70,7 +70,7 @@ def test_the_kernels_load_and_answer_without_a_driver(built: str) -> None:
     library = KernelLibrary(INSTALLED / KERNELS)
     memory = np.zeros(4096, np.uint8)
     base = memory.ctypes.data + -memory.ctypes.data % 16
-    tensors = dict.fromkeys(("qkv", "q_gamma", "k_gamma", "cos", "sin", "output"), base)
+    tensors = dict.fromkeys((*POINTERS, "output"), base)
     sizes = {"batch": 1, "frames": 2, "positions": 1, "heads": 1, "head_dim": 32}
     call = TemporalAttention(**tensors, **sizes, dtype=KernelDtype.BFLOAT16, output_dtype=KernelDtype.BFLOAT16)
     assert library.backend == "cuda"

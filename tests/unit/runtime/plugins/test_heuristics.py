@@ -6,12 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stiv_deploy.runtime.plugins.library import KernelDtype, KernelLibrary, SpatialQkv, TemporalAttention
+from stiv_deploy.runtime.plugins.library import POINTERS, KernelDtype, KernelLibrary, SpatialQkv, TemporalAttention
 
 HEAD_DIMS = (32, 48, 64, 72, 96, 128)
 MAX_SHARED = 48 << 10  # without opt-in
 H200_SHARED, H200_SMS = 227 << 10, 132
-XL = TemporalAttention(*[0] * 6, 2, 20, 256, 16, 72, KernelDtype.BFLOAT16, KernelDtype.BFLOAT16)
+NO_INPUTS = dict.fromkeys(POINTERS, 0)
+BF16 = {"dtype": KernelDtype.BFLOAT16, "output_dtype": KernelDtype.BFLOAT16}
+XL = TemporalAttention(**NO_INPUTS, **BF16, output=0, batch=2, frames=20, positions=256, heads=16, head_dim=72)
 M = replace(XL, positions=1024, heads=24, head_dim=128)
 
 sizes = st.tuples(
@@ -53,7 +55,9 @@ def test_pre_processing_blocks_cover_everything_once(
 ) -> None:
     rows, _, positions, heads, head_dim = size
     dtype = KernelDtype.FLOAT32 if fp32 else KernelDtype.BFLOAT16
-    plan = emulated.spatial_qkv_plan(SpatialQkv(*[0] * 8, rows, positions, heads, head_dim, dtype, dtype))
+    sizes = {"rows": rows, "positions": positions, "heads": heads, "head_dim": head_dim}
+    call = SpatialQkv(**NO_INPUTS, q=0, k=0, v=0, **sizes, dtype=dtype, output_dtype=dtype)
+    plan = emulated.spatial_qkv_plan(call)
     assert plan.blocks == rows * ceil_div(positions, plan.positions_per_block) * ceil_div(heads, plan.heads_per_block)
     assert plan.shared_bytes <= MAX_SHARED
     tile = plan.positions_per_block * plan.heads_per_block

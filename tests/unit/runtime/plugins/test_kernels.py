@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stiv_deploy.runtime.plugins.library import KernelDtype, KernelLibrary, SpatialQkv, TemporalAttention
+from stiv_deploy.runtime.plugins.library import POINTERS, KernelDtype, KernelLibrary, SpatialQkv, TemporalAttention
 
 HEAD_DIMS = (32, 48, 64, 72, 96, 128)
 NUMPY = {
@@ -162,18 +162,18 @@ def run_temporal(library: KernelLibrary, case: Case) -> np.ndarray:
     batch, frames, positions, _, heads, head_dim = case.qkv.shape
     kind = case.dtype if case.scales is None else KernelDtype.FLOAT8_E4M3
     output = Guarded((batch, frames, positions, heads * head_dim), NUMPY[kind])
-    tensors = [guard(x) for x in (case.qkv, case.q_gamma, case.k_gamma, case.cos, case.sin)]
+    tensors = {name: guard(getattr(case, name)) for name in POINTERS}
     bias = None if case.bias is None else guard(case.bias)
     call = TemporalAttention(
-        *(x.address for x in tensors),
-        output.address,
-        batch,
-        frames,
-        positions,
-        heads,
-        head_dim,
-        case.dtype,
-        kind,
+        **{name: tensor.address for name, tensor in tensors.items()},
+        output=output.address,
+        batch=batch,
+        frames=frames,
+        positions=positions,
+        heads=heads,
+        head_dim=head_dim,
+        dtype=case.dtype,
+        output_dtype=kind,
         bias=bias.address if bias else 0,
         output_scale=0 if case.scales is None else case.scales.ctypes.data,
     )
@@ -186,19 +186,22 @@ def run_spatial(library: KernelLibrary, case: Case) -> list[np.ndarray]:
     rows, positions, _, heads, head_dim = case.qkv.shape
     kind = case.dtype if case.scales is None else KernelDtype.FLOAT8_E4M3
     outputs = [Guarded((rows, heads, positions, head_dim), NUMPY[kind]) for _ in range(3)]
-    tensors = [guard(x) for x in (case.qkv, case.q_gamma, case.k_gamma, case.cos, case.sin)]
+    tensors = {name: guard(getattr(case, name)) for name in POINTERS}
     bias = None if case.bias is None else guard(case.bias)
-    scales = [0] * 3 if case.scales is None else [case.scales[i:].ctypes.data for i in range(3)]
+    scales: dict[str, int] = {}
+    if case.scales is not None:
+        scales = {f"{name}_scale": case.scales[index:].ctypes.data for index, name in enumerate("qkv")}
     call = SpatialQkv(
-        *(x.address for x in (*tensors, *outputs)),
-        rows,
-        positions,
-        heads,
-        head_dim,
-        case.dtype,
-        kind,
-        bias.address if bias else 0,
-        *scales,
+        **{name: tensor.address for name, tensor in tensors.items()},
+        **{name: output.address for name, output in zip("qkv", outputs, strict=True)},
+        **scales,
+        rows=rows,
+        positions=positions,
+        heads=heads,
+        head_dim=head_dim,
+        dtype=case.dtype,
+        output_dtype=kind,
+        bias=bias.address if bias else 0,
         query_scale=case.query_scale,
     )
     library.spatial_qkv(call)

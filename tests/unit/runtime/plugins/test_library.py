@@ -11,6 +11,7 @@ from stiv_deploy.runtime.plugins import library as module
 from stiv_deploy.runtime.plugins.library import (
     KERNELS,
     LIBRARY_VARIABLE,
+    POINTERS,
     KernelDtype,
     KernelLibrary,
     SpatialQkv,
@@ -30,7 +31,7 @@ def memory() -> np.ndarray:
 def temporal(memory: np.ndarray) -> TemporalAttention:
     base = memory.ctypes.data + -memory.ctypes.data % 16
     sizes = {"batch": 1, "frames": 2, "positions": 1, "heads": 1, "head_dim": 32}
-    tensors = dict.fromkeys(("qkv", "q_gamma", "k_gamma", "cos", "sin", "output"), base)
+    tensors = dict.fromkeys((*POINTERS, "output"), base)
     return TemporalAttention(**tensors, **sizes, dtype=KernelDtype.FLOAT16, output_dtype=KernelDtype.FLOAT16)
 
 
@@ -38,7 +39,7 @@ def temporal(memory: np.ndarray) -> TemporalAttention:
 def spatial(memory: np.ndarray) -> SpatialQkv:
     base = memory.ctypes.data + -memory.ctypes.data % 16
     sizes = {"rows": 1, "positions": 2, "heads": 1, "head_dim": 32}
-    tensors = dict.fromkeys(("qkv", "q_gamma", "k_gamma", "cos", "sin", "q", "k", "v"), base)
+    tensors = dict.fromkeys((*POINTERS, "q", "k", "v"), base)
     return SpatialQkv(**tensors, **sizes, dtype=KernelDtype.FLOAT16, output_dtype=KernelDtype.FLOAT16)
 
 
@@ -132,7 +133,7 @@ def test_the_emulated_library_says_so(emulated: KernelLibrary) -> None:
 def test_a_missing_library_names_the_commands_that_build_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(LIBRARY_VARIABLE, raising=False)
     monkeypatch.setattr(module, "FOLDER", tmp_path)
-    with pytest.raises(StivError, match=f"no kernel library at .*{KERNELS}.*make plugins.*cmake -S .*--build"):
+    with pytest.raises(StivError, match=f"no kernel library: none at .*{KERNELS}.*make plugins.*cmake -S .*--build"):
         library_path()
 
 

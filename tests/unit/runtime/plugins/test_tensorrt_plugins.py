@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from stiv_deploy.runtime.errors import BackendError
+from stiv_deploy.runtime.plugins import library as library_module
 from stiv_deploy.runtime.plugins import tensorrt_plugins as module
 from stiv_deploy.runtime.plugins.spec import DOMAIN, PLUGINS, VERSION
 from stiv_deploy.runtime.plugins.tensorrt_plugins import (
@@ -84,7 +85,7 @@ def refused(trt: Any, library: PluginLibrary) -> str:
 
 def test_the_installed_library_and_its_hash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(PLUGIN_LIBRARY_VARIABLE, raising=False)
-    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    monkeypatch.setattr(library_module, "FOLDER", tmp_path)
     (tmp_path / PLUGIN_LIBRARY).write_bytes(b"library")
     found = plugin_library()
     assert found == PluginLibrary(tmp_path / PLUGIN_LIBRARY, hashlib.sha256(b"library").hexdigest())
@@ -92,7 +93,7 @@ def test_the_installed_library_and_its_hash(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_the_variable_goes_before_the_installed_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    monkeypatch.setattr(library_module, "FOLDER", tmp_path)
     (tmp_path / PLUGIN_LIBRARY).write_bytes(b"installed")
     (tmp_path / "other.so").write_bytes(b"other")
     monkeypatch.setenv(PLUGIN_LIBRARY_VARIABLE, str(tmp_path / "other.so"))
@@ -104,7 +105,7 @@ def test_the_variable_goes_before_the_installed_library(monkeypatch: pytest.Monk
 
 def test_a_missing_library_names_the_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(PLUGIN_LIBRARY_VARIABLE, raising=False)
-    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    monkeypatch.setattr(library_module, "FOLDER", tmp_path)
     wanted = (
         f"none at .*{PLUGIN_LIBRARY}; build it with `make plugins TENSORRT_ROOT=DIR`.*`cmake -S .*--target install`"
     )

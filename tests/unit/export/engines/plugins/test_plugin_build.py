@@ -270,7 +270,7 @@ def test_quick_needs_the_kernels(
     half: Path, build: Build, builders: list[Any], kernels: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing() -> None:
-        raise KernelError("no kernel library at ...; build it with `make plugins`")
+        raise KernelError("no kernel library: none at ...; build it with `make plugins`")
 
     monkeypatch.setattr("stiv_deploy.runtime.plugins.library.open_library", missing)
     assert refused(build, KernelError, builders, attention="quick").startswith("no kernel library")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from stiv_deploy.runtime.errors import KernelError
-from stiv_deploy.runtime.plugins.library import KernelDtype, KernelLibrary, Plan, TemporalAttention
+from stiv_deploy.runtime.plugins.library import POINTERS, KernelDtype, KernelLibrary, Plan, TemporalAttention
 from stiv_deploy.runtime.plugins.quick.temporal_attention import (
     EPSILON,
     EXTRA_ARGUMENTS,
@@ -151,7 +151,7 @@ def compiled(tensorrt: FakeTensorRT, qkv: FakeTensor, heads: int, epsilon: float
 
 def plan(library: KernelLibrary, dtype: KernelDtype, sizes: dict[str, int], heads: int) -> Plan:
     call = TemporalAttention(
-        **dict.fromkeys(("qkv", "q_gamma", "k_gamma", "cos", "sin", "output"), 0),
+        **dict.fromkeys((*POINTERS, "output"), 0),
         batch=sizes["B"],
         frames=sizes["T"],
         positions=sizes["S"],
