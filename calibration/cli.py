@@ -1,6 +1,5 @@
 """``stiv calibrate``: ranges for 8-bit layers, from the reference sampler."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stiv_deploy.stiv_ref.commands.terminal import JsonTarget, answer, check_json, progress_bar
+
 if TYPE_CHECKING:
-    from stiv_deploy.calibration.run import CalibrationRequest, Progress
-    from stiv_deploy.calibration.sweep_files import SweepReport
+    from stiv_deploy.calibration.request import CalibrationRequest
+    from stiv_deploy.calibration.stage import CalibrationReport
 
 
 def calibrate(
@@ -47,6 +48,7 @@ def calibrate(
         Path | None, typer.Option(help="Plan to write with --sweep.", show_default="beside the scales, .plan.json")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    json: JsonTarget = None,
 ) -> None:
     """Calibrate a checkpoint for 8 bits on what the sampler really feeds it.
 
@@ -54,7 +56,7 @@ def calibrate(
     give the same command again to go on: the ranges are the same. --sweep also writes how sensitive each layer is, as
     figures and a heat map (.sweep.json, .sweep.png), and a precision plan for 'stiv export --plan'.
     """
-    started = time.monotonic()
+    check_json(json)
     request = _request(
         checkpoint=checkpoint,
         quantization=precision,
@@ -75,48 +77,37 @@ def calibrate(
         budget=budget,
         plan=plan,
     )
-    from stiv_deploy.calibration.run import calibrate as run_calibration
-    from stiv_deploy.calibration.run import finish
+    from stiv_deploy.calibration import stage
 
-    with _progress(quiet) as progress, _kept(request):
-        found = run_calibration(request, progress)
-        lines = [f"{out}: {precision} scales"]
-        if request.sweep:
-            from stiv_deploy.calibration.sweep import run_sweep
-
-            lines += _plan_lines(run_sweep(found, request, progress), request)
-        finish(request)
-    typer.echo("\n".join(lines) + f"\n{time.monotonic() - started:.0f} s")
+    with progress_bar("calibrate", quiet) as progress, _kept(request):
+        report = stage.calibrate(request, progress)
+    answer(json, lambda: report.model_dump_json(indent=1), lambda: typer.echo(summary(report)))
 
 
-def _plan_lines(report: "SweepReport", request: "CalibrationRequest") -> list[str]:
-    """The whole plans that a sweep compared, and where the one to use is."""
-    lines = ["relative L2 error    of the velocity (worst timestep band)   of the final latents"]
-    lines += [f"{row.plan:20} {max(row.measured):37.4f} {row.latents:22.4f}" for row in report.plans]
-    kept = report.plans[-1].high
-    return [*lines, f"{request.plan_path}: the plan, {len(kept)} layers kept high beyond the default"]
+def summary(report: "CalibrationReport") -> str:
+    """What was written, and the whole plans that a sweep compared."""
+    lines = [f"{report.scales}: {report.quantization} scales"]
+    if report.sweep is not None:
+        lines += ["relative L2 error    of the velocity (worst timestep band)   of the final latents"]
+        lines += [f"{row.plan:20} {max(row.measured):37.4f} {row.latents:22.4f}" for row in report.sweep.plans]
+        lines += [f"{report.plan}: the plan, {len(report.sweep.plans[-1].high)} layers kept high beyond the default"]
+    return "\n".join([*lines, f"{report.seconds:.0f} s"])
 
 
 def _request(*, quantization: str, settings: dict[str, Any], **rest: Any) -> "CalibrationRequest":
     """The checked request; one line for the first option that is wrong."""
-    from stiv_deploy.calibration.errors import CalibrationError
-
-    if quantization not in ("fp8", "int8"):
-        raise CalibrationError(f"--precision {quantization}: cannot be calibrated; use fp8 or int8")
-
     from pydantic import ValidationError
 
     from stiv_deploy.calibration.collect import CalibrationSettings
-    from stiv_deploy.calibration.run import CalibrationRequest, check_request
+    from stiv_deploy.calibration.errors import CalibrationError
+    from stiv_deploy.calibration.request import CalibrationRequest
 
     try:
         checked = CalibrationSettings(**settings)
     except ValidationError as error:
         fault = error.errors()[0]
         raise CalibrationError(f"--{fault['loc'][0]} {fault['input']}: {fault['msg']}") from None
-    request = CalibrationRequest(quantization=quantization, settings=checked, **rest)  # type: ignore[arg-type]
-    check_request(request)
-    return request
+    return CalibrationRequest(quantization=quantization, settings=checked, **rest)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -128,22 +119,3 @@ def _kept(request: "CalibrationRequest") -> Iterator[None]:
         if request.state.exists():
             typer.echo(f"stopped; the same command goes on from {request.state}", err=True)
         raise
-
-
-@contextmanager
-def _progress(quiet: bool) -> "Iterator[Progress]":
-    """A progress bar for each kind of work, as a function."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(text: str, done: int, total: int) -> None:
-            if text not in tasks:
-                tasks[text] = bar.add_task(text, total=total)
-            bar.update(tasks[text], completed=done, total=total)
-
-        yield show

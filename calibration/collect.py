@@ -5,7 +5,6 @@ are saved beside the scale file, so that a run can be stopped and goes on to the
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +24,7 @@ from stiv_deploy.stiv_ref.files import replaced_file
 from stiv_deploy.stiv_ref.generation import sampling_inputs, settings_of
 from stiv_deploy.stiv_ref.guidance import GuidanceMode
 from stiv_deploy.stiv_ref.model import Stiv
+from stiv_deploy.stiv_ref.progress import Progress, unheard
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, sample
 from stiv_deploy.stiv_ref.tasks import TASKS, TaskName
 
@@ -158,21 +158,21 @@ def collect(
     settings: CalibrationSettings,
     state: Path,
     fingerprint: str,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = unheard,
 ) -> Statistics:
     """Run all units that ``state`` has not yet and return the statistics of all.
 
-    ``fingerprint`` tells runs apart that must not be mixed. ``progress`` is told units done and in all.
+    ``fingerprint`` tells runs apart that must not be mixed. ``progress`` hears of units.
     """
     model, clock, statistics = observed_model(checkpoint.model, settings.calibrator == "percentile")
     plan = units(settings, image_to_video=material.images is not None)
     done = load_state(state, statistics, fingerprint)
-    progress(done, len(plan))
+    progress("sampling", done, len(plan))
     for index, unit in enumerate(plan[done:], start=done):
         clock.row = REQUEST
         inputs = unit_inputs(checkpoint, material, unit, settings.seed)
         sample(model, inputs, unit_settings(checkpoint, unit, settings.steps))
         check_finite(statistics)
         save_state(state, statistics, fingerprint, index + 1)
-        progress(index + 1, len(plan))
+        progress("sampling", index + 1, len(plan))
     return statistics

@@ -40,8 +40,8 @@ class WeightRow(FrozenConfig):
     ranges: int
 
 
-class CalibrationReport(FrozenConfig):
-    """Contents of the report's JSON file."""
+class RangeReport(FrozenConfig):
+    """Contents of the JSON file beside a scale file."""
 
     quantization: str
     checkpoint: str
@@ -86,12 +86,12 @@ def weight_row(layer: Layer, model: Stiv, scales: Scales) -> WeightRow:
     )
 
 
-def make_report(model: Stiv, statistics: Statistics, scales: Scales) -> CalibrationReport:
+def make_report(model: Stiv, statistics: Statistics, scales: Scales) -> RangeReport:
     """The report of a finished calibration."""
     layers = model_layers(model.config)
     operands = [name for layer in layers for name in tensor_names(layer) if not name.endswith(".weight")]
     pairs = [(name, *name.rsplit(".", 1)) for name in operands]
-    return CalibrationReport(
+    return RangeReport(
         quantization=scales.quantization,
         checkpoint=scales.provenance.checkpoint,
         recipe=scales.provenance.recipe,
@@ -100,7 +100,7 @@ def make_report(model: Stiv, statistics: Statistics, scales: Scales) -> Calibrat
     )
 
 
-def as_markdown(report: CalibrationReport) -> str:
+def as_markdown(report: RangeReport) -> str:
     """The report as two tables."""
     bands = band_names()
     head = ["layer", "operand", *bands, "range", "clipped", "largest/median channel"]
@@ -140,7 +140,7 @@ def report_paths(scales: Path) -> tuple[Path, Path]:
     return scales.with_name(f"{scales.stem}.report.json"), scales.with_name(f"{scales.stem}.report.md")
 
 
-def save_report(scales: Path, report: CalibrationReport) -> None:
+def save_report(scales: Path, report: RangeReport) -> None:
     """Write the report beside its scale file."""
     as_json, as_table = report_paths(scales)
     write_text(as_json, json.dumps(report.model_dump(), indent=1) + "\n")

@@ -6,7 +6,7 @@ text-to-video and an image-to-video batch, one point in every timestep band.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from stiv_deploy.stiv_ref.files import write_text
 from stiv_deploy.stiv_ref.flow import schedule
 from stiv_deploy.stiv_ref.guidance import GuidanceMode
 from stiv_deploy.stiv_ref.model import Stiv
+from stiv_deploy.stiv_ref.progress import Progress, unheard
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, guided_velocity, sample
 
 CLIPS = 4
@@ -148,7 +149,7 @@ def sweep(
     runs: Sequence[Reference],
     state: Path,
     fingerprint: str,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = unheard,
 ) -> Sweep:
     """Switch on one group at a time of a model with all layers quantized.
 
@@ -161,9 +162,9 @@ def sweep(
     def advance() -> None:
         saved = {"fingerprint": fingerprint, "velocity": velocity, "latents": latents}
         write_text(state, json.dumps(saved))
-        progress(len(velocity) + len(latents), total)
+        progress("sweeping", len(velocity) + len(latents), total)
 
-    progress(len(velocity) + len(latents), total)
+    progress("sweeping", len(velocity) + len(latents), total)
     for name in [each for each in groups if each not in velocity]:
         switch_on(quantized, groups[name])
         velocity[name] = velocity_errors(quantized, runs)

@@ -7,7 +7,8 @@ from stiv_deploy.calibration.layers import Layer, model_layers
 from stiv_deploy.calibration.observers import BANDS, band_names
 from stiv_deploy.calibration.plan import PrecisionPlan, default_plan, everything, save_plan
 from stiv_deploy.calibration.quantize import quantized_copy, switch_on
-from stiv_deploy.calibration.run import Calibration, CalibrationRequest, Progress
+from stiv_deploy.calibration.request import CalibrationRequest
+from stiv_deploy.calibration.run import Calibration
 from stiv_deploy.calibration.sensitivity import (
     BandErrors,
     groups_of,
@@ -17,6 +18,7 @@ from stiv_deploy.calibration.sensitivity import (
     velocity_errors,
 )
 from stiv_deploy.calibration.sweep_files import PlanRow, SweepReport, save_sweep
+from stiv_deploy.stiv_ref.progress import Progress
 
 
 class PlanMeter:
@@ -57,7 +59,7 @@ def run_sweep(calibration: Calibration, request: CalibrationRequest, progress: P
         meter.references,
         request.sweep_state,
         fingerprint,
-        lambda done, total: progress("sweeping", done, total),
+        progress,
     )
     default = default_plan(config, scales.quantization)
     rows = [_row("everything", everything(config, scales.quantization), meter, found.velocity)]

@@ -32,7 +32,7 @@ def progress_bar(stage: str, quiet: bool = False) -> Iterator[Progress]:
     """A bar on stderr as the progress of ``stage``; nothing where stderr is no terminal, or if ``quiet``.
 
     It appears with the first news, so that an error of the first checks stands alone, and begins again where the total
-    changes: there another kind of work begins.
+    changes or the count goes back: there other work begins.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -47,7 +47,7 @@ def progress_bar(stage: str, quiet: bool = False) -> Iterator[Progress]:
 
     def show(what: str, done: int, total: int) -> None:
         bar.start()
-        if bar.tasks[task].total != total:
+        if bar.tasks[task].total != total or done < bar.tasks[task].completed:
             bar.reset(task, total=total)
         bar.update(task, description=what, completed=done)
 
@@ -91,7 +91,7 @@ def answer(target: Path | None, report: Callable[[], str], show: Callable[[], No
         typer.echo(report())
         return
     if target is not None:
-        write_text(target, report() + "\n")
+        write_text(target, report() + "\n", "choose another --json")
     show()
 
 

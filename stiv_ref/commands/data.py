@@ -1,17 +1,13 @@
 """The ``stiv data`` commands: raw videos into training data."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
+from stiv_deploy.stiv_ref.commands.terminal import progress_bar
 from stiv_deploy.stiv_ref.config import StoredType
-
-if TYPE_CHECKING:
-    from stiv_deploy.stiv_ref.data.clip_engine import Progress
 
 data = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
@@ -97,7 +93,7 @@ def cut(
     if pictures:
         import matplotlib.figure  # noqa: F401 (missing it is said before the work, not after)
     try:
-        with _progress(quiet) as progress:
+        with progress_bar("videos", quiet) as progress:
             report = run(
                 source,
                 out,
@@ -139,8 +135,8 @@ def shards(
     from stiv_deploy.stiv_ref.recipe import VideoData
 
     listing = list_videos_of(VideoData(kind="videos", path=source, captions=captions))
-    with _progress(quiet) as progress:
-        packed = pack_videos(listing, out, per_shard, lambda done, total: progress("", done, total))
+    with progress_bar("videos", quiet) as progress:
+        packed = pack_videos(listing, out, per_shard, progress)
     _list_broken(listing.broken)
     typer.echo(f"{packed} videos in {len(list(out.glob('*.tar')))} shards in {out}")
 
@@ -195,10 +191,8 @@ def latents(
         list_source(source, captions), sizes=settings.sizes, frames=settings.frames, strides=settings.strides
     )
     encoders = load_encoders(vae, text, max_tokens=max_tokens, device=device)
-    with _progress(quiet, "clips") as progress:
-        index = precompute(
-            dataset, out, encoders, settings, workers=workers, advance=lambda done, total: progress("", done, total)
-        )
+    with progress_bar("clips", quiet) as progress:
+        index = precompute(dataset, out, encoders, settings, workers=workers, progress=progress)
     _list_broken({**index.broken, **dataset.left_out})
     typer.echo(f"latents {index.settings.dtype} [{index.latent_frames}, {index.latent_channels}, h, w] in {out}")
 
@@ -214,25 +208,6 @@ def _size(text: str) -> tuple[int, int]:
 def _list_broken(reasons: dict[str, str]) -> None:
     for name, reason in sorted(reasons.items()):
         typer.echo(f"skipped {name}: {reason}", err=True)
-
-
-@contextmanager
-def _progress(quiet: bool, what: str = "videos") -> Iterator["Progress"]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns: tuple[Any, ...] = (BarColumn(), MofNCompleteColumn(), TextColumn(what), TimeRemainingColumn())
-    bars = Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True), disable=quiet)
-    task = bars.add_task("", total=None)
-
-    def advance(file: str, done: int, total: int) -> None:
-        bars.start()  # not before, so that an error of the first checks stands alone
-        bars.update(task, description=file[-40:], completed=done, total=total)
-
-    try:
-        yield advance
-    finally:
-        bars.stop()
 
 
 def _draw(out: Path) -> None:

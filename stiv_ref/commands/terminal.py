@@ -26,7 +26,7 @@ def progress_bar(stage: str, quiet: bool = False) -> Iterator[Progress]:
     """A bar on stderr as the progress of ``stage``; nothing where stderr is no terminal, or if ``quiet``.
 
     It appears with the first news, so that an error of the first checks stands alone, and begins again where the total
-    changes: there another kind of work begins.
+    changes or the count goes back: there other work begins.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -41,7 +41,7 @@ def progress_bar(stage: str, quiet: bool = False) -> Iterator[Progress]:
 
     def show(what: str, done: int, total: int) -> None:
         bar.start()
-        if bar.tasks[task].total != total:
+        if bar.tasks[task].total != total or done < bar.tasks[task].completed:
             bar.reset(task, total=total)
         bar.update(task, description=what, completed=done)
 
@@ -59,11 +59,14 @@ def check_json(target: Path | None) -> None:
         raise StivRefError(f"{target}: cannot be written; name a file in a folder that exists")
 
 
-def answer(target: Path | None, report: Callable[[], str], text: str) -> None:
-    """Print ``text``, or the report as JSON where ``--json`` stands alone; write the report if that names a file."""
+def answer(target: Path | None, report: Callable[[], str], show: Callable[[], None]) -> None:
+    """``show`` the report as text, or print it as JSON where ``--json`` stands alone; write it if that names a file."""
     if target == STDOUT:
         typer.echo(report())
         return
     if target is not None:
-        write_text(target, report() + "\n")
-    typer.echo(text)
+        try:
+            write_text(target, report() + "\n")
+        except OSError as error:
+            raise StivRefError(f"{target}: cannot be written ({error.strerror}); choose another --json") from None
+    show()

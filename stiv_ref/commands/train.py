@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stiv_deploy.stiv_ref.commands.terminal import progress_bar
+
 if TYPE_CHECKING:
     from stiv_deploy.stiv_ref.recipe import Recipe
 
@@ -65,14 +67,15 @@ def consolidate(
 def _train(recipe: "Recipe", folder: Path, quiet: bool) -> None:
     _prepare(folder)
 
+    from stiv_deploy.stiv_ref.training import trainer
     from stiv_deploy.stiv_ref.training.state import find_state
-    from stiv_deploy.stiv_ref.training.trainer import train as run_training
 
     first = _rank() == 0
     if first and (state := find_state(folder)):
         typer.echo(f"going on from {state}", err=True)
     try:
-        checkpoint = run_training(recipe, folder, quiet=quiet)
+        with progress_bar("train", quiet or not first) as progress:
+            report = trainer.train(trainer.TrainRequest(recipe=recipe, out=folder), progress)
     except KeyboardInterrupt:
         if first and (state := find_state(folder)):
             typer.echo(f"stopped; the same command goes on from {state}", err=True)
@@ -80,8 +83,9 @@ def _train(recipe: "Recipe", folder: Path, quiet: bool) -> None:
     if first:
         from stiv_deploy.stiv_ref.plots import plot_training
 
-        plot_training(folder, folder / "training.png")
-        typer.echo(f"checkpoint  {checkpoint}\ncurves      {folder / 'training.png'}\nsamples     {folder / 'samples'}")
+        curves = folder / "training.png"
+        plot_training(folder, curves)
+        typer.echo(f"checkpoint  {report.checkpoint}\ncurves      {curves}\nsamples     {folder / 'samples'}")
 
 
 def _rank() -> int:

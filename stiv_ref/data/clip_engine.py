@@ -7,7 +7,7 @@ was stopped goes on, and other thresholds decide anew within a second. No video 
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from stiv_deploy.stiv_ref.data.pool import run_jobs
 from stiv_deploy.stiv_ref.data.scenes import SceneCutter, SceneSettings
 from stiv_deploy.stiv_ref.errors import CaptionError, ClipsError, VideoError
 from stiv_deploy.stiv_ref.files import make_writable
+from stiv_deploy.stiv_ref.progress import Progress, unheard
 
 MEASURED_NAME = "measured.jsonl"
 REPORT_NAME = "report.json"
@@ -89,10 +90,6 @@ class Job(NamedTuple):
         return str(self.path)
 
 
-Progress = Callable[[str, int, int], None]
-"""Called with the name of the video just done ('' at the start), how many are done, and how many there are."""
-
-
 def measure(job: Job) -> Measured:
     """Decode a video once, find its scenes and measure each; raises :class:`VideoError` if it is broken."""
     info = probe(job.path)
@@ -126,7 +123,7 @@ def cut(
     captions: Path | None = None,
     clip_captions: Path | None = None,
     workers: int = 1,
-    progress: Progress = lambda _file, _done, _of: None,
+    progress: Progress = unheard,
 ) -> Report:
     """Index the clips of all videos under ``source`` in the folder ``out``, with ``workers`` processes.
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,10 +29,9 @@ from stiv_deploy.stiv_ref.errors import DataError
 from stiv_deploy.stiv_ref.objective import sample_generator
 from stiv_deploy.stiv_ref.pretrained.text import load_pretrained_text
 from stiv_deploy.stiv_ref.pretrained.vae import load_pretrained_vae
+from stiv_deploy.stiv_ref.progress import Progress, unheard
 from stiv_deploy.stiv_ref.text import tokenize
 
-Advance = Callable[[int, int], None]
-"""Told how many clips are done, and of how many."""
 Task = tuple[int, int, int]
 """A clip to be encoded: bucket, number of the video, number of the draw."""
 HASHES = ("vae", "text", "videos")
@@ -105,7 +105,13 @@ class _Clips(Dataset[Sample | DamagedSampleError]):
 
 
 def precompute(
-    dataset: VideoDataset, out: Path, encoders: Encoders, settings: LatentSettings, *, workers: int, advance: Advance
+    dataset: VideoDataset,
+    out: Path,
+    encoders: Encoders,
+    settings: LatentSettings,
+    *,
+    workers: int,
+    progress: Progress = unheard,
 ) -> LatentIndex:
     """Encode the clips of ``dataset``, which was opened with ``settings``, to shards in ``out``; returns their index.
 
@@ -122,18 +128,19 @@ def precompute(
         part, path = tasks[at : at + settings.per_shard], out / f"latents-{number:06d}.tar"
         if not path.exists():
             clips = _Clips(dataset, part, settings.seed)
-            write_shard(path, encoder.samples(clips, broken, workers, _after(done, len(tasks), advance)))
+            after = partial(_told, progress, path.name, done, len(tasks))
+            write_shard(path, encoder.samples(clips, broken, workers, after))
             index = _write(out, index.model_copy(update={"broken": dict(broken)}))
         done += len(part)
-        advance(done, len(tasks))
+        progress(path.name, done, len(tasks))
     if {dataset.listing.clips[number].name for _, number, _ in tasks} <= set(broken):
         raise DataError(f"{dataset.title}: no video of it can be decoded; {_first(broken)}")
     return _write(out, index.model_copy(update={"complete": True}))
 
 
-def _after(done: int, total: int, advance: Advance) -> Callable[[int], None]:
-    """``advance`` for a shard that comes after ``done`` clips."""
-    return lambda ahead: advance(done + ahead, total)
+def _told(progress: Progress, shard: str, done: int, total: int, ahead: int) -> None:
+    """Tell of ``ahead`` clips of a shard that comes after ``done`` clips."""
+    progress(shard, done + ahead, total)
 
 
 def _tasks(dataset: VideoDataset, settings: LatentSettings) -> list[Task]:

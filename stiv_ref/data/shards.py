@@ -6,7 +6,7 @@ reader a look into the video. In shards of others captions may be in the json, a
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,9 +23,7 @@ from stiv_deploy.stiv_ref.data.tars import Member, Record, read_shard, write_sha
 from stiv_deploy.stiv_ref.data.videos import SCANNERS, FileClip, Listing, VideoClip, clip_suffix, naming_nothing
 from stiv_deploy.stiv_ref.errors import CaptionError, DataError, VideoError
 from stiv_deploy.stiv_ref.files import replaced_folder
-
-Advance = Callable[[int, int], None]
-"""Told how many videos are done, and of how many."""
+from stiv_deploy.stiv_ref.progress import Progress, unheard
 
 
 class VideoFacts(BaseModel):
@@ -163,7 +161,7 @@ def _look(record: Record, caption: str) -> list[ShardClip] | str:
     ] or [whole]
 
 
-def pack_videos(listing: Listing, out: Path, per_shard: int, advance: Advance) -> int:
+def pack_videos(listing: Listing, out: Path, per_shard: int, progress: Progress = unheard) -> int:
     """Write the videos of ``listing`` (files) to shards of ``per_shard`` in the new folder ``out``; returns how many.
 
     A video with several clips is packed once, with all of them. :class:`DataError` if ``out`` holds something, or if
@@ -178,8 +176,9 @@ def pack_videos(listing: Listing, out: Path, per_shard: int, advance: Advance) -
     out.parent.mkdir(parents=True, exist_ok=True)
     with replaced_folder(out) as folder:
         for number, at in enumerate(range(0, len(videos), per_shard)):
-            write_shard(folder / f"videos-{number:06d}.tar", map(_packed, videos[at : at + per_shard]))
-            advance(min(at + per_shard, len(videos)), len(videos))
+            shard = folder / f"videos-{number:06d}.tar"
+            write_shard(shard, map(_packed, videos[at : at + per_shard]))
+            progress(shard.name, min(at + per_shard, len(videos)), len(videos))
     return len(videos)
 
 

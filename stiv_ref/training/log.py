@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a progress bar, a JSON line per step in ``log.jsonl``, TensorBoard if asked for.
+"""What a run tells while it trains: its progress, a JSON line per step in ``log.jsonl``, TensorBoard if asked for.
 
 A line has ``stage`` (its number, 0 is the VAE), ``name``, ``task``, ``step``, what the trainer measured (``loss``,
 ``gradient_norm``, ``learning_rate``), ``seconds`` of the whole run up to here, resumed or not, ``samples`` whose losses
@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from stiv_deploy.stiv_ref.errors import StivRefError
+from stiv_deploy.stiv_ref.progress import Progress, unheard
 from stiv_deploy.stiv_ref.recipe import Logging
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ BANDS = 10
 TAIL = 1 << 16
 """Bytes at the end of a log that surely hold a whole line."""
 MEMORY = 0.98
-"""Weight of the past in the running loss of the bar."""
+"""Weight of the past in the running loss of the progress."""
 
 
 def loss_by_t(timesteps: Tensor, losses: Tensor) -> dict[str, float]:
@@ -76,25 +76,17 @@ def _event_writer() -> "type[SummaryWriter]":
 
 
 class Log:
-    """The log of the run in ``folder``, as a context manager; ``quiet`` shows no bar.
+    """The log of the run in ``folder``, as a context manager; ``progress`` hears of steps, with loss and throughput.
 
     Not ``enabled``, as on all ranks but the first, it does nothing at all. Raises :class:`StivRefError` if TensorBoard
     is asked for and not installed.
     """
 
-    def __init__(self, folder: Path, logging: Logging, quiet: bool = False, enabled: bool = True) -> None:
+    def __init__(self, folder: Path, logging: Logging, progress: Progress = unheard, enabled: bool = True) -> None:
         self.folder, self.enabled = folder, enabled
+        self._progress = progress if enabled else unheard
         self._writer_kind = _event_writer() if enabled and logging.tensorboard else None
         self._writers: dict[str, SummaryWriter] = {}
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}"),
-            TextColumn("{task.fields[rate]}"),
-            disable=quiet or not enabled,
-        )
         self._average = math.nan
         self._rate = ""
 
@@ -107,24 +99,22 @@ class Log:
             self._file = (self.folder / FILE).open("a", encoding="utf-8")
             if tail and not tail.endswith(b"\n"):
                 self._file.write("\n")  # or the first new line would be lost with the torn one
-        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
         for writer in self._writers.values():
             writer.close()
         if self.enabled:
             self._file.close()
 
     def steps(self, name: str, steps: range) -> Iterable[int]:
-        """Iterate over ``steps`` under a bar that counts from 0 to the end of the range."""
+        """Iterate over ``steps``, with progress that counts from 0 to the end of the range."""
         self._average, self._rate = math.nan, ""
-        bar = self._bar.add_task(name, total=steps.stop, completed=steps.start, loss=math.nan, rate="")
+        self._progress(name, steps.start, steps.stop)
         for step in steps:
             self._begun = time.monotonic()
             yield step
-            self._bar.update(bar, completed=step + 1, loss=self._average, rate=self._rate)
+            self._progress(f"{name}  loss {self._average:.4f}  {self._rate}".rstrip(), step + 1, steps.stop)
 
     def step(
         self,
@@ -140,7 +130,7 @@ class Log:
     ) -> None:
         """Record one step: ``values`` with ``loss`` among them, its samples' ``timesteps`` and ``losses`` [N].
 
-        ``tokens`` of all processes together went through the model; the time is that since the bar came to this step,
+        ``tokens`` of all processes together went through the model; the time is that since the loop came to this step,
         so call it before anything else is done.
         """
         if not self.enabled:

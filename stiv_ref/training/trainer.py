@@ -4,16 +4,20 @@ Every random draw of a step depends on the recipe's seed, the stage, the step an
 was stopped, killed, or started again with other micro-batches computes the losses of one that was not.
 """
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from stiv_deploy.stiv_ref.checkpoint import AnyVae, save_checkpoint
+from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.data.open_source import open_source
 from stiv_deploy.stiv_ref.data.source import Source
 from stiv_deploy.stiv_ref.errors import ConfigError
 from stiv_deploy.stiv_ref.files import write_text
+from stiv_deploy.stiv_ref.progress import Progress, unheard
 from stiv_deploy.stiv_ref.recipe import Recipe, Size, Stage, TrainedVae
 from stiv_deploy.stiv_ref.training.interruption import Interruption
 from stiv_deploy.stiv_ref.training.log import Log
@@ -36,14 +40,31 @@ BROKEN = "broken.txt"
 CHECKPOINT = "checkpoint"
 
 
-def train(recipe: Recipe, out: Path, *, quiet: bool = False) -> Path:
-    """Train ``recipe`` in the folder ``out`` and return the checkpoint's path, ``out/checkpoint``.
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest:
+    """Training by ``recipe``, a value that has checked itself, in the folder ``out``."""
+
+    recipe: Recipe
+    out: Path
+
+
+class TrainReport(FrozenConfig):
+    """What a training made: its checkpoint. ``resumed`` is the state that it went on from, None if it began anew."""
+
+    checkpoint: Path
+    resumed: Path | None
+    seconds: float
+
+
+def train(request: TrainRequest, progress: Progress = unheard) -> TrainReport:
+    """Train a recipe; the checkpoint is ``out/checkpoint``.
 
     Goes on from ``out/state`` if there is one. Ctrl-C and SIGTERM save the state first and raise ``KeyboardInterrupt``.
-    Under torchrun all processes must call it together. Raises :class:`~stiv_deploy.stiv_ref.errors.StivRefError` for
-    whatever the user can mend: before the first step wherever that can be known,
-    :class:`~stiv_deploy.stiv_ref.errors.DivergedError` for a loss that is not finite.
+    Under torchrun all processes must call it together; the first one's ``progress`` hears of steps. Raises
+    :class:`~stiv_deploy.stiv_ref.errors.StivRefError` for whatever the user can mend: before the first step wherever
+    that can be known, :class:`~stiv_deploy.stiv_ref.errors.DivergedError` for a loss that is not finite.
     """
+    started, recipe, out = time.monotonic(), request.recipe, request.out
     with joined() as team:
         torch.set_num_threads(recipe.threads)
         state = find_state(out)
@@ -54,10 +75,11 @@ def train(recipe: Recipe, out: Path, *, quiet: bool = False) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         run = open_run(recipe, out, team, sources, state)
         with (
-            Log(out, recipe.logging, quiet, enabled=team.first) as log,
+            Log(out, recipe.logging, progress, enabled=team.first) as log,
             Interruption(impatient=team.world == 1) as wish,
         ):
-            return Trainer(run, sources, log, wish).train()
+            checkpoint = Trainer(run, sources, log, wish).train()
+    return TrainReport(checkpoint=checkpoint, resumed=state, seconds=time.monotonic() - started)
 
 
 def check(recipe: Recipe, team: Team) -> None:

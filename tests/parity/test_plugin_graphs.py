@@ -15,7 +15,8 @@ import pytest
 
 from stiv_deploy.calibration.collect import CalibrationSettings
 from stiv_deploy.calibration.layers import Format
-from stiv_deploy.calibration.run import CalibrationRequest, calibrate, finish
+from stiv_deploy.calibration.request import CalibrationRequest
+from stiv_deploy.calibration.stage import calibrate
 from stiv_deploy.export.audit.audit import kernel_count
 from stiv_deploy.export.audit.layer_report import EngineLayer, read_report
 from stiv_deploy.export.bundle_from_checkpoint import default_bucket
@@ -217,8 +218,7 @@ def quantizations(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
         out = folder / f"{quantization}.safetensors"
         settings = CalibrationSettings(samples=2, steps=12, batch=2)
         run = CalibrationRequest(checkpoint=checkpoint, quantization=quantization, out=out, settings=settings)
-        calibrate(run, lambda *_: None)
-        finish(run)
+        calibrate(run)
         loaded = load_quantization(open_checkpoint(checkpoint), quantization, out, None)
         layers = {name: quantization if name.startswith("block_") else "high" for name in loaded.plan.layers}
         return replace(loaded, plan=loaded.plan.model_copy(update={"layers": layers}))

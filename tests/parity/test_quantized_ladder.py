@@ -11,8 +11,9 @@ from torch import Tensor
 from stiv_deploy.calibration.collect import CalibrationSettings
 from stiv_deploy.calibration.layers import Format
 from stiv_deploy.calibration.plan import PrecisionPlan, default_plan, everything
-from stiv_deploy.calibration.run import CalibrationRequest, calibrate, finish
+from stiv_deploy.calibration.request import CalibrationRequest
 from stiv_deploy.calibration.scales import Scales, load_scales
+from stiv_deploy.calibration.stage import calibrate
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
 from stiv_deploy.export.parity.draws import Draws, quantized_gate, rel_l2
 from stiv_deploy.export.parity.files import open_subject
@@ -36,8 +37,7 @@ def calibrated(checkpoint: Path, out: Path, quantization: Format) -> Path:
     """Scales from a short run: twelve steps have one in every timestep band."""
     settings = CalibrationSettings(samples=8, steps=12, batch=4)
     request = CalibrationRequest(checkpoint=checkpoint, quantization=quantization, out=out, settings=settings)
-    calibrate(request, lambda *_: None)
-    finish(request)
+    calibrate(request)
     return out
 
 

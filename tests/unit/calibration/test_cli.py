@@ -57,6 +57,15 @@ def test_a_scale_file_with_its_provenance_and_report(
     assert (max(clipped) > 0) == (precision == "int8")
 
 
+def test_a_report_as_json(stiv: Stiv, micro_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scales.safetensors"
+    code, output, _ = stiv(micro_path, "--precision", "fp8", "--out", out, *SHORT, "--json")
+    report = json.loads(output)
+    assert code == 0
+    assert (report["scales"], report["quantization"], report["sweep"]) == (str(out), "fp8", None)
+    assert report["checkpoint"] == checkpoint_hash(micro_path)
+
+
 def test_options_reach_the_scales(stiv: Stiv, micro_path: Path, tmp_path: Path) -> None:
     def ranges(name: str, *options: object) -> dict[str, torch.Tensor]:
         out = tmp_path / f"{name}.safetensors"

@@ -103,19 +103,19 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 ) -> None:
     state, calls = tmp_path / "state", []
 
-    def stop_after_two(done: int, total: int) -> None:
+    def stop_after_two(_what: str, done: int, _total: int) -> None:
         if done == 2:
             raise Stop
 
-    def note(done: int, total: int) -> None:
-        calls.append((done, total))
+    def note(what: str, done: int, total: int) -> None:
+        calls.append((what, done, total))
 
     checkpoint, material = calibrated.checkpoint, calibrated.material
     with pytest.raises(Stop):
         collect(checkpoint, material, settings, state, "same", stop_after_two)
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
     found = collect(checkpoint, material, settings, state, "same", note)
-    assert calls == [(2, 4), (3, 4), (4, 4)], "two units were not done again"
+    assert calls == [("sampling", done, 4) for done in (2, 3, 4)], "two units were not done again"
     for name, statistic in calibrated.statistics.items():
         assert torch.equal(found[name].amax, statistic.amax), name
         assert torch.equal(found[name].counts, statistic.counts), name

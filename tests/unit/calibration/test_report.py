@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stiv_deploy.calibration.layers import model_layers
-from stiv_deploy.calibration.report import CalibrationReport, make_report, report_paths, save_report
+from stiv_deploy.calibration.report import RangeReport, make_report, report_paths, save_report
 from stiv_deploy.calibration.scales import Scales
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def test_files_lie_beside_the_scales_and_name_every_layer(calibrated: "Calibrate
     save_report(tmp_path / "scales.safetensors", report)
     as_json, as_table = report_paths(tmp_path / "scales.safetensors")
     assert (as_json.name, as_table.name) == ("scales.report.json", "scales.report.md")
-    assert CalibrationReport.model_validate(json.loads(as_json.read_text())) == report
+    assert RangeReport.model_validate(json.loads(as_json.read_text())) == report
     table = as_table.read_text()
     for layer in model_layers(calibrated.checkpoint.model.config):
         assert f"| {layer.name} |" in table

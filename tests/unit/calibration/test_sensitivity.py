@@ -102,7 +102,7 @@ def test_a_sweep_measures_groups_alone_and_goes_on_where_it_was(
         sweep(quantized, references, state, "one", stop)
     assert len(load_state(state, "one")[0]) == 3
     steps: list[int] = []
-    found = sweep(quantized, references, state, "one", lambda done, total: steps.append(done))
+    found = sweep(quantized, references, state, "one", lambda _what, done, _total: steps.append(done))
     groups = groups_of(model.config)
     assert list(found.velocity) == list(groups)
     assert steps == list(range(3, len(groups) + FINAL + 1))

@@ -86,8 +86,7 @@ def test_tables_take_square_brackets_as_they_are(capsys: pytest.CaptureFixture[s
 @both
 def test_a_report_is_text_json_or_both(module: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def answer(target: Path | None) -> str:
-        text = "text" if module is reference_terminal else lambda: typer.echo("text")
-        module.answer(target, lambda: json.dumps({"passed": True}), text)
+        module.answer(target, lambda: json.dumps({"passed": True}), lambda: typer.echo("text"))
         return capsys.readouterr().out
 
     assert answer(None) == "text\n"
@@ -95,6 +94,14 @@ def test_a_report_is_text_json_or_both(module: ModuleType, tmp_path: Path, capsy
     assert answer(tmp_path / "report.json") == "text\n"
     assert json.loads((tmp_path / "report.json").read_text()) == {"passed": True}
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+@both
+def test_a_target_that_cannot_be_written_after_all_is_one_line(module: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(Exception, match="cannot be written .*; choose another --json") as caught:
+        module.answer(tmp_path / "file" / "report.json", lambda: "{}", pytest.fail)
+    assert caught.value.exit_code == 2  # type: ignore[attr-defined]
 
 
 @both

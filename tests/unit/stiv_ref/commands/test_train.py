@@ -73,7 +73,7 @@ def test_a_short_run_makes_checkpoint_and_pictures(app: typer.Typer, recipe_file
     assert not [path for path in out.iterdir() if "partial" in path.name or path.name.startswith(".")]
 
 
-def test_default_folder_is_named_after_the_recipe_and_a_bar_shows_the_loss(
+def test_default_folder_is_named_after_the_recipe_and_a_terminal_shows_the_loss(
     app: typer.Typer, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -81,6 +81,10 @@ def test_default_folder_is_named_after_the_recipe_and_a_bar_shows_the_loss(
     error, output = invoke(app, recipe_file)
     assert error is None
     assert (tmp_path / "runs" / "short" / "checkpoint" / "config.json").is_file()
+    assert "2-ti2v" not in output
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    _, output = invoke(app, recipe_file, "--out", "again")
     assert "2-ti2v" in output
     assert "loss" in output
 

@@ -17,6 +17,7 @@ from stiv_deploy.stiv_ref.data.tars import read_shard, shard_paths
 from stiv_deploy.stiv_ref.data.videos import VideoDataset, list_videos_of
 from stiv_deploy.stiv_ref.errors import CheckpointError, DataError
 from stiv_deploy.stiv_ref.objective import sample_generator
+from stiv_deploy.stiv_ref.progress import Progress, unheard
 from stiv_deploy.stiv_ref.recipe import VideoData
 from stiv_deploy.stiv_ref.text import tokenize
 
@@ -51,9 +52,9 @@ def make(
     settings: LatentSettings = SETTINGS,
     *,
     workers: int = 0,
-    advance: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = unheard,
 ) -> LatentIndex:
-    return precompute(dataset_of(folder, settings), out, encoders, settings, workers=workers, advance=advance)
+    return precompute(dataset_of(folder, settings), out, encoders, settings, workers=workers, progress=progress)
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -115,18 +116,18 @@ def test_without_a_text_encoder_there_are_captions_only(folder: Path, tmp_path: 
 def test_stopped_and_continued_makes_the_same_files(folder: Path, tmp_path: Path, encoders: Encoders) -> None:
     make(folder, tmp_path / "whole", encoders)
 
-    def stop(done: int, total: int) -> None:
+    def stop(_shard: str, done: int, total: int) -> None:
         assert total == 5
         if done == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make(folder, tmp_path / "out", encoders, advance=stop)
+        make(folder, tmp_path / "out", encoders, progress=stop)
     assert sorted(contents(tmp_path / "out")) == ["latents-000000.tar", INDEX]
     assert not json.loads((tmp_path / "out" / INDEX).read_text())["complete"]
     before = (tmp_path / "out" / "latents-000000.tar").stat().st_mtime_ns
     calls: list[int] = []
-    make(folder, tmp_path / "out", encoders, workers=2, advance=lambda done, total: calls.append(done))
+    make(folder, tmp_path / "out", encoders, workers=2, progress=lambda _shard, done, _total: calls.append(done))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert (tmp_path / "out" / "latents-000000.tar").stat().st_mtime_ns == before
     assert calls[0] == 2  # the finished shard at once
@@ -173,7 +174,7 @@ def test_broken_and_short_videos_are_skipped_and_listed(
     write_video("clips/short.mkv", np.zeros((2, 20, 24, 3), np.uint8)).with_suffix(".txt").write_text("short")
     dataset = dataset_of(folder, SETTINGS)
     (folder / "1.mkv").write_bytes(b"damaged after the scan")
-    index = precompute(dataset, tmp_path / "out", encoders, SETTINGS, workers=workers, advance=lambda done, total: None)
+    index = precompute(dataset, tmp_path / "out", encoders, SETTINGS, workers=workers)
     assert set(index.broken) == {"1.mkv", "3.mkv"}
     assert set(dataset.left_out) == {"short.mkv"}
     records = [record for path in shard_paths(str(tmp_path / "out")) for record in read_shard(path)[0]]
@@ -189,7 +190,7 @@ def test_nothing_to_encode_is_an_error(folder: Path, tmp_path: Path, encoders: E
     for number in range(5):
         (folder / f"{number}.mkv").write_bytes(b"damaged")
     with pytest.raises(DataError, match="no video of it can be decoded; 0.mkv: "):
-        precompute(dataset, tmp_path / "out", encoders, SETTINGS, workers=0, advance=lambda done, total: None)
+        precompute(dataset, tmp_path / "out", encoders, SETTINGS, workers=0)
 
 
 def test_sizes_that_do_not_fit_the_vae_are_an_error(folder: Path, tmp_path: Path, encoders: Encoders) -> None:

@@ -42,7 +42,7 @@ def listed(path: Path) -> Listing:
 
 
 def pack(listing: Listing, out: Path, per_shard: int = 2) -> int:
-    return pack_videos(listing, out, per_shard, lambda done, total: None)
+    return pack_videos(listing, out, per_shard)
 
 
 def source_of(listing: Listing, **options: object) -> DatasetSource:

@@ -99,5 +99,5 @@ def _whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(_whole: Path, recipe: Recipe) -> Path:
     """The folder of one uninterrupted run of the short recipe, made once: compare with it, do not write into it."""
     if not (_whole / "checkpoint").exists():
-        trainer.train(recipe, _whole, quiet=True)
+        trainer.train(trainer.TrainRequest(recipe=recipe, out=_whole))
     return _whole

@@ -1,6 +1,7 @@
 """The training log: lines, bands of the timestep, resuming, TensorBoard, and silence on other ranks."""
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ def lines(folder: Path) -> list[dict]:
 
 
 def test_a_line_says_what_a_step_was(tmp_path: Path) -> None:
-    with Log(tmp_path, Logging(), quiet=True) as log:
+    with Log(tmp_path, Logging()) as log:
         for step in log.steps("1 t2i", range(3, 5)):
             time.sleep(0.01)
             log.step(
@@ -39,7 +40,7 @@ def test_a_line_says_what_a_step_was(tmp_path: Path) -> None:
 
 @pytest.mark.alone
 def test_throughput_leaves_out_what_came_between_steps(tmp_path: Path) -> None:
-    with Log(tmp_path, Logging(), quiet=True) as log:
+    with Log(tmp_path, Logging()) as log:
         for step in log.steps("1 t2i", range(2)):
             log.step(1, "low", "t2i", step, VALUES, tokens=1000)
             time.sleep(0.2)  # saving, sampling
@@ -55,7 +56,7 @@ def test_tenths_of_the_timestep() -> None:
 def test_a_resumed_run_goes_on_counting_after_a_torn_line(tmp_path: Path) -> None:
     whole = json.dumps({"stage": 1, "task": "t2i", "step": 7, "loss": 1.0, "seconds": 1000.0})
     (tmp_path / "log.jsonl").write_text(whole + '\n{"stage": 1, "task": "t')
-    with Log(tmp_path, Logging(), quiet=True) as log:
+    with Log(tmp_path, Logging()) as log:
         log.step(1, "low", "t2i", 8, VALUES)
     text = (tmp_path / "log.jsonl").read_text().splitlines()
     assert len(text) == 3
@@ -63,7 +64,7 @@ def test_a_resumed_run_goes_on_counting_after_a_torn_line(tmp_path: Path) -> Non
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Log(tmp_path, Logging(tensorboard=True), enabled=False) as log:
+    with Log(tmp_path, Logging(tensorboard=True), pytest.fail, enabled=False) as log:
         steps = list(log.steps("1 t2i", range(2, 4)))
         log.step(1, "low", "t2i", 2, VALUES, losses=torch.ones(1), timesteps=torch.ones(1), tokens=5)
         log.picture(1, "low", 2, tmp_path / "absent.png")
@@ -72,15 +73,15 @@ def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_bar_shows_loss_and_throughput(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Log(tmp_path, Logging()) as log:
-        for step in log.steps("2 ti2v", range(2)):
+def test_progress_tells_loss_and_throughput(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[tuple[str, int, int]] = []
+    with Log(tmp_path, Logging(), lambda *step: told.append(step)) as log:
+        for step in log.steps("2 ti2v", range(1, 3)):
             log.step(2, "video", "ti2v", step, VALUES, tokens=10)
-    shown = capsys.readouterr().out
-    assert "2 ti2v" in shown
-    assert "2/2" in shown
-    assert "loss 0.5000" in shown
-    assert "tokens/s" in shown
+    assert [step[1:] for step in told] == [(1, 3), (2, 3), (3, 3)]
+    assert told[0][0] == "2 ti2v"
+    assert re.fullmatch(r"2 ti2v  loss 0\.5000  [0-9,]+ tokens/s", told[-1][0])
+    assert capsys.readouterr() == ("", "")
 
 
 def test_tensorboard_has_the_same_scalars(tmp_path: Path) -> None:
@@ -90,7 +91,7 @@ def test_tensorboard_has_the_same_scalars(tmp_path: Path) -> None:
 
     Image.new("RGB", (4, 3), "red").save(tmp_path / "sheet.png")
     for start in (0, 2):  # the second is a resumed run that repeats step 2
-        with Log(tmp_path, Logging(tensorboard=True), quiet=True) as log:
+        with Log(tmp_path, Logging(tensorboard=True)) as log:
             for step in log.steps("1 t2i", range(start, start + 3)):
                 losses = torch.tensor([start + 1.0])
                 log.step(1, "low", "t2i", step, VALUES, timesteps=torch.tensor([0.45]), losses=losses, tokens=7)

@@ -20,7 +20,7 @@ from stiv_deploy.stiv_ref.checkpoint import load_checkpoint
 from stiv_deploy.stiv_ref.recipe import load_recipe
 from stiv_deploy.stiv_ref.training.consolidate import consolidate
 from stiv_deploy.stiv_ref.training.state import find_state, read_position
-from stiv_deploy.stiv_ref.training.trainer import train
+from stiv_deploy.stiv_ref.training.trainer import TrainRequest, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 EPSILON = torch.finfo(torch.float32).eps
@@ -80,10 +80,11 @@ import sys
 from pathlib import Path
 from stiv_deploy.stiv_ref.recipe import load_recipe
 from stiv_deploy.stiv_ref.training.parallel import joined
-from stiv_deploy.stiv_ref.training.trainer import train
+from stiv_deploy.stiv_ref.training.trainer import TrainRequest, train
 with joined():
     for name in sys.argv[2:]:
-        train(load_recipe(Path(sys.argv[1]) / f"{name}.toml"), Path(sys.argv[1]) / "two" / name, quiet=True)
+        folder = Path(sys.argv[1])
+        train(TrainRequest(recipe=load_recipe(folder / f"{name}.toml"), out=folder / "two" / name))
 """
 
 
@@ -135,7 +136,7 @@ def one(folder: Path) -> Callable[[str], Path]:
     @functools.cache
     def made(name: str) -> Path:
         threads = torch.get_num_threads()
-        train(load_recipe(folder / f"{name}.toml"), folder / "one" / name, quiet=True)
+        train(TrainRequest(recipe=load_recipe(folder / f"{name}.toml"), out=folder / "one" / name))
         torch.set_num_threads(threads)
         return folder / "one" / name
 
@@ -230,7 +231,7 @@ def test_killed_and_resumed_has_the_same_losses(
     assert "going on from" in errors
     assert runs.losses(out) == runs.losses(whole)
     if processes == 2:  # the shards of two processes, read by one
-        train(load_recipe(folder / "plain.toml"), tmp_path / "alone", quiet=True)
+        train(TrainRequest(recipe=load_recipe(folder / "plain.toml"), out=tmp_path / "alone"))
         assert drift(runs, whole, tmp_path / "alone") < 4 * (drift(runs, one("plain"), one("cut")) + 8 * EPSILON)
 
 

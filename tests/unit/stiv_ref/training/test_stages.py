@@ -18,7 +18,7 @@ from stiv_deploy.stiv_ref.training.parallel import Team
 from stiv_deploy.stiv_ref.training.run import Run, new_run
 from stiv_deploy.stiv_ref.training.stages import begin_stage, origins, untrained_checkpoint
 from stiv_deploy.stiv_ref.training.step import sample_losses
-from stiv_deploy.stiv_ref.training.trainer import train
+from stiv_deploy.stiv_ref.training.trainer import TrainRequest, train
 
 OUT = Path("run")
 
@@ -76,7 +76,7 @@ def taught(_taught: Path, recipe: Recipe) -> Path:
             {"task": "t2v", "name": "v-low", "spatial_from": "i-low", "steps": 30, "batch": 8, **quick},
         )
         vae = made.vae.model_copy(update={"steps": 60, "batch": 16})
-        train(made.model_copy(update={"vae": vae, "ema": 0.9}), _taught, quiet=True)
+        train(TrainRequest(recipe=made.model_copy(update={"vae": vae, "ema": 0.9}), out=_taught))
     return _taught
 
 

@@ -13,9 +13,13 @@ from stiv_deploy.stiv_ref.errors import CheckpointError
 from stiv_deploy.stiv_ref.recipe import Recipe
 from stiv_deploy.stiv_ref.training import state as module
 from stiv_deploy.stiv_ref.training.state import find_state, load_tensors_into, read_position, replace_state
-from stiv_deploy.stiv_ref.training.trainer import train
+from stiv_deploy.stiv_ref.training.trainer import TrainReport, TrainRequest, train
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
+
+
+def trained(recipe: Recipe, out: Path) -> TrainReport:
+    return train(TrainRequest(recipe=recipe, out=out))
 
 
 class Killed(BaseException):
@@ -87,7 +91,7 @@ def copied(whole: Path, tmp_path: Path) -> Path:
 def test_a_missing_shard_is_refused(recipe: Recipe, copied: Path) -> None:
     (copied / "state" / SHARD).unlink()
     with pytest.raises(CheckpointError, match=f"the state is damaged, {SHARD} is missing; restore it, or delete"):
-        train(recipe, copied, quiet=True)
+        trained(recipe, copied)
 
 
 def test_a_torn_shard_is_refused(recipe: Recipe, copied: Path) -> None:
@@ -95,14 +99,14 @@ def test_a_torn_shard_is_refused(recipe: Recipe, copied: Path) -> None:
     size = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=f"the state is damaged, {SHARD} has 1000 bytes of {size}"):
-        train(recipe, copied, quiet=True)
+        trained(recipe, copied)
 
 
 def test_a_broken_shard_of_the_right_size_is_refused(recipe: Recipe, copied: Path) -> None:
     shard = copied / "state" / SHARD
     shard.write_bytes(b"\0" * shard.stat().st_size)
     with pytest.raises(CheckpointError, match="the state cannot be read"):
-        train(recipe, copied, quiet=True)
+        trained(recipe, copied)
 
 
 def test_an_incomplete_state_is_refused(recipe: Recipe, copied: Path) -> None:
@@ -118,20 +122,20 @@ def test_an_incomplete_state_is_refused(recipe: Recipe, copied: Path) -> None:
     position["files"][SHARD] = shard.stat().st_size
     (copied / "state" / "position.json").write_text(json.dumps(position))
     with pytest.raises(CheckpointError, match=r"the state cannot be read .*ema\.model\.patch\.bias") as caught:
-        train(recipe, copied, quiet=True)
+        trained(recipe, copied)
     assert "\n" not in str(caught.value)
 
 
 def test_a_damaged_position_is_refused(recipe: Recipe, copied: Path) -> None:
     (copied / "state" / "position.json").write_text("{")
     with pytest.raises(ValueError, match=r"position\.json: cannot be read as JSON"):
-        train(recipe, copied, quiet=True)
+        trained(recipe, copied)
 
 
 def test_a_missing_vae_is_refused(recipe: Recipe, copied: Path) -> None:
     (copied / "vae.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"vae\.safetensors: not a readable safetensors file"):
-        train(recipe, copied, quiet=True)
+        trained(recipe, copied)
 
 
 def test_nothing_but_safetensors_and_json_is_written(whole: Path) -> None:

@@ -18,10 +18,14 @@ from stiv_deploy.stiv_ref.recipe import FrozenText, FrozenVae, Recipe
 from stiv_deploy.stiv_ref.training import step as step_module
 from stiv_deploy.stiv_ref.training.parallel import Team
 from stiv_deploy.stiv_ref.training.state import read_position
-from stiv_deploy.stiv_ref.training.trainer import check, check_vae, train
+from stiv_deploy.stiv_ref.training.trainer import TrainReport, TrainRequest, check, check_vae, train
 from stiv_deploy.stiv_ref.training.vae_stage import frames_of
 
 BeforeStep = Callable[[tuple[int, int], Callable[[], None]], None]
+
+
+def trained(recipe: Recipe, out: Path) -> TrainReport:
+    return train(TrainRequest(recipe=recipe, out=out))
 
 
 def position(out: Path) -> tuple[int, int]:
@@ -39,10 +43,10 @@ def test_stopped_and_resumed_equals_uninterrupted(
     out = tmp_path / "run"
     before_step(at, runs.interrupt)
     with pytest.raises(KeyboardInterrupt):
-        train(recipe, out, quiet=True)
+        trained(recipe, out)
     assert not (out / "checkpoint").exists()
     assert position(out) == (at[0], at[1] + 1)  # the step that was running is whole
-    train(recipe, out, quiet=True)
+    trained(recipe, out)
     runs.assert_same(out, whole)
 
 
@@ -56,15 +60,15 @@ def test_crashed_and_resumed_equals_uninterrupted(
 
     before_step((2, 3), crash)
     with pytest.raises(RuntimeError, match="power cut"):
-        train(recipe, tmp_path / "run", quiet=True)
+        trained(recipe, tmp_path / "run")
     assert position(tmp_path / "run") == (2, 2)
-    train(recipe, tmp_path / "run", quiet=True)
+    trained(recipe, tmp_path / "run")
     runs.assert_same(tmp_path / "run", whole)
 
 
 def test_a_finished_run_is_only_written_again(runs: Any, recipe: Recipe, whole: Path) -> None:
     before = runs.losses(whole), runs.files(whole, "checkpoint", "state")
-    assert train(recipe, whole, quiet=True) == whole / "checkpoint"
+    assert trained(recipe, whole).checkpoint == whole / "checkpoint"
     assert runs.losses(whole) == before[0]
     for name, tensors in runs.files(whole, "checkpoint", "state").items():
         assert all(torch.equal(tensor, before[1][name][key]) for key, tensor in tensors.items())
@@ -75,10 +79,10 @@ def test_what_does_not_change_the_maths_may_change_on_resume(
 ) -> None:
     before_step((2, 1), runs.interrupt)
     with pytest.raises(KeyboardInterrupt):
-        train(recipe, tmp_path, quiet=True)
+        trained(recipe, tmp_path)
     other = recipe.model_copy(update={"save_every": 100, "efficiency": recipe.efficiency.model_copy(
         update={"activation_checkpointing": True, "ema_device": "cpu"})})  # fmt: skip
-    train(other, tmp_path, quiet=True)
+    trained(other, tmp_path)
     assert runs.losses(tmp_path) == runs.losses(whole)
 
 
@@ -109,10 +113,10 @@ def test_state_of_another_recipe_is_refused_by_what_differs(recipe: Recipe, whol
         "belongs to another recipe; choose another --out or delete it (optimizer.name is adamw there, adafactor here)"
     )
     with pytest.raises(CheckpointError, match=re.escape(wanted)):
-        train(other, whole, quiet=True)
+        trained(other, whole)
     stages = (recipe.stages[0].model_copy(update={"steps": 7}), *recipe.stages[1:])
     with pytest.raises(CheckpointError, match=r"stages\.0\.steps is 5 there, 7 here"):
-        train(recipe.model_copy(update={"stages": stages}), whole, quiet=True)
+        trained(recipe.model_copy(update={"stages": stages}), whole)
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
@@ -136,7 +140,7 @@ def test_divergence_keeps_the_last_good_state(
         rf"^{name} is (nan|inf) at step 3 of stage 1 \(1-t2i\) for digit \w+ \(step 3, sample {int(poison == 'loss')}\)"
     )
     with pytest.raises(DivergedError, match=message) as caught:
-        train(recipe, tmp_path, quiet=True)
+        trained(recipe, tmp_path)
     assert caught.value.exit_code == 2
     assert "the last saved state is kept" in str(caught.value)
     assert ("sample 2" in str(caught.value)) == (poison == "gradient")  # only the bad samples, or all of them
@@ -149,7 +153,7 @@ def test_divergence_keeps_the_last_good_state(
 def test_a_vae_that_diverges_is_named(recipe: Recipe, tmp_path: Path) -> None:
     vae = recipe.vae.model_copy(update={"learning_rate": 1e30, "steps": 4})
     with pytest.raises(DivergedError, match=r"the VAE's loss is (nan|inf) at step 1; .* Lower vae\.learning_rate"):
-        train(recipe.model_copy(update={"vae": vae}), tmp_path, quiet=True)
+        trained(recipe.model_copy(update={"vae": vae}), tmp_path)
 
 
 def test_a_vae_cannot_be_trained_on_latents() -> None:
@@ -163,7 +167,7 @@ def test_loss_falls(runs: Any, recipe: Recipe, tmp_path: Path) -> None:
     """The start predicts zero, so its loss is E|data - noise|^2 = 2 for standardized latents; learning lowers it."""
     vae = recipe.vae.model_copy(update={"steps": 60})
     stage = recipe.stages[0].model_copy(update={"steps": 100, "batch": 16, "learning_rate": 1e-2, "warmup": 10})
-    train(recipe.model_copy(update={"stages": (stage,), "vae": vae, "save_every": 1000}), tmp_path, quiet=True)
+    trained(recipe.model_copy(update={"stages": (stage,), "vae": vae, "save_every": 1000}), tmp_path)
     found = runs.losses(tmp_path)
     assert found[1, 0] == pytest.approx(2, rel=0.2)
     assert sum(found[1, step] for step in range(80, 100)) / 20 < 0.75 * found[1, 0]
@@ -173,14 +177,14 @@ def test_the_text_of_a_frozen_encoder_and_a_frozen_vae(runs: Any, recipe: Recipe
     """Components of an earlier run: no VAE is trained, and neither of them changes."""
     from_there = {"kind": "checkpoint", "path": whole / "stages" / "2-ti2v"}
     frozen = recipe.model_copy(update={"vae": FrozenVae(**from_there), "text": FrozenText(**from_there)})
-    train(frozen, tmp_path, quiet=True)
+    trained(frozen, tmp_path)
     assert {stage for stage, _ in runs.losses(tmp_path)} == {1, 2}
     made, origin = load_checkpoint(tmp_path / "stages" / "2-ti2v"), load_checkpoint(whole / "stages" / "2-ti2v")
     for part in ("vae", "text_encoder"):
         wanted = getattr(origin, part).state_dict()
         assert all(torch.equal(tensor, wanted[name]) for name, tensor in getattr(made, part).state_dict().items())
     shutil.rmtree(tmp_path / "checkpoint")
-    train(frozen, tmp_path, quiet=True)  # a finished run without a VAE of its own can be opened again
+    trained(frozen, tmp_path)  # a finished run without a VAE of its own can be opened again
     assert (tmp_path / "checkpoint").exists()
 
 
@@ -191,15 +195,15 @@ def test_bad_origins_stop_before_training(recipe: Recipe, whole: Path, tmp_path:
 
     image_model = str(whole / "stages" / "1-t2i")
     with pytest.raises(CheckpointError, match=r"nothing/here: no checkpoint here"):
-        train(starting_from(spatial_from="nothing/here"), tmp_path / "run", quiet=True)
+        trained(starting_from(spatial_from="nothing/here"), tmp_path / "run")
     with pytest.raises(CheckpointError, match="stage 2-ti2v: temporal_from .* is an image model"):
-        train(starting_from(temporal_from=image_model), tmp_path / "run", quiet=True)
+        trained(starting_from(temporal_from=image_model), tmp_path / "run")
     wide = starting_from(spatial_from=image_model)
     wide = wide.model_copy(update={"model": wide.model.model_copy(update={"width": 64})})
     with pytest.raises(
         CheckpointError, match="stage 2-ti2v: spatial_from .*: its width is 32, the stage's model has 64"
     ):
-        train(wide, tmp_path / "run", quiet=True)
+        trained(wide, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -216,21 +220,21 @@ def test_components_that_do_not_fit_the_model(recipe: Recipe, whole: Path, tmp_p
     from_there = {"kind": "checkpoint", "path": whole / "checkpoint"}
     wide = recipe.model.model_copy(update={"text_width": 48})
     with pytest.raises(ConfigError, match="has width 24, the model takes text_width 48; set text_width = 24"):
-        train(recipe.model_copy(update={"model": wide, "text": FrozenText(**from_there)}), tmp_path, quiet=True)
+        trained(recipe.model_copy(update={"model": wide, "text": FrozenText(**from_there)}), tmp_path)
     deep = recipe.model.model_copy(update={"latent_channels": 8})
     with pytest.raises(ConfigError, match="the VAE has 4 latent channels, the model takes 8; set latent_channels = 4"):
-        train(recipe.model_copy(update={"model": deep, "vae": FrozenVae(**from_there)}), tmp_path, quiet=True)
+        trained(recipe.model_copy(update={"model": deep, "vae": FrozenVae(**from_there)}), tmp_path)
     coarse = recipe.model.model_copy(update={"patch": (1, 3)})
     with pytest.raises(ConfigError, match="stage 1-t2i: resolution 32x32 is not a multiple of 12 pixels"):
-        train(recipe.model_copy(update={"model": coarse, "vae": FrozenVae(**from_there)}), tmp_path, quiet=True)
+        trained(recipe.model_copy(update={"model": coarse, "vae": FrozenVae(**from_there)}), tmp_path)
     long = recipe.model.model_copy(update={"patch": (2, 2)})
     with pytest.raises(ConfigError, match="3 frames are 3 latent frames, not a multiple of the patch 2"):
-        train(recipe.model_copy(update={"model": long, "vae": FrozenVae(**from_there)}), tmp_path, quiet=True)
+        trained(recipe.model_copy(update={"model": long, "vae": FrozenVae(**from_there)}), tmp_path)
     small = recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update={"height": 36})})
     with pytest.raises(ConfigError, match=r"\[sampling\] resolution 36x32 is not a multiple of 8 pixels"):
-        train(small.model_copy(update={"vae": FrozenVae(**from_there)}), tmp_path, quiet=True)
+        trained(small.model_copy(update={"vae": FrozenVae(**from_there)}), tmp_path)
     with pytest.raises(ConfigError, match=r"text\.max_tokens is 7, the encoder of .* has 16; leave it out"):
-        train(recipe.model_copy(update={"text": FrozenText(**from_there, max_tokens=7)}), tmp_path, quiet=True)
+        trained(recipe.model_copy(update={"text": FrozenText(**from_there, max_tokens=7)}), tmp_path)
 
 
 def test_batches_that_processes_cannot_share(recipe: Recipe) -> None:
@@ -254,11 +258,7 @@ def test_broken_samples_are_listed(recipe: Recipe, tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "open_source", breaking)
-        train(
-            recipe.model_copy(update={"stages": (recipe.stages[0].model_copy(update={"steps": 1}),)}),
-            tmp_path,
-            quiet=True,
-        )
+        trained(recipe.model_copy(update={"stages": (recipe.stages[0].model_copy(update={"steps": 1}),)}), tmp_path)
     assert (tmp_path / "broken.txt").read_text() == "b.mp4: no frames\na.mp4: truncated\n"
 
 
@@ -266,7 +266,7 @@ def test_samples_are_drawn_and_change_nothing(runs: Any, recipe: Recipe, whole: 
     drawing = recipe.model_copy(
         update={"logging": recipe.logging.model_copy(update={"sample_every": 4, "sample_count": 2})}
     )
-    train(drawing, tmp_path, quiet=True)
+    trained(drawing, tmp_path)
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
         "1-t2i-0000004.png",
         "1-t2i-0000005.png",
