@@ -51,10 +51,10 @@ class ReferenceSource:
 
 def from_run(run: Path) -> ReferenceSource:
     """A look into a *running* training: the averaged weights of its last saved state. Only reads its files."""
-    from stiv_deploy.stiv_ref.training.consolidate import consolidate
+    from stiv_deploy.stiv_ref.training.consolidate import consolidate_run
 
     with TemporaryDirectory() as folder:
-        position = consolidate(run, Path(folder) / "checkpoint")
+        position = consolidate_run(run, Path(folder) / "checkpoint")
         checkpoint = load_checkpoint(Path(folder) / "checkpoint")
     return ReferenceSource(checkpoint, {"run": str(run), "stage": str(position.stage), "step": str(position.step)})
 

@@ -72,8 +72,7 @@ def cut(
     add new videos; with other thresholds it decides anew without measuring again.
     """
     from stiv_deploy.stiv_ref.config import parse_config
-    from stiv_deploy.stiv_ref.data.clip_engine import MEASURED_NAME, REPORT_NAME
-    from stiv_deploy.stiv_ref.data.clip_engine import cut as run
+    from stiv_deploy.stiv_ref.data.clip_engine import MEASURED_NAME, REPORT_NAME, cut_videos
     from stiv_deploy.stiv_ref.data.filters import Thresholds
     from stiv_deploy.stiv_ref.data.scenes import SceneSettings
 
@@ -94,7 +93,7 @@ def cut(
         import matplotlib.figure  # noqa: F401 (missing it is said before the work, not after)
     try:
         with progress_bar("videos", quiet) as progress:
-            report = run(
+            report = cut_videos(
                 source,
                 out,
                 settings=settings,

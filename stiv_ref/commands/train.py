@@ -58,9 +58,9 @@ def consolidate(
     """
     import torch
 
-    from stiv_deploy.stiv_ref.training.consolidate import consolidate as write
+    from stiv_deploy.stiv_ref.training.consolidate import consolidate_run
 
-    position = write(run, out, torch.float16 if half else torch.float32)
+    position = consolidate_run(run, out, torch.float16 if half else torch.float32)
     typer.echo(f"checkpoint  {out} (stage {position.stage}, step {position.step})")
 
 

@@ -114,7 +114,7 @@ def measure(job: Job) -> Measured:
     )
 
 
-def cut(
+def cut_videos(
     source: Path,
     out: Path,
     *,

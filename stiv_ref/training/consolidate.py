@@ -14,7 +14,7 @@ from stiv_deploy.stiv_ref.training.stages import averaged_checkpoint
 from stiv_deploy.stiv_ref.training.state import Position, find_state, load_tensors_into, read_position
 
 
-def consolidate(folder: Path, out: Path, dtype: torch.dtype = torch.float32) -> Position:
+def consolidate_run(folder: Path, out: Path, dtype: torch.dtype = torch.float32) -> Position:
     """Write the averaged weights of the last state of the run in ``folder`` as a checkpoint folder ``out``.
 
     Only the averages are read. Returns where the run was. Raises :class:`CheckpointError` if there is no state yet, or

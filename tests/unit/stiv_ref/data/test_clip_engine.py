@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from stiv_deploy.stiv_ref.data import clip_engine
-from stiv_deploy.stiv_ref.data.clip_engine import Job, Report, cut, measure, read_report
+from stiv_deploy.stiv_ref.data.clip_engine import Job, Report, cut_videos, measure, read_report
 from stiv_deploy.stiv_ref.data.clips import Clip, read_clips, write_clips
 from stiv_deploy.stiv_ref.data.decode import read_frames
 from stiv_deploy.stiv_ref.data.filters import Thresholds
@@ -43,7 +43,7 @@ def source(tmp_path: Path, write_video: WriteVideo, moving: Moving) -> Path:
 
 def run(source: Path, out: Path, settings: SceneSettings | None = None, **options: Any) -> Report:
     limits = {name: options.pop(name) for name in list(options) if name.startswith(("min_", "max_"))}
-    return cut(source, out, settings=settings or SceneSettings(), thresholds=Thresholds(**limits), **options)
+    return cut_videos(source, out, settings=settings or SceneSettings(), thresholds=Thresholds(**limits), **options)
 
 
 def test_clips_of_a_folder(source: Path, tmp_path: Path) -> None:

@@ -85,13 +85,13 @@ def test_options_reach_the_engine(run: Run, videos: Path, tmp_path: Path, monkey
     from stiv_deploy.stiv_ref.data import clip_engine
 
     seen: dict[str, object] = {}
-    original = clip_engine.cut
+    original = clip_engine.cut_videos
 
     def spy(source: Path, out: Path, **options: object) -> object:
         seen.update(options)
         return original(source, out, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(clip_engine, "cut", spy)
+    monkeypatch.setattr(clip_engine, "cut_videos", spy)
     (tmp_path / "captions.jsonl").write_text('{"file": "two.mp4", "caption": "tiles"}')
     (tmp_path / "clips.jsonl").touch()
     given = {

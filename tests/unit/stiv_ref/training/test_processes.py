@@ -18,7 +18,7 @@ import torch
 
 from stiv_deploy.stiv_ref.checkpoint import load_checkpoint
 from stiv_deploy.stiv_ref.recipe import load_recipe
-from stiv_deploy.stiv_ref.training.consolidate import consolidate
+from stiv_deploy.stiv_ref.training.consolidate import consolidate_run
 from stiv_deploy.stiv_ref.training.state import find_state, read_position
 from stiv_deploy.stiv_ref.training.trainer import TrainRequest, train
 
@@ -202,7 +202,7 @@ def test_two_processes_in_bf16(one: Callable[[str], Path], two: Path, runs: Any)
 def test_a_sharded_state_becomes_the_checkpoint_of_the_run(two: Path, tmp_path: Path) -> None:
     two = two / "plain"
     assert len(list((two / "state").glob("*.safetensors"))) == 2
-    position = consolidate(two, tmp_path / "made")
+    position = consolidate_run(two, tmp_path / "made")
     assert (position.stage, position.step, position.processes) == (2, 6, 2)
     made, kept = load_checkpoint(tmp_path / "made"), load_checkpoint(two / "stages" / "2-ti2v")
     for part in ("model", "text_encoder", "vae"):
