@@ -66,7 +66,7 @@ def calibrate(
             "steps": steps,
             "batch": batch,
             "seed": seed,
-            "calibrator": calibrator or ("percentile" if precision == "int8" and smoothquant is None else "max"),
+            "calibrator": calibrator,
             "percentile": percentile,
         },
         prompts=prompts,
@@ -94,20 +94,21 @@ def summary(report: "CalibrationReport") -> str:
     return "\n".join([*lines, f"{report.seconds:.0f} s"])
 
 
-def _request(*, quantization: str, settings: dict[str, Any], **rest: Any) -> "CalibrationRequest":
+def _request(*, quantization: Any, settings: dict[str, Any], **rest: Any) -> "CalibrationRequest":
     """The checked request; one line for the first option that is wrong."""
     from pydantic import ValidationError
 
     from stiv_deploy.calibration.collect import CalibrationSettings
     from stiv_deploy.calibration.errors import CalibrationError
-    from stiv_deploy.calibration.request import CalibrationRequest
+    from stiv_deploy.calibration.request import CalibrationRequest, usual_calibrator
 
+    calibrator = settings["calibrator"] or usual_calibrator(quantization, rest["smooth"])
     try:
-        checked = CalibrationSettings(**settings)
+        checked = CalibrationSettings(**{**settings, "calibrator": calibrator})
     except ValidationError as error:
         fault = error.errors()[0]
         raise CalibrationError(f"--{fault['loc'][0]} {fault['input']}: {fault['msg']}") from None
-    return CalibrationRequest(quantization=quantization, settings=checked, **rest)  # type: ignore[arg-type]
+    return CalibrationRequest(quantization=quantization, settings=checked, **rest)
 
 
 @contextmanager

@@ -4,9 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from stiv_deploy.calibration.collect import CalibrationSettings
+from stiv_deploy.calibration.collect import CalibrationSettings, Calibrator
 from stiv_deploy.calibration.errors import CalibrationError
 from stiv_deploy.calibration.layers import Format
+
+
+def usual_calibrator(quantization: Format, smooth: float | None = None) -> Calibrator:
+    """``percentile`` for INT8, unless SmoothQuant takes its factors from the largest magnitudes; else ``max``."""
+    return "percentile" if quantization == "int8" and smooth is None else "max"
 
 
 @dataclass(frozen=True, kw_only=True)

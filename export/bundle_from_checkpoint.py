@@ -39,6 +39,26 @@ class ExportReport(Frozen):
     checked: bool
     seconds: float
 
+    def __str__(self) -> str:
+        """One line."""
+        from stiv_deploy.runtime.command.inspection import precision_text
+
+        graphs = self.manifest.graphs.values()
+        plugins = [graph.plugin for graph in graphs if graph.plugin]
+        files = [file for graph in graphs for file in (graph.file, graph.data) if file]
+        megabytes = sum(file.bytes for file in [*files, *(plugin.file for plugin in plugins)]) / 1e6
+        forms = f"{len(graphs)} graphs" + (f" ({len(plugins)} also with plugin nodes)" if plugins else "")
+        precision = precision_text(self.manifest)
+        return f"{self.bundle}: {forms}, {megabytes:.1f} MB, {precision}, {self._checked}, {self.seconds:.0f} s"
+
+    @property
+    def _checked(self) -> str:
+        if not self.checked:
+            return "not compared with the reference"
+        if self.manifest.precision == "bfloat16":
+            return "float32 graphs checked (bfloat16 not executed: ONNX Runtime has no such kernels on CPUs)"
+        return "all checked against the reference"
+
 
 def export_bundle(request: ExportRequest, progress: Progress = unheard) -> ExportReport:
     """Write the bundle that ``request`` asks for, whole or not at all.

@@ -10,7 +10,6 @@ from stiv_deploy.runtime.bundle.contract import Format, Precision
 from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, progress_bar
 
 if TYPE_CHECKING:
-    from stiv_deploy.export.bundle_from_checkpoint import ExportReport
     from stiv_deploy.export.request import ExportRequest
     from stiv_deploy.runtime.bundle.engine_files import Attention
     from stiv_deploy.runtime.bundle.manifest import Range
@@ -69,28 +68,7 @@ def export(
         from stiv_deploy.export.bundle_from_checkpoint import export_bundle
 
         report = export_bundle(request, progress)
-    answer(json, lambda: report.model_dump_json(indent=2), lambda: typer.echo(summary(report)))
-
-
-def summary(report: "ExportReport") -> str:
-    """What was written, in one line."""
-    from stiv_deploy.runtime.command.inspection import precision_text
-
-    manifest = report.manifest
-    plugins = [graph.plugin for graph in manifest.graphs.values() if graph.plugin]
-    files = [file for graph in manifest.graphs.values() for file in (graph.file, graph.data) if file]
-    megabytes = sum(file.bytes for file in [*files, *(plugin.file for plugin in plugins)]) / 1e6
-    graphs = f"{len(manifest.graphs)} graphs" + (f" ({len(plugins)} also with plugin nodes)" if plugins else "")
-    checked = _checked(manifest.precision) if report.checked else "not compared with the reference"
-    return (
-        f"{report.bundle}: {graphs}, {megabytes:.1f} MB, {precision_text(manifest)}, {checked}, {report.seconds:.0f} s"
-    )
-
-
-def _checked(precision: str) -> str:
-    if precision == "bfloat16":
-        return "float32 graphs checked (bfloat16 not executed: ONNX Runtime has no such kernels on CPUs)"
-    return "all checked against the reference"
+    answer(json, lambda: report.model_dump_json(indent=2), lambda: typer.echo(report))
 
 
 def request_of(

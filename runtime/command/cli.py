@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from stiv_deploy.runtime.bundle.manifest import Bucket, Range
     from stiv_deploy.runtime.command.doctor import Report as DoctorReport
     from stiv_deploy.runtime.command.inspection import BundleReport, EngineReport, OnnxReport
+    from stiv_deploy.runtime.pipeline.stage import ClipsReport
 
 MIB = 2**20
 
@@ -102,27 +103,33 @@ def generate(
     stiv generate bundle --request three.mp4 --out again.mp4
     """
     from stiv_deploy.runtime.pipeline.media import check_output
-    from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
-    from stiv_deploy.runtime.pipeline.records import report_text
+    from stiv_deploy.runtime.pipeline.stage import ClipsRequest, make_clips
 
     check_json(json)
     requests, made_with = requests_from_options(context.params)
-    check_report(json, check_output(out, sum(each.count for each in requests)))
-    opened = StivPipeline.from_bundle(bundle, backend=backend, threads=threads, device=device)
-    with opened as pipe, progress_bar("step") as progress:
-        plan = pipe.plan(requests)
-        for other in made_with - {plan.bundle}:
-            typer.echo(f"note: made with another bundle ({other[:12]}), this is {plan.bundle[:12]}", err=True)
-        output = pipe.run(plan, lambda _pipe, step, _time, values: progress("", step + 1, values["total"]))
-    written = output.write(out, upscale)
+    asked = ClipsRequest(
+        bundle=bundle,
+        requests=tuple(requests),
+        out=out,
+        upscale=upscale,
+        backend=backend,
+        device=device,
+        threads=threads,
+    )
+    check_report(json, check_output(out, asked.count))
+    with progress_bar("step") as progress:
+        report = make_clips(asked, progress)
+    for other in made_with - {report.output.bundle}:
+        typer.echo(f"note: made with another bundle ({other[:12]}), this is {report.output.bundle[:12]}", err=True)
+    answer(json, report.to_json, lambda: print_clips(report))
 
-    def show() -> None:
-        for target, request in zip(written, output.requests, strict=True):
-            size = f"{request.num_frames} frames of {request.width}x{request.height}"
-            typer.echo(f"{target}: {size}, seed {request.seed}")
-        typer.echo(f"generated in {output.timings['total']:.1f} s on {output.backend}")
 
-    answer(json, lambda: report_text(written, output.records, output.timings), show)
+def print_clips(report: "ClipsReport") -> None:
+    """What was written, and how long it took."""
+    for target, request in zip(report.written, report.output.requests, strict=True):
+        size = f"{request.num_frames} frames of {request.width}x{request.height}"
+        typer.echo(f"{target}: {size}, seed {request.seed}")
+    typer.echo(f"generated in {report.output.timings['total']:.1f} s on {report.output.backend}")
 
 
 def inspect(

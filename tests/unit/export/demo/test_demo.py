@@ -1,0 +1,147 @@
+"""The demos: their stages are what their commands ask for, in order; what stops them, what only fails them."""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from stiv_deploy.calibration import stage as calibration_stage
+from stiv_deploy.export import bundle_from_checkpoint
+from stiv_deploy.export.audit import audit
+from stiv_deploy.export.demo import demo as command
+from stiv_deploy.export.demo import quantized, shared
+from stiv_deploy.export.demo.shared import Demo, Kind, Stage, finish, report_lines
+from stiv_deploy.export.engines import build
+from stiv_deploy.export.errors import CheckError, ExportError
+from stiv_deploy.export.parity import stage as parity_stage
+from stiv_deploy.runtime.command.main import main
+from stiv_deploy.runtime.pipeline import stage as clips_stage
+
+WORKERS = (
+    (calibration_stage, "calibrate"),
+    (bundle_from_checkpoint, "export_bundle"),
+    (build, "build_engines"),
+    (audit, "audit_bundle"),
+    (parity_stage, "run_parity"),
+    (clips_stage, "make_clips"),
+)
+Stages = Callable[[Demo], list[Stage]]
+STAGES: dict[str, Stages] = {
+    "float32": lambda demo: command.plain_stages(demo, "89"),
+    "fp8": lambda demo: quantized.quantized_stages(demo, "89", "fp8"),
+    "int8": lambda demo: quantized.quantized_stages(demo, "89", "int8"),
+}
+each_demo = pytest.mark.parametrize("stages", STAGES.values(), ids=STAGES)
+
+
+class Asked(BaseException):
+    """What a command hands to its stage."""
+
+
+def kinds(stages: list[Stage]) -> list[str]:
+    return [stage.kind.name for stage in stages]
+
+
+def test_stages_are_in_order(demo: Demo) -> None:
+    assert kinds(STAGES["float32"](demo)) == ["export", "build", "parity", "generate", "generate"]
+    names = ["calibrate", "export", "build", "audit", "parity", "generate", "generate"]
+    assert kinds(STAGES["fp8"](demo)) == kinds(STAGES["int8"](demo)) == names
+
+
+@each_demo
+def test_every_command_makes_the_request_that_its_stage_runs(
+    demo: Demo, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(request: object, _progress: object = None) -> None:
+        raise Asked(request)
+
+    for module, name in WORKERS:
+        monkeypatch.setattr(module, name, ask)
+    Image.new("RGB", (32, 32)).save(demo.out / shared.FIRST)
+    for stage in stages(demo):
+        monkeypatch.setattr(sys, "argv", shlex.split(stage.command))
+        with pytest.raises(Asked) as asked:
+            main()
+        assert asked.value.args == (stage.request,), stage.command
+
+
+@each_demo
+def test_without_the_builder_the_report_says_why(demo: Demo, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "missing_library", lambda _: "not installed")
+    assert not {"build", "audit"} & set(kinds(stages(demo)))
+    (note,) = demo.notes
+    assert note.startswith("No engines were built")
+    assert note.endswith(": not installed.")
+    assert any(note in line for line in report_lines(demo, "Demo"))
+
+
+class Report:
+    """A report of one number, and a gate."""
+
+    def __init__(self, number: int, passed: bool) -> None:
+        self.number, self.passed = number, passed
+
+
+def gated(name: str, passed: bool, calls: list[str]) -> Kind:
+    def run(request: int, progress: Callable[[str, int, int], None]) -> Report:
+        progress("half", 1, 2)
+        calls.append(name)
+        return Report(request, passed)
+
+    return Kind(name, run, lambda _: None, lambda report: json.dumps(report.number))
+
+
+def stage_of(request: Any, json_file: Path | None = None) -> Stage:
+    return Stage(title=f"Stage {request}", words=("with space", request), request=request, json=json_file)
+
+
+def test_a_failed_gate_fails_the_demo_and_stops_nothing(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(shared, "KINDS", {int: gated("audit", False, calls), str: gated("parity", True, calls)})
+    demo.run([stage_of(5, demo.out / "audit.json"), stage_of("6")])
+    assert calls == ["audit", "parity"]
+    assert demo.failed == ["audit"]
+    assert (demo.out / "audit.json").read_text() == "5\n"
+    finish(demo, report_lines(demo, "Demo"))
+    text = (demo.out / "report.md").read_text(encoding="utf-8")
+    assert text.startswith("# Demo: FAILED: audit\n")
+    assert f"| Stage 5 | `stiv audit 'with space' 5 --json {demo.out / 'audit.json'}` | 0.0 |" in text
+
+
+def test_an_error_ends_the_demo_with_its_own_words(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_request: object, _progress: object) -> None:
+        raise CheckError("graph head differs")
+
+    later: list[str] = []
+    kinds = {int: Kind("export", broken, lambda _: None), str: gated("parity", True, later)}
+    monkeypatch.setattr(shared, "KINDS", kinds)
+    with pytest.raises(CheckError, match="^graph head differs$"):
+        demo.run([stage_of(1), stage_of("2")])
+    assert later == []
+
+
+def test_a_passed_demo_says_so(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "KINDS", {int: gated("parity", True, [])})
+    demo.run([stage_of(1)])
+    assert report_lines(demo, "Demo")[0] == "# Demo: all gates passed"
+    assert demo.reports["parity"].number == 1
+
+
+def test_unknown_precision_is_one_line_and_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="--precision fp4: the demo has fp8 and int8"):
+        command.demo(out=tmp_path / "out", precision="fp4")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_first_frame_is_a_digit_at_the_right_edge(demo: Demo) -> None:
+    shared.write_first_frame(demo.out)
+    with Image.open(demo.out / shared.FIRST) as image:
+        assert image.size == (32, 32)
+        left, _, right, _ = image.getbbox()
+    assert left >= 16
+    assert right > 24
