@@ -22,7 +22,7 @@ from stiv_deploy.calibration.report import make_report, save_report
 from stiv_deploy.calibration.request import CalibrationRequest, check_files
 from stiv_deploy.calibration.scales import Provenance, Scales, check_ranges, save_scales
 from stiv_deploy.calibration.sensitivity import check_steps
-from stiv_deploy.stiv_ref.checkpoint import Checkpoint, load_checkpoint
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint, open_checkpoint
 from stiv_deploy.stiv_ref.progress import Progress
 
 TOOLS = ("stiv-deploy", "torch", "nvidia-modelopt")
@@ -91,11 +91,12 @@ def make_scales(request: CalibrationRequest, progress: Progress) -> Calibration:
     before anything expensive where possible.
     """
     check_files(request)
-    checkpoint = load_checkpoint(request.checkpoint)
+    opened = open_checkpoint(request.checkpoint)
     if request.sweep:
-        check_steps(request.settings.steps, checkpoint.config.sampling.time_shift)
-    material = material_of(checkpoint, request)
+        check_steps(request.settings.steps, opened.config.sampling.time_shift)
     require_modelopt()
+    checkpoint = opened.load()
+    material = material_of(checkpoint, request)
     provenance = provenance_of(request, checkpoint, material)
     statistics = collect(
         checkpoint,
