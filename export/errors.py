@@ -15,11 +15,3 @@ class CheckError(StivError):
 
 class ReportError(StivError):
     """A file is no layer report, or says too little to audit."""
-
-
-class StageError(StivError):
-    """A command of the demo failed; its own words are above."""
-
-    def __init__(self, command: str, exit_code: int) -> None:
-        super().__init__(f"'stiv {command}' ended with {exit_code}; its message is above")
-        self.exit_code = exit_code
