@@ -94,7 +94,7 @@ def test_a_sweep_measures_groups_alone_and_goes_on_where_it_was(
 ) -> None:
     model, state = calibrated.checkpoint.model, tmp_path / "state"
 
-    def stop(done: int, total: int) -> None:
+    def stop(_what: str, done: int, total: int) -> None:
         if done == 3:
             raise KeyboardInterrupt
 
