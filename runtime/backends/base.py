@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any, Self
 
 import numpy as np
@@ -31,11 +32,11 @@ class Buffer:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * ITEM_BYTES[self.dtype]
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
 
     def reshape(self, *shape: int) -> "Buffer":
         """The same memory under another shape of equal size."""
-        assert np.prod(shape, dtype=np.int64) == np.prod(self.shape, dtype=np.int64)
+        assert prod(shape) == prod(self.shape)
         return Buffer(self.address, shape, self.dtype, self.owner)
 
     def first(self, count: int) -> "Buffer":

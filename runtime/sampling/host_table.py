@@ -12,10 +12,11 @@ class HostTable:
         self.buffer = buffer
         self.values = np.zeros(buffer.shape, dtype=buffer.dtype)
         self._backend = backend
-        self._written: np.ndarray | None = None
+        self._written: bytes | None = None
 
     def flush(self) -> None:
         """Write the values, unless the buffer has them."""
-        if self._written is None or not np.array_equal(self._written, self.values):
-            self._written = self.values.copy()
-            self._backend.write(self.buffer, self._written)
+        values = self.values.tobytes()  # compared in a fraction of what numpy takes
+        if values != self._written:
+            self._written = values
+            self._backend.write(self.buffer, self.values)
