@@ -97,11 +97,6 @@ class StepEngine:
         """Rows of the model in use."""
         return sum(len(running.rows) for running in self._running.values())
 
-    @property
-    def refused_capture(self) -> str | None:
-        """Why the backend would not capture the model's calls; None if it did, or has not been asked yet."""
-        return next((replay.refused for replay in self._forward.values() if replay.refused), None)
-
     def fits(self, sample: Sample) -> bool:
         """Whether there is a slot and rows for ``sample`` now."""
         return len(self._running) < self.slots and self.used_rows + len(sample.settings.rows()) <= self.rows
