@@ -17,11 +17,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 import typer
 from one_block import one_block_checkpoint
@@ -39,6 +39,9 @@ from stiv_deploy.runtime.backends.onnxruntime import session_options
 from stiv_deploy.runtime.backends.onnxruntime_int8 import EXACT, VNNI, cpu_flags
 from stiv_deploy.runtime.bundle.contract import Precision, graph_specs
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 BLOCK = "block_00"
 BASELINE = "float32"
@@ -117,8 +120,10 @@ def write_graphs(checkpoint: Checkpoint, inputs: Inputs, folder: Path) -> None:
         GraphWriter(checkpoint, target, variant.activations, quantization if variant.int8 else None).write(BLOCK)
 
 
-def open_session(variant: Variant, folder: Path, threads: int, profile: Path | None = None) -> ort.InferenceSession:
+def open_session(variant: Variant, folder: Path, threads: int, profile: Path | None = None) -> "ort.InferenceSession":
     """A session as the runtime makes it, with the variant's own options, and a profile if asked for."""
+    import onnxruntime as ort
+
     options = session_options(threads, "int8" if variant.int8 else None, variant.activations)
     for name, value in variant.entries:
         options.add_session_config_entry(name, value)
@@ -129,7 +134,7 @@ def open_session(variant: Variant, folder: Path, threads: int, profile: Path | N
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def fed(session: ort.InferenceSession, inputs: Inputs) -> dict[str, np.ndarray]:
+def fed(session: "ort.InferenceSession", inputs: Inputs) -> dict[str, np.ndarray]:
     """``inputs`` in the types that the graph takes."""
     types = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
     return {each.name: inputs[each.name].to(types[each.type]).numpy() for each in session.get_inputs()}
@@ -263,7 +268,7 @@ def main(
         "command": command_line(model, sizes, threads, repeats, steps if bundles else None),
         "cpu": cpu(),
         "threads": threads,
-        "versions": {"python": platform.python_version(), "onnxruntime": ort.__version__},
+        "versions": {"python": platform.python_version(), "onnxruntime": version("onnxruntime")},
         "block": [],
     }
     with tempfile.TemporaryDirectory() as folder:

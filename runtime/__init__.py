@@ -6,6 +6,7 @@ pipe = StivPipeline.from_bundle("bundle")
 video = pipe("digit three moving left", seed=0).frames  # uint8 [1, F, H, W, 3]
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from stiv_deploy.runtime.pipeline.request import GenerationRequest
     from stiv_deploy.runtime.sampling.guidance import GuidanceMode
     from stiv_deploy.runtime.sampling.settings import Solver
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before ONNX Runtime is imported; see README
 
 _MODULES = {
     "BACKENDS": "backends",

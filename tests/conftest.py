@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models gain nothing from more, and lose much on a busy machine
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as the packages do; some tests import ONNX Runtime first
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("STIV_THREADS", "1")  # the cores are taken: one worker runs on each
 
