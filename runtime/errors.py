@@ -45,6 +45,15 @@ class Cancelled(StivError):
     exit_code = 130
 
 
+def raise_interrupt(error: BaseException) -> None:
+    """Raise ``KeyboardInterrupt`` if ``error`` is an import that Ctrl-C stopped: modules of C then say ImportError."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    if all(any(isinstance(each, kind) for each in chain) for kind in (ImportError, KeyboardInterrupt)):
+        raise KeyboardInterrupt
+
+
 def one_line(text: str, limit: int = 500) -> str:
     """``text`` with every run of white space as one space, cut to ``limit`` characters."""
     flat = " ".join(text.split())

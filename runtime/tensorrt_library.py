@@ -8,7 +8,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, Literal
 
-from stiv_deploy.runtime.errors import BackendError
+from stiv_deploy.runtime.errors import BackendError, raise_interrupt
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx")
@@ -39,6 +39,7 @@ def import_tensorrt(flavour: Flavour) -> ModuleType:
         try:
             return import_module(name)
         except ImportError as error:
+            raise_interrupt(error)
             faults.append(str(error))
     raise BackendError(f"{TITLES[flavour]} is not installed ({faults[0]}); {_INSTALL[flavour]}")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.errors import BackendError, BundleError, EngineError
+from stiv_deploy.runtime.errors import BackendError, BundleError, EngineError, raise_interrupt
 from stiv_deploy.runtime.tensorrt_library import FLAVOURS, Flavour
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def _onnxruntime_reason(where: "Where", device: int) -> str | None:
     try:
         from stiv_deploy.runtime.backends import onnxruntime
     except ImportError as error:
+        raise_interrupt(error)
         return f"onnxruntime cannot be imported ({error})"
     return onnxruntime.unavailable_reason(where, device)
 
@@ -46,6 +47,7 @@ def _engine_reason(flavour: Flavour, device: int) -> str | None:
     try:
         from stiv_deploy.runtime.backends import tensorrt
     except ImportError as error:
+        raise_interrupt(error)
         return f"cannot be imported ({error})"
     return tensorrt.unavailable_reason(flavour, device)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from stiv_deploy.runtime.errors import BackendError
+from stiv_deploy.runtime.errors import BackendError, raise_interrupt
 
 INSTALL = "pip install 'stiv-deploy[gpu]' (NVIDIA's package cuda-python)"
 
@@ -25,6 +25,7 @@ def load_cuda() -> Any:
     try:
         return import_module("cuda.bindings.runtime")
     except ImportError as error:
+        raise_interrupt(error)
         raise BackendError(f"cuda-python is not installed ({error}); {INSTALL}") from None
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from stiv_deploy.runtime.errors import BackendError, one_line
+from stiv_deploy.runtime.errors import BackendError, one_line, raise_interrupt
 
 GIB = 2**30
 
@@ -137,6 +137,7 @@ def reason_of(action: Callable[[], Any]) -> tuple[Any, str | None]:
     try:
         return action(), None
     except Exception as error:
+        raise_interrupt(error)
         return None, one_line(f"{type(error).__name__}: {error}", 300)
 
 

@@ -9,14 +9,13 @@ import typer
 from stiv_deploy.stiv_ref.commands.terminal import progress_bar
 from stiv_deploy.stiv_ref.config import StoredType
 
-data = typer.Typer(add_completion=False, rich_markup_mode="rich")
+data = typer.Typer(help="Turn raw videos into training data.", add_completion=False, rich_markup_mode="rich")
 
 INDEX_HELP = "An index of clips: clips.jsonl, or the folder that it is in."
 
 
 @data.callback(invoke_without_command=True)
 def _group(context: typer.Context) -> None:
-    """Turn raw videos into training data."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 

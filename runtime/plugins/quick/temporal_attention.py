@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stiv_deploy.runtime.errors import KernelError
+from stiv_deploy.runtime.errors import KernelError, raise_interrupt
 from stiv_deploy.runtime.plugins.library import (
     BUILD_HINT,
     FOLDER,
@@ -182,6 +182,7 @@ def require_tensorrt() -> None:
     try:
         from tensorrt.plugin import aot_impl  # noqa: F401 - younger than the module
     except ImportError as error:
+        raise_interrupt(error)
         raise KernelError(
             f"quickly deployable plugins of PTX need TensorRT 10.9 or later in Python ({error})"
         ) from error

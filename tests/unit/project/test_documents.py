@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from stiv_deploy.runtime.bundle.contract import ModelFacts, graph_specs
 from stiv_deploy.runtime.bundle.manifest import FORMAT_VERSION, Manifest
-from stiv_deploy.runtime.command.main import app
+from stiv_deploy.runtime.command.group import app
 
 ROOT = Path(__file__).parents[3]
 PAGES = (

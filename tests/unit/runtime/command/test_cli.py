@@ -18,9 +18,10 @@ import pytest
 from PIL import Image
 
 from stiv_deploy.runtime import GenerationPlan, GenerationRequest, StivPipeline
-from stiv_deploy.runtime.command import main as main_module
+from stiv_deploy.runtime.command import group as group_module
 from stiv_deploy.runtime.command.cli import generate
 from stiv_deploy.runtime.command.generation import FIELDS, parse_frames
+from stiv_deploy.runtime.command.main import main
 from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.pipeline.request import NAMES
 
@@ -34,7 +35,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["stiv", *map(str, arguments)])
-        code = main_module.main()
+        code = main()
         return code, *capsys.readouterr()
 
     yield call
@@ -81,6 +82,13 @@ def second() -> None:
     "The second, which refuses."
     raise OutputError("refused")
 
+def stopped() -> None:
+    "Imports a module of C that Ctrl-C stops."
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt as stop:
+        raise ImportError("initialization failed") from stop
+
 def buggy() -> None:
     "Imports a module that does not exist."
     import stiv_deploy.runtime.nonsense
@@ -94,10 +102,10 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "test_only_absent.py").write_text("raise ModuleNotFoundError('No module named onnx', name='onnx')")
     (tmp_path / "test_only_imported.py").write_text("raise SystemError('imported by mistake')")
     monkeypatch.syspath_prepend(tmp_path)
-    names = ("refused", "broken", "interrupted", "cancelled", "failing", "heavy", "buggy", "several")
+    names = ("refused", "broken", "interrupted", "cancelled", "failing", "heavy", "buggy", "stopped", "several")
     values = {name: f"test_only_commands:{name}" for name in names} | {"absent": "test_only_absent:absent"}
-    points = {name: EntryPoint(name, value, main_module.GROUP) for name, value in values.items()}
-    monkeypatch.setattr(main_module, "_commands", lambda: points)
+    points = {name: EntryPoint(name, value, group_module.GROUP) for name, value in values.items()}
+    monkeypatch.setattr(group_module, "_commands", lambda: points)
     return tmp_path
 
 
@@ -106,6 +114,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("refused", 2, "error: first second\n"),
         ("interrupted", 130, "interrupted\n"),
+        ("stopped", 130, "interrupted\n"),
         ("cancelled", 130, "error: stopped after step 3\n"),
         ("failing", 3, ""),
         ("heavy", 2, "error: torch is not installed; run: pip install 'stiv-deploy[ref]'\n"),
@@ -145,8 +154,8 @@ def test_a_command_may_have_commands_of_its_own(run: Run, commands: Path) -> Non
 
 
 def test_only_the_command_that_runs_is_imported(run: Run, commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    points = main_module._commands() | {"other": EntryPoint("other", "test_only_imported:other", main_module.GROUP)}
-    monkeypatch.setattr(main_module, "_commands", lambda: points)
+    points = group_module._commands() | {"other": EntryPoint("other", "test_only_imported:other", group_module.GROUP)}
+    monkeypatch.setattr(group_module, "_commands", lambda: points)
     assert run("failing")[0] == 3
 
 
@@ -171,10 +180,11 @@ def test_usage_error_is_one_line(run: Run) -> None:
 
 
 def test_help_is_fast() -> None:
-    """No heavy library is imported for --help."""
+    """Neither a command nor a heavy library is imported for --help."""
     code = (
         "import sys; sys.argv = ['stiv', '--help']; from stiv_deploy.runtime.command.main import main; main();"
-        "heavy = {'onnxruntime', 'torch', 'onnx', 'av', 'sklearn'} & set(sys.modules); sys.exit(str(heavy))"
+        "heavy = {'onnxruntime', 'torch', 'onnx', 'av', 'sklearn', 'pydantic', 'stiv_deploy.runtime.command.cli'};"
+        "sys.exit(str(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.stderr.strip() == "set()"

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from stiv_deploy.runtime.command import terminal
-from stiv_deploy.runtime.command.main import app
+from stiv_deploy.runtime.command.group import app
 from stiv_deploy.runtime.command.terminal import Command, JsonTarget
 from stiv_deploy.stiv_ref.commands import terminal as reference_terminal
 

@@ -1,0 +1,162 @@
+"""The group of commands behind ``stiv``: found by entry points, and only the one that runs is imported."""
+
+import sys
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points, version
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from stiv_deploy.runtime.command.description import description
+from stiv_deploy.runtime.command.terminal import Command
+from stiv_deploy.runtime.errors import raise_interrupt
+
+GROUP = "stiv_deploy.commands"
+LISTING = "stiv_deploy.listing"
+"""Key of a context that asks for names and words of commands only."""
+WORKFLOW = (
+    *("data", "train", "plot", "consolidate", "calibrate", "export", "build", "audit", "parity", "generate"),
+    *("inspect", "doctor", "demo"),
+)
+
+HELP = """STIV video diffusion: train it, export it, compile it, check it, run it.
+
+[bold]The way from a recipe to a video[/bold]
+
+[dim]1. a checkpoint, from a training recipe[/dim]
+[cyan]stiv train recipes/tiny.toml --out runs/tiny[/cyan]
+
+[dim]2. a bundle: the ONNX graphs, manifest and tokenizer that the runtime needs, no torch[/dim]
+[cyan]stiv export checkpoints/tiny --out bundle[/cyan]
+
+[dim]3. engines for a GPU, compiled ahead of time (optional; ONNX Runtime needs none)[/dim]
+[cyan]stiv build bundle --backend tensorrt-rtx --sm 89[/cyan]
+
+[dim]4. proof that what runs is what was trained[/dim]
+[cyan]stiv parity bundle --json parity.json[/cyan]
+
+[dim]5. a video from text, or from text and a first frame[/dim]
+[cyan]stiv generate bundle --prompt "digit three moving left" --out three.mp4[/cyan]
+[cyan]stiv generate bundle --prompt "digit three moving left" --image first.png --out three.gif[/cyan]
+
+'stiv COMMAND --help' explains one command, 'stiv doctor' what works on this machine.
+"""
+
+
+@cache
+def _commands() -> dict[str, EntryPoint]:
+    """The registered subcommands, in the order of the workflow, others after them by name."""
+    found = {point.name: point for point in entry_points(group=GROUP)}
+    order = [name for name in WORKFLOW if name in found] + sorted(name for name in found if name not in WORKFLOW)
+    return {name: found[name] for name in order}
+
+
+def _needs(error: ImportError) -> str | None:
+    """What to install for a module that is missing; None if it is not one of our optional dependencies."""
+    from stiv_deploy.runtime.command.doctor import DEPENDENCIES, installable
+
+    missing = (error.name or "").partition(".")[0]
+    found = next((each for each in DEPENDENCIES if missing and each.module.partition(".")[0] == missing), None)
+    return None if found is None else f"{missing} is not installed; run: pip install '{installable(found)}'"
+
+
+def _unavailable(name: str, error: ImportError) -> typer.Typer:
+    """A command that stands for one whose module cannot be imported, and says what it needs."""
+    app = typer.Typer(add_completion=False)
+    reason = _needs(error) or str(error)
+
+    @app.command(
+        name,
+        help=f"(not available: {escape(reason)})",
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )
+    def unavailable() -> NoReturn:
+        raise error
+
+    return app
+
+
+def _group(name: str, app: typer.Typer) -> Any:
+    """The command ``name`` with subcommands of its own."""
+    group = typer.main.get_group(app)
+    group.name = name
+    return group
+
+
+class Commands(TyperGroup):
+    """A group whose commands are entry points, functions or Typer apps, loaded when asked for.
+
+    The list of all of them, which ``stiv --help`` shows, is read off their sources.
+    """
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Show the help, without importing what it lists."""
+        ctx.meta[LISTING] = True
+        super().format_help(ctx, formatter)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names in the order of the workflow."""
+        return list(_commands())
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import the command ``cmd_name``; None if there is no such one."""
+        point = _commands().get(cmd_name)
+        if point is None:
+            return None
+        if ctx is not None and ctx.meta.get(LISTING):
+            words = description(point)
+            if words is not None:
+                return Command(cmd_name, help=words)
+        try:
+            loaded = point.load()
+        except ImportError as error:
+            raise_interrupt(error)
+            return typer.main.get_command(_unavailable(cmd_name, error))
+        if isinstance(loaded, typer.Typer):
+            return _group(cmd_name, loaded)
+        app = typer.Typer(add_completion=False)
+        app.command(cmd_name, cls=Command)(loaded)
+        return typer.main.get_command(app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"stiv-deploy {version('stiv-deploy')}")
+        raise typer.Exit
+
+
+app = typer.Typer(cls=Commands, help=HELP, add_completion=False, rich_markup_mode="rich")
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def _message(error: Exception) -> str:
+    """One line for an error that the user caused."""
+    formatted = getattr(error, "format_message", None)  # Typer's usage errors say more there than in str()
+    text = " ".join((formatted() if formatted else str(error)).split())
+    context = getattr(error, "ctx", None)
+    return f"{text} (see '{context.command_path} --help')" if context else text
+
+
+def run(arguments: list[str]) -> Any:
+    """Run ``stiv`` with ``arguments``; the exit code that a command asked for, or what it returned."""
+    return typer.main.get_command(app).main(arguments or ["--help"], prog_name="stiv", standalone_mode=False)
+
+
+def told(error: Exception) -> int:
+    """Say in one line what the user did wrong, and return the exit code; a fault of ours is raised again."""
+    code = getattr(error, "exit_code", None)
+    needs = _needs(error) if isinstance(error, ModuleNotFoundError) else None
+    if not isinstance(code, int) and needs is None:
+        raise error
+    sys.stderr.write(f"error: {needs or _message(error)}\n")
+    return code if isinstance(code, int) else 2
