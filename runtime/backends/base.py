@@ -44,6 +44,12 @@ class Buffer:
         assert 0 <= count <= self.shape[0]
         return Buffer(self.address, (count, *self.shape[1:]), self.dtype, self.owner)
 
+    def part(self, start: int, shape: tuple[int, ...], dtype: DType) -> "Buffer":
+        """A view of another shape and dtype over the bytes from ``start`` on."""
+        part = Buffer(self.address + start, shape, dtype, self.owner)
+        assert 0 <= start <= start + part.nbytes <= self.nbytes
+        return part
+
     def __getitem__(self, index: int) -> "Buffer":
         """Row ``index`` along the first axis, as a view."""
         assert 0 <= index < self.shape[0]
@@ -73,6 +79,10 @@ class Backend(ABC):
     @abstractmethod
     def write(self, buffer: Buffer, array: np.ndarray) -> None:
         """Copy a host array of the buffer's very shape and dtype (float32, int64 or bool) into it."""
+
+    def host_view(self, buffer: Buffer) -> np.ndarray | None:
+        """The buffer itself as an array, where the host can write to it between calls; else ``None``."""
+        return None
 
     @abstractmethod
     def read(self, buffer: Buffer) -> np.ndarray:

@@ -129,6 +129,14 @@ class OnnxRuntimeBackend(Backend):
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         buffer.owner.write(buffer.address - buffer.owner.address, data)
 
+    def host_view(self, buffer: Buffer) -> np.ndarray | None:
+        """The buffer itself on the CPU, where calls have ended when they return; ``None`` for bfloat16."""
+        raw: np.ndarray | None = buffer.owner.raw
+        if raw is None or buffer.dtype == "bfloat16":
+            return None
+        start = buffer.address - buffer.owner.address
+        return raw[start : start + buffer.nbytes].view(buffer.dtype).reshape(buffer.shape)
+
     def read(self, buffer: Buffer) -> np.ndarray:
         """Return a host copy (bfloat16 as float32)."""
         raw = buffer.owner.read(buffer.address - buffer.owner.address, buffer.nbytes)

@@ -47,6 +47,9 @@ class HostMemory:
 class DeviceMemory:
     """An ``OrtValue`` of bytes on a device; parts of it are moved by a graph that copies, within the device."""
 
+    raw = None
+    """The host does not see it."""
+
     def __init__(self, nbytes: int, where: Where, device: int = 0) -> None:
         self.value = ort.OrtValue.ortvalue_from_shape_and_type([max(nbytes, 1)], np.uint8, where, device)
         self.address = self.value.data_ptr()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,11 @@ class Bundle:
         self.folder = folder
         self.manifest = manifest
         self._verified: set[str] = set()
+
+    @cached_property
+    def hash(self) -> str:
+        """:attr:`Manifest.bundle_hash`, computed once."""
+        return self.manifest.bundle_hash
 
     @classmethod
     def open(cls, path: str | Path) -> "Bundle":

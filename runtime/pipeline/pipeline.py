@@ -129,7 +129,7 @@ class StivPipeline:
         another bundle, from inside a step callback, and when the pipeline is closed.
         """
         check_output_type(output_type)
-        if plan.bundle != self.bundle.manifest.bundle_hash:
+        if plan.bundle != self.bundle.hash:
             raise RequestError("the plan was made for another bundle; make it with this pipeline's plan()")
         with self._alone():
             if self._closed:

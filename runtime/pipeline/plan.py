@@ -126,7 +126,7 @@ def plan_generation(bundle: Bundle, requests: GenerationRequest | Sequence[Gener
         check_tile(model, bucket, tile)
     videos = iter(_planned(each, size, model))
     batches = tuple(tuple(next(videos) for _ in range(count)) for count in counts)
-    return GenerationPlan(batches=batches, size=size, decode_tile=tile, bundle=bundle.manifest.bundle_hash)
+    return GenerationPlan(batches=batches, size=size, decode_tile=tile, bundle=bundle.hash)
 
 
 def _listed(requests: GenerationRequest | Sequence[GenerationRequest]) -> list[GenerationRequest]:
@@ -143,7 +143,9 @@ def _with_defaults(request: GenerationRequest, defaults: SamplingDefaults) -> Ge
     """``request`` with what it leaves open as ``defaults`` recommend, and with a seed."""
     given = {name: value for name, value in request if value is not None}
     values = {name: getattr(defaults, recommended) for name, recommended in RECOMMENDED.items()} | given
-    own = {"original_height": values["height"], "original_width": values["width"], "seed": new_seed()}
+    own = {"original_height": values["height"], "original_width": values["width"]}
+    if request.seed is None:
+        own["seed"] = new_seed()
     return GenerationRequest(**(own | values))
 
 
@@ -178,7 +180,9 @@ def _planned(requests: Sequence[GenerationRequest], size: VideoSize, model: Mode
         read, given = known[key]
         settings, micro = _settings(request), _micro(request)
         for index in range(request.count):
-            own = request.changed(frames=read.frames, latents=read.latents, seed=(request.seed or 0) + index, count=1)
+            seed = (request.seed or 0) + index
+            changes = {"frames": read.frames, "latents": read.latents, "seed": seed, "count": 1}
+            own = request.model_copy(update=changes)  # of values that are checked already
             yield PlannedVideo(request=own, origin=origin, settings=settings, given=given, micro=micro)
 
 

@@ -49,9 +49,12 @@ class Denoiser:
             {tensor.name: known[tensor.name] for tensor in spec.outputs},
         )
 
-    def calls(self, rows: int) -> dict[str, Call]:
-        """Graphs that compute ``velocity`` of the first ``rows`` rows, bound, by name in the order to run them in."""
-        first = {name: buffer.first(rows) for name, buffer in self._rows.items()}
+    def calls(self, rows: int, **instead: Buffer) -> dict[str, Call]:
+        """Graphs that compute ``velocity`` of the first ``rows`` rows, bound, by name in the order to run them in.
+
+        They read the buffers of ``instead``, by name, where its own would be read.
+        """
+        first = {name: buffer.first(rows) for name, buffer in (self._rows | instead).items()}
         x, x_out = first.pop("x"), self._spare_x.first(rows)
         calls = {"embed": self.bind("embed", x=x, **first)}
         for index, name in enumerate(block_names(self.model.blocks)):

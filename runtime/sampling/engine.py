@@ -82,10 +82,14 @@ class StepEngine:
         self.denoiser = Denoiser(backend, manifest, dict(dims))
         self._text = text
         self._inputs = StepInputs(self.denoiser)
-        self._forward = {rows: Replay(backend, self.denoiser.calls(rows), hook, capture=capture) for rows in self.rungs}
+        self._forward = {rows: self._replay(rows, hook, capture=capture) for rows in self.rungs}
         self._advance = {rows: [hook("step", call) for call in self._inputs.both_ways(rows)] for rows in self.rungs}
         self._side = 0
         self._running: dict[int, _Running] = {}
+
+    def _replay(self, rows: int, hook: Hook, *, capture: bool) -> Replay:
+        calls = self.denoiser.calls(rows, timestep=self._inputs.timestep)
+        return Replay(self.backend, calls, hook, capture=capture)
 
     @property
     def running(self) -> list[int]:
@@ -114,6 +118,7 @@ class StepEngine:
         for row, each in enumerate(guidance, used):
             self._fill_row(row, slot, each, sample)
         rows = [*range(used, used + len(guidance))]
+        self._inputs.gather(slot, rows)
         self._running[slot] = _Running(evaluations(sample.settings), rows)
         return slot
 
@@ -131,7 +136,8 @@ class StepEngine:
 
     def tick(self) -> Tick:
         """One evaluation of the model for every running clip, each at its own time; at least one must be running."""
-        rung = next(rows for rows in self.rungs if rows >= self.used_rows > 0)
+        used = self.used_rows
+        rung = next(rows for rows in self.rungs if rows >= used > 0)
         for slot, running in self._running.items():
             self._inputs.schedule(slot, running.rows, running.planned[running.position])
         self._inputs.flush()
@@ -148,14 +154,14 @@ class StepEngine:
             running.position += 1
             if not evaluation.hold:
                 tick.moved[slot] = evaluation.next_timestep
-                self._look(slot, running, evaluation, tick)
-        self._release([*tick.finished, *tick.failed])
+                if running.done or self.debug:
+                    self._look(slot, running, evaluation, tick)
+        if tick.finished or tick.failed:
+            self._release([*tick.finished, *tick.failed])
         return tick
 
     def _look(self, slot: int, running: _Running, evaluation: Evaluation, tick: Tick) -> None:
-        """Are a slot's latents the result, and finite?"""
-        if not (running.done or self.debug):
-            return
+        """Are a slot's latents finite, and are they the result?"""
         latents = self.backend.read(self._latents[slot])
         if not np.isfinite(latents).all():
             tick.failed[slot] = _not_finite(running, evaluation, named=self.debug)
@@ -179,10 +185,11 @@ class StepEngine:
                 self._move_row(hole, last)
 
     def _move_row(self, target: int, source: int) -> None:
-        rows = next(running.rows for running in self._running.values() if source in running.rows)
+        slot, rows = next((slot, each.rows) for slot, each in self._running.items() if source in each.rows)
         rows[rows.index(source)] = target
         self.denoiser.move_row(target, source)
         self._inputs.move_row(target, source)
+        self._inputs.gather(slot, rows)
 
     @property
     def _latents(self) -> Buffer:

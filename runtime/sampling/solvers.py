@@ -5,6 +5,7 @@ sum of this velocity and the previous one, to what the model sees next, at ``nex
 itself stays: a predictor's result is only looked at, and the corrector starts from where the predictor did.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from stiv_deploy.runtime.sampling.settings import SamplingSettings, Solver
@@ -27,6 +28,7 @@ class Evaluation(NamedTuple):
     hold: bool = False
 
 
+@lru_cache
 def evaluations(settings: SamplingSettings) -> tuple[Evaluation, ...]:
     """Euler's one evaluation a step, or Heun's two; the last step, to t = 1, is Euler in either solver."""
     times = settings.times()

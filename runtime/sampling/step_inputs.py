@@ -1,16 +1,19 @@
 """The ``step`` graph of an engine: its buffers, its bindings, and the small tables that the host fills."""
 
+from typing import Any
+
 import numpy as np
 
 from stiv_deploy.runtime.backends.base import Buffer, Call
 from stiv_deploy.runtime.bundle.contract import SAMPLE_ROWS
 from stiv_deploy.runtime.sampling.denoiser import Denoiser
 from stiv_deploy.runtime.sampling.guidance import GuidanceRow
-from stiv_deploy.runtime.sampling.host_table import HostTable
+from stiv_deploy.runtime.sampling.host_tables import HostTables
 from stiv_deploy.runtime.sampling.solvers import EULER, Evaluation
 
 BY_SAMPLE = ("frame_mask", "sample_rows", "row_weights", "solver_weights", "dt", "next_timestep", "renorm", "hold")
 BY_ROW = ("row_sample", "row_mask")
+BY_TICK = ("timestep", "dt", "next_timestep", "solver_weights", "hold")
 
 
 class StepInputs:
@@ -22,28 +25,34 @@ class StepInputs:
 
     def __init__(self, denoiser: Denoiser) -> None:
         self._denoiser = denoiser
-        self._specs = {tensor.name: tensor for tensor in denoiser.specs["step"].inputs}
+        self._shapes = {
+            tensor.name: (tensor.sized(denoiser.dims), tensor.dtype) for tensor in denoiser.specs["step"].inputs
+        }
         self.noise, self.clean = self._empty("noise"), self._empty("clean")
         self.latents = (self._empty("latents"), self._empty("latents"))
         self._velocities = (self._empty("previous_velocity"), self._empty("previous_velocity"))
-        self._tables = {name: HostTable(denoiser.backend, self._empty(name)) for name in (*BY_SAMPLE, *BY_ROW)}
-        self._timestep = HostTable(denoiser.backend, denoiser.timestep)
+        tables = {name: self._shapes[name] for name in (*BY_SAMPLE, *BY_ROW)}
+        self._tables = HostTables(denoiser.backend, tables | {"timestep": ((denoiser.dims["model_batch"],), "float32")})
+        self._values = self._tables.values
+        # The few numbers of every tick: a memoryview takes one in a fraction of what numpy does.
+        self._numbers: dict[str, Any] = {name: self._values[name].data for name in BY_TICK}
+        self.timestep = self._tables.buffers["timestep"]
         for slot in range(denoiser.dims["batch"]):
             self.rest(slot)
 
     def _empty(self, name: str) -> Buffer:
-        spec = self._specs[name]
-        return self._denoiser.backend.empty(spec.sized(self._denoiser.dims), spec.dtype)
+        return self._denoiser.backend.empty(*self._shapes[name])
 
     def both_ways(self, rows: int) -> tuple[Call, Call]:
         """The graph over the first ``rows`` rows, from either side to the other."""
         return self._bind(rows, 0), self._bind(rows, 1)
 
     def _bind(self, rows: int, side: int) -> Call:
+        tables = self._tables.buffers
         return self._denoiser.bind(
             "step",
-            **{name: self._tables[name].buffer for name in BY_SAMPLE},
-            **{name: self._tables[name].buffer.first(rows) for name in BY_ROW},
+            **{name: tables[name] for name in BY_SAMPLE},
+            **{name: tables[name].first(rows) for name in BY_ROW},
             velocity=self._denoiser.velocity.first(rows),
             noise=self.noise,
             clean=self.clean,
@@ -54,19 +63,22 @@ class StepInputs:
             next_model_input=self._denoiser.model_input.first(rows),
         )
 
-    def _set(self, index: int, **values: object) -> None:
-        for name, value in values.items():
-            self._tables[name].values[index] = value
-
     def rest(self, slot: int) -> None:
         """Leave the latents of ``slot`` as they are from now on."""
         self._set(slot, hold=True, dt=0, solver_weights=EULER, row_weights=0, sample_rows=0, renorm=0)
 
     def guide(self, slot: int, frame_mask: np.ndarray, guidance: list[GuidanceRow], *, renorm: bool) -> None:
         """Set what stays the same for the sample in ``slot``."""
-        weights = [row.weight for row in guidance]
-        padded = weights + [0.0] * (SAMPLE_ROWS - len(weights))
-        self._set(slot, frame_mask=frame_mask, row_weights=padded, renorm=renorm)
+        weights = _padded([row.weight for row in guidance], 0.0)
+        self._set(slot, frame_mask=frame_mask, row_weights=weights, renorm=renorm)
+
+    def _set(self, index: int, **values: object) -> None:
+        for name, value in values.items():
+            self._values[name][index] = value
+
+    def gather(self, slot: int, rows: list[int]) -> None:
+        """The sample in ``slot`` has ``rows``, the conditional one first."""
+        self._values["sample_rows"][slot] = _padded(rows, rows[0])
 
     def see(self, row: int, slot: int, mask: np.ndarray) -> None:
         """``row`` is one of the sample in ``slot``, and gets its frames of ``mask``, bool [T], clean."""
@@ -74,21 +86,23 @@ class StepInputs:
 
     def move_row(self, target: int, source: int) -> None:
         """What is said of row ``source`` is said of ``target``."""
-        self.see(target, self._tables["row_sample"].values[source], self._tables["row_mask"].values[source])
+        self.see(target, self._values["row_sample"][source], self._values["row_mask"][source])
 
     def schedule(self, slot: int, rows: list[int], evaluation: Evaluation) -> None:
-        """Set the next evaluation of the sample in ``slot``, whose rows are ``rows``, the conditional one first."""
-        self._timestep.values[rows] = evaluation.timestep
-        self._set(
-            slot,
-            sample_rows=rows + rows[:1] * (SAMPLE_ROWS - len(rows)),
-            solver_weights=evaluation.weights,
-            dt=evaluation.dt,
-            next_timestep=evaluation.next_timestep,
-            hold=evaluation.hold,
-        )
+        """Set the next evaluation of the sample in ``slot``, at whose time its ``rows`` are."""
+        numbers = self._numbers
+        for row in rows:
+            numbers["timestep"][row] = evaluation.timestep
+        numbers["dt"][slot] = evaluation.dt
+        numbers["next_timestep"][slot] = evaluation.next_timestep
+        numbers["solver_weights"][slot, 0], numbers["solver_weights"][slot, 1] = evaluation.weights
+        numbers["hold"][slot] = evaluation.hold
 
     def flush(self) -> None:
-        """Write to the device what has changed."""
-        for table in (self._timestep, *self._tables.values()):
-            table.flush()
+        """Write the tables to the device."""
+        self._tables.flush()
+
+
+def _padded(values: list[Any], padding: object) -> list[Any]:
+    """One value for each row that a sample may have."""
+    return values + [padding] * (SAMPLE_ROWS - len(values))

@@ -55,6 +55,18 @@ def test_views_share_memory(memory: OnnxRuntimeBackend) -> None:
     np.testing.assert_array_equal(memory.read(buffer.reshape(3, 4)[1]), rows.reshape(4))
 
 
+def test_a_host_view_is_the_buffer_and_a_device_has_none(memory: OnnxRuntimeBackend) -> None:
+    whole = memory.upload(np.zeros((3, 2), dtype=np.float32))
+    view = memory.host_view(whole.part(8, (2,), "int64"))
+    assert (view is None) == isinstance(whole.owner, DeviceMemory)
+    if view is not None:
+        view[:] = 0x3F80_0000  # the lower half is fp32's 1
+        np.testing.assert_array_equal(memory.read(whole), [[0, 0], [1, 0], [1, 0]])
+    assert memory.host_view(memory.empty((2,), "bfloat16")) is None
+    with pytest.raises(AssertionError):
+        whole.part(8, (3,), "int64")
+
+
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3)
 DTYPES = st.sampled_from(["float32", "int64", "bool"])
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stiv_deploy.runtime.backends.base import Call
+from stiv_deploy.runtime.backends.base import Backend, Call
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import SAMPLE_ROWS, dimensions
@@ -21,8 +21,10 @@ from stiv_deploy.runtime.sampling import rope
 from stiv_deploy.runtime.sampling.conditioning import frame_mask
 from stiv_deploy.runtime.sampling.engine import StepEngine
 from stiv_deploy.runtime.sampling.guidance import GuidanceMode
+from stiv_deploy.runtime.sampling.host_tables import ALIGNMENT
 from stiv_deploy.runtime.sampling.sample import Sample
 from stiv_deploy.runtime.sampling.settings import SamplingSettings, Solver
+from stiv_deploy.runtime.sampling.solvers import evaluations
 from stiv_deploy.runtime.sampling.text_stage import TextStage, Tokens
 from stiv_deploy.stiv_ref import sampler as reference
 from stiv_deploy.stiv_ref.guidance import GuidanceMode as ReferenceMode
@@ -230,11 +232,17 @@ def test_hidden_row_gets_noised_frames_and_the_others_clean_ones(toy_bundle: Bun
         np.testing.assert_array_equal(rows[0, 1:], rows[2, 1:])
 
 
-def test_nothing_is_allocated_bound_or_read_in_a_tick(toy_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shared", [True, False])
+def test_nothing_is_allocated_bound_or_read_in_a_tick(
+    toy_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    if not shared:
+        monkeypatch.setattr(OnnxRuntimeBackend, "host_view", Backend.host_view)
     engine = make_engine(toy_bundle, slots=2)
     backend = engine.backend
-    for mode in ("jit", "sit"):
-        engine.admit(sample_of(settings_of(mode, solver=Solver.HEUN)))
+    chosen = [settings_of(mode, solver=Solver.HEUN) for mode in ("jit", "sit")]
+    for each in chosen:
+        engine.admit(sample_of(each))
     written: list[int] = []
     reads: list[int] = []
     write, read = backend.write, backend.read
@@ -252,7 +260,9 @@ def test_nothing_is_allocated_bound_or_read_in_a_tick(toy_bundle: Bundle, monkey
     written.clear()
     finish(engine)
     assert len(reads) == 2, "only the results are read"
-    assert max(written) <= 8 * SAMPLE_ROWS * 2, "a tick writes a few numbers of each slot and row"
+    ticks = len(evaluations(chosen[0])) - 1
+    assert len(written) == (0 if shared else ticks), "one write a tick, of all that the host decides"
+    assert max(written, default=0) <= 12 * ALIGNMENT
 
 
 def test_ticks_tell_who_moved_and_how_far(toy_bundle: Bundle) -> None:
