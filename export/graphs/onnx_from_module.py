@@ -66,7 +66,7 @@ def trace(module: nn.Module, name: str, spec: GraphSpec, facts: ModelFacts) -> T
     )
     with (
         quiet("torch.onnx._internal.exporter._registration"),  # remarks on optional packages and deprecations
-        # Symbolic sizes miss the cache of fake tensors, which then costs a quarter of the time and saves none.
+        # Symbolic sizes rarely hit the cache of fake tensors: without it tracing takes a fifth less time.
         torch._dynamo.config.patch(fake_tensor_cache_enabled=False),
     ):
         program = torch.export.export(
