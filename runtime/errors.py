@@ -1,5 +1,7 @@
 """Errors of the runtime that a user can cause and mend; each is one line and ends a command with ``exit_code``."""
 
+from collections.abc import Sequence
+
 
 class StivError(Exception):
     """Base of all user-facing errors: what was given, what is wanted, what to do."""
@@ -55,6 +57,25 @@ def raise_interrupt(error: BaseException) -> None:
 
 
 def one_line(text: str, limit: int = 500) -> str:
-    """``text`` with every run of white space as one space, cut to ``limit`` characters."""
+    """``text`` with every run of white space as one space and what cannot be printed escaped.
+
+    What is longer than ``limit`` characters lacks its middle: the start says what is wrong, the end what to do.
+    """
     flat = " ".join(text.split())
-    return flat if len(flat) <= limit else flat[: limit - 3] + "..."
+    if not flat.isprintable():
+        flat = "".join(each if each.isprintable() else repr(each)[1:-1] for each in flat)
+    return flat if len(flat) <= limit else f"{flat[: limit - limit // 3 - 3]}...{flat[len(flat) - limit // 3 :]}"
+
+
+def briefly(value: object, limit: int = 80) -> str:
+    """What was given, for an error: its ``repr`` in at most ``limit`` characters."""
+    try:
+        return one_line(repr(value), limit)
+    except (ValueError, RecursionError):  # thousands of digits, or lists in lists in lists
+        return f"a {type(value).__name__} that is too large to print"
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first ``most`` of ``names``, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(one_line(name, 80) for name in names[:most]) + more

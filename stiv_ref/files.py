@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+NAME_LIMIT = 200
+"""Bytes of a name that leave room for what a hidden name adds; file systems take 255."""
+
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file, as hex; ``OSError`` if it cannot be read."""
@@ -19,10 +22,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _shortened(name: str) -> str:
+    """``name``, or its start and hash where a hidden name around it would be longer than file systems take."""
+    raw = os.fsencode(name)
+    if len(raw) <= NAME_LIMIT:
+        return name
+    return f"{raw[: NAME_LIMIT - 17].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:16]}"
+
+
 @contextmanager
 def replaced_file(target: Path) -> Iterator[Path]:
     """Yield a path for a new file, which becomes ``target`` if the block succeeds, and vanishes on any failure."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".partial", dir=target.parent))
+    folder = Path(tempfile.mkdtemp(prefix=f".{_shortened(target.name)}-", suffix=".partial", dir=target.parent))
     try:
         yield folder / target.name
         (folder / target.name).replace(target)
@@ -37,19 +48,20 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     Its parents are made. The old folder ``target`` goes when the new one has its place, as does what a killed process
     left.
     """
-    hidden = target.with_name(f".{target.name}.partial")
+    hidden = target.with_name(f".{_shortened(target.name)}.partial")
     shutil.rmtree(hidden, ignore_errors=True)
     try:
-        (hidden / target.name).mkdir(parents=True)
-        yield hidden / target.name
-        _put_in_place(hidden / target.name, target)
+        temporary = hidden / "new" / target.name
+        temporary.mkdir(parents=True)
+        yield temporary
+        _put_in_place(temporary, target)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _put_in_place(new: Path, target: Path) -> None:
-    """Rename the folder ``new`` to ``target``; an old folder of that name comes to lie beside ``new``, or stays."""
-    old = new.with_name(f"{new.name}.old")
+    """Rename the folder ``new`` to ``target``; an old folder of that name goes to the hidden one, or stays."""
+    old = new.parents[1] / "old"
     try:
         if target.is_dir():
             target.rename(old)

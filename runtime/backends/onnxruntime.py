@@ -8,6 +8,7 @@ arenas of their own would add up.
 import os
 from collections.abc import Mapping
 from functools import cache, partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,23 @@ from stiv_deploy.runtime.backends.cuda import count_gpus, no_such_gpu
 from stiv_deploy.runtime.backends.onnxruntime_int8 import keep_products_exact
 from stiv_deploy.runtime.backends.onnxruntime_memory import DeviceMemory, HostMemory, Where, execution_providers
 from stiv_deploy.runtime.bundle.bundle import AGAIN, Bundle
-from stiv_deploy.runtime.bundle.contract import DType, Format, Precision
-from stiv_deploy.runtime.errors import BackendError, BundleError, StivError
+from stiv_deploy.runtime.bundle.contract import DType, Format, GraphSpec, Precision, TensorSpec
+from stiv_deploy.runtime.errors import BackendError, BundleError, StivError, briefly, few, one_line
 
 THREADS_VARIABLE = "STIV_THREADS"
+THREADS_LIMIT = 1_024
+"""Most threads that may be asked for; more than there are cores are not made, since every session has its own."""
 ONNX_TYPES: dict[DType, int] = {"float32": 1, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
 """``TensorProto.DataType`` numbers, without importing onnx."""
+SESSION_TYPES: dict[DType, str] = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "bfloat16": "tensor(bfloat16)",
+    "int64": "tensor(int64)",
+    "bool": "tensor(bool)",
+}
+"""What a session calls them."""
+GIB = 2**30
 ERRORS_ONLY = 3
 DAMAGED = (
     ort_errors.InvalidProtobuf,
@@ -56,11 +68,17 @@ def unavailable_reason(where: Where, device: int = 0) -> str | None:
 
 
 def thread_count(threads: int | None) -> int:
-    """``threads``, or ``STIV_THREADS``, or 0 for all cores; :class:`BackendError` if that is not a whole number."""
-    text = os.environ.get(THREADS_VARIABLE, "0") if threads is None else str(threads)
-    if not text.isdecimal():
-        raise BackendError(f"the number of threads must be a whole number, 0 for all cores; got {text!r}")
-    return int(text)
+    """``threads``, or ``STIV_THREADS``, at most the cores of this machine; 0 for all of them.
+
+    Raises :class:`BackendError` if that is not a whole number up to ``THREADS_LIMIT``.
+    """
+    given = os.environ.get(THREADS_VARIABLE, "0") if threads is None else briefly(threads)
+    if not (given.isdecimal() and len(given) <= 6 and int(given) <= THREADS_LIMIT):
+        raise BackendError(
+            f"the number of threads must be a whole number up to {THREADS_LIMIT}, 0 for all cores; got "
+            f"{one_line(given, 80)!r}"
+        )
+    return min(int(given), os.cpu_count() or 1)
 
 
 @cache
@@ -117,10 +135,19 @@ class OnnxRuntimeBackend(Backend):
         self._sessions: dict[str, ort.InferenceSession] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Buffer:
-        """Allocate uninitialized memory."""
-        nbytes = int(np.prod(shape, dtype=np.int64)) * ITEM_BYTES[dtype]
-        memory = HostMemory(nbytes) if self._where == "cpu" else DeviceMemory(nbytes, self._where, self._index)
+        """Allocate uninitialized memory; :class:`BackendError` where there is not as much."""
+        nbytes = prod(shape) * ITEM_BYTES[dtype]
+        memory = self._memory(nbytes)
         return Buffer(memory.address, tuple(shape), dtype, memory)
+
+    def _memory(self, nbytes: int) -> HostMemory | DeviceMemory:
+        try:
+            return HostMemory(nbytes) if self._where == "cpu" else DeviceMemory(nbytes, self._where, self._index)
+        except (MemoryError, ValueError, TypeError, RuntimeError) as error:  # numpy's, and ONNX Runtime's of a device
+            raise BackendError(
+                f"{self.device} has no {nbytes / GIB:.1f} GiB for one buffer ({one_line(str(error), 200)}); ask for "
+                "fewer clips at once, fewer frames or smaller ones"
+            ) from None
 
     def write(self, buffer: Buffer, array: np.ndarray) -> None:
         """Copy a host array of the buffer's very shape and dtype into it."""
@@ -171,7 +198,10 @@ class OnnxRuntimeBackend(Backend):
 
     def _session(self, graph: str) -> ort.InferenceSession:
         if graph not in self._sessions:
-            self._sessions[graph] = self._load(self._bundle.graph_file(graph))
+            path = self._bundle.graph_file(graph)
+            session = self._load(path)
+            check_session(session, self._bundle.manifest.graphs[graph].spec, path)
+            self._sessions[graph] = session
         return self._sessions[graph]
 
     def _load(self, path: Path) -> ort.InferenceSession:
@@ -196,8 +226,31 @@ class OnnxRuntimeBackend(Backend):
         return session
 
 
+def check_session(session: ort.InferenceSession, spec: GraphSpec, path: Path) -> None:
+    """:class:`BundleError` if the graph in ``path`` has other inputs or outputs than ``spec``."""
+    for kind, found, wanted in (
+        ("inputs", session.get_inputs(), spec.inputs),
+        ("outputs", session.get_outputs(), spec.outputs),
+    ):
+        have = {each.name: (each.type, tuple(each.shape)) for each in found}
+        faults = [each.name for each in wanted if not _fits(each, have.get(each.name))]
+        faults += [name for name in have if name not in {each.name for each in wanted}]
+        if faults:
+            raise BundleError(
+                f"{path}: another graph than the manifest says, its {kind} differ: {few(faults)}; {AGAIN}"
+            )
+
+
+def _fits(spec: TensorSpec, found: tuple[str, tuple[int | str | None, ...]] | None) -> bool:
+    """Whether a tensor is of the type and rank of ``spec``, and of its sizes where both are numbers."""
+    if found is None or found[0] != SESSION_TYPES[spec.dtype] or len(found[1]) != len(spec.shape):
+        return False
+    sizes = zip(found[1], spec.shape, strict=True)
+    return all(have == want for have, want in sizes if isinstance(have, int) and isinstance(want, int))
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:200]
+    return one_line((str(error).splitlines() or [type(error).__name__])[0], 200)
 
 
 def _run(session: ort.InferenceSession, binding: Any, graph: str, _alive: tuple[Buffer, ...]) -> None:

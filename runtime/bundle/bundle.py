@@ -3,15 +3,24 @@
 import json
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import ValidationError
 
 from stiv_deploy.runtime.bundle.contract import GraphSpec, graph_specs
-from stiv_deploy.runtime.bundle.manifest import FORMAT_VERSION, MANIFEST, Bucket, FileRecord, Manifest, Range
-from stiv_deploy.runtime.errors import BundleError, RequestError
-from stiv_deploy.runtime.files import sha256, write_text
+from stiv_deploy.runtime.bundle.faults import fault_text
+from stiv_deploy.runtime.bundle.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Bucket,
+    FileRecord,
+    GraphRecord,
+    Manifest,
+    Range,
+)
+from stiv_deploy.runtime.errors import BundleError, RequestError, briefly, few
+from stiv_deploy.runtime.files import is_folder, read_json, sha256, write_text
 
 REMEDY = "make it with 'stiv export CHECKPOINT --out BUNDLE'"
 AGAIN = "make the bundle again with 'stiv export'"
@@ -39,8 +48,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise BundleError(f"{path.parent}: no bundle here ({MANIFEST} is missing); {REMEDY}")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = read_json(path)
+    except ValueError as error:
         raise BundleError(f"{path}: cannot be read as JSON ({error}); {AGAIN}") from None
     if not isinstance(values, dict) or values.get("format") != "stiv-bundle":
         raise BundleError(f"{path}: not the manifest of a STIV bundle (its 'format' is not 'stiv-bundle'); {REMEDY}")
@@ -52,15 +61,12 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     values = _read_json(path)
     if values.get("format_version") != FORMAT_VERSION:
-        version = values.get("format_version")
-        raise BundleError(f"{path}: format version {version!r}, this runtime reads {FORMAT_VERSION}; {AGAIN}")
+        version = briefly(values.get("format_version"))
+        raise BundleError(f"{path}: format version {version}, this runtime reads {FORMAT_VERSION}; {AGAIN}")
     try:
         return Manifest.model_validate(values)
     except ValidationError as error:
-        faults = error.errors(include_url=False, include_context=False)
-        where = ".".join(str(part) for part in faults[0]["loc"])
-        more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
-        raise BundleError(f"{path}: {where}: {faults[0]['msg']}{more}; {AGAIN}") from None
+        raise BundleError(f"{path}: {fault_text(error)}; {AGAIN}") from None
 
 
 def _differences(found: GraphSpec, wanted: GraphSpec) -> Iterator[str]:
@@ -84,10 +90,19 @@ def check_contract(path: Path, manifest: Manifest) -> None:
         ("unknown", [name for name in manifest.graphs if name not in wanted]),
     ):
         if names:
-            raise BundleError(f"{path}: {what} graphs {', '.join(names)} for model {manifest.model.name!r}; {AGAIN}")
+            raise BundleError(f"{path}: {what} graphs {few(names)} for model {manifest.model.name!r}; {AGAIN}")
     for name, record in manifest.graphs.items():
-        for difference in _differences(record.spec, wanted[name]):
+        for difference in (*_differences(record.spec, wanted[name]), *_misnamed(name, record)):
             raise BundleError(f"{path}: graph {name} does not fit the contract: {difference}; {AGAIN}")
+
+
+def _misnamed(name: str, record: GraphRecord) -> Iterator[str]:
+    """Files of graph ``name`` that are called like those of another one: hashes hold for swapped graphs too."""
+    plugin = None if record.plugin is None else record.plugin.file
+    for file, end in ((record.file, ""), (record.data, ".data"), (plugin, "")):
+        wanted = f"{name}.plugin.onnx" if file is plugin else f"{name}.onnx{end}"
+        if file is not None and PurePosixPath(file.path).name != wanted:
+            yield f"its file is {file.path}, wanted {wanted}"
 
 
 def _describe(sizes: Iterable[Range], multiple: int, padding: int = 0) -> str:
@@ -127,7 +142,7 @@ class Bundle:
         Contents are verified on first use, see :meth:`graph_file`. Raises :class:`BundleError`.
         """
         folder = Path(path)
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise BundleError(f"{folder}: no such folder; {REMEDY}")
         manifest = read_manifest(folder)
         check_contract(folder / MANIFEST, manifest)
@@ -142,14 +157,8 @@ class Bundle:
             yield from (record for record in (graph.file, graph.data, plugin) if record is not None)
         yield self.manifest.tokenizer
 
-    def _path(self, record: FileRecord) -> Path:
-        path = self.folder / record.path
-        if not path.resolve().is_relative_to(self.folder.resolve()):
-            raise BundleError(f"{self.folder / MANIFEST}: the path {record.path!r} leaves the bundle; {AGAIN}")
-        return path
-
     def _check_present(self, record: FileRecord) -> None:
-        path = self._path(record)
+        path = self.folder / record.path
         if not path.is_file():
             raise BundleError(f"{path}: missing from the bundle; {AGAIN}")
         size = path.stat().st_size
@@ -159,7 +168,7 @@ class Bundle:
     def verified(self, record: FileRecord) -> Path:
         """Path of a recorded file (an engine's too) after checking presence, size and, once, its SHA-256."""
         self._check_present(record)
-        path = self._path(record)
+        path = self.folder / record.path
         if record.path not in self._verified:
             if _readable_sha256(path) != record.sha256:
                 raise BundleError(f"{path}: damaged (its SHA-256 differs from the manifest's); {AGAIN}")
@@ -169,9 +178,15 @@ class Bundle:
     def graph_file(self, name: str) -> Path:
         """Path of the ONNX file of graph ``name``, it and its external weights verified before first use."""
         record = self.manifest.graphs[name]
-        if record.data is not None:
-            self.verified(record.data)
-        return self.verified(record.file)
+        return self._with_weights(record.file, record.data)
+
+    def _with_weights(self, file: FileRecord, data: FileRecord | None) -> Path:
+        """Path of an ONNX file that reads the weights ``data`` and no others, both verified."""
+        weights = None if data is None else self.verified(data).name
+        path = self.verified(file)
+        if weights is not None and weights.encode() not in path.read_bytes():  # the format has the name as it is
+            raise BundleError(f"{path}: does not read its own weights, {weights}; {AGAIN}")
+        return path
 
     def plugin_file(self, name: str) -> Path:
         """Path of the ONNX file of graph ``name`` with plugin nodes, it and its external weights verified.
@@ -184,9 +199,7 @@ class Bundle:
                 f"{self.folder}: graph {name} has no plugin form here; make the bundle again with 'stiv export "
                 "--attention plugin'"
             )
-        if record.data is not None:
-            self.verified(record.data)
-        return self.verified(record.plugin.file)
+        return self._with_weights(record.plugin.file, record.data)
 
     def tokenizer_file(self) -> Path:
         """Path of ``tokenizer.json``, verified."""

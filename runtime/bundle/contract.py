@@ -12,9 +12,11 @@ the device.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from stiv_deploy.runtime.bundle.bounds import BLOCK_LIMIT, TOKEN_LIMIT, Factor, Name, Size
 
 MICRO_VALUES = 6
 """Micro-conditions: original height and width, crop top and left, frame stride, number of frames."""
@@ -33,17 +35,17 @@ Dim = int | str
 
 
 class Frozen(BaseModel):
-    """Base of the manifest's parts: immutable, unknown keys refused."""
+    """Base of the manifest's parts: immutable, unknown keys and numbers that are not finite refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TensorSpec(Frozen):
     """Name, element type and shape of a graph input or output; a string is a symbolic dimension."""
 
-    name: str
+    name: Name
     dtype: DType
-    shape: tuple[Dim, ...]
+    shape: Annotated[tuple[Dim, ...], Field(max_length=8)]
 
     def sized(self, dims: dict[str, int]) -> tuple[int, ...]:
         """The shape with symbols replaced by ``dims``."""
@@ -60,24 +62,30 @@ class GraphSpec(Frozen):
 class ModelFacts(Frozen):
     """Architecture facts that the runtime and the contract need (the fields of the reference's config)."""
 
-    name: str
-    blocks: int = Field(gt=0)
-    width: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    patch: tuple[int, int]
-    latent_channels: int = Field(gt=0)
-    text_width: int = Field(gt=0)
-    max_text_tokens: int = Field(gt=0)
-    base_frames: int = Field(gt=0)
-    base_grid: tuple[int, int]
-    rope_theta: float
+    name: Name
+    blocks: int = Field(ge=1, le=BLOCK_LIMIT)
+    width: Size
+    heads: Size
+    patch: tuple[Factor, Factor]
+    latent_channels: Size
+    text_width: Size
+    max_text_tokens: int = Field(ge=1, le=TOKEN_LIMIT)
+    base_frames: Size
+    base_grid: tuple[Size, Size]
+    rope_theta: float = Field(gt=0)
     temporal: bool
-    spatial_factor: int = Field(gt=0)
+    spatial_factor: Factor
     """Pixels per latent along height and width (the VAE's)."""
-    temporal_factor: int = Field(gt=0)
+    temporal_factor: Factor
     """Frames per latent frame (the VAE's)."""
     causal_vae: bool = False
     """Whether the VAE codes the first frame alone, as latent frame 0, and no frame by a later one."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
+        return self
 
     @property
     def head_dim(self) -> int:

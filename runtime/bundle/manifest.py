@@ -2,10 +2,23 @@
 
 import hashlib
 import json
-from typing import Literal, Self
+import re
+from pathlib import PureWindowsPath
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from stiv_deploy.runtime.bundle.bounds import (
+    BLOCK_LIMIT,
+    RATE_LIMIT,
+    SHIFT_LIMITS,
+    STEP_LIMIT,
+    Bytes,
+    Digest,
+    Name,
+    Scale,
+    Size,
+)
 from stiv_deploy.runtime.bundle.contract import (
     SAMPLE_ROWS,
     Choice,
@@ -25,11 +38,22 @@ PORTABLE = "portable"
 
 
 class FileRecord(Frozen):
-    """A file of the bundle: path relative to it (forward slashes), SHA-256 (hex) and size in bytes."""
+    """A file of the bundle: path relative to it (forward slashes), SHA-256 (hex) and size in bytes.
 
-    path: str
-    sha256: str
-    bytes: int
+    The file may be a link, as in the caches of model hubs, wherever it leads: what counts is the hash.
+    """
+
+    path: str = Field(max_length=1_000)
+    sha256: Digest
+    bytes: Bytes
+
+    @field_validator("path")
+    @classmethod
+    def _check_path(cls, path: str) -> str:
+        parts = re.split(r"[/\\]", path)
+        if not all(parts) or {".", ".."} & {*parts} or PureWindowsPath(path).anchor or not path.isprintable():
+            raise ValueError("the path leaves the bundle, or is none")
+        return path
 
 
 class PluginForm(Frozen):
@@ -40,8 +64,8 @@ class PluginForm(Frozen):
     """
 
     file: FileRecord
-    topology: str
-    plugins: tuple[str, ...] = Field(min_length=1)
+    topology: Digest
+    plugins: tuple[Name, ...] = Field(min_length=1, max_length=100)
 
 
 class GraphRecord(Frozen):
@@ -52,7 +76,7 @@ class GraphRecord(Frozen):
 
     file: FileRecord
     data: FileRecord | None
-    topology: str
+    topology: Digest
     spec: GraphSpec
     plugin: PluginForm | None = None
 
@@ -60,9 +84,9 @@ class GraphRecord(Frozen):
 class Range(Frozen):
     """Allowed values of one size: minimum, what engines are tuned for, maximum."""
 
-    min: int = Field(gt=0)
-    typical: int = Field(gt=0)
-    max: int = Field(gt=0)
+    min: Size
+    typical: Size
+    max: Size
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -74,7 +98,7 @@ class Range(Frozen):
 class Bucket(Frozen):
     """A range of request sizes that the graphs were checked and the engines are profiled for."""
 
-    name: str
+    name: Name
     batch: Range
     frames: Range
     height: Range
@@ -102,17 +126,17 @@ class Bucket(Frozen):
 class SamplingDefaults(Frozen):
     """Defaults of a generation request, as the checkpoint recommends them."""
 
-    frames: int = Field(gt=0)
-    height: int = Field(gt=0)
-    width: int = Field(gt=0)
-    frames_per_second: int = Field(gt=0)
-    steps: int = Field(gt=0)
+    frames: Size
+    height: Size
+    width: Size
+    frames_per_second: int = Field(ge=1, le=RATE_LIMIT)
+    steps: int = Field(ge=1, le=STEP_LIMIT)
     guidance_mode: Literal["none", "jit", "sit"] = "jit"
-    guidance_scale: float
-    image_scale: float
+    guidance_scale: Scale
+    image_scale: Scale
     renorm: bool = True
     solver: Literal["euler", "heun"] = "euler"
-    time_shift: float = Field(gt=0)
+    time_shift: float = Field(ge=SHIFT_LIMITS[0], le=SHIFT_LIMITS[1])
 
 
 class EngineRecord(Frozen):
@@ -122,27 +146,30 @@ class EngineRecord(Frozen):
     form, or has the code of its plugins in it.
     """
 
-    graph: str
-    bucket: str
+    graph: Name
+    bucket: Name
     backend: Flavour
-    backend_version: str
-    sm: str
+    backend_version: Name
+    sm: Name
     file: FileRecord
-    onnx: str
-    plugins: str | None = None
+    onnx: Digest
+    plugins: Digest | None = None
     build_seconds: float
 
 
 class ParityRow(Frozen):
     """One comparison with the oracle: ``level`` is op, block, step, teacher_forced or free_run.
 
-    With ``direct_`` in front of it the comparison is with the fake-quantized reference.
+    With ``direct_`` in front of it the comparison is with the fake-quantized reference. An error that is not finite is
+    one, too.
     """
 
-    level: str
-    name: str
-    backend: str
-    precision: str
+    model_config = ConfigDict(allow_inf_nan=True)
+
+    level: Name
+    name: Name
+    backend: Name
+    precision: Name
     rel_l2: float
     max_abs: float
     gate: float
@@ -157,8 +184,8 @@ class QuantizationRecord(Frozen):
     """
 
     format: Format
-    scales: str
-    layers: dict[str, Choice]
+    scales: Digest
+    layers: Annotated[dict[Name, Choice], Field(max_length=100 * BLOCK_LIMIT)]
 
 
 class Manifest(Frozen):
@@ -167,17 +194,17 @@ class Manifest(Frozen):
     format: Literal["stiv-bundle"] = "stiv-bundle"
     format_version: Literal[2] = 2
     precision: Precision
-    opset: int
+    opset: int = Field(ge=1, le=1_000)
     model: ModelFacts
     sampling: SamplingDefaults
-    buckets: tuple[Bucket, ...] = Field(min_length=1)
-    graphs: dict[str, GraphRecord]
+    buckets: tuple[Bucket, ...] = Field(min_length=1, max_length=1_000)
+    graphs: dict[Name, GraphRecord] = Field(max_length=2 * BLOCK_LIMIT)
     tokenizer: FileRecord
-    checkpoint: str
+    checkpoint: Digest
     """SHA-256 over the checkpoint's files."""
     quantization: QuantizationRecord | None = None
     """Which layers run in 8 bits; None where none does."""
-    tools: dict[str, str]
+    tools: dict[Name, Name] = Field(max_length=1_000)
     """Versions of the tools that made the bundle."""
     parity: tuple[ParityRow, ...] = ()
     engines: tuple[EngineRecord, ...] = ()

@@ -246,7 +246,9 @@ def words_bundle(tmp_path: Path) -> Path:
     (path / "tokenizer.json").write_text("{}")
     graphs = {}
     for name, spec in graph_specs(FACTS, "float32").items():
-        (path / f"onnx/{name}.onnx").write_text("block" if name in ("block_01", "block_02") else f"graph {name}")
+        twins = ("block_01", "block_02")
+        weights = [f"{each}.onnx.data" for each in (twins if name in twins else (name,))]
+        (path / f"onnx/{name}.onnx").write_text(f"graph over {' or '.join(weights)}")
         (path / f"onnx/{name}.onnx.data").write_text("weights")
         graphs[name] = GraphRecord(
             file=file_record(path, f"onnx/{name}.onnx"),

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from stiv_deploy.runtime.errors import OutputError, StivError
-from stiv_deploy.runtime.files import draft, replaced_file, replaced_folder, write_text
+from stiv_deploy.runtime.errors import OutputError, StivError, briefly, few, one_line
+from stiv_deploy.runtime.files import MIB, draft, read_json, read_text, replaced_file, replaced_folder, write_text
 
 
 @pytest.mark.parametrize("replaced", [replaced_file, replaced_folder])
@@ -50,3 +50,57 @@ def test_a_linked_folder_is_replaced_where_it_lies(tmp_path: Path) -> None:
         (folder / "new").touch()
     assert (tmp_path / "link").is_symlink()
     assert [path.name for path in (tmp_path / "disk" / "bundle").iterdir()] == ["new"]
+
+
+def test_text_is_read_without_its_mark(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes("\ufeffgrößer".encode())
+    assert read_text(tmp_path / "text") == "größer"
+
+
+def test_text_that_cannot_be_read_is_told_in_words(tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes("größer".encode("latin-1"))
+    with pytest.raises(ValueError, match="it is not UTF-8 text, its byte 2 is 0xf6"):
+        read_text(tmp_path / "latin")
+    (tmp_path / "large").write_bytes(bytes(MIB + 1))
+    with pytest.raises(ValueError, match="it is larger than 1 MiB"):
+        read_text(tmp_path / "large", MIB)
+    for path, reason in (
+        (Path("/dev/zero"), "larger than 1 MiB"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "none", "No such file"),
+        (tmp_path / ("x" * 300), "File name too long"),
+        (tmp_path / "a\0b", "null byte"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            read_text(path, MIB)
+
+
+@pytest.mark.parametrize("text", ["[" * 50_000, '{"a": ' * 50_000, "1" * 5000, "{", ""])
+def test_json_that_no_parser_takes(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=r"^.{1,200}$"):
+        read_json(tmp_path / "a.json")
+
+
+def test_one_line_keeps_the_start_and_the_end() -> None:
+    assert one_line(" a\n b\tc ") == "a b c"
+    assert one_line("name\x1b[31m\udcff\0") == r"name\x1b[31m\udcff\x00"
+    line = one_line(f"what is wrong: {'x' * 10_000}; what to do")
+    assert len(line) == 500
+    assert line.startswith("what is wrong: xxx")
+    assert line.endswith("xxx; what to do")
+
+
+def test_what_was_given_is_said_briefly() -> None:
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert briefly("x") == "'x'"
+    assert len(briefly("x" * 10**6)) == 80
+    assert briefly(10**5000) == "a int that is too large to print"
+    assert briefly(deep) == "a list that is too large to print"
+
+
+def test_few_of_many_names() -> None:
+    assert few(["a", "b", "c"]) == "a, b, c"
+    assert few([str(number) for number in range(1000)]) == "0, 1, 2 and 997 more"

@@ -124,3 +124,25 @@ def test_a_folder_is_made_and_proven_writable(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=os.fspath(tmp_path / "file")):
         reference_files.make_writable(tmp_path / "file")
+
+
+@both
+@pytest.mark.parametrize("name", ["x" * 249 + ".onnx", "é" * 124 + ".mp4", "x" * 255])
+def test_the_longest_names_are_written(files: ModuleType, tmp_path: Path, name: str) -> None:
+    for text in ("old", "new"):
+        files.write_text(tmp_path / name, text)
+    assert (tmp_path / name).read_text() == "new"
+    for text in ("old", "new"):
+        with files.replaced_folder(tmp_path / "in" / name) as folder:
+            (folder / text).touch()
+    assert names(tmp_path / "in" / name) == ["new"]
+    assert names(tmp_path) == sorted([name, "in", f"in/{name}", f"in/{name}/new"])
+
+
+@both
+@pytest.mark.parametrize("name", ["old", "new"])
+def test_a_folder_may_have_any_name(files: ModuleType, tmp_path: Path, name: str) -> None:
+    for inside in ("first", "second"):
+        with files.replaced_folder(tmp_path / name) as folder:
+            (folder / inside).touch()
+    assert names(tmp_path) == [name, f"{name}/second"]

@@ -1,3 +1,4 @@
+import os
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -273,6 +274,7 @@ def test_everything_is_on_the_gpu_that_was_asked_for(toy_bundle: Bundle, monkeyp
 
     monkeypatch.setattr(FakeSession, "places", places, raising=False)
     monkeypatch.setattr(ort, "InferenceSession", FakeSession)
+    monkeypatch.setattr(module, "check_session", lambda *_: None)
     monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", allocate)
     monkeypatch.setattr(ort.OrtValue, "ortvalue_from_numpy", allocate)
     backend = OnnxRuntimeBackend(toy_bundle, "cuda", device=2)
@@ -286,15 +288,49 @@ def test_everything_is_on_the_gpu_that_was_asked_for(toy_bundle: Bundle, monkeyp
 
 def test_threads_from_argument_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("STIV_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     assert thread_count(None) == 0
     monkeypatch.setenv("STIV_THREADS", "3")
     assert thread_count(None) == 3
     assert thread_count(2) == 2
     monkeypatch.setenv("STIV_THREADS", "many")
-    with pytest.raises(BackendError, match="whole number, 0 for all cores; got 'many'"):
+    with pytest.raises(BackendError, match="whole number up to 1024, 0 for all cores; got 'many'"):
         thread_count(None)
-    with pytest.raises(BackendError, match="got '-1'"):
-        thread_count(-1)
+    for bad in (-1, 1025, 10**20, 10**5000):
+        with pytest.raises(BackendError, match="whole number up to 1024") as caught:
+            thread_count(bad)
+        assert len(str(caught.value)) < 200
+
+
+def test_more_threads_than_cores_are_not_made() -> None:
+    assert thread_count(1000) <= (os.cpu_count() or 1)
+
+
+def test_a_buffer_that_no_machine_has_is_one_line(memory: OnnxRuntimeBackend) -> None:
+    for shape in ((2**50,), (2**40, 2**40)):
+        with pytest.raises(BackendError, match=r"has no [\d.]+ GiB for one buffer .*; ask for fewer clips"):
+            memory.empty(shape, "float32")
+
+
+def test_swapped_graphs_are_refused_though_their_hashes_hold(own_bundle: Path) -> None:
+    manifest = read_manifest(own_bundle)
+    for one, other in (("head", "decoder"), ("block_00", "block_01")):
+        graphs = dict(manifest.graphs)
+        files = {name: own_bundle / graphs[name].file.path for name in (one, other)}
+        contents = {name: file.read_bytes() for name, file in files.items()}
+        for name, source in ((one, other), (other, one)):
+            files[name].write_bytes(contents[source])
+            record = file_record(own_bundle, f"onnx/{name}.onnx")
+            graphs[name] = graphs[name].model_copy(update={"file": record})
+        write_manifest(own_bundle, manifest.model_copy(update={"graphs": graphs}))
+        with pytest.raises(BundleError, match=f"{one}.onnx: (another graph than|does not read its own weights)"):
+            bind_any(OnnxRuntimeBackend(Bundle.open(own_bundle), threads=1), one)
+        for name, file in files.items():
+            file.write_bytes(contents[name])
+
+
+def bind_any(backend: OnnxRuntimeBackend, graph: str) -> None:
+    backend.bind(graph, {}, {})
 
 
 def test_another_thread_count_in_the_same_process_still_runs(toy_bundle: Bundle) -> None:

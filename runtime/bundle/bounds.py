@@ -1,0 +1,27 @@
+"""Bounds of the numbers and names in a manifest: beyond every model, and small enough to compute and allocate with."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+SIZE_LIMIT = 2**16
+"""Frames, pixels of a side, clips at once, widths of layers: few enough for every product of two."""
+STEP_LIMIT = 10_000
+SCALE_LIMIT = 1_000.0
+"""Guidance scales lie between minus this and this."""
+RATE_LIMIT = 1_000
+"""Frames per second."""
+SHIFT_LIMITS = (0.001, 1_000.0)
+"""Least and greatest time shift."""
+BLOCK_LIMIT = 1_000
+TOKEN_LIMIT = 2**14
+"""Tokens of a prompt."""
+
+Size = Annotated[int, Field(ge=1, le=SIZE_LIMIT)]
+Factor = Annotated[int, Field(ge=1, le=2**10)]
+"""Pixels or frames of a latent, latents of a token."""
+Scale = Annotated[float, Field(ge=-SCALE_LIMIT, le=SCALE_LIMIT)]
+Bytes = Annotated[int, Field(ge=0, le=2**50)]
+Name = Annotated[str, Field(max_length=200)]
+Digest = Annotated[str, Field(max_length=64)]
+"""A SHA-256 in hex."""
