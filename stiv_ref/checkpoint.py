@@ -7,7 +7,6 @@ instead, as its own library writes it (config.json and safetensors), so that a c
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +14,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import Discriminator, Field, Tag
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -28,6 +25,7 @@ from stiv_deploy.stiv_ref.pretrained.text import PretrainedTextConfig, Pretraine
 from stiv_deploy.stiv_ref.pretrained.vae import PretrainedVae, PretrainedVaeConfig, read_vae
 from stiv_deploy.stiv_ref.text import TextConfig, TextEncoder, load_tokenizer
 from stiv_deploy.stiv_ref.vae import Vae, VaeConfig
+from stiv_deploy.stiv_ref.weights import check_finite, fill, load_tensors, save_tensors
 
 Component = TypeVar("Component", bound=nn.Module)
 COMPONENTS = ("config.json", "model", "text_encoder", "vae", "tokenizer.json")
@@ -137,10 +135,20 @@ def stored(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
+def finite(module: nn.Module, dtype: torch.dtype, name: str) -> dict[str, Tensor]:
+    """As :func:`stored`; :class:`CheckpointError` naming ``name`` if a weight is not finite, or is not in ``dtype``."""
+    tensors = stored(module, dtype)
+    kind = str(dtype).removeprefix("torch.")
+    remedy = f"it has diverged, or is too large for {kind}: train with a lower learning_rate, or store float32"
+    check_finite(tensors, f"{name} as {kind}", remedy)
+    return tensors
+
+
 def save_checkpoint(path: Path, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
     """Write ``checkpoint`` to the folder ``path``, replacing it; ``dtype`` is the stored type of the weights.
 
-    Pretrained components are stored in the type that they came in.
+    Pretrained components are stored in the type that they came in. Raises :class:`CheckpointError` for weights that are
+    not finite, or not in ``dtype``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced_folder(path) as folder:
@@ -156,31 +164,7 @@ def _save_component(folder: Path, name: str, module: nn.Module, dtype: torch.dty
     if isinstance(module, PretrainedTextEncoder | PretrainedVae):
         module.save(folder / name)
     else:
-        save_file(stored(module, dtype), folder / f"{name}.safetensors")
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; raise :class:`CheckpointError` if it is missing or damaged."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
-
-
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Load ``tensors`` into ``module``; raise :class:`CheckpointError` naming the first misfits."""
-    wanted = module.state_dict()
-    faults = [f"missing {name}" for name in wanted if name not in tensors]
-    faults += [f"unexpected {name}" for name in tensors if name not in wanted]
-    faults += [
-        f"{name} is {tuple(tensor.shape)}, the config wants {tuple(wanted[name].shape)}"
-        for name, tensor in tensors.items()
-        if name in wanted and tensor.shape != wanted[name].shape
-    ]
-    if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise CheckpointError(f"{source} does not fit its config.json: {'; '.join(faults[:3])}{more}")
-    module.load_state_dict(dict(tensors))
+        save_tensors(finite(module, dtype, name), folder / f"{name}.safetensors")
 
 
 def open_checkpoint(path: Path) -> CheckpointFolder:
@@ -205,9 +189,8 @@ def read_checkpoint_config(path: Path) -> CheckpointConfig:
 
 def _read(module: Component, source: Path) -> Component:
     """Fill ``module``, made on the meta device, from a safetensors file: fp32, frozen, in evaluation mode."""
-    tensors = {key: tensor.float() for key, tensor in load_tensors(source).items()}
     module.to_empty(device="cpu")
-    fill(module, tensors, source)
+    fill(module, load_tensors(source), source)
     return module.eval().requires_grad_(False)
 
 

@@ -23,9 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stiv_deploy.stiv_ref.checkpoint import load_tensors
 from stiv_deploy.stiv_ref.files import replaced_file
 from stiv_deploy.stiv_ref.model import Stiv
+from stiv_deploy.stiv_ref.weights import load_tensors
 
 T2I = Training(phases=(t2i(700),), stage=1)
 T2V = Training(phases=(video("t2v", 400, time_shift=20.0), video("t2v", 400, time_shift=3.0)), stage=2)

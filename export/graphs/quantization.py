@@ -146,7 +146,7 @@ class StoredTensors(Mapping[str, Tensor]):
         self._dtype = dtype
         self._parameters = parameters_of(module)
         self._makers: dict[str, Callable[[], Tensor]] = {
-            name: partial(_cast, tensor, dtype) for name, tensor in self._parameters.items()
+            name: partial(_cast, f"{graph}.{name}", tensor, dtype) for name, tensor in self._parameters.items()
         }
         for layer in scheme:
             prefix = f"{graph}.{layer.module}."
@@ -183,8 +183,15 @@ class StoredTensors(Mapping[str, Tensor]):
         return len(self._makers)
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` as it is stored; :class:`ExportError` if a value is not finite in ``dtype``."""
+    if not tensor.is_floating_point():
+        return tensor
+    cast = tensor.to(dtype)
+    if not cast.isfinite().all():
+        kind = str(dtype).removeprefix("torch.")
+        raise ExportError(f"{name}: NaN, or too large for {kind}; export with --precision bfloat16 or float32")
+    return cast
 
 
 def quantized_weight(weight: Tensor, scale: Tensor, quantization: Format, inverse_smooth: Tensor | None) -> Tensor:

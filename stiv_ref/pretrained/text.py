@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.errors import CheckpointError
 from stiv_deploy.stiv_ref.pretrained.folders import CONFIG, check_weights, read_config, silenced
 from stiv_deploy.stiv_ref.text import TextConfig, TextStates, load_tokenizer
+from stiv_deploy.stiv_ref.weights import check_finite, save_tensors
 
 Architecture = Literal["t5", "clip", "bert"]
 Pooling = Literal["last", "mean"]
@@ -144,7 +144,7 @@ class PretrainedTextEncoder(nn.Module):
             if tensor.data_ptr() not in seen:  # T5 has its embedding under two names
                 seen.add(tensor.data_ptr())
                 tensors[name] = tensor.to(config.dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
 def _tabled(attention: Any, max_tokens: int) -> TabledBias:
@@ -293,4 +293,5 @@ def _read_model(folder: Path, architecture: Architecture) -> Any:
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise CheckpointError(f"{folder}: its weights lack {', '.join(missing[:3])}{more}")
+    check_finite(model.state_dict(), folder)
     return model.float()

@@ -16,12 +16,12 @@ from typing import Any, Literal, get_args
 import torch
 from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.errors import CheckpointError, ConfigError
 from stiv_deploy.stiv_ref.pretrained.folders import CONFIG, check_weights, read_config, silenced
+from stiv_deploy.stiv_ref.weights import check_finite, save_tensors
 
 ClassName = Literal["AutoencoderKL", "AutoencoderKLLTXVideo"]
 CLASSES: tuple[ClassName, ...] = get_args(ClassName)
@@ -123,7 +123,7 @@ class PretrainedVae(nn.Module):
         config.pop("_name_or_path", None)  # a path of the machine that it was read on
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         tensors = {name: tensor.to(self.dtype).contiguous() for name, tensor in self.model.state_dict().items()}
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
 def standardization(model: Any) -> tuple[Tensor, Tensor]:
@@ -239,4 +239,5 @@ def _read_model(folder: Path, name: ClassName) -> Any:
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise CheckpointError(f"{folder / WEIGHTS} does not fit its config.json: {'; '.join(faults[:3])}{more}")
+    check_finite(model.state_dict(), folder / WEIGHTS)
     return model

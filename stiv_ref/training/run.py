@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from stiv_deploy.stiv_ref.checkpoint import AnyVae, fill, load_tensors, stored
+from stiv_deploy.stiv_ref.checkpoint import AnyVae, finite
 from stiv_deploy.stiv_ref.checkpoint import load_vae as load_checkpoint_vae
 from stiv_deploy.stiv_ref.files import replaced_file
 from stiv_deploy.stiv_ref.model import Stiv
@@ -21,6 +20,7 @@ from stiv_deploy.stiv_ref.training.optimizer import moments
 from stiv_deploy.stiv_ref.training.parallel import Team
 from stiv_deploy.stiv_ref.training.text_conditions import TextConditions, make_text
 from stiv_deploy.stiv_ref.vae import Vae, VaeConfig
+from stiv_deploy.stiv_ref.weights import fill, load_tensors, save_tensors
 
 VAE_STAGE = 0
 """Stages are numbered from 1; 0 is the training of the VAE."""
@@ -91,7 +91,7 @@ def make_vae(recipe: Recipe, device: torch.device) -> AnyVae:
 def save_vae(run: Run) -> None:
     """Write the trained VAE, which no later stage changes, to the run's folder."""
     with replaced_file(run.out / VAE_FILE) as temporary:
-        save_file(stored(run.vae.cpu(), torch.float32), temporary)
+        save_tensors(finite(run.vae.cpu(), torch.float32, "the trained VAE"), temporary)
 
 
 def load_vae(run: Run) -> None:

@@ -19,10 +19,12 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from stiv_deploy.stiv_ref.config import FrozenConfig, read_config
-from stiv_deploy.stiv_ref.errors import CheckpointError
+from stiv_deploy.stiv_ref.errors import CheckpointError, DivergedError
 from stiv_deploy.stiv_ref.quiet import quiet
 from stiv_deploy.stiv_ref.recipe import Recipe
-from stiv_deploy.stiv_ref.training.run import Run
+from stiv_deploy.stiv_ref.training.parallel import local
+from stiv_deploy.stiv_ref.training.run import VAE_STAGE, Run
+from stiv_deploy.stiv_ref.weights import check_finite, not_finite
 
 STATE, PARTIAL, OLD = "state", "state.partial", "state.old"
 POSITION = "position.json"
@@ -46,8 +48,23 @@ def find_state(out: Path) -> Path | None:
     return next((out / name for name in (STATE, OLD) if (out / name / POSITION).is_file()), None)
 
 
+def check_trained(run: Run) -> None:
+    """:class:`DivergedError`, in all processes together, if anything that is trained is not finite."""
+    if not run.team.any(bool(not_finite({name: local(tensor) for name, tensor in run.tensors().items()}))):
+        return
+    what = "the VAE" if run.stage == VAE_STAGE else f"stage {run.stage} ({run.current.name})"
+    raise DivergedError(
+        f"the weights of {what} are not finite after step {run.step - 1}; the last saved state is kept. Lower "
+        "learning_rate in the recipe and train into another --out"
+    )
+
+
 def save_state(run: Run) -> None:
-    """Write the state of ``run``; all processes must call it together."""
+    """Write the state of ``run``; all processes must call it together.
+
+    Raises :class:`DivergedError`, and keeps the state that there is, where a value is not finite.
+    """
+    check_trained(run)
     partial = run.out / PARTIAL
     if run.team.first:
         shutil.rmtree(partial, ignore_errors=True)
@@ -109,7 +126,10 @@ def load_tensors_into(tensors: Tensors, folder: Path, *, alone: bool) -> None:
 
 def load_state(run: Run, folder: Path) -> None:
     """Fill the components of ``run``, which is in the right stage, from ``folder``; all processes together."""
-    load_tensors_into(run.tensors(), folder, alone=run.team.world == 1)
+    tensors = run.tensors()
+    load_tensors_into(tensors, folder, alone=run.team.world == 1)
+    remedy = "it has diverged; delete the folder to start anew"
+    check_finite({name: local(tensor) for name, tensor in tensors.items()}, folder, remedy)
 
 
 def _maths(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stiv_deploy.stiv_ref import checkpoint as module
+from stiv_deploy.stiv_ref import weights
 from stiv_deploy.stiv_ref.checkpoint import (
     Checkpoint,
     CheckpointConfig,
@@ -106,17 +107,29 @@ def test_a_failed_save_leaves_nothing_half_written(
     if existing:
         save_checkpoint(target, original)
 
-    def failing(tensors: object, path: Path) -> None:
+    def failing(tensors: dict[str, torch.Tensor], path: Path, metadata: object) -> None:
         if path.name == "vae.safetensors":
             raise OSError("disk full")
         save_file(tensors, path)
 
-    monkeypatch.setattr(module, "save_file", failing)
+    monkeypatch.setattr(weights, "save_file", failing)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(target, original)
     assert [path.name for path in target.parent.iterdir()] == (["checkpoint"] if existing else [])
     if existing:
         load_checkpoint(target)
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(torch.nan, torch.float32), (70_000.0, torch.float16)])
+def test_weights_that_are_not_finite_are_never_saved(
+    original: Checkpoint, tmp_path: Path, value: float, dtype: torch.dtype
+) -> None:
+    with torch.no_grad():
+        original.model.head.out.weight[0, 0] = value
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(CheckpointError, match=rf"^model as {kind}: NaN or infinity in head\.out\.weight; it has div"):
+        save_checkpoint(tmp_path / "checkpoint", original, dtype)
+    assert not list(tmp_path.iterdir())
 
 
 def edit_config(section: str, key: str, value: object) -> Callable[[Path], None]:
@@ -153,6 +166,14 @@ DAMAGES = {
     "truncated": (lambda p: (p / "vae.safetensors").write_bytes(b"\x10\0\0\0"), "not a readable safetensors file"),
     "missing tensor": (edit_tensors(lambda t: t.pop("patch.weight")), "missing patch.weight"),
     "unexpected tensor": (edit_tensors(lambda t: t.update(extra=torch.zeros(1))), "unexpected extra"),
+    "whole numbers": (
+        edit_tensors(lambda t: t.update({"patch.weight": t["patch.weight"].int()})),
+        "patch.weight is of type int32, weights are of one of float32, float16, bfloat16, float64",
+    ),
+    "nan": (
+        edit_tensors(lambda t: t["patch.weight"].view(-1)[3:4].fill_(torch.nan)),
+        "NaN or infinity in patch.weight",
+    ),
     "no tokenizer": (lambda p: (p / "tokenizer.json").unlink(), "not a readable tokenizer"),
 }
 

@@ -1,5 +1,6 @@
 """Scales, plans and stored 8-bit values: what is refused, and what is written."""
 
+import copy
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -102,6 +103,16 @@ def test_scales_are_rounded_before_the_weights_are_quantized(
     )
     assert stored["ffn.up.weight"].dtype == {"fp8": torch.float8_e4m3fn, "int8": torch.int8}[quantization]
     assert len(stored) == len(set(stored)) == len(graph_modules(micro)["block_00"].state_dict()) + 2 * len(BLOCK)
+
+
+def test_weights_too_large_for_the_precision_are_never_stored(micro: Checkpoint) -> None:
+    module = copy.deepcopy(graph_modules(micro)["block_00"])
+    weight = next(each for name, each in module.named_parameters() if name.endswith("ffn.up.bias"))
+    weight.data[0] = 70_000.0
+    for dtype in (torch.float32, torch.bfloat16):
+        assert StoredTensors(module, "block_00", dtype)["ffn.up.bias"].isfinite().all()
+    with pytest.raises(ExportError, match=r"^block_00\.ffn\.up\.bias: NaN, or too large for float16; export with"):
+        _ = StoredTensors(module, "block_00", torch.float16)["ffn.up.bias"]
 
 
 def test_queries_are_quantized_after_the_softmax_scale(micro: Checkpoint, quantize: Quantize) -> None:

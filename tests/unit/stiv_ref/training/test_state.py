@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,18 +110,31 @@ def test_a_broken_shard_of_the_right_size_is_refused(recipe: Recipe, copied: Pat
         trained(recipe, copied)
 
 
-def test_an_incomplete_state_is_refused(recipe: Recipe, copied: Path) -> None:
+def edit_shard(run: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of the state, and the size that the position says."""
     from safetensors import safe_open
 
-    shard = copied / "state" / SHARD
+    shard = run / "state" / SHARD
     tensors = load_file(shard)
     with safe_open(shard, "pt") as file:
         metadata = file.metadata()
-    del tensors["ema.model.patch.bias"]
+    change(tensors)
     save_file(tensors, shard, metadata)
-    position = json.loads((copied / "state" / "position.json").read_text())
+    position = json.loads((run / "state" / "position.json").read_text())
     position["files"][SHARD] = shard.stat().st_size
-    (copied / "state" / "position.json").write_text(json.dumps(position))
+    (run / "state" / "position.json").write_text(json.dumps(position))
+
+
+def test_a_state_that_is_not_finite_is_refused(recipe: Recipe, copied: Path) -> None:
+    edit_shard(copied, lambda tensors: tensors["weights.model.patch.bias"].fill_(torch.nan))
+    with pytest.raises(
+        CheckpointError, match=r"state: NaN or infinity in weights\.model\.patch\.bias; it has diverged"
+    ):
+        trained(recipe, copied)
+
+
+def test_an_incomplete_state_is_refused(recipe: Recipe, copied: Path) -> None:
+    edit_shard(copied, lambda tensors: tensors.pop("ema.model.patch.bias"))
     with pytest.raises(CheckpointError, match=r"the state cannot be read .*ema\.model\.patch\.bias") as caught:
         trained(recipe, copied)
     assert "\n" not in str(caught.value)

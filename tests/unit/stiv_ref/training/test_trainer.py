@@ -150,6 +150,23 @@ def test_divergence_keeps_the_last_good_state(
     )
 
 
+def test_a_last_step_that_diverges_leaves_no_checkpoint_and_no_state_of_it(recipe: Recipe, tmp_path: Path) -> None:
+    """Its loss is that of the weights before it, and no later step sees the others."""
+    stage = recipe.stages[0].model_copy(update={"steps": 1, "learning_rate": 1e39})
+    wanted = r"^the weights of stage 1 \(1-t2i\) are not finite after step 0; .* Lower learning_rate"
+    with pytest.raises(DivergedError, match=wanted):
+        trained(recipe.model_copy(update={"stages": (stage,)}), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoint").exists()
+    assert position(tmp_path / "run") == (0, 2)
+
+
+def test_a_vae_whose_last_step_diverges_is_not_kept(recipe: Recipe, tmp_path: Path) -> None:
+    vae = recipe.vae.model_copy(update={"steps": 1, "learning_rate": 3e37})
+    with pytest.raises(CheckpointError, match=r"^the trained VAE as float32: NaN or infinity in shift"):
+        trained(recipe.model_copy(update={"vae": vae}), tmp_path / "run")
+    assert not (tmp_path / "run" / "vae.safetensors").exists()
+
+
 def test_a_vae_that_diverges_is_named(recipe: Recipe, tmp_path: Path) -> None:
     vae = recipe.vae.model_copy(update={"learning_rate": 1e30, "steps": 4})
     with pytest.raises(DivergedError, match=r"the VAE's loss is (nan|inf) at step 1; .* Lower vae\.learning_rate"):
