@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from stiv_deploy.calibration.errors import CalibrationError
+from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.pipeline.pictures import read_picture
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.data.digit_requests import DigitRequests, balanced_requests, real_clips
 from stiv_deploy.stiv_ref.data.moving_digits import DIGIT_WORDS, DIRECTIONS, WORDS
@@ -64,9 +66,9 @@ def dataset_images(checkpoint: Checkpoint, seed: int) -> Tensor:
 
 
 def read_images(folder: Path, height: int, width: int) -> Tensor:
-    """All PNG and JPEG files of ``folder`` by name, fitted to the size: fp32 [N, 3, height, width] in [-1, 1].
+    """All PNG and JPEG files of ``folder`` by name, cropped to the size: fp32 [N, 3, height, width] in [-1, 1].
 
-    Raises :class:`CalibrationError` if there is none or one cannot be read.
+    They are read as ``stiv generate`` reads them. Raises :class:`CalibrationError` if there is none or one cannot be.
     """
     from PIL import Image, ImageOps
 
@@ -76,8 +78,7 @@ def read_images(folder: Path, height: int, width: int) -> Tensor:
     pixels = []
     for path in paths:
         try:
-            with Image.open(path) as image:
-                pixels.append(np.asarray(ImageOps.fit(image.convert("RGB"), (width, height))))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise CalibrationError(f"{path}: the image cannot be read ({error}); give a whole PNG or JPEG") from None
+            pixels.append(np.asarray(ImageOps.fit(Image.fromarray(read_picture(path)), (width, height))))
+        except RequestError as error:
+            raise CalibrationError(str(error)) from None
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1

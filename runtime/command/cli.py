@@ -47,7 +47,11 @@ def generate(
         Literal["exact", "stretch", "crop", "pad"] | None,
         typer.Option(help="How pictures get the video's size. Default: exact, other sizes are refused."),
     ] = None,
-    resize: Annotated[bool, typer.Option("--resize", help="The same as --fit stretch.")] = False,
+    resize: Annotated[bool, typer.Option("--resize", help="The same as --fit crop.")] = False,
+    background: Annotated[
+        str | None,
+        typer.Option(metavar="COLOR", help="Behind transparent pictures and around padded ones. Default: black."),
+    ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
     count: Annotated[int | None, typer.Option(help="Videos of each prompt. Default: 1.")] = None,
     frames: Annotated[int | None, typer.Option(help="Number of frames.")] = None,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 FIELDS = {
     "negative_prompt": "negative_prompt",
     "fit": "fit",
+    "background": "background",
     "frames": "num_frames",
     "height": "height",
     "width": "width",
@@ -48,7 +49,7 @@ def requests_from_options(options: Mapping[str, Any]) -> "tuple[list[GenerationR
     values = {field: options[name] for name, field in FIELDS.items() if options[name] is not None}
     frames = parse_frames(options["image"], options["frame"] or [])
     values |= {"frames": frames} if frames else {}
-    values |= {"fit": _stretch(options["fit"])} if options["resize"] else {}
+    values |= {"fit": _resized(options["fit"])} if options["resize"] else {}
     requests = _with_prompts([each.request for each in read], options["prompt"] or [], values)
     if options["seed"] is not None:
         requests = in_a_row(requests, options["seed"])
@@ -78,11 +79,11 @@ def _with_prompts(
     return [request.changed(prompt=prompt, **values) for request in read for prompt in prompts]
 
 
-def _stretch(fit: str | None) -> str:
+def _resized(fit: str | None) -> str:
     """What ``--resize`` means, beside ``--fit``."""
-    if fit not in (None, "stretch"):
-        raise RequestError(f"--resize is --fit stretch, and --fit is {fit}; give one of them")
-    return "stretch"
+    if fit == "exact":
+        raise RequestError("--resize is given, and --fit exact resizes nothing; give one of them")
+    return fit or "crop"
 
 
 def parse_frames(image: Path | None, frames: Sequence[str]) -> dict[int, Path]:

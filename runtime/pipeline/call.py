@@ -8,7 +8,7 @@ import numpy as np
 from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.pipeline.given import ImageLike, as_picture
 from stiv_deploy.runtime.pipeline.images import Fit
-from stiv_deploy.runtime.pipeline.limits import whole_number
+from stiv_deploy.runtime.pipeline.limits import switch, whole_number
 from stiv_deploy.runtime.pipeline.request import GenerationRequest, in_a_row, new_seed
 
 
@@ -16,7 +16,7 @@ class CallOptions(TypedDict, total=False):
     """Keywords of :class:`pipeline.StivPipeline`'s call: fields of :class:`GenerationRequest`, and short forms.
 
     ``image`` is the picture of frame 0 or pictures by frame (the field ``frames``), ``num_videos_per_prompt`` the field
-    ``count``, ``resize`` the fit ``stretch``; ``generator`` draws the seed. ``negative_prompt`` may be a list, one for
+    ``count``, ``resize`` the fit ``crop``; ``generator`` draws the seed. ``negative_prompt`` may be a list, one for
     each prompt.
     """
 
@@ -24,6 +24,7 @@ class CallOptions(TypedDict, total=False):
     image: ImageLike | Mapping[int, ImageLike] | None
     latents: Mapping[int, np.ndarray]
     fit: str
+    background: str
     resize: bool
     num_frames: int | None
     height: int | None
@@ -70,8 +71,8 @@ def _with_short_forms(options: dict[str, Any]) -> dict[str, Any]:
         options["frames"] = {index: as_picture(each) for index, each in pictures.items()}
     if "num_videos_per_prompt" in options:
         options["count"] = options.pop("num_videos_per_prompt")
-    if options.pop("resize", False) and options.setdefault("fit", Fit.STRETCH) != Fit.STRETCH:
-        raise RequestError(f"resize is the fit 'stretch', and fit is {options['fit']!r}; give one of them")
+    if switch("resize", options.pop("resize", False)) and options.setdefault("fit", Fit.CROP) == Fit.EXACT:
+        raise RequestError("resize is given, and the fit 'exact' resizes nothing; give one of them")
     return options
 
 

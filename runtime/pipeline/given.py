@@ -19,10 +19,17 @@ from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
 from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.pipeline.limits import text
-from stiv_deploy.runtime.pipeline.media import decode_image, read_file
+from stiv_deploy.runtime.pipeline.pictures import (
+    array_pixels,
+    decode_picture,
+    image_pixels,
+    on_background,
+    read_content,
+)
 
 ImageLike: TypeAlias = Image.Image | np.ndarray | bytes | str | PathLike[str]
-"""A PIL image, a uint8 array [H, W, 3], the contents of an image file, or the path of one."""
+"""A PIL image, an array [H, W, 3], [H, W, 4] or [H, W] of uint8, uint16 or floats from 0 to 1, the contents of an image
+file, or the path of one."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +45,19 @@ class PictureFile:
     def __str__(self) -> str:
         return self.path
 
-    def load(self) -> tuple["PictureFile", np.ndarray]:
-        """This with its ``sha256`` known, and its pixels uint8 [H, W, 3].
+    def load(self, background: str = "black") -> tuple["PictureFile", np.ndarray]:
+        """This with its ``sha256`` known, and its pixels uint8 [H, W, 3], laid on the colour ``background``.
 
         Raises :class:`RequestError` if it cannot be read, or is another picture than ``sha256`` says.
         """
-        content = read_file(Path(self.path))
+        content = read_content(Path(self.path))
         found = hashlib.sha256(content).hexdigest()
         if self.sha256 not in (None, found):
             raise RequestError(
                 f"{self.path}: not the picture that the request was made with (its SHA-256 is {found[:12]}..., wanted "
                 f"{str(self.sha256)[:12]}...); give that picture, or its path alone to take this one"
             )
-        return PictureFile(self.path, found), decode_image(content, self.path)
+        return PictureFile(self.path, found), on_background(decode_picture(content, self.path), background)
 
     def as_json(self) -> dict[str, str]:
         """The path, and the SHA-256 if known."""
@@ -80,14 +87,14 @@ class _Array:
 
 
 class PictureData(_Array):
-    """A picture by its pixels ``array``, uint8 [H, W, 3]. JSON: ``{"png": "<base64>"}``."""
+    """A picture by its pixels ``array``, uint8 [H, W, 3], or [H, W, 4] with alpha. JSON: ``{"png": "<base64>"}``."""
 
     def __str__(self) -> str:
         return "the image"
 
-    def load(self) -> tuple["PictureData", np.ndarray]:
-        """This, and its pixels."""
-        return self, self.array
+    def load(self, background: str = "black") -> tuple["PictureData", np.ndarray]:
+        """This, and its pixels uint8 [H, W, 3], laid on the colour ``background``."""
+        return self, on_background(self.array, background)
 
     def as_json(self) -> dict[str, str]:
         """The pixels as PNG."""
@@ -118,24 +125,22 @@ def as_picture(value: Any) -> PictureFile | PictureData:
     if isinstance(value, str | PathLike):
         return PictureFile(text("path", os.fspath(value)))
     if isinstance(value, bytes):
-        return PictureData(decode_image(value, "the image"))
+        return PictureData(decode_picture(value, "the image"))
     if isinstance(value, Image.Image):
-        return PictureData(np.asarray(value.convert("RGB")))
+        return PictureData(image_pixels(value, "the image"))
     if isinstance(value, Mapping):
         return _picture_from_json(value)
     if not isinstance(value, np.ndarray):
         raise RequestError(
             f"cannot use a {type(value).__name__} as an image; give a file, a PIL image or a uint8 array"
         )
-    if value.dtype != np.uint8 or value.ndim != 3 or value.shape[2] != 3 or 0 in value.shape:
-        raise RequestError(f"the image array is {value.dtype} {list(value.shape)}; give uint8 [height, width, 3]")
-    return PictureData(value)
+    return PictureData(array_pixels(value, "the image"))
 
 
 def _picture_from_json(values: Mapping[str, Any]) -> PictureFile | PictureData:
     match dict(values):
         case {"png": str(data), **rest} if not rest:
-            return PictureData(decode_image(_bytes(data, "the image"), "the image"))
+            return PictureData(decode_picture(_bytes(data, "the image"), "the image"))
         case {"path": str(path), **rest} if set(rest) <= {"sha256"}:
             return PictureFile(text("path", path), _digest(rest.get("sha256")))
     raise RequestError(

@@ -1,5 +1,6 @@
 """Given images: fitted to the video's size, checked, and turned into a clip for the image encoder."""
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from enum import StrEnum
 
@@ -9,6 +10,8 @@ from PIL import Image, ImageOps
 from stiv_deploy.runtime.bundle.contract import ModelFacts
 from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.pipeline.tasks import task_of
+
+log = logging.getLogger(__name__)
 
 
 class Fit(StrEnum):
@@ -21,13 +24,20 @@ class Fit(StrEnum):
     CROP = "crop"
     """Scaled until it covers the frame; what sticks out, left and right or above and below, is cut off."""
     PAD = "pad"
-    """Scaled until it fits into the frame, in the middle of black."""
+    """Scaled until it fits into the frame, in the middle of the background."""
 
 
 def fitted_image(
-    pixels: np.ndarray, height: int, width: int, fit: Fit = Fit.EXACT, name: str = "the image"
+    pixels: np.ndarray,
+    height: int,
+    width: int,
+    fit: Fit = Fit.EXACT,
+    name: str = "the image",
+    background: tuple[int, int, int] = (0, 0, 0),
 ) -> np.ndarray:
     """``pixels`` uint8 [h, w, 3] as uint8 [height, width, 3], scaled bicubically; an equal size stays as it is.
+
+    ``background`` (RGB) is what ``Fit.PAD`` pads with. A warning says what ``Fit.CROP`` cuts off.
 
     Raises :class:`RequestError`, which calls the image ``name``, for another size with ``Fit.EXACT``.
     """
@@ -38,19 +48,32 @@ def fitted_image(
         case Fit.STRETCH:
             return np.asarray(image.resize(size))
         case Fit.CROP:
+            _tell_cut(image, size, name)
             return np.asarray(ImageOps.fit(image, size, Image.Resampling.BICUBIC))
         case Fit.PAD:
-            return _padded(image, size)
+            return _padded(image, size, background)
     raise RequestError(
         f"{name} is {pixels.shape[1]}x{pixels.shape[0]} (width x height), the video is {width}x{height}; "
         "give it that size, or choose a fit: stretch, crop or pad"
     )
 
 
-def _padded(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+def _tell_cut(image: Image.Image, size: tuple[int, int], name: str) -> None:
+    """Say so if a pixel or more of ``image`` does not get into a frame of ``size`` (width, height)."""
+    scale = max(size[0] / image.width, size[1] / image.height)
+    columns, rows = image.width - size[0] / scale, image.height - size[1] / scale
+    if max(columns, rows) >= 1:
+        sides = f"{columns:.0f} columns left and right" if columns > rows else f"{rows:.0f} rows above and below"
+        frame = f"{size[0]}x{size[1]}"
+        log.warning(
+            f"{name} is {image.width}x{image.height}, the video {frame}: {sides} are cut off; the fit pad keeps them"
+        )
+
+
+def _padded(image: Image.Image, size: tuple[int, int], background: tuple[int, int, int]) -> np.ndarray:
     scale = min(size[0] / image.width, size[1] / image.height)
     inner = [min(max(1, round(side * scale)), most) for side, most in zip(image.size, size, strict=True)]
-    frame = Image.new("RGB", size)
+    frame = Image.new("RGB", size, background)
     frame.paste(image.resize((inner[0], inner[1])), ((size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2))
     return np.asarray(frame)
 

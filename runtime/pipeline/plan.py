@@ -13,6 +13,7 @@ from stiv_deploy.runtime.bundle.manifest import SamplingDefaults
 from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.pipeline.given import Latents
 from stiv_deploy.runtime.pipeline.images import check_given_frames, fitted_image
+from stiv_deploy.runtime.pipeline.pictures import rgb_of
 from stiv_deploy.runtime.pipeline.request import GenerationRequest, new_seed
 from stiv_deploy.runtime.pipeline.tiling import check_tile
 from stiv_deploy.runtime.sampling.conditioning import frame_indices, micro_conditions
@@ -174,7 +175,7 @@ def _batches(count: int, largest: int) -> list[int]:
 def _planned(requests: Sequence[GenerationRequest], size: VideoSize, model: ModelFacts) -> Iterable[PlannedVideo]:
     known: dict[Any, tuple[GenerationRequest, Given]] = {}
     for origin, request in enumerate(requests):
-        key = (tuple(request.frames.items()), tuple(request.latents.items()), request.fit)
+        key = (tuple(request.frames.items()), tuple(request.latents.items()), request.fit, request.background)
         if key not in known:
             known[key] = _given(request, size, model)
         read, given = known[key]
@@ -208,9 +209,10 @@ def _given(request: GenerationRequest, size: VideoSize, model: ModelFacts) -> tu
     """``request`` with frames counted from 0 and its pictures' SHA-256, and what it is given, read and fitted."""
     pictures = dict(zip(frame_indices(request.frames, size.frames, "image"), request.frames.values(), strict=True))
     check_given_frames(pictures, size.frames, model)
-    loaded = {index: picture.load() for index, picture in pictures.items()}
+    loaded = {index: picture.load(request.background) for index, picture in pictures.items()}
+    behind = rgb_of(request.background)
     images = {
-        index: fitted_image(pixels, size.height, size.width, request.fit, str(picture))
+        index: fitted_image(pixels, size.height, size.width, request.fit, str(picture), behind)
         for index, (picture, pixels) in loaded.items()
     }
     latents = _given_latents(request, size, model)

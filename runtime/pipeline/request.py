@@ -12,6 +12,7 @@ from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.pipeline.given import Latents, Picture
 from stiv_deploy.runtime.pipeline.images import Fit
 from stiv_deploy.runtime.pipeline.limits import BOUNDS, SEED_LIMIT, TEXT_LIMIT, bounded, named, switch, text
+from stiv_deploy.runtime.pipeline.pictures import rgb_of
 from stiv_deploy.runtime.sampling.guidance import GuidanceMode
 from stiv_deploy.runtime.sampling.settings import Solver
 
@@ -43,6 +44,7 @@ class GenerationRequest(Frozen):
     frames: dict[int, Picture] = Field(default={}, description="Pictures of given frames, by frame.")
     latents: dict[int, Latents] = Field(default={}, description="Given latents, by latent frame.")
     fit: Fit = Field(default=Fit.EXACT, description="How pictures of another size become frames.")
+    background: str = Field(default="black", description="Colour behind pictures with alpha, and of the fit pad.")
     num_frames: int | None = _number("num_frames", "Number of frames.")
     height: int | None = _number("height", "Height in pixels.")
     width: int | None = _number("width", "Width in pixels.")
@@ -85,6 +87,12 @@ class GenerationRequest(Frozen):
     @classmethod
     def _check_text(cls, value: Any, info: ValidationInfo) -> str:
         return text(str(info.field_name).replace("_", " "), value)
+
+    @field_validator("background", mode="before")
+    @classmethod
+    def _check_colour(cls, value: Any) -> str:
+        rgb_of(value)
+        return str(value)
 
     @field_validator("guidance_renorm", mode="before")
     @classmethod

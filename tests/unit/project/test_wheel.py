@@ -79,7 +79,7 @@ def test_everything_of_the_base_install_imports(bare: Path) -> None:
 
 
 def test_it_generates(bare: Path, bundle: Path, tmp_path: Path) -> None:
-    from stiv_deploy.runtime.pipeline.media import read_image
+    from stiv_deploy.runtime.pipeline.pictures import read_picture
 
     arguments = ("--prompt", "digit three moving left", "--steps", 4, "--seed", 3)
     done = call(bare / "stiv", "generate", bundle, *arguments, "--out", tmp_path / "text.mp4", cwd=tmp_path)
@@ -89,7 +89,7 @@ def test_it_generates(bare: Path, bundle: Path, tmp_path: Path) -> None:
     assert call(bare / "stiv", "generate", bundle, *arguments, "--out", frames, cwd=tmp_path).returncode == 0
     image = ("--image", frames / "frame_000.png", "--out", tmp_path / "again")
     assert call(bare / "stiv", "generate", bundle, *arguments, *image, cwd=tmp_path).returncode == 0
-    assert read_image(tmp_path / "again" / "frame_007.png").std() > 0
+    assert read_picture(tmp_path / "again" / "frame_007.png").std() > 0
 
 
 def test_doctor_is_content_and_help_complete(bare: Path) -> None:

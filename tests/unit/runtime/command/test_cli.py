@@ -221,6 +221,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[GenerationRequest]:
 OPTIONS: dict[str, Any] = {
     "--negative-prompt": "left",
     "--fit": "crop",
+    "--background": "white",
     "--count": 2,
     "--frames": 3,
     "--height": 4,
@@ -440,7 +441,7 @@ BAD_REQUESTS = [
     (["--stride", "0"], "stride must be from 1 to 65536, got 0"),
     (["--count", "0"], "count must be from 1 to 1000, got 0"),
     (["--fit", "zoom"], "--fit"),
-    (["--fit", "pad", "--resize"], "--resize is --fit stretch, and --fit is pad"),
+    (["--fit", "exact", "--resize"], "--resize is given, and --fit exact resizes nothing"),
     (["--device", "-1"], "the device is a GPU's index, 0 or more; got -1"),
     (["--request", "none.json"], "none.json: no request can be read from it (No such file or directory)"),
     (["--request", "good.png"], "good.png: it carries no request"),

@@ -34,7 +34,7 @@ def test_none_says_nothing_either() -> None:
 def test_short_forms() -> None:
     options: dict[str, Any] = {"image": PICTURE, "num_videos_per_prompt": 2, "resize": True, "seed": 0}
     (request,) = requests_of_call("digit", options)
-    assert request == GenerationRequest(prompt="digit", frames={0: PICTURE}, count=2, fit="stretch", seed=0)
+    assert request == GenerationRequest(prompt="digit", frames={0: PICTURE}, count=2, fit="crop", seed=0)
     assert requests_of_call("digit", options | {"image": {2: PICTURE}})[0].frames.keys() == {2}
     assert requests_of_call("digit", {"resize": False, "seed": 0}) == [GenerationRequest(prompt="digit", seed=0)]
     assert requests_of_call("digit", {"resize": True, "fit": "stretch"})[0].fit == "stretch"
@@ -61,7 +61,8 @@ def test_pictures_are_shared_by_the_requests() -> None:
         (["a", "b"], {"negative_prompt": ["x"]}, "1 negative prompts for 2 prompts"),
         ("a", {"seed": 1, "generator": np.random.default_rng()}, "give either seed or generator"),
         (["a", "b"], {"seed": 2**63 - 1}, "seed must be from 0 to"),
-        ("a", {"resize": True, "fit": "pad"}, "resize is the fit 'stretch', and fit is 'pad'; give one of them"),
+        ("a", {"resize": True, "fit": "exact"}, "resize is given, and the fit 'exact' resizes nothing; give one"),
+        ("a", {"resize": "x"}, "resize must be true or false, got 'x'"),
     ],
 )
 def test_refused(prompt: Any, options: dict[str, Any], message: str) -> None:

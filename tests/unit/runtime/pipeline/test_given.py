@@ -66,8 +66,9 @@ def test_unreadable_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (PIXELS.astype(np.float32), r"float32 \[8, 12, 3\]; give uint8"),
-        (PIXELS[..., 0], r"uint8 \[8, 12\]; give uint8 \[height, width, 3\]"),
+        (PIXELS.astype(np.float32), "the image is of floats from 0 to 255; give 8 or 16 bits .* or floats from 0 to 1"),
+        (PIXELS[..., :2], r"uint8 \[8, 12, 2\]; give uint8 \[height, width, 3\]"),
+        (PIXELS[None], r"uint8 \[1, 8, 12, 3\]; give uint8 \[height, width, 3\]"),
         (PIXELS[:0], r"uint8 \[0, 12, 3\]; give uint8"),
         (3.5, "cannot use a float as an image"),
         (None, "cannot use a NoneType as an image"),

@@ -59,6 +59,20 @@ def test_pad_keeps_all_in_the_middle_of_black(height: int, width: int, black: tu
     assert (fitted == 255).all(axis=-1).mean() == pytest.approx(share)
 
 
+def test_pad_takes_the_background() -> None:
+    fitted = fitted_image(np.zeros((20, 40, 3), np.uint8), 20, 20, Fit.PAD, background=(10, 20, 30))
+    assert fitted[[0, 10, 19], 10].tolist() == [[10, 20, 30], [0, 0, 0], [10, 20, 30]]
+
+
+def test_what_crop_cuts_off_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    for height, width, cut in ((48, 96, "48 columns left and right"), (40, 20, "20 rows above and below"), (7, 7, "")):
+        caplog.clear()
+        fitted_image(np.zeros((height, width, 3), np.uint8), 20, 20, Fit.CROP, "a.png")
+        assert [record.getMessage() for record in caplog.records] == (
+            [f"a.png is {width}x{height}, the video 20x20: {cut} are cut off; the fit pad keeps them"] if cut else []
+        )
+
+
 @settings(max_examples=30, deadline=None)
 @given(size=st.tuples(st.integers(1, 300), st.integers(1, 300)), fit=st.sampled_from([Fit.STRETCH, Fit.CROP, Fit.PAD]))
 def test_any_shape_can_be_fitted(size: tuple[int, int], fit: Fit) -> None:

@@ -245,7 +245,8 @@ def test_closing_frees_everything(bundle_path: Path, monkeypatch: pytest.MonkeyP
         ({"image": {4: GREY}}, "image for frame 4, but the video has frames 0 to 3"),
         ({"image": "nowhere.png"}, "nowhere.png: no such image file"),
         ({"image": GREY, "latents": {0: LATENT}}, "frames and latents are given; give either"),
-        ({"resize": True, "fit": "crop"}, "resize is the fit 'stretch', and fit is 'crop'"),
+        ({"resize": True, "fit": "exact"}, "resize is given, and the fit 'exact' resizes nothing"),
+        ({"background": "mauvish"}, "background must be a colour without alpha, as in white or #336699, got 'mauvish'"),
         ({"colour": "red"}, "a request has no 'colour'; there are: prompt, negative_prompt, "),
     ],
 )

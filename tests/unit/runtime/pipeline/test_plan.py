@@ -117,6 +117,15 @@ def test_pictures_are_fitted_as_asked(toy_bundle: Bundle) -> None:
         assert (video.given.images[0] == 51).all(axis=-1).sum() == grey
 
 
+def test_transparent_pictures_lie_on_the_background(toy_bundle: Bundle) -> None:
+    clear = np.zeros((4, 8, 4), dtype=np.uint8)
+    plan = plan_generation(
+        toy_bundle, [request_of(frames={0: clear}, fit="pad", background=each) for each in ("black", "white")]
+    )
+    assert [(video.given.images[0] == 255).all() for video in plan.videos] == [False, True]
+    assert plan.videos[1].request.background == "white"
+
+
 def test_given_latents(toy_bundle: Bundle) -> None:
     (video,) = plan_generation(toy_bundle, request_of(latents={-1: LATENT, 0: 2 * LATENT})).videos
     assert sorted(video.given.latents) == [0, 3]

@@ -54,7 +54,7 @@ def test_only_the_prompt_is_needed_and_json_has_no_more_than_is_set() -> None:
     request = GenerationRequest(prompt="")
     assert GenerationRequest.from_json({"prompt": ""}) == request
     assert GenerationRequest.from_json(b'{"prompt": "", "seed": null}') == request
-    assert set(request.to_json()) == {"prompt", "negative_prompt", "fit", "stride", "count"}
+    assert set(request.to_json()) == {"prompt", "negative_prompt", "fit", "background", "stride", "count"}
 
 
 def test_a_request_is_frozen_and_keeps_its_own_values() -> None:
