@@ -1,19 +1,23 @@
-"""Pictures and videos in and out: one image read, clips written by file extension, whole or not at all."""
+"""Clips out, by file extension, whole or not at all; and the comment that each carries."""
 
-import io
 import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from stiv_deploy.runtime.errors import OutputError, RequestError
 from stiv_deploy.runtime.files import replaced_file, replaced_folder
+from stiv_deploy.runtime.pipeline.animations import write_gif, write_webp
 from stiv_deploy.runtime.pipeline.limits import bounded
+
+if TYPE_CHECKING:
+    from av.video.codeccontext import VideoCodecContext
+    from av.video.frame import VideoFrame
 
 SUPPORTED = ".mp4, .gif, .webp, .png (all frames in one row), or a name without extension (a folder of PNG frames)"
 EXTENSIONS = (".mp4", ".gif", ".webp", ".png", "")
@@ -26,32 +30,8 @@ LABEL_HEIGHT = 16
 """Pixels above a row of a contact sheet for its label."""
 # Visually lossless: a clip is small, and what is judged on it is the model's fault, not the codec's.
 X264_OPTIONS = {"crf": "10", "preset": "medium"}
-
-
-def read_file(path: Path) -> bytes:
-    """Contents of a picture's file; raises :class:`RequestError`."""
-    if not path.is_file():
-        raise RequestError(f"{path}: no such image file")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise RequestError(f"{path}: the image cannot be read ({error.strerror})") from None
-
-
-def decode_image(content: bytes, name: str) -> np.ndarray:
-    """A picture file's ``content`` as uint8 [height, width, 3] RGB, turned upright; :class:`RequestError`."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except UnidentifiedImageError:
-        raise RequestError(f"{name}: not an image; give a PNG, JPEG or WebP file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises on damage
-        raise RequestError(f"{name}: the image cannot be read ({error}); give a whole PNG, JPEG or WebP file") from None
-
-
-def read_image(path: str | Path) -> np.ndarray:
-    """Read a picture as uint8 [height, width, 3] RGB, turned upright; raises :class:`RequestError`."""
-    return decode_image(read_file(Path(path)), str(path))
+BT709 = 1
+"""Primaries, transfer and matrix of BT.709, as H.264 numbers all three (ITU-T H.273)."""
 
 
 def numbered(path: Path, count: int) -> list[Path]:
@@ -114,7 +94,8 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, upscale: int =
     """Write uint8 [frames, height, width, 3] to ``path`` in the format of its extension (see ``SUPPORTED``).
 
     Each pixel becomes ``upscale`` x ``upscale`` pixels. An mp4 of odd height or width gets one more row or column, as
-    its colours have half the resolution. ``comment`` goes into the file (the comment tag of mp4 and GIF, a text chunk
+    its colours have half the resolution; they are those of BT.709, and tagged so. A GIF has at most 50 frames a second:
+    of more, evenly spaced ones are kept. ``comment`` goes into the file (the comment tag of mp4 and GIF, a text chunk
     of PNG, the Exif description of WebP; in a folder into the first frame), see :func:`read_comment`. Raises
     :class:`OutputError`, or :class:`RequestError` for ``fps`` or ``upscale``, and then leaves nothing behind.
     """
@@ -128,8 +109,10 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, upscale: int =
                 _write_png(temporary, contact_sheet([frames]), comment)
             case "":
                 _write_folder(temporary, frames, comment)
+            case ".gif":
+                write_gif(temporary, frames, fps, comment)
             case _:
-                _write_animation(temporary, frames, fps, comment)
+                write_webp(temporary, frames, fps, comment)
     return path
 
 
@@ -154,7 +137,7 @@ def _mp4_comment(path: Path) -> str | None:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with av.open(f"file:{path}") as container:
             return container.metadata.get("comment")
     except av.FFmpegError as error:
         raise RequestError(f"not a video that can be read ({error})") from None
@@ -176,27 +159,36 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str | None) 
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     rate = Fraction(fps).limit_denominator(1001)
     try:
-        with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+        # file: is what keeps a name with a colon from being taken for a protocol
+        with av.open(f"file:{path}", "w", options={"movflags": "+faststart"}) as container:
             if comment is not None:
                 container.metadata["comment"] = comment
             stream = container.add_stream("libx264", rate=rate, options=X264_OPTIONS)
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuv420p"
+            _tag_bt709(stream.codec_context)
             for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                container.mux(stream.encode(_bt709(frame)))
             container.mux(stream.encode())
     except (av.FFmpegError, ValueError) as error:
         raise OutputError(f"{path.name}: the video cannot be encoded ({error}); see 'stiv doctor'") from None
 
 
-def _write_animation(path: Path, frames: np.ndarray, fps: float, comment: str | None) -> None:
-    first, *rest = [Image.fromarray(frame) for frame in frames]
-    exif = Image.Exif()
-    if comment is not None:
-        exif[ExifTags.Base.ImageDescription] = comment
-    # GIF has 256 colours and no such options, and Pillow ignores them there
-    options: dict[str, Any] = {"lossless": True, "exif": exif, "comment": (comment or "").encode()}
-    first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, **options)
+def _tag_bt709(codec: "VideoCodecContext") -> None:
+    """Say in the file how its colours are meant: players guess otherwise, and by the size of the picture."""
+    from av.video.reformatter import ColorRange
+
+    codec.color_primaries = codec.color_trc = codec.colorspace = BT709
+    codec.color_range = ColorRange.MPEG
+
+
+def _bt709(pixels: np.ndarray) -> "VideoFrame":
+    """RGB uint8 [height, width, 3] as Y'CbCr of BT.709, in its limited range."""
+    import av
+    from av.video.reformatter import ColorRange, Colorspace
+
+    frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+    return frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
 
 
 def _write_folder(path: Path, frames: np.ndarray, comment: str | None) -> None:
