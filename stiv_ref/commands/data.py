@@ -54,6 +54,12 @@ def cut(
     min_sharpness: Annotated[
         float | None, typer.Option(help="Drop clips more blurred (variance of the Laplacian).")
     ] = None,
+    keep_interlaced: Annotated[
+        bool, typer.Option("--keep-interlaced", help="Keep interlaced clips: as they are stored, with combs.")
+    ] = False,
+    keep_hdr: Annotated[
+        bool, typer.Option("--keep-hdr", help="Keep HDR clips (PQ, HLG): as they are stored, too grey.")
+    ] = False,
     captions: Annotated[
         Path | None, typer.Option(help="JSONL file of captions.", show_default="clip.txt beside clip.mp4")
     ] = None,
@@ -86,6 +92,8 @@ def cut(
         "min_motion": min_motion,
         "max_motion": max_motion,
         "min_sharpness": min_sharpness,
+        "keep_interlaced": keep_interlaced,
+        "keep_hdr": keep_hdr,
     }
     thresholds = parse_config(Thresholds, limits, "thresholds")
     if pictures:
@@ -135,7 +143,7 @@ def shards(
     listing = list_videos_of(VideoData(kind="videos", path=source, captions=captions))
     with progress_bar("videos", quiet) as progress:
         packed = pack_videos(listing, out, per_shard, progress)
-    _list_broken(listing.broken)
+    _list_broken(listing.broken | listing.left_out | listing.others)
     typer.echo(f"{packed} videos in {len(list(out.glob('*.tar')))} shards in {out}")
 
 

@@ -1,11 +1,11 @@
 """Captions of a folder of videos: a text file beside each video, or one JSON line for each."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from stiv_deploy.stiv_ref.data.decode import list_videos
+from stiv_deploy.stiv_ref.data.video_files import list_videos
 from stiv_deploy.stiv_ref.errors import CaptionError
 
 LINE = '{"file": "clip.mp4", "caption": "..."}'
@@ -16,15 +16,17 @@ ClipKey = tuple[str, int, int]
 """File relative to the index of clips, first frame, end (exclusive)."""
 
 
-def read_captions(folder: Path, jsonl: Path | None = None) -> dict[str, str]:
+def read_captions(folder: Path, jsonl: Path | None = None, videos: Sequence[str] | None = None) -> dict[str, str]:
     """Caption of every video under ``folder``, by its path relative to that ('/' between folders), sorted.
+
+    ``videos`` are such paths, those that :func:`~stiv_deploy.stiv_ref.data.video_files.list_videos` finds if left out.
 
     From the sidecar ``clip.txt`` beside ``clip.mp4``; or, with ``jsonl``, from lines of
     ``{"file": "clip.mp4", "caption": "..."}``, whose other keys are ignored. White space is collapsed. Raises
     :class:`CaptionError` for a video without caption, an empty caption, a line that is not valid or names no video of
     the folder; :class:`~stiv_deploy.stiv_ref.errors.VideoError` for a folder without videos.
     """
-    videos = list_videos(folder)
+    videos = list_videos(folder) if videos is None else videos
     captions = known_captions(folder, videos, jsonl)
     missing = [video for video in videos if video not in captions]
     if missing:

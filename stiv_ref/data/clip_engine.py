@@ -16,10 +16,11 @@ from pydantic import ValidationError
 from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.data.captions import ClipKey, known_captions, read_clip_captions
 from stiv_deploy.stiv_ref.data.clips import INDEX_NAME, Clip, write_clips, write_whole
-from stiv_deploy.stiv_ref.data.decode import frames_of, list_videos, probe
+from stiv_deploy.stiv_ref.data.decode import frames_of, probe
 from stiv_deploy.stiv_ref.data.filters import SHORT_SIDE, Meter, Thresholds
 from stiv_deploy.stiv_ref.data.pool import run_jobs
 from stiv_deploy.stiv_ref.data.scenes import SceneCutter, SceneSettings
+from stiv_deploy.stiv_ref.data.video_files import VideoFiles, find_videos
 from stiv_deploy.stiv_ref.errors import CaptionError, ClipsError, VideoError
 from stiv_deploy.stiv_ref.files import make_writable
 from stiv_deploy.stiv_ref.progress import Progress, unheard
@@ -47,6 +48,8 @@ class Measured(FrozenConfig):
     width: int
     height: int
     fps: float
+    interlaced: bool
+    hdr: bool
     scenes: tuple[Scene, ...]
 
     @property
@@ -63,10 +66,15 @@ class Broken(FrozenConfig):
 
 
 class Report(FrozenConfig):
-    """What ``stiv data cut`` found; durations are in seconds. ``dropped`` counts clips by reason, some have several."""
+    """What ``stiv data cut`` found; durations are in seconds. ``dropped`` counts clips by reason, some have several.
+
+    ``interlaced`` and ``hdr`` count videos, kept or not; ``left_out`` are the files whose names are no videos'.
+    """
 
     source: str
     videos: int
+    interlaced: int = 0
+    hdr: int = 0
     measured_now: int
     seconds: float
     clips: int
@@ -77,6 +85,7 @@ class Report(FrozenConfig):
     settings: SceneSettings
     thresholds: Thresholds
     broken: tuple[Broken, ...]
+    left_out: tuple[str, ...] = ()
 
 
 class Job(NamedTuple):
@@ -110,6 +119,8 @@ def measure(job: Job) -> Measured:
         width=info.width,
         height=info.height,
         fps=info.fps,
+        interlaced=info.interlaced,
+        hdr=info.hdr,
         scenes=tuple(scenes),
     )
 
@@ -136,7 +147,8 @@ def cut_videos(
     import cv2  # noqa: F401 (what is missing is said now, not by every worker)
     import scenedetect  # noqa: F401
 
-    files = list_videos(source)
+    listed = find_videos(source)
+    files = listed.videos
     texts = known_captions(source, files, captions)
     clip_texts = read_clip_captions(clip_captions) if clip_captions is not None else {}
     prepare(out)
@@ -145,7 +157,7 @@ def cut_videos(
     found, broken = _measure_all(jobs, out / MEASURED_NAME, workers, len(files), progress)
     videos = {file: each for file in files if (each := found.get(file) or measured.get(file))}
     clips = _with_captions(list(_clips(source, out, videos.values(), texts, thresholds)), clip_texts, clip_captions)
-    report = _report(source, clips, videos, broken, settings, thresholds, measured_now=len(found))
+    report = _report(source, listed, clips, videos, broken, settings, thresholds, measured_now=len(found))
     write_clips(out / INDEX_NAME, clips)
     write_whole(out / REPORT_NAME, report.model_dump_json(indent=2) + "\n")
     return report
@@ -220,6 +232,8 @@ def _clips(
                 fps=video.fps,
                 width=video.width,
                 height=video.height,
+                interlaced=video.interlaced,
+                hdr=video.hdr,
                 caption=texts.get(video.file),
             )
             yield clip.model_copy(update={"dropped": thresholds.reasons(clip)})
@@ -237,6 +251,7 @@ def _with_captions(clips: list[Clip], texts: Mapping[ClipKey, str], source: Path
 
 def _report(
     source: Path,
+    listed: VideoFiles,
     clips: Sequence[Clip],
     videos: Mapping[str, Measured],
     broken: tuple[Broken, ...],
@@ -249,6 +264,8 @@ def _report(
     return Report(
         source=str(source),
         videos=len(videos),
+        interlaced=sum(video.interlaced for video in videos.values()),
+        hdr=sum(video.hdr for video in videos.values()),
         measured_now=measured_now,
         seconds=round(sum(video.seconds for video in videos.values()), 3),
         clips=len(clips),
@@ -259,6 +276,7 @@ def _report(
         settings=settings,
         thresholds=thresholds,
         broken=broken,
+        left_out=tuple(listed.others),
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from stiv_deploy.stiv_ref.data.clips import Clip
+from stiv_deploy.stiv_ref.data.video_files import VideoFiles
 
 if TYPE_CHECKING:
     from stiv_deploy.stiv_ref.data.clip_engine import Report
@@ -35,7 +36,7 @@ def clip_table(clips: Sequence[Clip]) -> Table:
 
 
 def lines_of(clips: Sequence[Clip], report: "Report | None") -> Iterator[str]:
-    """The counts, one line each; ``report`` adds the broken videos."""
+    """The counts, one line each; ``report`` adds the broken videos and the files that are none."""
     kept = [clip for clip in clips if clip.kept]
     seconds, all_seconds = (sum(clip.seconds for clip in each) for each in (kept, clips))
     videos = len({clip.file for clip in clips})
@@ -44,6 +45,11 @@ def lines_of(clips: Sequence[Clip], report: "Report | None") -> Iterator[str]:
         yield f"dropped {count}: {reason}"
     if uncaptioned := sum(clip.caption is None for clip in kept):
         yield f"{uncaptioned} of the kept clips have no caption"
+    for mark in ("interlaced", "hdr"):
+        if marked := len({clip.file for clip in clips if getattr(clip, mark)}):
+            yield f"{marked} videos are {mark.replace('hdr', 'HDR')}"
+    for names, reason in VideoFiles((), report.left_out if report else ()).left_out().items():
+        yield f"{names}: {reason}"
     broken = report.broken if report else ()
     if broken:
         yield f"{len(broken)} broken videos skipped:"

@@ -17,7 +17,8 @@ class Clip(FrozenConfig):
 
     ``file`` is relative to the folder of the index, with '/'. Width and height are in pixels, upright. ``motion`` is
     the mean optical flow in percent of the shorter side per second, ``sharpness`` the variance of the Laplacian (see
-    ``filters.py``). ``caption`` is that of the video, if it has one. ``dropped`` says why a clip is not kept.
+    ``filters.py``). ``interlaced`` and ``hdr`` are marks of the video. ``caption`` is that of the video, if it has one.
+    ``dropped`` says why a clip is not kept.
     """
 
     model_config = ConfigDict(extra="ignore")  # other tools add scores of theirs
@@ -30,6 +31,8 @@ class Clip(FrozenConfig):
     height: int = Field(gt=0)
     motion: float = Field(ge=0)
     sharpness: float = Field(ge=0)
+    interlaced: bool = False
+    hdr: bool = False
     caption: str | None = None
     dropped: tuple[str, ...] = ()
 

@@ -1,17 +1,19 @@
 """Video decoding by PyAV: facts of a file, any frames of it by number, and all of them in a stream.
 
 Frame numbers are exact for every container and for variable frame rates: they count the packets' presentation times,
-which takes one pass over the file without decoding. That pass also finds files that end too early.
+which takes one pass over the file without decoding. That pass also finds files that end too early. What an edit list
+cuts off is not shown, and not counted.
 """
 
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +25,10 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-SUFFIXES = frozenset((".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm"))
 SEEK_GAIN = 16  # frames that a seek must save to be worth it: it drops what the decoder holds
 # The containers with an index. In MPEG streams a seek is a guess, and what is decoded after it can be another frame.
 SEEKABLE = frozenset(("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"))
+HDR_TRANSFERS = (16, 18)  # PQ and HLG, as ITU-T H.273 numbers them
 SHORTFALL = 0.1  # share of the stated duration that may be missing: containers round it, and count the other streams
 
 Pixels = NDArray[np.uint8]
@@ -34,7 +36,10 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """Facts of a video: upright size in pixels, frames (counted, not estimated), mean frames per second, seconds."""
+    """Facts of a video: upright size in pixels, frames (counted, not estimated), mean frames per second, seconds.
+
+    ``interlaced`` and ``hdr`` (PQ or HLG) are marks of its first frame; frames are read as they are stored.
+    """
 
     path: Path
     width: int
@@ -42,30 +47,30 @@ class VideoInfo:
     frames: int
     fps: float
     seconds: float
+    interlaced: bool = False
+    hdr: bool = False
+
+
+class Turn(NamedTuple):
+    """From stored to upright pixels: whether rows become columns; then the steps through both, -1 for backwards."""
+
+    transposed: bool = False
+    down: int = 1
+    across: int = 1
 
 
 @dataclass(frozen=True)
 class _Index:
-    """Presentation times of all frames, int64 [F] ascending, and of the K key frames, with where to seek for those."""
+    """Presentation times of all frames, int64 [F] ascending, and of the K key frames, with where to seek for those.
+
+    A key frame that is not shown, for an edit list cuts it off, is one too: others are decoded from it.
+    """
 
     path: Path
     times: NDArray[np.int64]
     keys: NDArray[np.int64]
     seeks: NDArray[np.int64]
-
-
-def list_videos(folder: Path) -> list[str]:
-    """Paths of all videos under ``folder``, relative to it with '/', sorted; names with a leading dot are left out.
-
-    Raises :class:`VideoError` if there is no such folder or no video in it.
-    """
-    if not folder.is_dir():
-        raise VideoError(f"{folder}: no such folder; give a folder of videos")
-    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    found = sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
-    if not found:
-        raise VideoError(f"{folder}: no videos in this folder; wanted are {', '.join(sorted(SUFFIXES))}")
-    return found
+    turn: Turn = Turn()
 
 
 def probe(path: Path) -> VideoInfo:
@@ -102,7 +107,8 @@ def read_frames(path: Path, start: int, count: int, stride: int = 1) -> Pixels:
 def key_frames(path: Path) -> NDArray[np.int64]:
     """Numbers int64 [K] of the frames that are cheap to read alone, ascending; raises :class:`VideoError`."""
     index = _look_into(path)[1]
-    return index.times.searchsorted(index.keys)
+    numbers = np.unique(index.times.searchsorted(index.keys))
+    return numbers[numbers < len(index.times)]
 
 
 def frames_of(path: Path, short_side: int | None = None) -> Iterator[Pixels]:
@@ -115,7 +121,7 @@ def frames_of(path: Path, short_side: int | None = None) -> Iterator[Pixels]:
     with _opened(path) as (container, stream):
         first = None
         for frame in _exactly(index, container.decode(stream), np.arange(len(index.times))):
-            image = _picture(frame, short_side)
+            image = _picture(frame, index.turn, short_side)
             first = image if first is None else first
             _check_size(path, image, first)
             yield image
@@ -158,6 +164,8 @@ def _look_into(path: Path) -> tuple[VideoInfo, _Index]:
 @lru_cache(maxsize=512)
 def _looked_into(name: str, size: int, _modified: int) -> tuple[VideoInfo, _Index]:
     """Facts and index of a file in the state given by its size in bytes and its time of change."""
+    from av.video.reformatter import VideoReformatter
+
     path = Path(name)
     if size == 0:
         raise VideoError(f"{path}: the file is empty; give a video file")
@@ -168,8 +176,11 @@ def _looked_into(name: str, size: int, _modified: int) -> tuple[VideoInfo, _Inde
     index = _Index(path, times, keys, seeks)
     with _opened(path) as (container, stream):
         first = next(_exactly(index, container.decode(stream), np.zeros(1, np.int64)))
-        height, width = _picture(first).shape[:2]
-    return VideoInfo(path, width, height, len(times), fps, len(times) / fps), index
+        VideoReformatter().reformat(first, format="rgb24")  # fails now, if it does
+        index = replace(index, turn=_turn_of(first))
+        upright = (first.height, first.width) if index.turn.transposed else (first.width, first.height)
+        marks = first.interlaced_frame, stream.codec_context.color_trc in HDR_TRANSFERS
+    return VideoInfo(path, *upright, len(times), fps, len(times) / fps, *marks), index
 
 
 def _scan(path: Path, container: "InputContainer", stream: "VideoStream") -> tuple[NDArray[np.int64], ...]:
@@ -178,21 +189,25 @@ def _scan(path: Path, container: "InputContainer", stream: "VideoStream") -> tup
     keys: list[int] = []
     seeks: list[int] = []
     for packet in container.demux(stream):
-        if not packet.size or packet.is_discard or not (keys or packet.is_keyframe):
+        if not packet.size or not (keys or packet.is_keyframe):
             continue
         if packet.is_corrupt:
             raise VideoError(f"{path}: frame {len(times)} is incomplete: the file is truncated; copy it again")
         if packet.pts is None:
             raise VideoError(f"{path}: has frames without a time; run: ffmpeg -fflags +genpts -i IN -c copy OUT.mkv")
-        times.append(packet.pts)
+        if not packet.is_discard:
+            times.append(packet.pts)
         if packet.is_keyframe:
             keys.append(packet.pts)
             seeks.append(packet.pts if packet.dts is None else min(packet.pts, packet.dts))
-    if not keys:
+    if not (keys and times):
         raise VideoError(f"{path}: has no frames; it is truncated or empty")
     # Frames shown before the first key frame refer to what is not there.
     found = np.unique(np.array(times, np.int64))
-    return found[found >= keys[0]], np.array(keys, np.int64), np.array(seeks, np.int64)
+    entries = (
+        1 if any(after < before for before, after in pairwise(keys)) else len(keys)
+    )  # parts of an edit list overlap
+    return found[found >= keys[0]], np.array(keys[:entries], np.int64), np.array(seeks[:entries], np.int64)
 
 
 def _frame_rate(stream: "VideoStream", times: NDArray[np.int64]) -> float:
@@ -247,23 +262,44 @@ def _decode_run(
     if key and container.format.name in SEEKABLE:
         container.seek(int(index.seeks[key]), stream=stream)
         frames = container.decode(stream)
-        first = next(frames, None)
-        if first is not None and first.pts is not None and first.pts <= index.keys[key]:
-            yield from (_picture(frame) for frame in _exactly(index, chain([first], frames), run))
+        first, shown = next(frames, None), index.times[index.times.searchsorted(index.keys[key])]
+        if first is not None and first.pts is not None and first.pts <= shown:
+            yield from (_picture(frame, index.turn) for frame in _exactly(index, chain([first], frames), run))
             return
     with _opened(index.path) as (again, beginning):  # no index in the container, or one that leads elsewhere
-        yield from (_picture(frame) for frame in _exactly(index, again.decode(beginning), run))
+        yield from (_picture(frame, index.turn) for frame in _exactly(index, again.decode(beginning), run))
 
 
-def _picture(frame: "VideoFrame", short_side: int | None = None) -> Pixels:
+def _picture(frame: "VideoFrame", turn: Turn, short_side: int | None = None) -> Pixels:
     """RGB pixels, uint8 [H, W, 3], turned as the file says, shrunk to ``short_side`` if larger."""
     size: dict[str, Any] = {}
     if short_side is not None and min(frame.width, frame.height) > short_side:
         ratio = short_side / min(frame.width, frame.height)
         size = {"width": round(frame.width * ratio), "height": round(frame.height * ratio), "interpolation": "AREA"}
-    image = frame.to_ndarray(format="rgb24", **size)
-    turned: Pixels = np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
-    return turned
+    image: Pixels = np.asarray(frame.to_ndarray(format="rgb24", **size), np.uint8)
+    return _turned(image, turn)
+
+
+def _turn_of(frame: "VideoFrame") -> Turn:
+    """How the display matrix of its file turns and mirrors ``frame``, to the nearest quarter.
+
+    A pixel at (x, y) goes to (a x + c y, b x + d y), where the matrix begins with a, b, -, c, d (ISO/IEC 14496-12).
+    Only for a frame that is not converted: with its side data it waits for the garbage collector, and that must not
+    meet the threads of a conversion in a forked loader worker.
+    """
+    from av.sidedata.sidedata import Type
+
+    sides: Any = frame.side_data  # typed as a mapping of names; iterating gives the values
+    matrix = next((bytes(each) for each in sides if each.type == Type.DISPLAYMATRIX), None)
+    a, b, _, c, d = (1, 0, 0, 0, 1) if matrix is None else struct.unpack_from("=5i", matrix)
+    lies = abs(a) + abs(d) < abs(b) + abs(c)
+    across, down = (c, b) if lies else (a, d)
+    return Turn(lies, -1 if down < 0 else 1, -1 if across < 0 else 1)
+
+
+def _turned(image: Pixels, turn: Turn) -> Pixels:
+    upright: Pixels = image.swapaxes(0, 1) if turn.transposed else image
+    return np.ascontiguousarray(upright[:: turn.down, :: turn.across])
 
 
 def _check_size(path: Path, image: Pixels, expected: Pixels) -> None:

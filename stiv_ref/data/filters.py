@@ -90,7 +90,7 @@ def motion(previous: Pixels, grey: Pixels, flow: Any) -> float:
 
 
 class Thresholds(FrozenConfig):
-    """What a clip must have to be kept; None does not ask.
+    """What a clip must have to be kept; None does not ask. Interlaced and HDR ones are kept only if that is said.
 
     Seconds of duration, shorter side in pixels, motion in percent of the shorter side per second, sharpness as the
     variance of the Laplacian.
@@ -103,6 +103,8 @@ class Thresholds(FrozenConfig):
     min_motion: float | None = Field(default=None, ge=0)
     max_motion: float | None = Field(default=None, ge=0)
     min_sharpness: float | None = Field(default=None, ge=0)
+    keep_interlaced: bool = False
+    keep_hdr: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> "Thresholds":
@@ -123,8 +125,12 @@ class Thresholds(FrozenConfig):
             ("too much motion", None, self.max_motion, clip.motion),
             ("too blurred", self.min_sharpness, None, clip.sharpness),
         )
-        return tuple(
-            name
-            for name, least, most, value in faults
-            if (least is not None and value < least) or (most is not None and value > most)
+        marks = (("interlaced", clip.interlaced, self.keep_interlaced), ("HDR", clip.hdr, self.keep_hdr))
+        return (
+            *(name for name, marked, kept in marks if marked and not kept),
+            *(
+                name
+                for name, least, most, value in faults
+                if (least is not None and value < least) or (most is not None and value > most)
+            ),
         )

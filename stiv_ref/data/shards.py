@@ -18,9 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
-from stiv_deploy.stiv_ref.data.decode import SUFFIXES, probe, read_frames
+from stiv_deploy.stiv_ref.data.decode import probe, read_frames
 from stiv_deploy.stiv_ref.data.tars import Member, Record, read_shard, write_shard
-from stiv_deploy.stiv_ref.data.videos import SCANNERS, FileClip, Listing, VideoClip, clip_suffix, naming_nothing
+from stiv_deploy.stiv_ref.data.video_files import SUFFIXES
+from stiv_deploy.stiv_ref.data.videos import (
+    SCANNERS,
+    FileClip,
+    Listing,
+    Unfit,
+    VideoClip,
+    clip_suffix,
+    naming_nothing,
+    unfit_for_training,
+)
 from stiv_deploy.stiv_ref.errors import CaptionError, DataError, VideoError
 from stiv_deploy.stiv_ref.files import replaced_folder
 from stiv_deploy.stiv_ref.progress import Progress, unheard
@@ -81,12 +91,13 @@ def list_video_shards(pattern: str, shards: Sequence[Path]) -> Listing:
     with ThreadPoolExecutor(SCANNERS) as pool:
         looked = list(pool.map(_look, records, captions))
     clips: list[ShardClip] = []
+    left_out: dict[str, str] = {}
     for record, each in zip(records, looked, strict=True):
-        if isinstance(each, str):
-            broken[record.name] = each
+        if isinstance(each, Unfit):
+            (broken if each.broken else left_out)[record.name] = each.reason
         else:
             clips += each
-    return Listing(pattern, clips, broken, captions)
+    return Listing(pattern, clips, broken, captions, left_out)
 
 
 def _video_records(pattern: str, shards: Sequence[Path]) -> tuple[list[Record], dict[str, str]]:
@@ -133,7 +144,7 @@ def _caption(record: Record) -> str:
     return " ".join(text.split()) if isinstance(text, str) else ""
 
 
-def _look(record: Record, caption: str) -> list[ShardClip] | str:
+def _look(record: Record, caption: str) -> list[ShardClip] | Unfit:
     """The clips of a record, or what is wrong with its video."""
     extension = _video_of(record)
     assert extension is not None
@@ -145,7 +156,9 @@ def _look(record: Record, caption: str) -> list[ShardClip] | str:
             with unpacked(video, suffix) as path:
                 info = probe(path)
         except VideoError as error:
-            return str(error)
+            return Unfit(record.name, str(error), broken=True)
+        if reason := unfit_for_training(info):
+            return Unfit(record.name, reason)
         facts = VideoFacts(name=record.name, width=info.width, height=info.height, frames=info.frames)
     whole = ShardClip(
         video=video,

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from stiv_deploy.stiv_ref.data.buckets import Size, draw_crop, fit, micro_conditions, nearest_bucket
 from stiv_deploy.stiv_ref.data.captions import known_captions, read_captions
 from stiv_deploy.stiv_ref.data.clips import read_clips
-from stiv_deploy.stiv_ref.data.decode import probe, read_frames
+from stiv_deploy.stiv_ref.data.decode import VideoInfo, probe, read_frames
 from stiv_deploy.stiv_ref.data.loader import DamagedSampleError, Sample
+from stiv_deploy.stiv_ref.data.video_files import find_videos
 from stiv_deploy.stiv_ref.errors import CaptionError, DataError, VideoError
 from stiv_deploy.stiv_ref.recipe import VideoData
 
@@ -64,17 +65,39 @@ class FileClip(VideoClip):
 
 @dataclass(frozen=True)
 class Listing:
-    """Videos found: those that can be read, faults of the others by name, and the captions of all."""
+    """Videos found: those that can be read, faults of the others by name, and the captions of all.
+
+    ``left_out`` are whole videos that are no training data as they are, by name; ``others`` are files that are no
+    videos, by suffix.
+    """
 
     title: str
     clips: Sequence[VideoClip]
     broken: dict[str, str]
     captions: Sequence[str]
+    left_out: dict[str, str] = field(default_factory=dict)
+    others: dict[str, str] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
         """All videos found."""
-        return len(self.clips) + len(self.broken)
+        return len(self.clips) + len(self.broken) + len(self.left_out)
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """A video that is ``broken``, or else left out, and why."""
+
+    name: str
+    reason: str
+    broken: bool = False
+
+
+def unfit_for_training(info: VideoInfo) -> str:
+    """Why a video is left out unless an index keeps it; empty if it is not."""
+    if info.interlaced:
+        return "is interlaced; deinterlace it, or index it with: stiv data cut --keep-interlaced"
+    return "is HDR; convert it to SDR, or index it with: stiv data cut --keep-hdr" if info.hdr else ""
 
 
 def clip_suffix(start: int, end: int) -> str:
@@ -99,7 +122,7 @@ class VideoDataset:
         self.strides = tuple(sorted(set(strides))) if frames > 1 else (1,)
         self.title, self.total = listing.title, listing.total
         self.captions, self.broken = listing.captions, listing.broken
-        self.left_out: dict[str, str] = {}
+        self.left_out = listing.left_out | listing.others
         self.groups: list[list[int]] = [[] for _ in self.sizes]
         for number, clip in enumerate(listing.clips):
             least = span(frames, self.strides[0])
@@ -149,33 +172,36 @@ def list_videos_of(data: VideoData) -> Listing:
 
 
 def _listed_folder(data: VideoData) -> Listing:
-    captions = read_captions(data.path, data.captions)
+    files = find_videos(data.path)
+    captions = read_captions(data.path, data.captions, files.videos)
     with ThreadPoolExecutor(SCANNERS) as pool:
         found = list(pool.map(lambda item: _look(data.path, *item), captions.items()))
-    broken = {each[0]: each[1] for each in found if isinstance(each, tuple)}
     clips = [each for each in found if isinstance(each, FileClip)]
-    return Listing(str(data.path), clips, broken, list(captions.values()))
+    unfit = [each for each in found if isinstance(each, Unfit)]
+    broken, left_out = ({each.name: each.reason for each in unfit if each.broken is kind} for kind in (True, False))
+    return Listing(str(data.path), clips, broken, list(captions.values()), left_out, files.left_out())
 
 
-def _look(folder: Path, name: str, caption: str) -> FileClip | tuple[str, str]:
-    """The clip, or its name and what is wrong with it."""
+def _look(folder: Path, name: str, caption: str) -> FileClip | Unfit:
+    """The clip, or what is wrong with it."""
     path = folder / name
     try:
         state = path.stat()
         with naming_nothing(path):
-            height, width, frames = _facts(path, state.st_size, state.st_mtime_ns)
+            info = _facts(path, state.st_size, state.st_mtime_ns)
     except VideoError as error:
-        return name, str(error)
+        return Unfit(name, str(error), broken=True)
     except OSError as error:
-        return name, f"cannot be read ({error.strerror})"
-    return FileClip(path=path, name=name, caption=caption, size=(height, width), frames=frames)
+        return Unfit(name, f"cannot be read ({error.strerror})", broken=True)
+    if reason := unfit_for_training(info):
+        return Unfit(name, reason)
+    return FileClip(path=path, name=name, caption=caption, size=(info.height, info.width), frames=info.frames)
 
 
 @lru_cache(maxsize=1_000_000)
-def _facts(path: Path, _size: int, _modified: int) -> tuple[int, int, int]:
-    """Height, width and frames; looked for once, however many stages have the same videos."""
-    info = probe(path)
-    return info.height, info.width, info.frames
+def _facts(path: Path, _size: int, _modified: int) -> VideoInfo:
+    """Looked for once, however many stages have the same videos."""
+    return probe(path)
 
 
 def _listed_clips(data: VideoData) -> Listing:

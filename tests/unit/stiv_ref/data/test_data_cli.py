@@ -109,11 +109,11 @@ def test_options_reach_the_engine(run: Run, videos: Path, tmp_path: Path, monkey
         "--clip-captions": tmp_path / "clips.jsonl",
         "--workers": 1,
     }
-    flat = [item for pair in given.items() for item in pair]
+    flat = [item for pair in given.items() for item in pair] + ["--keep-interlaced", "--keep-hdr"]
     assert run("cut", videos, tmp_path / "out", *flat, "--quiet", "--no-pictures")[::2] == (0, "")
     limits = [given[f"--{name}"] for name in ("min-seconds", "max-seconds", "min-side", "max-side")]
     limits += [given[f"--{name}"] for name in ("min-motion", "max-motion", "min-sharpness")]
-    assert list(seen["thresholds"].model_dump().values()) == limits  # type: ignore[attr-defined]
+    assert list(seen["thresholds"].model_dump().values()) == [*limits, True, True]  # type: ignore[attr-defined]
     assert list(seen["settings"].model_dump().values()) == ["content", 20.0, 0.4]  # type: ignore[attr-defined]
     assert (seen["captions"], seen["workers"]) == (tmp_path / "captions.jsonl", 1)
     assert seen["clip_captions"] == tmp_path / "clips.jsonl"

@@ -1,7 +1,8 @@
 """Decoding: exact frames by number in any container, and one clear error for whatever is broken."""
 
 import re
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stiv_deploy.stiv_ref.data.decode import VideoInfo, frames_of, list_videos, probe, read_frames
+from stiv_deploy.stiv_ref.data.decode import VideoInfo, frames_of, key_frames, probe, read_frames
 from stiv_deploy.stiv_ref.errors import VideoError
 
 WriteVideo = Callable[..., Path]
@@ -39,6 +40,11 @@ LOSSY: dict[str, dict[str, Any]] = {
     "mpeg2.mpg": {"codec": "mpeg2video", "pix_fmt": "yuv420p", "options": {"g": "12", "bf": "2"}},
     "mpeg4.avi": {"codec": "mpeg4", "pix_fmt": "yuv420p", "options": {"bf": "2"}},
     "vp9.webm": {"codec": "libvpx-vp9", "pix_fmt": "yuv420p", "options": {"g": "12"}},
+    "wmv2.wmv": {"codec": "wmv2", "pix_fmt": "yuv420p", "options": {"g": "12"}},
+    "x264.flv": {"codec": "libx264", "pix_fmt": "yuv420p", "options": {"g": "12"}},
+    "x264.m2ts": {"codec": "libx264", "pix_fmt": "yuv420p", "options": {"g": "12"}},
+    "x264.mts": {"codec": "libx264", "pix_fmt": "yuv420p", "options": {"g": "12"}},
+    "x264.3gp": {"codec": "libx264", "pix_fmt": "yuv420p", "options": {"g": "12"}},
     "vp8.webm": {"codec": "libvpx", "pix_fmt": "yuv420p", "options": {"g": "12"}},
     "one_key.gif": {"codec": "gif", "pix_fmt": "rgb8", "options": {}},
 }
@@ -107,6 +113,99 @@ def test_rotated_video_comes_upright(write_video: WriteVideo, rotation: int, tur
     path = write_video("phone.mp4", images, rotation=rotation)
     assert np.array_equal(read_frames(path, 0, 4), np.rot90(images, turns, axes=(1, 2)))
     assert (probe(path).width, probe(path).height) == ((40, 16) if turns == 2 else (16, 40))
+
+
+ONE = 65536
+MATRICES = [(a, b, 0, 0, d) for a in (ONE, -ONE) for b, d in ((0, ONE), (0, -ONE))] + [
+    (0, b, 0, c, 0) for b in (ONE, -ONE) for c in (ONE, -ONE)
+]
+"""a, b, -, c and d of all turns and mirrorings."""
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_a_display_matrix_turns_and_mirrors(write_video: WriteVideo, matrix: tuple[int, ...]) -> None:
+    """Every pixel (x, y) lands at (a x + c y, b x + d y), moved to where no coordinate is negative."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), dtype=np.uint8)
+    path = write_video("turned.mp4", images, matrix=[*matrix, 0, 0, 0, 2**30])
+    a, b, _, c, d = (each // ONE for each in matrix)
+    y, x = np.mgrid[:16, :24]
+    right, down = a * x + c * y, b * x + d * y
+    right, down = right - right.min(), down - down.min()
+    wanted = np.zeros((2, down.max() + 1, right.max() + 1, 3), np.uint8)
+    wanted[:, down, right] = images
+    assert np.array_equal(read_frames(path, 0, 2), wanted)
+    assert (probe(path).height, probe(path).width) == wanted.shape[1:3]
+
+
+def boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Type and content of the boxes of an MP4 file, one after another."""
+    while data:
+        size, kind = struct.unpack(">I4s", data[:8])
+        yield kind, data[8:size]
+        data = data[size:]
+
+
+def with_edits(path: Path, edits: Sequence[tuple[int | None, int]]) -> Path:
+    """Give an MP4 file whose movie box is the last an edit list: of each part its first frame (or None) and frames."""
+
+    def box(kind: bytes, content: bytes) -> bytes:
+        if kind == b"elst":
+            (begin,) = struct.unpack(">i", content[12:16])  # of frame 0; the others follow every 512 ticks
+            starts = [-1 if start is None else begin + start * 512 for start, _ in edits]
+            rows = (struct.pack(">IiI", part[1] * 40, at, ONE) for at, part in zip(starts, edits, strict=True))
+            content = bytes(4) + struct.pack(">I", len(edits)) + b"".join(rows)
+        elif kind in (b"moov", b"trak", b"edts"):
+            content = b"".join(box(*each) for each in boxes(content))
+        return struct.pack(">I4s", 8 + len(content), kind) + content
+
+    path.write_bytes(b"".join(box(*each) for each in boxes(path.read_bytes())))
+    return path
+
+
+EDITS: dict[str, tuple[list[tuple[int | None, int]], list[int]]] = {
+    "cut inside the first group": ([(3, 47)], [*range(3, 50)]),
+    "cut inside the third group": ([(29, 21)], [*range(29, 50)]),
+    "cut at a key frame": ([(24, 26)], [*range(24, 50)]),
+    "cut at both ends": ([(15, 20)], [*range(15, 35)]),
+    "only the end": ([(0, 31)], [*range(31)]),
+    "one frame": ([(17, 1)], [17]),
+    "a pause before": ([(None, 5), (0, 50)], [*range(50)]),
+    "a part left out": ([(2, 10), (30, 15)], [*range(2, 12), *range(30, 45)]),
+    "parts in another order": ([(30, 15), (2, 10)], [*range(30, 45), *range(2, 12)]),
+}
+
+
+@pytest.mark.parametrize("edits", EDITS)
+@pytest.mark.parametrize("bframes", [0, 2])
+def test_an_edit_list_shows_what_it_says(write_video: WriteVideo, edits: str, bframes: int) -> None:
+    """Every frame that a player shows and none that it does not, as cameras and cutting without encoding leave them."""
+    images = numbered(50)
+    settings = f"keyint=12:scenecut=0:bframes={bframes}:b-adapt=0"
+    path = write_video("cut.mp4", images, options={"qp": "0", "x264-params": settings})
+    rows, shown = EDITS[edits]
+    with_edits(path, rows)
+    wanted = images[shown]
+    assert probe(path).frames == len(shown)
+    assert np.array_equal(np.stack(list(frames_of(path))), wanted)
+    for number in {0, 1 % len(shown), len(shown) // 2, len(shown) - 1}:
+        assert np.array_equal(read_frames(path, number, 1)[0], wanted[number]), number
+    assert np.array_equal(read_frames(path, 0, len(wanted[::18]), 18), wanted[::18])
+    assert set(key_frames(path)) <= set(range(len(shown)))
+
+
+def test_an_edit_list_that_shows_nothing(write_video: WriteVideo) -> None:
+    path = with_edits(write_video("cut.mp4", numbered(20)), [(4000, 5)])
+    with pytest.raises(VideoError, match=r"cut\.mp4: "):
+        probe(path)
+
+
+def test_interlaced_and_hdr_are_marked(write_video: WriteVideo) -> None:
+    fields = {"codec": "libx264", "pix_fmt": "yuv420p", "options": {"x264-params": "tff=1"}}
+    plain = write_video("plain.mp4", numbered(4))
+    combed = write_video("combed.mp4", numbered(4), **fields)
+    pq, hlg = (write_video(f"{transfer}.mp4", numbered(4), transfer=transfer) for transfer in (16, 18))
+    marks = [(probe(path).interlaced, probe(path).hdr) for path in (plain, combed, pq, hlg)]
+    assert marks == [(False, False), (True, False), (False, True), (False, True)]
 
 
 def test_short_side_shrinks_and_never_enlarges(write_video: WriteVideo) -> None:
@@ -229,18 +328,6 @@ def test_names_with_colons_are_files(write_video: WriteVideo, monkeypatch: pytes
 def test_a_changed_file_is_looked_at_again(write_video: WriteVideo) -> None:
     assert probe(write_video("clip.mp4", numbered(10))).frames == 10
     assert probe(write_video("clip.mp4", numbered(12))).frames == 12
-
-
-def test_list_videos(tmp_path: Path) -> None:
-    for name in ("b.mp4", "a/c.MKV", "a/notes.txt", ".hidden/d.mp4", "a/._c.mkv"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert list_videos(tmp_path) == ["a/c.MKV", "b.mp4"]
-    with pytest.raises(VideoError, match="no such folder"):
-        list_videos(tmp_path / "nowhere")
-    (tmp_path / "none").mkdir()
-    with pytest.raises(VideoError, match="no videos in this folder; wanted are .avi, .gif"):
-        list_videos(tmp_path / "none")
 
 
 FACTS = {

@@ -151,6 +151,13 @@ def test_all_reasons_are_given() -> None:
     assert Thresholds().reasons(clip(motion=0, sharpness=0)) == ()
 
 
+@pytest.mark.parametrize(("mark", "reason"), [("interlaced", "interlaced"), ("hdr", "HDR")])
+def test_marked_clips_are_kept_only_if_that_is_said(mark: str, reason: str) -> None:
+    assert Thresholds().reasons(clip(**{mark: True})) == (reason,)
+    assert Thresholds(min_seconds=3).reasons(clip(**{mark: True})) == (reason, "too short")
+    assert Thresholds.model_validate({f"keep_{mark}": True}).reasons(clip(**{mark: True})) == ()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

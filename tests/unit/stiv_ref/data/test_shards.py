@@ -142,6 +142,18 @@ def test_shards_of_others_are_looked_into(folder: Path, tmp_path: Path, caption:
     assert clip.read(2, 3, 4)[:, 0, 0, 0].tolist() == [2, 6, 10]
 
 
+def test_interlaced_videos_in_shards_of_others_are_left_out(tmp_path: Path, write_video: WriteVideo) -> None:
+    import webdataset
+
+    combed = {"codec": "libx264", "pix_fmt": "yuv420p", "options": {"x264-params": "tff=1"}}
+    path = write_video("a.mp4", np.zeros((4, 16, 16, 3), np.uint8), **combed)
+    with webdataset.TarWriter(str(tmp_path / "theirs.tar")) as tar:
+        tar.write({"__key__": "a", "mp4": path.read_bytes(), "txt": "a clip"})
+    listing = list_video_shards("theirs", [tmp_path / "theirs.tar"])
+    assert (listing.clips, listing.broken, listing.total) == ([], {}, 1)
+    assert listing.left_out["theirs.tar/a"].startswith("is interlaced; deinterlace it")
+
+
 def test_names_are_split_as_the_library_splits_them() -> None:
     from webdataset.tariterators import base_plus_ext
 

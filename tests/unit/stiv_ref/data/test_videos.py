@@ -364,3 +364,29 @@ def test_real_clips(real_clips: dict[str, Path], tmp_path: Path) -> None:
             found = error.argmin(1)
             assert error.min(1).max() <= 2
             assert set(np.diff(found)) == {micro[4]}
+
+
+def test_interlaced_hdr_and_other_files_are_left_out_and_named(folder: Path, write_video: WriteVideo) -> None:
+    combed = {"codec": "libx264", "pix_fmt": "yuv420p", "options": {"x264-params": "tff=1"}}
+    write_video("clips/combed.mp4", coded(20, 16, 24), **combed)
+    write_video("clips/bright.mp4", coded(20, 16, 24), transfer=18)
+    for name in ("combed", "bright"):
+        (folder / f"{name}.txt").write_text("a clip")
+    (folder / "sound.wav").touch()
+    listing = list_videos_of(VideoData(kind="videos", path=folder))
+    assert (len(listing.clips), listing.total, listing.broken) == (5, 7, {})
+    source = open_folder(folder)
+    assert source.broken() == [
+        "*.wav: 1 left out, as no video is called so (sound.wav)",
+        "bright.mp4: is HDR; convert it to SDR, or index it with: stiv data cut --keep-hdr",
+        "combed.mp4: is interlaced; deinterlace it, or index it with: stiv data cut --keep-interlaced",
+    ]
+    assert {batch.names[0].partition(".")[0] for batch in take(source, range(6), [range(1)])} <= set("01234")
+
+
+def test_old_containers_train(write_video: WriteVideo) -> None:
+    path = write_video("old/a.wmv", coded(12, 16, 32), codec="wmv2", pix_fmt="yuv420p", options={"g": "6"})
+    path.with_suffix(".txt").write_text("a clip")
+    (batch,) = take(open_folder(path.parent, batch=2), range(1))
+    assert batch.video is not None
+    assert batch.video.shape == (2, 4, 3, 16, 16)
