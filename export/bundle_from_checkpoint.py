@@ -1,7 +1,6 @@
 """A bundle from a checkpoint: every graph of the contract traced, written, checked, and described in the manifest."""
 
 import json
-import os
 import platform
 import shutil
 import time
@@ -22,7 +21,7 @@ from stiv_deploy.runtime.bundle.bundle import file_record, manifest_text
 from stiv_deploy.runtime.bundle.contract import Frozen, ModelFacts
 from stiv_deploy.runtime.bundle.manifest import MANIFEST, Bucket, FileRecord, Manifest, Range, SamplingDefaults
 from stiv_deploy.runtime.errors import OutputError
-from stiv_deploy.runtime.files import replaced_folder
+from stiv_deploy.runtime.files import check_apart, check_folder, replaced_folder
 from stiv_deploy.runtime.plugins.spec import HEAD_DIMS, MAX_FRAMES
 from stiv_deploy.runtime.progress import Progress, unheard
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, CheckpointConfig, CheckpointFolder, open_checkpoint
@@ -71,6 +70,7 @@ def export_bundle(request: ExportRequest, progress: Progress = unheard) -> Expor
     """
     started = time.monotonic()
     refuse_bad_target(request.out)
+    check_apart([request.out], [request.checkpoint, request.scales, request.plan])
     opened = open_checkpoint(request.checkpoint)
     buckets = buckets_of(request, opened.config)
     quantization = quantization_of(request, opened)
@@ -134,14 +134,7 @@ def quantization_of(request: ExportRequest, checkpoint: CheckpointFolder) -> Qua
 
 def refuse_bad_target(out: Path) -> None:
     """Raise :class:`OutputError` if ``out`` is something that a bundle must not replace."""
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out}: this is a file; a bundle is a folder, choose another --out")
-    target = out.resolve()
-    ancestor = next(folder for folder in target.parents if folder.exists())  # the bundle is renamed into its parent
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-        raise OutputError(
-            f"{out}: cannot be written, {ancestor} is not a folder that takes files; choose another --out"
-        )
+    check_folder(out, "choose another --out")
     if out.is_dir() and any(out.iterdir()) and not _is_bundle(out):
         raise OutputError(f"{out}: this folder is not a bundle and is not empty; choose another --out or remove it")
 

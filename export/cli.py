@@ -50,7 +50,7 @@ def export(
 
     Sizes are ranges: what requests may ask for, and what engines are tuned for.
     """
-    check_json(json)
+    check_json(json, checkpoint, scales, plan)
     sizes = {"batch": batch, "frames": frames, "height": height, "width": width}
     request = request_of(
         checkpoint,

@@ -5,12 +5,13 @@ at suffixes), until it is complete and renamed. Only the standard library is imp
 this file.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,11 +94,17 @@ def draft(target: Path) -> Iterator[Path]:
 def replaced_file(target: Path, remedy: str = "") -> Iterator[Path]:
     """Yield a path for a new file, which becomes ``target`` if the block succeeds, and vanishes on any failure.
 
-    An ``OSError`` becomes an :class:`OutputError`, which ends with ``remedy``.
+    A link stays and what it names is replaced; an old file's mode stays. An ``OSError`` becomes an
+    :class:`OutputError`, which ends with ``remedy``.
     """
-    with _told(target, remedy), draft(target) as temporary:
-        yield temporary
-        temporary.replace(target)
+    with _told(target, remedy):
+        place = _place(target)
+        with draft(place) as temporary:
+            yield temporary
+            if place.exists():
+                _refuse_device(target, place, remedy)
+                shutil.copymode(place, temporary)
+            temporary.replace(place)
 
 
 @contextmanager
@@ -107,7 +114,7 @@ def replaced_folder(target: Path, remedy: str = "") -> Iterator[Path]:
     Its parents are made. The old folder ``target`` goes when the new one has its place, as does what a killed process
     left. Errors as of :func:`replaced_file`.
     """
-    place = target.resolve()
+    place = _place(target)
     hidden = place.with_name(f".{_shortened(place.name)}.partial")
     with _told(target, remedy):
         shutil.rmtree(hidden, ignore_errors=True)
@@ -139,7 +146,7 @@ def _told(target: Path, remedy: str) -> Iterator[None]:
         yield
     except OSError as error:
         advice = f"; {remedy}" if remedy else ""
-        raise OutputError(f"{target}: cannot be written ({error.strerror or error}){advice}") from None
+        raise OutputError(f"{one_line(str(target))}: cannot be written ({error.strerror or error}){advice}") from None
 
 
 def write_text(target: Path, text: str, remedy: str = "") -> None:
@@ -148,3 +155,74 @@ def write_text(target: Path, text: str, remedy: str = "") -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def check_file(target: Path, remedy: str = "choose another name") -> None:
+    """Prove, before anything expensive, that the file ``target`` can be written: :class:`OutputError` if not.
+
+    It names a file in a folder that exists and takes files, and what stands there, links followed, is a file too.
+    """
+    with _told(target, remedy):
+        place = _place(target)
+        if place.is_dir():
+            raise OutputError(f"{target}: cannot be written, it is a folder; {remedy}")
+        if not place.parent.is_dir():
+            raise OutputError(f"{target}: cannot be written, the folder {target.parent} does not exist; make it first")
+        _refuse_device(target, place, remedy)
+        _try(target, place.parent, remedy)
+
+
+def check_folder(target: Path, remedy: str = "choose another folder") -> None:
+    """Prove, before anything expensive, that a new folder can take the place ``target``: :class:`OutputError` if not.
+
+    Its parents may be missing. The folder that the process is in, one above it, and a mounted one keep their places.
+    """
+    with _told(target, remedy):
+        place = _place(target)
+        if Path.cwd().is_relative_to(place):
+            raise OutputError(f"{target}: is the folder that you are in, or above it; {remedy}")
+        if place.exists() and not place.is_dir():
+            raise OutputError(f"{target}: this is a file and a folder is wanted; {remedy}")
+        if place.is_mount():
+            raise OutputError(f"{target}: is a mounted folder, which cannot be replaced; name a folder in it")
+        _try(target, next(folder for folder in place.parents if folder.exists()), remedy)
+
+
+def make_folder(target: Path, remedy: str = "choose another folder") -> None:
+    """Make ``target`` and its parents if need be, and prove that it takes files: :class:`OutputError` if not."""
+    with _told(target, remedy):
+        target.mkdir(parents=True, exist_ok=True)
+        _try(target, target, remedy)
+
+
+def check_apart(outputs: Iterable[Path | None], inputs: Iterable[Path | None]) -> None:
+    """:class:`OutputError` if writing one of ``outputs`` would replace one of ``inputs``, or a folder that holds it."""
+    read = {each: _place(each) for each in inputs if each is not None}
+    for target in outputs:
+        for given, place in read.items() if target is not None else ():
+            if target is not None and place.is_relative_to(_place(target)):
+                raise OutputError(f"{target}: would replace {given}, which is read; choose another name")
+
+
+def _try(target: Path, folder: Path, remedy: str) -> None:
+    """:class:`OutputError` if ``folder`` takes no files; only trying also knows read-only mounts, and root."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = f"the folder {folder} takes no files ({error.strerror})"
+        raise OutputError(f"{target}: cannot be written, {reason}; {remedy}") from None
+
+
+def _place(target: Path) -> Path:
+    """Where ``target`` lies, all links followed; ``OSError`` if no file can be called so."""
+    try:
+        return target.resolve()
+    except (RuntimeError, ValueError) as error:  # links in a circle, a NUL
+        raise OSError(errno.EINVAL, one_line(str(error), 200)) from None
+
+
+def _refuse_device(target: Path, place: Path, remedy: str) -> None:
+    """:class:`OutputError` if a device or a pipe stands at ``place``: a file must not replace it."""
+    if place.exists() and not (place.is_file() or place.is_dir()):
+        raise OutputError(f"{target}: cannot be written, it is a device or a pipe; {remedy}")

@@ -42,14 +42,15 @@ def audit(
     Each distinct graph is built in a builder process of its own, without a GPU; nothing is written into the bundle.
     """
     from stiv_deploy.export.audit.audit import DEFAULT_SMS, AuditRequest, audit_bundle
+    from stiv_deploy.runtime.bundle.manifest import MANIFEST
     from stiv_deploy.runtime.tensorrt_library import parse_flavour
 
-    check_json(json)
+    check_json(json, bundle / MANIFEST, log)
     request = AuditRequest(
         bundle=bundle,
         backend=parse_flavour(backend),
-        sms=tuple(map(sm_name, listed(sm))) or DEFAULT_SMS,
-        graphs=listed(graphs),
+        sms=tuple(map(sm_name, listed(sm, "--sm"))) or DEFAULT_SMS,
+        graphs=listed(graphs, "--graphs"),
         log=log,
         jobs=jobs,
     )

@@ -80,9 +80,12 @@ def demo(
 
     from stiv_deploy.export.demo.quantized import LEGEND, quantized_stages
     from stiv_deploy.export.demo.shared import Demo, finish, report_lines, write_first_frame
+    from stiv_deploy.runtime.files import make_folder
+    from stiv_deploy.stiv_ref.checkpoint import open_checkpoint
 
     folder = out or Path("out/demo" if chosen is None else f"out/demo-{chosen}")
-    folder.mkdir(parents=True, exist_ok=True)
+    open_checkpoint(checkpoint)
+    make_folder(folder, "choose another --out")
     run = Demo(folder, checkpoint, Console())
     write_first_frame(folder)
     run.run(plain_stages(run, sm) if chosen is None else quantized_stages(run, sm, chosen))

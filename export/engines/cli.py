@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, progress_bar, table
+from stiv_deploy.runtime.errors import RequestError
 
 if TYPE_CHECKING:
     from stiv_deploy.export.engines.build import BuildReport
@@ -13,10 +14,16 @@ if TYPE_CHECKING:
 MIB = 2**20
 
 
-def listed(values: list[str] | None) -> tuple[str, ...]:
-    """Options given repeatedly or as comma-separated lists, as one tuple without repeats."""
-    names = [name.strip() for value in values or [] for name in value.split(",")]
-    return tuple(dict.fromkeys(name for name in names if name))
+def listed(values: list[str] | None, option: str) -> tuple[str, ...]:
+    """``option``, given repeatedly or as comma-separated lists, as one tuple without repeats; empty if not given.
+
+    Raises :class:`RequestError` if it is given and names nothing, which must not mean all.
+    """
+    given = ",".join(values or [])
+    names = tuple(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
+    if values and not names:
+        raise RequestError(f"{option} {given!r}: names nothing; give names with commas between, or leave it out")
+    return names
 
 
 def sm_name(text: str) -> str:
@@ -85,15 +92,16 @@ def build(
     """
     from stiv_deploy.export.engines.build import BuildRequest, build_engines
     from stiv_deploy.export.engines.plan_cache import default_cache
+    from stiv_deploy.runtime.bundle.manifest import MANIFEST
     from stiv_deploy.runtime.tensorrt_library import parse_flavour
 
-    check_json(json)
+    check_json(json, bundle / MANIFEST)
     request = BuildRequest(
         bundle=bundle,
         backend=parse_flavour(backend),
         sm=sm_name(sm),
-        buckets=listed(bucket),
-        graphs=listed(graphs),
+        buckets=listed(bucket, "--bucket"),
+        graphs=listed(graphs, "--graphs"),
         jobs=jobs,
         cache=cache or default_cache(),
         rebuild=rebuild,

@@ -19,9 +19,12 @@ from stiv_deploy.runtime.files import sha256, write_text
 
 
 def default_cache() -> Path:
-    """``$XDG_CACHE_HOME/stiv-deploy``, by default ``~/.cache/stiv-deploy``."""
+    """``$XDG_CACHE_HOME/stiv-deploy``, by default ``~/.cache/stiv-deploy``; :class:`OutputError` without a home."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "stiv-deploy"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "stiv-deploy"
+    except RuntimeError:
+        raise OutputError("there is no home folder for the plan cache; give --cache DIR, or set HOME") from None
 
 
 def plan_key(**parts: Any) -> str:

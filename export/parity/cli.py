@@ -39,8 +39,9 @@ def parity(
     """
     from stiv_deploy.export.parity.files import report_json
     from stiv_deploy.export.parity.stage import ParityRequest, run_parity
+    from stiv_deploy.runtime.bundle.manifest import MANIFEST
 
-    check_json(json)
+    check_json(json, bundle / MANIFEST, checkpoint, scales)
     request = ParityRequest(
         bundle=bundle,
         checkpoint=checkpoint,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from stiv_deploy.runtime.command.generation import check_report, requests_from_options
+from stiv_deploy.runtime.command.generation import check_places, requests_from_options
 from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, progress_bar, table
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def generate(
         device=device,
         threads=threads,
     )
-    check_report(json, check_output(out, asked.count))
+    check_places(context.params, check_output(out, asked.count))
     with progress_bar("step") as progress:
         report = make_clips(asked, progress)
     for other in made_with - {report.output.bundle}:
@@ -149,9 +149,10 @@ def inspect(
     """
     from rich.console import Console
 
+    from stiv_deploy.runtime.bundle.manifest import MANIFEST
     from stiv_deploy.runtime.command.inspection import BundleReport, OnnxReport, inspect_path
 
-    check_json(json)
+    check_json(json, path, path / MANIFEST)
     report = inspect_path(path)
 
     def show() -> None:

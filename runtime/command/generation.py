@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stiv_deploy.runtime.errors import OutputError, RequestError
+from stiv_deploy.runtime.files import check_apart
 
 if TYPE_CHECKING:
     from stiv_deploy.runtime.pipeline.records import Recorded
@@ -99,7 +100,15 @@ def parse_frames(image: Path | None, frames: Sequence[str]) -> dict[int, Path]:
     return given
 
 
-def check_report(report: Path | None, clips: Sequence[Path]) -> None:
-    """:class:`OutputError` if the file of ``--json`` is one of ``clips``."""
+def check_places(options: Mapping[str, Any], clips: Sequence[Path]) -> None:
+    """:class:`OutputError` if ``clips`` or the file of ``--json`` stand where they would replace what is read.
+
+    The file of ``--json`` is no clip either.
+    """
+    from stiv_deploy.runtime.bundle.manifest import MANIFEST
+
+    report = options["json"]
     if report is not None and report.absolute() in [clip.absolute() for clip in clips]:
         raise OutputError(f"{report}: named by both --out and --json; choose two names")
+    pictures = parse_frames(options["image"], options["frame"] or []).values()
+    check_apart([*clips, report], [*pictures, options["request"], options["bundle"] / MANIFEST])

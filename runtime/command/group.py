@@ -1,5 +1,6 @@
 """The group of commands behind ``stiv``: found by entry points, and only the one that runs is imported."""
 
+import errno
 import sys
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points, version
@@ -14,6 +15,8 @@ from stiv_deploy.runtime.command.terminal import Command
 from stiv_deploy.runtime.errors import raise_interrupt
 
 GROUP = "stiv_deploy.commands"
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""Errors of writing that are never a fault of ours, wherever they come from."""
 LISTING = "stiv_deploy.listing"
 """Key of a context that asks for names and words of commands only."""
 WORKFLOW = (
@@ -152,11 +155,20 @@ def run(arguments: list[str]) -> Any:
     return typer.main.get_command(app).main(arguments or ["--help"], prog_name="stiv", standalone_mode=False)
 
 
+def _remedy(error: Exception) -> str | None:
+    """What to say of an error that is the machine's: a library that is missing, a disk that is full."""
+    if isinstance(error, ModuleNotFoundError):
+        return _needs(error)
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return f"{error.filename or 'the output'}: cannot be written ({error.strerror}); make room, or choose another"
+    return None
+
+
 def told(error: Exception) -> int:
     """Say in one line what the user did wrong, and return the exit code; a fault of ours is raised again."""
     code = getattr(error, "exit_code", None)
-    needs = _needs(error) if isinstance(error, ModuleNotFoundError) else None
-    if not isinstance(code, int) and needs is None:
+    remedy = _remedy(error)
+    if not isinstance(code, int) and remedy is None:
         raise error
-    sys.stderr.write(f"error: {needs or _message(error)}\n")
+    sys.stderr.write(f"error: {remedy or _message(error)}\n")
     return code if isinstance(code, int) else 2

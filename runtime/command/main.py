@@ -1,5 +1,6 @@
 """The start of ``stiv``; all else is imported inside ``main``, so that Ctrl-C is one word from the first moment."""
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -27,6 +28,20 @@ def _run() -> int:
     return result if isinstance(result, int) else 0
 
 
+def _printed(code: int) -> int:
+    """``code``, once standard output has taken all that was printed; 2 if it does not, with a line that says so."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again when it ends
+        if isinstance(error, BrokenPipeError):  # a reader that has seen enough, such as head
+            return code or 1
+        if code == 0:  # else there was a line
+            sys.stderr.write(f"error: standard output cannot be written ({error.strerror})\n")
+        return code or 2
+    return code
+
+
 def main() -> int:
     """Run ``stiv`` with the process's arguments and return its exit code.
 
@@ -35,7 +50,7 @@ def main() -> int:
     """
     try:
         signal.signal(signal.SIGTERM, _interrupt)
-        return _run()
+        return _printed(_run())
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return INTERRUPTED

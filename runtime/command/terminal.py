@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from stiv_deploy.runtime.errors import OutputError
-from stiv_deploy.runtime.files import write_text
+from stiv_deploy.runtime.files import check_apart, check_file, write_text
 from stiv_deploy.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -77,12 +76,15 @@ def table(
     return made
 
 
-def check_json(target: Path | None) -> None:
-    """:class:`OutputError` if ``--json`` names what cannot become a file."""
+def check_json(target: Path | None, *inputs: Path | None) -> None:
+    """Raise :class:`~stiv_deploy.runtime.errors.OutputError` if ``--json`` names what cannot become a file.
+
+    Nor may it replace one of ``inputs``.
+    """
     if target is None or target == STDOUT:
         return
-    if target.is_dir() or not target.absolute().parent.is_dir():
-        raise OutputError(f"{target}: cannot be written; name a file in a folder that exists")
+    check_file(target, "name a file in a folder that exists")
+    check_apart([target], inputs)
 
 
 def answer(target: Path | None, report: Callable[[], str], show: Callable[[], None]) -> None:

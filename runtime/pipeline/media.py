@@ -1,6 +1,5 @@
 """Clips out, by file extension, whole or not at all; and the comment that each carries."""
 
-import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -11,7 +10,7 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from stiv_deploy.runtime.errors import OutputError, RequestError
-from stiv_deploy.runtime.files import replaced_file, replaced_folder
+from stiv_deploy.runtime.files import check_file, check_folder, replaced_file, replaced_folder
 from stiv_deploy.runtime.pipeline.animations import write_gif, write_webp
 from stiv_deploy.runtime.pipeline.limits import bounded
 
@@ -50,30 +49,25 @@ def check_output(path: str | Path, count: int = 1) -> list[Path]:
     path = Path(path)
     if path.suffix.lower() not in EXTENSIONS:
         raise OutputError(f"{path}: cannot write {path.suffix!r}; choose {SUPPORTED}")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path}: the folder {path.parent} does not exist; make it first")
+    if path.name.lower() in EXTENSIONS:
+        raise OutputError(f"{path}: names no file; choose a name such as clip{path.name or '.mp4'}")
     targets = numbered(path, count)
     for target in targets:
-        _check_replaceable(target)
-    try:
-        # Trying is the only test that also knows read-only mounts and root.
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"{path}: the folder {path.parent} is not writable ({error.strerror}); choose another"
-        ) from None
+        _check_file(target) if target.suffix else _check_folder(target)
     return targets
 
 
-def _check_replaceable(target: Path) -> None:
-    if target.suffix and target.is_dir():
+def _check_file(target: Path) -> None:
+    if target.is_dir():
         raise OutputError(f"{target}: is a folder; choose a name without {target.suffix!r} to get a folder of frames")
-    if target.suffix or not target.exists():
-        return
-    if not target.is_dir():
-        raise OutputError(f"{target}: is a file; choose another name for the folder of frames")
-    if any(target.iterdir()):
+    check_file(target, "choose another name")
+
+
+def _check_folder(target: Path) -> None:
+    check_folder(target, "choose another name for the folder of frames")
+    if not target.parent.is_dir():
+        raise OutputError(f"{target}: the folder {target.parent} does not exist; make it first")
+    if target.exists() and any(target.iterdir()):
         raise OutputError(f"{target}: the folder is not empty; choose another name or empty it")
 
 
@@ -170,6 +164,8 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str | None) 
             for frame in frames:
                 container.mux(stream.encode(_bt709(frame)))
             container.mux(stream.encode())
+    except OSError as error:  # PyAV's own name the unfinished file
+        raise OSError(error.errno, error.strerror) from None
     except (av.FFmpegError, ValueError) as error:
         raise OutputError(f"{path.name}: the video cannot be encoded ({error}); see 'stiv doctor'") from None
 

@@ -97,10 +97,22 @@ class TestBadInput:
             export_bundle(ExportRequest(checkpoint=micro_path, out=tmp_path))
         assert leftovers(tmp_path) == [MANIFEST, "thesis.tex"]
 
-    def test_out_is_not_writable(self, micro_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(bundle_from_checkpoint.os, "access", lambda path, mode: path != tmp_path)
-        with pytest.raises(OutputError, match="cannot be written"):
-            export_bundle(ExportRequest(checkpoint=micro_path, out=tmp_path / "deep" / "bundle"))
+    @pytest.mark.parametrize("out", ["", ".", "..", "/", "/proc/bundle"])
+    def test_out_is_no_place_for_a_bundle(
+        self, micro_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+    ) -> None:
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        with pytest.raises(OutputError, match="choose another --out"):
+            export_bundle(ExportRequest(checkpoint=micro_path, out=Path(out)))
+        assert leftovers(tmp_path) == ["here"]
+
+    def test_out_would_replace_what_is_read(self, micro_path: Path, tmp_path: Path) -> None:
+        (tmp_path / MANIFEST).write_text('{"format": "stiv-bundle"}')
+        shutil.copytree(micro_path, tmp_path / "checkpoint")
+        with pytest.raises(OutputError, match="would replace .*checkpoint, which is read"):
+            export_bundle(ExportRequest(checkpoint=tmp_path / "checkpoint", out=tmp_path))
+        assert (tmp_path / "checkpoint").is_dir()
 
     @pytest.mark.parametrize(
         ("ranges", "message"),

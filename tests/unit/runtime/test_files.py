@@ -1,12 +1,25 @@
 """Whole files and folders of the runtime: one-line errors and drafts; the rest is tested for both sides at once, in
 tests/unit/stiv_ref/test_files.py."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from stiv_deploy.runtime.errors import OutputError, StivError, briefly, few, one_line
-from stiv_deploy.runtime.files import MIB, draft, read_json, read_text, replaced_file, replaced_folder, write_text
+from stiv_deploy.runtime.files import (
+    MIB,
+    check_apart,
+    check_file,
+    check_folder,
+    draft,
+    make_folder,
+    read_json,
+    read_text,
+    replaced_file,
+    replaced_folder,
+    write_text,
+)
 
 
 @pytest.mark.parametrize("replaced", [replaced_file, replaced_folder])
@@ -104,3 +117,105 @@ def test_what_was_given_is_said_briefly() -> None:
 def test_few_of_many_names() -> None:
     assert few(["a", "b", "c"]) == "a, b, c"
     assert few([str(number) for number in range(1000)]) == "0, 1, 2 and 997 more"
+
+
+def test_a_file_behind_a_link_is_replaced_where_it_lies_and_keeps_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    real, link = tmp_path / "disk" / "real", tmp_path / "link"
+    link.symlink_to(real)
+    for text in ("made through a link that led nowhere", "replaced"):
+        write_text(link, text)
+        assert link.is_symlink()
+        assert real.read_text() == text
+    real.chmod(0o640)
+    write_text(link, "private")
+    assert real.stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "link", "real"]
+
+
+def test_a_pipe_is_never_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for write in (check_file, lambda target: write_text(target, "text")):
+        with pytest.raises(OutputError, match="pipe: cannot be written, it is a device or a pipe"):
+            write(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that the test is in: a file, a full folder, links in a circle."""
+    (tmp_path / "here" / "full").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    Path("full", "inside").touch()
+    Path("file").touch()
+    Path("circle").symlink_to("circle")
+    return tmp_path / "here"
+
+
+FILES = [
+    ("", "is a folder"),
+    (".", "is a folder"),
+    ("/", "is a folder"),
+    ("full", "is a folder"),
+    ("a\0b", "embedded null"),
+    ("circle", "cannot be written"),
+    ("absent/a.json", "the folder absent does not exist; make it first"),
+    ("file/a.json", "does not exist"),
+    ("/proc/a.json", "the folder /proc takes no files"),
+    ("/dev/null", "is a device"),
+    ("a" * 300, "File name too long"),
+]
+FOLDERS = [
+    ("", "is the folder that you are in, or above it; choose another"),
+    (".", "is the folder that you are in, or above it; choose another"),
+    ("..", "is the folder that you are in, or above it; choose another"),
+    ("/", "is the folder that you are in, or above it; choose another"),
+    ("file", "this is a file and a folder is wanted"),
+    ("file/deep/bundle", "the folder .*file takes no files"),
+    ("/proc/deep/bundle", "the folder /proc takes no files"),
+    ("/proc", "is a mounted folder, which cannot be replaced; name a folder in it"),
+    ("a\0b", "embedded null"),
+    ("circle", "cannot be written"),
+    ("a" * 300, "File name too long"),
+]
+
+
+@pytest.mark.usefixtures("places")
+@pytest.mark.parametrize(("name", "words"), FILES, ids=[repr(name)[:20] for name, _ in FILES])
+def test_no_place_for_a_file(name: str, words: str) -> None:
+    with pytest.raises(OutputError, match=words):
+        check_file(Path(name))
+
+
+@pytest.mark.usefixtures("places")
+@pytest.mark.parametrize(("name", "words"), FOLDERS, ids=[repr(name)[:20] for name, _ in FOLDERS])
+def test_no_place_for_a_folder(name: str, words: str) -> None:
+    with pytest.raises(OutputError, match=words):
+        check_folder(Path(name))
+
+
+def test_checks_leave_nothing_and_take_what_is_possible(places: Path) -> None:
+    before = sorted(places.rglob("*"))
+    for name in ("file", "new", "full/new"):
+        check_file(Path(name))
+    for name in ("full", "new", "new/deep"):
+        check_folder(Path(name))
+    assert sorted(places.rglob("*")) == before
+
+
+def test_a_folder_is_made_where_one_can_be(places: Path) -> None:
+    make_folder(Path("a/b"))
+    make_folder(Path())
+    assert list(Path("a/b").iterdir()) == []
+    for name in ("file", "file/a", "/proc/a"):
+        with pytest.raises(OutputError, match=f"{name}: cannot be written"):
+            make_folder(Path(name))
+
+
+def test_what_is_read_is_not_replaced(places: Path) -> None:
+    Path("link").symlink_to("file")
+    check_apart([Path("new"), None], [Path("file"), Path("full"), None])
+    check_apart([Path("full/new")], [Path("full")])
+    for target, given in (("file", "file"), ("link", "file"), ("file", "link"), ("full", "full/inside")):
+        with pytest.raises(OutputError, match=f"{target}: would replace {given}, which is read; choose another"):
+            check_apart([Path("new"), Path(target)], [Path("new2"), Path(given)])

@@ -1,6 +1,7 @@
 """The demos: their stages are what their commands ask for, in order; what stops them, what only fails them."""
 
 import json
+import resource
 import shlex
 import sys
 from collections.abc import Callable
@@ -145,3 +146,40 @@ def test_the_first_frame_is_a_digit_at_the_right_edge(demo: Demo) -> None:
         left, _, right, _ = image.getbbox()
     assert left >= 16
     assert right > 24
+
+
+@pytest.mark.parametrize("out", ["file", "file/deep", "/proc/demo"])
+def test_no_place_for_a_demo(
+    out: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.setattr(sys, "argv", ["stiv", "demo", "--checkpoint", str(checkpoint), "--out", out])
+    assert main() == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"error: {out}: cannot be written" in err
+
+
+def test_a_full_disk_ends_a_demo_in_one_line(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(sys, "argv", ["stiv", "demo", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "demo")])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
+    try:
+        assert main() == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "cannot be written (File too large); make room" in err
+
+
+def test_a_demo_without_a_checkpoint_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "demo"
+    monkeypatch.setattr(sys, "argv", ["stiv", "demo", "--checkpoint", str(tmp_path / "none"), "--out", str(out)])
+    assert main() == 2
+    assert not out.exists()

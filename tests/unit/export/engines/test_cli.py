@@ -108,6 +108,24 @@ def test_missing_file(stiv: Stiv, words_bundle: Path) -> None:
 
 
 def test_lists_of_names() -> None:
-    assert listed(["head, step", "embed", "head"]) == ("head", "step", "embed")
-    assert listed(None) == ()
+    assert listed(["head, step", "embed", "head"], "--graphs") == ("head", "step", "embed")
+    assert listed(None, "--graphs") == ()
     assert [sm_name(text) for text in ("SM89", "sm120", "121", "Portable")] == ["89", "120", "121", "portable"]
+
+
+@pytest.mark.parametrize(("command", "option"), [("build", "--graphs"), ("build", "--bucket"), ("audit", "--sm")])
+@pytest.mark.parametrize("value", [",", "", " , "])
+def test_a_list_that_names_nothing_is_not_all(
+    stiv: Stiv, words_bundle: Path, command: str, option: str, value: str
+) -> None:
+    assert_refused(stiv(command, words_bundle, option, value), f"{option} {value!r}: names nothing")
+
+
+def test_no_home_for_the_cache(stiv: Stiv, words_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(_user: int) -> None:
+        raise KeyError
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert_refused(stiv("build", words_bundle, "--sm", "89"), "no home folder", "--cache DIR")

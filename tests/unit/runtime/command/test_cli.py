@@ -3,11 +3,13 @@
 import inspect
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, version
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -82,6 +84,10 @@ def second() -> None:
     "The second, which refuses."
     raise OutputError("refused")
 
+def quiet() -> None:
+    "Prints, and flushes nothing."
+    print("words")
+
 def stopped() -> None:
     "Imports a module of C that Ctrl-C stops."
     try:
@@ -102,7 +108,18 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "test_only_absent.py").write_text("raise ModuleNotFoundError('No module named onnx', name='onnx')")
     (tmp_path / "test_only_imported.py").write_text("raise SystemError('imported by mistake')")
     monkeypatch.syspath_prepend(tmp_path)
-    names = ("refused", "broken", "interrupted", "cancelled", "failing", "heavy", "buggy", "stopped", "several")
+    names = (
+        "refused",
+        "broken",
+        "interrupted",
+        "cancelled",
+        "failing",
+        "heavy",
+        "buggy",
+        "stopped",
+        "quiet",
+        "several",
+    )
     values = {name: f"test_only_commands:{name}" for name in names} | {"absent": "test_only_absent:absent"}
     points = {name: EntryPoint(name, value, group_module.GROUP) for name, value in values.items()}
     monkeypatch.setattr(group_module, "_commands", lambda: points)
@@ -437,6 +454,15 @@ BAD_REQUESTS = [
     (["--image", "good.png", "--frame", "0=good.png"], "frame 0 is given twice"),
     (["--out", "clip.avi"], "cannot write '.avi'"),
     (["--out", "none/clip.mp4"], "does not exist"),
+    (["--out", ""], ".: names no file; choose a name such as clip.mp4"),
+    (["--out", "."], ".: names no file"),
+    (["--out", "/"], "/: names no file"),
+    (["--out", ".."], "..: is the folder that you are in, or above it"),
+    (["--out", ".mp4"], ".mp4: names no file; choose a name such as clip.mp4"),
+    (["--out", ".GIF", "--count", "2"], ".GIF: names no file"),
+    (["--out", "good.png", "--image", "good.png"], "good.png: would replace good.png, which is read"),
+    (["--out", "link.png", "--frame", "0=good.png"], "link.png: would replace good.png, which is read"),
+    (["--out", "clip.png", "--json", "a.json", "--request", "a.json"], "a.json: would replace a.json, which is read"),
     (["--fps", "0"], "fps must be from 0.01 to 1000.0, got 0.0"),
     (["--stride", "0"], "stride must be from 1 to 65536, got 0"),
     (["--count", "0"], "count must be from 1 to 1000, got 0"),
@@ -460,6 +486,8 @@ def test_bad_request(
     """Each is refused with code 2 and one line, before a graph runs, and writes nothing."""
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     Image.new("RGB", (20, 10)).save(tmp_path / "large.png")
+    (tmp_path / "link.png").symlink_to("good.png")
+    (tmp_path / "a.json").write_text('{"prompt": "digit"}')
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "unknown.json").write_text('{"prompt": "digit", "sed": 1}')
     latents = {"dtype": "float32", "shape": [1, 1, 1], "data": "AAAAAA=="}
@@ -471,6 +499,61 @@ def test_bad_request(
     assert err.startswith("error: ")
     assert message in err
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_report_replaces_no_manifest(run: Run, own_bundle: Path, tmp_path: Path) -> None:
+    report = ("--json", own_bundle / "manifest.json")
+    for command in (("inspect", own_bundle), ("generate", own_bundle, "--prompt", "a", "--out", tmp_path / "a.png")):
+        code, _, err = run(*command, *report)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "manifest.json, which is read" in err
+    assert run("inspect", own_bundle)[0] == 0
+
+
+@contextmanager
+def disk_full() -> Iterator[None]:
+    """No file may be longer than 16 bytes: to a program the same as a disk without room."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.webp", "a.png", "frames"])
+def test_a_full_disk_is_one_line(run: Run, bundle_path: Path, tmp_path: Path, name: str) -> None:
+    with disk_full():
+        code, out, err = run("generate", bundle_path, "--prompt", "digit", "--out", tmp_path / name)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"error: {tmp_path / name}: " in err
+    assert "File too large" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [["--version"], ["--help"], ["quiet"]])
+def test_a_standard_output_that_is_full_is_one_line(
+    commands: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["stiv", *command])
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main() == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "cannot be written (No space left on device)" in err
+
+
+def test_a_reader_that_has_seen_enough_hears_no_complaint(
+    commands: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["stiv", "quiet"])
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main() == 1
+    assert capsys.readouterr().err == ""
 
 
 def test_neither_prompt_nor_request(run: Run, bundle_path: Path, tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ def unwritable(tmp_path: Path) -> Path:
 
 
 def test_check_output_refuses_a_folder_without_permission(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="is not writable"):
+    with pytest.raises(OutputError, match="takes no files"):
         media.check_output(unwritable(tmp_path) / "clip.mp4")
 
 
