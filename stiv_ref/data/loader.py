@@ -2,19 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from stiv_deploy.stiv_ref.data.order import Order
 from stiv_deploy.stiv_ref.data.source import Batch
+from stiv_deploy.stiv_ref.data.workers import load_ahead
 from stiv_deploy.stiv_ref.errors import DataError
 from stiv_deploy.stiv_ref.objective import sample_generator
 from stiv_deploy.stiv_ref.text import TextStates
 
-PREFETCH = 2  # micro-batches that each worker has ready
 NAMED = 3  # broken samples that an error names
 
 Key = tuple[int, int]
@@ -168,23 +168,8 @@ class DatasetSource:
         ]
 
     def _load(self, keys: _Keys) -> Iterator[_Loaded]:
-        loader: DataLoader[Any] = DataLoader(
-            _Items(self.dataset, self.order, self.seed, self.stage),
-            batch_sampler=keys,
-            collate_fn=_collate,
-            num_workers=self.workers,
-            prefetch_factor=PREFETCH if self.workers else None,
-            generator=torch.Generator(),  # it draws a seed for its workers: not from the global generator
-        )
-        try:
-            yield from loader
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(
-                f"{self.dataset.title}: a process that loads data crashed: a file breaks the decoder, or there is too "
-                "little memory; with workers = 0 the crash says more"
-            ) from error
+        items = _Items(self.dataset, self.order, self.seed, self.stage)
+        return load_ahead(items, self.workers, self.dataset.title, collate=_collate, batch_sampler=keys)
 
     def _checked(self, loaded: _Loaded) -> Batch:
         if loaded.faults:

@@ -5,11 +5,13 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import TypeVar
 
 JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
 ErrorT = TypeVar("ErrorT", bound=Exception)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run_jobs(
@@ -49,12 +51,13 @@ def _run_until_crash(
     """Take jobs from ``left`` until it is empty or a process dies; the jobs it then worked on go to ``suspects``."""
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the threads that draw the progress
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=ignore_signals)
     running: dict[Future[ResultT | ErrorT], JobT] = {}
     try:
         while left or running:
             while left and len(running) < workers:
-                running[pool.submit(_attempt, work, left[0], expected)] = left[0]
+                with signals_held():
+                    running[pool.submit(_attempt, work, left[0], expected)] = left[0]
                 left.pop(0)
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 result = future.result()
@@ -63,12 +66,26 @@ def _run_until_crash(
         suspects.extend(running.values())
     except BaseException:
         for child in set(multiprocessing.active_children()) - others:
-            child.terminate()
+            child.kill()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches the whole group of processes: the parent alone decides what it means."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back while processes start: they begin so too, until :func:`ignore_signals`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore_signals(_worker: int = 0) -> None:
+    """Leave Ctrl-C and SIGTERM to the parent: they reach the whole group of processes, and it decides what they mean.
+
+    So a worker that shall end at once must be killed.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -15,16 +15,17 @@ import torch
 from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from stiv_deploy.stiv_ref.checkpoint import AnyTextEncoder, AnyVae, load_text_encoder, load_vae
 from stiv_deploy.stiv_ref.config import read_config
 from stiv_deploy.stiv_ref.data.clips import write_whole
 from stiv_deploy.stiv_ref.data.encoder_hash import encoder_hash, is_checkpoint
 from stiv_deploy.stiv_ref.data.latents import INDEX, TEXT_PARTS, LatentIndex, LatentSettings, SampleFacts
-from stiv_deploy.stiv_ref.data.loader import NAMED, PREFETCH, DamagedSampleError, Sample
+from stiv_deploy.stiv_ref.data.loader import NAMED, DamagedSampleError, Sample
 from stiv_deploy.stiv_ref.data.tars import write_shard
 from stiv_deploy.stiv_ref.data.videos import VideoDataset
+from stiv_deploy.stiv_ref.data.workers import load_ahead
 from stiv_deploy.stiv_ref.errors import DataError
 from stiv_deploy.stiv_ref.objective import sample_generator
 from stiv_deploy.stiv_ref.pretrained.text import load_pretrained_text
@@ -102,6 +103,10 @@ class _Clips(Dataset[Sample | DamagedSampleError]):
             return self.dataset.load(group, number, sample_generator(self.seed, 0, number, draw))
         except DamagedSampleError as error:
             return error
+
+
+def _itself(clip: Sample | DamagedSampleError) -> Sample | DamagedSampleError:
+    return clip
 
 
 def precompute(
@@ -220,14 +225,8 @@ class _Encoder:
         self, clips: _Clips, broken: dict[str, str], workers: int, advance: Callable[[int], None]
     ) -> Iterator[dict[str, bytes]]:
         """The samples of ``clips``; faults go to ``broken``, by the name of the video."""
-        loader = DataLoader(
-            clips,
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=PREFETCH if workers else None,
-            generator=torch.Generator(),
-        )
-        for at, loaded in enumerate(loader):
+        ahead = load_ahead(clips, workers, clips.dataset.title, collate=_itself)
+        for at, loaded in enumerate(ahead):
             if isinstance(loaded, DamagedSampleError):
                 broken[loaded.name] = loaded.fault
             else:

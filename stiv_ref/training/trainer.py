@@ -167,15 +167,19 @@ class Trainer:
         run = self.run
         if run.stage == VAE_STAGE:
             self._train_vae()
+            self._stop_if_wished()
             start_stage(run, 1)
         self._train_stage()
+        self._stop_if_wished()
         while run.stage < len(run.recipe.stages):
             start_stage(run, run.stage + 1)
             self._train_stage()
+            self._stop_if_wished()
         checkpoint = averaged_checkpoint(run)
         if checkpoint is not None:
             save_checkpoint(run.out / CHECKPOINT, checkpoint, torch.float16)
         run.team.barrier()
+        self._stop_if_wished()
         return run.out / CHECKPOINT
 
     def _train_vae(self) -> None:
@@ -216,6 +220,11 @@ class Trainer:
         if stop or run.step % run.recipe.save_every == 0 or run.step == steps:
             save_state(run)
         if stop:
+            raise KeyboardInterrupt
+
+    def _stop_if_wished(self) -> None:
+        """Stop between stages, and at the end: the state that was saved last says all that was done."""
+        if self.run.team.any(self.wish.requested):
             raise KeyboardInterrupt
 
     def _write_broken(self, stage: Stage, source: Source) -> None:

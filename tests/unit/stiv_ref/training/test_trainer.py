@@ -16,12 +16,14 @@ from stiv_deploy.stiv_ref.data.source import Batch
 from stiv_deploy.stiv_ref.errors import CheckpointError, ConfigError, DivergedError
 from stiv_deploy.stiv_ref.recipe import FrozenText, FrozenVae, Recipe
 from stiv_deploy.stiv_ref.training import step as step_module
+from stiv_deploy.stiv_ref.training import trainer as trainer_module
 from stiv_deploy.stiv_ref.training.parallel import Team
 from stiv_deploy.stiv_ref.training.state import read_position
 from stiv_deploy.stiv_ref.training.trainer import TrainReport, TrainRequest, check, check_vae, train
 from stiv_deploy.stiv_ref.training.vae_stage import frames_of
 
-BeforeStep = Callable[[tuple[int, int], Callable[[], None]], None]
+At = tuple[int, int]
+BeforeStep = Callable[[At, Callable[[], None]], None]
 
 
 def trained(recipe: Recipe, out: Path) -> TrainReport:
@@ -48,6 +50,31 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert position(out) == (at[0], at[1] + 1)  # the step that was running is whole
     trained(recipe, out)
     runs.assert_same(out, whole)
+
+
+@pytest.mark.parametrize(
+    ("function", "at"), [("finish_vae", (0, 2)), ("keep_stage", (1, 1)), ("save_checkpoint", (2, 1))]
+)
+def test_a_signal_between_stages_and_at_the_end_is_heard(
+    runs: Any, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, at: At
+) -> None:
+    """While the VAE is measured, a stage's checkpoint written, or the last one: that is finished, then it stops."""
+    short = recipe.model_copy(update={"stages": tuple(s.model_copy(update={"steps": 1}) for s in recipe.stages)})
+    real, calls = getattr(trainer_module, function), []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 1:
+            runs.interrupt()
+        return real(*arguments)
+
+    monkeypatch.setattr(trainer_module, function, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trained(short, tmp_path)
+    assert position(tmp_path) == at
+    assert (tmp_path / "checkpoint").exists() == (function == "save_checkpoint")
+    assert (tmp_path / "stages" / "1-t2i").exists() == (function != "finish_vae")
+    assert trained(short, tmp_path).checkpoint.exists()
 
 
 def test_crashed_and_resumed_equals_uninterrupted(
