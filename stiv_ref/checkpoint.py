@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig, read_config
 from stiv_deploy.stiv_ref.errors import CheckpointError, ConfigError
-from stiv_deploy.stiv_ref.files import replaced_folder, sha256
+from stiv_deploy.stiv_ref.files import is_file, replaced_folder, sha256, told
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.pretrained.text import PretrainedTextConfig, PretrainedTextEncoder, read_text_encoder
 from stiv_deploy.stiv_ref.pretrained.vae import PretrainedVae, PretrainedVaeConfig, read_vae
@@ -148,15 +148,14 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, dtype: torch.dtype = tor
     """Write ``checkpoint`` to the folder ``path``, replacing it; ``dtype`` is the stored type of the weights.
 
     Pretrained components are stored in the type that they came in. Raises :class:`CheckpointError` for weights that are
-    not finite, or not in ``dtype``.
+    not finite, or not in ``dtype``, :class:`~stiv_deploy.stiv_ref.errors.OutputError` if it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replaced_folder(path) as folder:
+    with told(path, "free some space, or choose another place"), replaced_folder(path) as folder:
         text = json.dumps(checkpoint.config.model_dump(mode="json"), indent=2)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
         for name in ("model", "text_encoder", "vae"):
             _save_component(folder, name, getattr(checkpoint, name), dtype)
-        checkpoint.tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer.json").write_text(checkpoint.tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
 def _save_component(folder: Path, name: str, module: nn.Module, dtype: torch.dtype) -> None:
@@ -174,7 +173,7 @@ def open_checkpoint(path: Path) -> CheckpointFolder:
 
 def read_checkpoint_config(path: Path) -> CheckpointConfig:
     """The checked ``config.json`` of a checkpoint folder; raises :class:`CheckpointError` or :class:`ConfigError`."""
-    if not (path / "config.json").is_file():
+    if not is_file(path / "config.json"):
         raise CheckpointError(f"{path}: no checkpoint here (config.json is missing); train one with 'stiv train'")
     config = read_config(CheckpointConfig, path / "config.json")
     if config.model.text_width != config.text.width or config.model.latent_channels != config.vae.latent_channels:

@@ -7,6 +7,10 @@ class StivRefError(ValueError):
     exit_code = 2
 
 
+class OutputError(StivRefError):
+    """A file or folder cannot be written: a full disk, a place that is read-only, or no folder at all."""
+
+
 class ConfigError(StivRefError):
     """A model config or a training recipe is not valid."""
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from stiv_deploy.stiv_ref.errors import OutputError
+
 NAME_LIMIT = 200
 """Bytes of a name that leave room for what a hidden name adds; file systems take 255."""
 
@@ -22,12 +24,29 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_file(path: Path) -> bool:
+    """Whether ``path`` is a file; one whose name no file system takes is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _shortened(name: str) -> str:
     """``name``, or its start and hash where a hidden name around it would be longer than file systems take."""
     raw = os.fsencode(name)
     if len(raw) <= NAME_LIMIT:
         return name
     return f"{raw[: NAME_LIMIT - 17].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:16]}"
+
+
+@contextmanager
+def told(where: Path, remedy: str) -> Iterator[None]:
+    """Turn an ``OSError`` from inside, as of a full disk, into an :class:`OutputError` that names ``where``."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{where}: cannot be written ({error.strerror or error}); {remedy}") from None
 
 
 @contextmanager

@@ -39,6 +39,7 @@ DEPENDENCIES = (
     Dependency("rich", "rich"),
     Dependency("pydantic", "pydantic"),
     Dependency("torch", "torch", ("ref",)),
+    Dependency("filelock", "filelock", ("ref",)),
     Dependency("safetensors", "safetensors", ("ref",)),
     Dependency("sklearn", "scikit-learn", ("ref",)),
     Dependency("matplotlib", "matplotlib", ("ref",)),

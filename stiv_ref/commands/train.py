@@ -13,6 +13,7 @@ import typer
 from stiv_deploy.stiv_ref.commands.terminal import progress_bar
 
 if TYPE_CHECKING:
+    from stiv_deploy.stiv_ref.progress import Progress
     from stiv_deploy.stiv_ref.recipe import Recipe
 
 HEAD_START = 20.0
@@ -65,27 +66,43 @@ def consolidate(
 
 
 def _train(recipe: "Recipe", folder: Path, quiet: bool) -> None:
-    _prepare(folder)
-
     from stiv_deploy.stiv_ref.training import trainer
     from stiv_deploy.stiv_ref.training.state import find_state
 
     first = _rank() == 0
-    if first and (state := find_state(folder)):
-        typer.echo(f"going on from {state}", err=True)
+    state = find_state(folder) if first else None
     try:
         with progress_bar("train", quiet or not first) as progress:
-            report = trainer.train(trainer.TrainRequest(recipe=recipe, out=folder), progress)
+            heard = _announced(f"going on from {state}", progress) if state else progress
+            report = trainer.train(trainer.TrainRequest(recipe=recipe, out=folder), heard)
     except KeyboardInterrupt:
         if first and (state := find_state(folder)):
             typer.echo(f"stopped; the same command goes on from {state}", err=True)
         raise
     if first:
-        from stiv_deploy.stiv_ref.plots import plot_training
+        _show(report.checkpoint, folder)
 
-        curves = folder / "training.png"
+
+def _announced(line: str, progress: "Progress") -> "Progress":
+    """``progress``, with ``line`` before its first news: all checks have passed by then."""
+    left = [line]
+
+    def heard(what: str, done: int, total: int) -> None:
+        if left:
+            typer.echo(left.pop(), err=True)
+        progress(what, done, total)
+
+    return heard
+
+
+def _show(checkpoint: Path, folder: Path) -> None:
+    from stiv_deploy.stiv_ref.files import told
+    from stiv_deploy.stiv_ref.plots import plot_training
+
+    curves = folder / "training.png"
+    with told(curves, "'stiv plot' draws it again"):
         plot_training(folder, curves)
-        typer.echo(f"checkpoint  {report.checkpoint}\ncurves      {curves}\nsamples     {folder / 'samples'}")
+    typer.echo(f"checkpoint  {checkpoint}\ncurves      {curves}\nsamples     {folder / 'samples'}")
 
 
 def _rank() -> int:
@@ -107,14 +124,3 @@ def _first_speaks() -> Iterator[None]:
         if _rank():
             raise typer.Exit(130) from None
         raise
-
-
-def _prepare(folder: Path) -> None:
-    """Make the run's folder and prove that it can be written, before any training; one clear line if not."""
-    from stiv_deploy.stiv_ref.errors import StivRefError
-    from stiv_deploy.stiv_ref.files import make_writable
-
-    try:
-        make_writable(folder)
-    except OSError as error:
-        raise StivRefError(f"{folder}: cannot write the run there ({error.strerror}); choose another --out") from None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stiv_deploy.stiv_ref.checkpoint import AnyVae, finite
 from stiv_deploy.stiv_ref.checkpoint import load_vae as load_checkpoint_vae
-from stiv_deploy.stiv_ref.files import replaced_file
+from stiv_deploy.stiv_ref.files import replaced_file, write_text
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.pretrained.vae import load_pretrained_vae
 from stiv_deploy.stiv_ref.recipe import FrozenVae, Recipe, Stage, TrainedVae
@@ -113,5 +113,4 @@ def new_run(recipe: Recipe, out: Path, team: Team, words: Sequence[str], *, resu
 
 def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     """Keep the words of the run: its data may have others when it is resumed."""
-    with replaced_file(out / TOKENIZER_FILE) as temporary:
-        tokenizer.save(str(temporary))
+    write_text(out / TOKENIZER_FILE, tokenizer.to_str(pretty=True))

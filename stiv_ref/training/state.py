@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from stiv_deploy.stiv_ref.config import FrozenConfig, read_config
 from stiv_deploy.stiv_ref.errors import CheckpointError, DivergedError
+from stiv_deploy.stiv_ref.files import is_file
 from stiv_deploy.stiv_ref.quiet import quiet
 from stiv_deploy.stiv_ref.recipe import Recipe
 from stiv_deploy.stiv_ref.training.parallel import local
@@ -45,7 +46,7 @@ class Position(FrozenConfig):
 
 def find_state(out: Path) -> Path | None:
     """The folder of the newest whole state of the run in ``out``, ``None`` if there is none yet."""
-    return next((out / name for name in (STATE, OLD) if (out / name / POSITION).is_file()), None)
+    return next((out / name for name in (STATE, OLD) if is_file(out / name / POSITION)), None)
 
 
 def check_trained(run: Run) -> None:
@@ -70,21 +71,37 @@ def save_state(run: Run) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
     run.team.barrier()
-    with quiet("torch.distributed.checkpoint"):  # it remarks on a single process
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        save(dict(run.tensors()), storage_writer=writer, no_dist=run.team.world == 1)
+    try:
+        _write_shards(run, partial)
+        run.team.barrier()
+        if run.team.first:
+            _write_position(run, partial)
+            replace_state(run.out)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     run.team.barrier()
-    if run.team.first:
-        position = Position(
-            stage=run.stage,
-            step=run.step,
-            processes=run.team.world,
-            recipe=run.recipe.model_dump(mode="json"),
-            files={file.name: file.stat().st_size for file in sorted(partial.iterdir())},
-        )
-        (partial / POSITION).write_text(json.dumps(position.model_dump(mode="json"), indent=1), encoding="utf-8")
-        replace_state(run.out)
-    run.team.barrier()
+
+
+def _write_shards(run: Run, partial: Path) -> None:
+    """This process's part of the state; ``OSError`` if it cannot be written."""
+    try:
+        with quiet("torch.distributed.checkpoint"):  # it remarks on a single process
+            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            save(dict(run.tensors()), storage_writer=writer, no_dist=run.team.world == 1)
+    except CheckpointException as error:
+        raise OSError(str(next(iter(error.failures.values()))[0])) from None
+
+
+def _write_position(run: Run, partial: Path) -> None:
+    position = Position(
+        stage=run.stage,
+        step=run.step,
+        processes=run.team.world,
+        recipe=run.recipe.model_dump(mode="json"),
+        files={file.name: file.stat().st_size for file in sorted(partial.iterdir())},
+    )
+    (partial / POSITION).write_text(json.dumps(position.model_dump(mode="json"), indent=1), encoding="utf-8")
 
 
 def replace_state(out: Path) -> None:

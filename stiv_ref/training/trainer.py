@@ -19,6 +19,7 @@ from stiv_deploy.stiv_ref.errors import ConfigError
 from stiv_deploy.stiv_ref.files import write_text
 from stiv_deploy.stiv_ref.progress import Progress, unheard
 from stiv_deploy.stiv_ref.recipe import Recipe, Size, Stage, TrainedVae
+from stiv_deploy.stiv_ref.training.folder import BROKEN, CHECKPOINT, run_folder
 from stiv_deploy.stiv_ref.training.interruption import Interruption
 from stiv_deploy.stiv_ref.training.log import Log
 from stiv_deploy.stiv_ref.training.parallel import Team, joined
@@ -34,10 +35,6 @@ from stiv_deploy.stiv_ref.training.state import (
 )
 from stiv_deploy.stiv_ref.training.step import training_step
 from stiv_deploy.stiv_ref.training.vae_stage import begin_vae, finish_vae, vae_data, vae_step
-
-BROKEN = "broken.txt"
-"""In a run's folder: what could not be read of its data, and why."""
-CHECKPOINT = "checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +62,13 @@ def train(request: TrainRequest, progress: Progress = unheard) -> TrainReport:
     that can be known, :class:`~stiv_deploy.stiv_ref.errors.DivergedError` for a loss that is not finite.
     """
     started, recipe, out = time.monotonic(), request.recipe, request.out
-    with joined() as team:
+    with joined() as team, run_folder(out, team.first):
         torch.set_num_threads(recipe.threads)
         state = find_state(out)
         if state is not None:
             check_recipe(read_position(state), recipe, state)
         check(recipe, team)
         sources = [open_source(recipe, stage, number) for number, stage in enumerate(recipe.stages, 1)]
-        out.mkdir(parents=True, exist_ok=True)
         run = open_run(recipe, out, team, sources, state)
         with (
             Log(out, recipe.logging, progress, enabled=team.first) as log,
@@ -231,5 +227,5 @@ class Trainer:
         lines = self.run.team.gather_names(source.broken())
         if lines and self.run.team.first:
             path = self.run.out / BROKEN
-            known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            known = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
             write_text(path, "\n".join(dict.fromkeys([*known, *lines])) + "\n")

@@ -25,7 +25,7 @@ from stiv_deploy.stiv_ref.checkpoint import (
     save_checkpoint,
 )
 from stiv_deploy.stiv_ref.config import StivConfig
-from stiv_deploy.stiv_ref.errors import CheckpointError, StivRefError
+from stiv_deploy.stiv_ref.errors import CheckpointError, OutputError, StivRefError
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.pretrained.text import PretrainedTextEncoder, load_pretrained_text
 from stiv_deploy.stiv_ref.text import TextConfig, TextEncoder, word_tokenizer
@@ -113,7 +113,7 @@ def test_a_failed_save_leaves_nothing_half_written(
         save_file(tensors, path)
 
     monkeypatch.setattr(weights, "save_file", failing)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OutputError, match=r"deep/checkpoint: cannot be written \(disk full\); free some space"):
         save_checkpoint(target, original)
     assert [path.name for path in target.parent.iterdir()] == (["checkpoint"] if existing else [])
     if existing:
