@@ -90,7 +90,8 @@ def _write_shards(run: Run, partial: Path) -> None:
             writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
             save(dict(run.tensors()), storage_writer=writer, no_dist=run.team.world == 1)
     except CheckpointException as error:
-        raise OSError(str(next(iter(error.failures.values()))[0])) from None
+        first = next(iter(error.failures.values()))[0]
+        raise (first if isinstance(first, OSError) else OSError(str(first))) from None
 
 
 def _write_position(run: Run, partial: Path) -> None:
