@@ -1,6 +1,5 @@
 """A bundle from a checkpoint: every graph of the contract traced, written, checked, and described in the manifest."""
 
-import json
 import platform
 import shutil
 import time
@@ -21,7 +20,7 @@ from stiv_deploy.runtime.bundle.bundle import file_record, manifest_text
 from stiv_deploy.runtime.bundle.contract import Frozen, ModelFacts
 from stiv_deploy.runtime.bundle.manifest import MANIFEST, Bucket, FileRecord, Manifest, Range, SamplingDefaults
 from stiv_deploy.runtime.errors import OutputError
-from stiv_deploy.runtime.files import check_apart, check_folder, replaced_folder
+from stiv_deploy.runtime.files import check_apart, check_folder, read_json, replaced_folder
 from stiv_deploy.runtime.plugins.spec import HEAD_DIMS, MAX_FRAMES
 from stiv_deploy.runtime.progress import Progress, unheard
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, CheckpointConfig, CheckpointFolder, open_checkpoint
@@ -141,8 +140,8 @@ def refuse_bad_target(out: Path) -> None:
 
 def _is_bundle(folder: Path) -> bool:
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("format") == "stiv-bundle"
-    except (OSError, ValueError, AttributeError):
+        return read_json(folder / MANIFEST).get("format") == "stiv-bundle"
+    except (ValueError, AttributeError):
         return False
 
 

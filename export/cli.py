@@ -7,7 +7,7 @@ import typer
 
 from stiv_deploy.export.precision import FORMATS
 from stiv_deploy.runtime.bundle.contract import Format, Precision
-from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, progress_bar
+from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, json_text, progress_bar
 
 if TYPE_CHECKING:
     from stiv_deploy.export.request import ExportRequest
@@ -68,7 +68,7 @@ def export(
         from stiv_deploy.export.bundle_from_checkpoint import export_bundle
 
         report = export_bundle(request, progress)
-    answer(json, lambda: report.model_dump_json(indent=2), lambda: typer.echo(report))
+    answer(json, lambda: json_text(report), lambda: typer.echo(report))
 
 
 def request_of(
@@ -115,7 +115,9 @@ def parse_range(name: str, text: str) -> "Range":
     from pydantic import ValidationError
 
     from stiv_deploy.export.errors import ExportError
+    from stiv_deploy.runtime.bundle.bounds import SIZE_LIMIT
     from stiv_deploy.runtime.bundle.manifest import Range
+    from stiv_deploy.runtime.errors import one_line
 
     parts = text.split(":")
     try:
@@ -123,5 +125,6 @@ def parse_range(name: str, text: str) -> "Range":
         return Range(min=low, typical=typical, max=high)
     except (ValueError, ValidationError):
         raise ExportError(
-            f"--{name} {text}: not a range; give MIN:TYPICAL:MAX, positive and not decreasing, such as 1:8:16"
+            f"--{name} {one_line(text, 80)}: not a range; give MIN:TYPICAL:MAX, from 1 to {SIZE_LIMIT} and not "
+            "decreasing, such as 1:8:16"
         ) from None

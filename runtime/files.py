@@ -31,6 +31,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def exists(path: Path) -> bool:
+    """Whether there is anything; nothing has a name that no file system takes."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def is_folder(path: Path) -> bool:
     """Whether ``path`` is a folder; one whose name no file system takes is none."""
     try:

@@ -152,7 +152,7 @@ def _from_json(text: str, source: str) -> Iterator[EngineLayer]:
         layers = json.loads(text)["Layers"]
         for layer in layers:
             yield _layer_of_json(layer)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ReportError(
             f"{source}: not the layer information of a TensorRT engine; build with --profilingVerbosity=detailed "
             "and write it with --exportLayerInfo"

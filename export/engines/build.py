@@ -20,7 +20,7 @@ from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import Frozen, is_block
 from stiv_deploy.runtime.bundle.engine_files import graph_hash, profile, sm_folder
 from stiv_deploy.runtime.bundle.manifest import PORTABLE, Bucket, EngineRecord, FileRecord, Manifest
-from stiv_deploy.runtime.errors import BackendError, EngineError, OutputError
+from stiv_deploy.runtime.errors import BackendError, EngineError, OutputError, few
 from stiv_deploy.runtime.progress import Progress, unheard
 from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour, import_tensorrt, targets
 
@@ -152,7 +152,7 @@ def known_names(names: Sequence[str], known: Sequence[str], what: str) -> list[s
     """``names``, all ``known`` ones if empty; :class:`EngineError` if one is not known."""
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise EngineError(f"unknown {what} {', '.join(unknown)}; the bundle has {', '.join(known)}")
+        raise EngineError(f"unknown {what} {few(unknown)}; the bundle has {few(known, 20)}")
     return list(names or known)
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, progress_bar, table
+from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, json_text, progress_bar, table
 from stiv_deploy.runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -110,4 +110,4 @@ def build(
     )
     with progress_bar("build") as progress:
         report = build_engines(request, progress)
-    answer(json, lambda: report.model_dump_json(indent=1), lambda: show(report))
+    answer(json, lambda: json_text(report, 1), lambda: show(report))

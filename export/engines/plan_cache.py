@@ -68,7 +68,7 @@ class PlanCache:
             facts = json.loads(path.with_suffix(".json").read_text())
             plan = CachedPlan(path=path, **facts)
             intact = path.stat().st_size == plan.bytes and sha256(path) == plan.sha256
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
         return plan if intact else None
 

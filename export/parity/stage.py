@@ -6,6 +6,7 @@ from pathlib import Path
 from stiv_deploy.export.errors import ExportError
 from stiv_deploy.export.parity.files import open_subject, record_rows, runnable
 from stiv_deploy.export.parity.ladder import ParityReport, climb
+from stiv_deploy.runtime.bundle.bounds import STEP_LIMIT
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.progress import Progress, unheard
 
@@ -19,7 +20,7 @@ class ParityRequest:
 
     Without ``checkpoint`` the one among the folders in ``checkpoints`` with the bundle's hash is taken, without
     ``scales`` the file with their hash in or beside the bundle, without ``backends`` all that can run the bundle here.
-    ``record`` keeps the rows in the bundle's manifest. Raises :class:`ExportError` for less than two steps.
+    ``record`` keeps the rows in the bundle's manifest. Raises :class:`ExportError` for too few or too many steps.
     """
 
     bundle: Path
@@ -31,8 +32,8 @@ class ParityRequest:
     record: bool = True
 
     def __post_init__(self) -> None:
-        if self.steps < LEAST_STEPS:
-            raise ExportError(f"--steps {self.steps}: a trajectory has at least {LEAST_STEPS}")
+        if not LEAST_STEPS <= self.steps <= STEP_LIMIT:
+            raise ExportError(f"--steps {self.steps}: a trajectory has at least {LEAST_STEPS} and at most {STEP_LIMIT}")
 
 
 def run_parity(request: ParityRequest, progress: Progress = unheard) -> ParityReport:

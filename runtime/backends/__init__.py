@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.errors import BackendError, BundleError, EngineError, raise_interrupt
+from stiv_deploy.runtime.errors import BackendError, BundleError, EngineError, briefly, raise_interrupt
 from stiv_deploy.runtime.tensorrt_library import FLAVOURS, Flavour
 
 if TYPE_CHECKING:
     from stiv_deploy.runtime.backends.onnxruntime_memory import Where
 
 AUTO = "auto"
+DEVICE_LIMIT = 1_023
 log = logging.getLogger(__name__)
 
 
@@ -136,14 +137,15 @@ def open_backend(name: str | None, bundle: Bundle, threads: int | None = None, d
     the CPU has none but 0. Raises :class:`BackendError` for a name or device that is unknown or cannot run here,
     :class:`EngineError` where an engine does not fit, :class:`BundleError` for damage.
     """
-    if device < 0:
-        raise BackendError(f"the device is a GPU's index, 0 or more; got {device}")
+    if not 0 <= device <= DEVICE_LIMIT:
+        raise BackendError(f"the device is a GPU's index, 0 or more; got {briefly(device)}")
     if name is None or name == AUTO:
         return _open_best(bundle, threads, device)
     if name not in BACKENDS:
         works = [backend for backend, reason in available().items() if reason is None]
         raise BackendError(
-            f"unknown backend {name!r}; there are {', '.join(BACKENDS)}; here these work: {', '.join(works) or 'none'}"
+            f"unknown backend {briefly(name)}; there are {', '.join(BACKENDS)}; here these work: "
+            f"{', '.join(works) or 'none'}"
         )
     reason = unavailable_reason(name, device)
     if reason is not None:

@@ -125,6 +125,10 @@ class OnnxRuntimeBackend(Backend):
     def __init__(self, bundle: Bundle, where: Where = "cpu", threads: int | None = None, device: int = 0) -> None:
         self.name = "onnxruntime" if where == "cpu" else "onnxruntime-cuda"
         self.device = f"CPU ({os.cpu_count()} cores)" if where == "cpu" else f"CUDA device {device}"
+        if not is_unicode(bundle.folder):
+            raise BackendError(
+                f"{bundle.folder}: ONNX Runtime reads no file below a name that is not Unicode; rename it"
+            )
         self._bundle = bundle
         self._where, self._index = where, device
         _share_arena()
@@ -224,6 +228,15 @@ class OnnxRuntimeBackend(Backend):
                 f"{path}: ONNX Runtime fell back to the CPU; check the CUDA installation with 'stiv doctor'"
             )
         return session
+
+
+def is_unicode(path: Path) -> bool:
+    """Whether a file's name can be given to a library that wants UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_session(session: ort.InferenceSession, spec: GraphSpec, path: Path) -> None:

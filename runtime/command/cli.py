@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from stiv_deploy.runtime.command.generation import check_places, requests_from_options
-from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, progress_bar, table
+from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, json_text, progress_bar, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stiv_deploy.runtime.pipeline.stage import ClipsReport
 
 MIB = 2**20
+UPSCALE_LIMIT = 256
 
 
 def generate(
@@ -94,7 +95,9 @@ def generate(
             "memory, more time. 0: never. Default: tiles of 512 where a frame has more than a million pixels.",
         ),
     ] = None,
-    upscale: Annotated[int, typer.Option(min=1, help="Enlarge each pixel of the written video this many times.")] = 1,
+    upscale: Annotated[
+        int, typer.Option(min=1, max=UPSCALE_LIMIT, help="Enlarge each pixel of the written video this many times.")
+    ] = 1,
     json: JsonTarget = None,
 ) -> None:
     """Generate video from text, or from text and pictures, with a bundle.
@@ -163,7 +166,7 @@ def inspect(
         else:
             print_engine(report, Console())
 
-    answer(json, lambda: report.model_dump_json(indent=2), show)
+    answer(json, lambda: json_text(report), show)
 
 
 def doctor(json: JsonTarget = None) -> None:
@@ -177,7 +180,7 @@ def doctor(json: JsonTarget = None) -> None:
 
     check_json(json)
     report = examine()
-    answer(json, lambda: report.model_dump_json(indent=2), lambda: print_doctor(report, Console()))
+    answer(json, lambda: json_text(report), lambda: print_doctor(report, Console()))
     if not report.healthy:
         raise typer.Exit(1)
 

@@ -4,13 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stiv_deploy.runtime.errors import OutputError, RequestError
+from stiv_deploy.runtime.errors import OutputError, RequestError, briefly
 from stiv_deploy.runtime.files import check_apart
 
 if TYPE_CHECKING:
     from stiv_deploy.runtime.pipeline.records import Recorded
     from stiv_deploy.runtime.pipeline.request import GenerationRequest
 
+INDEX_DIGITS = 6
+"""Most digits of a frame number, without its sign."""
 FIELDS = {
     "negative_prompt": "negative_prompt",
     "fit": "fit",
@@ -92,8 +94,9 @@ def parse_frames(image: Path | None, frames: Sequence[str]) -> dict[int, Path]:
     given = {} if image is None else {0: image}
     for item in frames:
         index, _, file = item.partition("=")
-        if not (file and index.strip().removeprefix("-").isdecimal()):
-            raise RequestError(f"--frame {item!r}: want INDEX=FILE, as in --frame 7=last.png")
+        digits = index.strip().removeprefix("-")
+        if not (file and digits.isdecimal() and len(digits) <= INDEX_DIGITS):
+            raise RequestError(f"--frame {briefly(item)}: want INDEX=FILE, as in --frame 7=last.png")
         if int(index) in given:
             raise RequestError(f"frame {int(index)} is given twice; --image is frame 0")
         given[int(index)] = Path(file)

@@ -12,11 +12,13 @@ from typer.core import TyperGroup
 
 from stiv_deploy.runtime.command.description import description
 from stiv_deploy.runtime.command.terminal import Command
-from stiv_deploy.runtime.errors import raise_interrupt
+from stiv_deploy.runtime.errors import one_line, raise_interrupt
 
 GROUP = "stiv_deploy.commands"
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """Errors of writing that are never a fault of ours, wherever they come from."""
+REFUSED = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EIO}
+"""Errors of a file that is named, which nobody nearer has said better."""
 LISTING = "stiv_deploy.listing"
 """Key of a context that asks for names and words of commands only."""
 WORKFLOW = (
@@ -145,9 +147,9 @@ def _options(
 def _message(error: Exception) -> str:
     """One line for an error that the user caused."""
     formatted = getattr(error, "format_message", None)  # Typer's usage errors say more there than in str()
-    text = " ".join((formatted() if formatted else str(error)).split())
     context = getattr(error, "ctx", None)
-    return f"{text} (see '{context.command_path} --help')" if context else text
+    more = f" (see '{context.command_path} --help')" if context else ""
+    return one_line(formatted() if formatted else str(error), 500 - len(more)) + more
 
 
 def run(arguments: list[str]) -> Any:
@@ -161,6 +163,10 @@ def _remedy(error: Exception) -> str | None:
         return _needs(error)
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return f"{error.filename or 'the output'}: cannot be written ({error.strerror}); make room, or choose another"
+    if isinstance(error, OSError) and error.errno in REFUSED and error.filename:
+        return f"{error.filename}: cannot be used ({error.strerror}); choose another"
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory ({error or 'allocation refused'}); ask for less at once"
     return None
 
 
@@ -170,5 +176,5 @@ def told(error: Exception) -> int:
     remedy = _remedy(error)
     if not isinstance(code, int) and remedy is None:
         raise error
-    sys.stderr.write(f"error: {remedy or _message(error)}\n")
+    sys.stderr.write(f"error: {one_line(remedy) if remedy else _message(error)}\n")
     return code if isinstance(code, int) else 2

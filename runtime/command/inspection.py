@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from stiv_deploy.runtime.bundle.bundle import Bundle, read_manifest
 from stiv_deploy.runtime.bundle.engine_files import Attention, attention_form
 from stiv_deploy.runtime.bundle.manifest import MANIFEST, EngineRecord, Manifest, QuantizationRecord
-from stiv_deploy.runtime.errors import BundleError, EngineError, RequestError, StivError
-from stiv_deploy.runtime.files import sha256
+from stiv_deploy.runtime.errors import BundleError, EngineError, RequestError, StivError, one_line
+from stiv_deploy.runtime.files import exists, sha256
 from stiv_deploy.runtime.plugins.tensorrt_plugins import SHORT
 
 BLOCK, ANY_BLOCK = re.compile(r"block_\d+\.|blocks\.\d+\."), "block_*."
@@ -74,10 +74,12 @@ Report = BundleReport | OnnxReport | EngineReport
 def inspect_path(path: str | Path) -> Report:
     """Report on whatever ``path`` is; raises a :class:`StivError` if it is nothing of ours, missing or damaged."""
     path = Path(path)
-    if not path.exists():
+    if not exists(path):
         raise RequestError(f"{path}: no such file or folder; give a bundle folder, an .onnx or an .engine file")
     if path.is_dir() or path.name == MANIFEST:
         return inspect_bundle(path if path.is_dir() else path.parent)
+    if not path.is_file():
+        raise RequestError(f"{path}: neither a folder nor a file; give a bundle folder, an .onnx or an .engine file")
     if path.suffix == ".onnx":
         return inspect_onnx(path)
     if path.suffix == ".engine":
@@ -136,12 +138,19 @@ def inspect_onnx(path: Path) -> OnnxReport:
     except ImportError:
         raise RequestError(f"{path}: reading ONNX files needs onnx; run: pip install 'stiv-deploy[export]'") from None
     try:
-        model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf's own kinds of DecodeError
-        raise BundleError(f"{path}: not a readable ONNX file ({error}); export it again with 'stiv export'") from None
-    graph = model.graph
-    if not graph.node:
+        report = _onnx_report(path, onnx.load(path, load_external_data=False))
+    except Exception as error:  # protobuf's own kinds of DecodeError, and types that there are not
+        reason = one_line(f"{type(error).__name__}: {error}", 200)
+        raise BundleError(f"{path}: not a readable ONNX file ({reason}); export it again with 'stiv export'") from None
+    if not report.nodes:
         raise BundleError(f"{path}: not an ONNX graph (it has no nodes); export it again with 'stiv export'")
+    return report
+
+
+def _onnx_report(path: Path, model: Any) -> OnnxReport:
+    import onnx
+
+    graph = model.graph
     sizes = (
         prod(each.dims) * onnx.helper.tensor_dtype_to_np_dtype(each.data_type).itemsize for each in graph.initializer
     )

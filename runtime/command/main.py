@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from io import TextIOWrapper
 from types import FrameType
 from typing import NoReturn
 
@@ -50,6 +51,8 @@ def main() -> int:
     """
     try:
         signal.signal(signal.SIGTERM, _interrupt)
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be Unicode, nor terminals know it
         return _printed(_run())
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

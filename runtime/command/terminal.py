@@ -4,6 +4,8 @@
 last, before another option, or before what the command needs as an argument: ``stiv inspect --json bundle``.
 """
 
+import json
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from stiv_deploy.runtime.errors import OutputError, briefly
 from stiv_deploy.runtime.files import check_apart, check_file, write_text
 from stiv_deploy.runtime.progress import Progress
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from rich.table import Table
 
 JSON = "--json"
 STDOUT = Path("-")
+NAME_BYTES = 255
 JsonTarget = Annotated[
     Path | None, typer.Option(JSON, metavar="[FILE]", help="Print JSON; with FILE write it there, beside the text.")
 ]
@@ -87,6 +92,16 @@ def check_json(target: Path | None, *inputs: Path | None) -> None:
     check_apart([target], inputs)
 
 
+def json_text(report: "BaseModel", indent: int = 2) -> str:
+    """``report`` as JSON; names of files that are not Unicode are written with escapes."""
+    from pydantic_core import PydanticSerializationError
+
+    try:
+        return report.model_dump_json(indent=indent)
+    except PydanticSerializationError:
+        return json.dumps(report.model_dump(mode="json"), indent=indent)
+
+
 def answer(target: Path | None, report: Callable[[], str], show: Callable[[], None]) -> None:
     """``show`` the report as text, or print it as JSON where ``--json`` stands alone; write it if that names a file."""
     if target == STDOUT:
@@ -97,16 +112,30 @@ def answer(target: Path | None, report: Callable[[], str], show: Callable[[], No
     show()
 
 
+def check_name(path: Path) -> None:
+    """:class:`OutputError` for a path that no file system takes."""
+    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    if longest > NAME_BYTES:
+        raise OutputError(f"{path}: a name of {longest} bytes, file systems take {NAME_BYTES}; choose a shorter one")
+    if "\0" in str(path):
+        raise OutputError(f"{briefly(str(path))}: a name with a NUL in it, which no file has; choose another")
+
+
 class Command(TyperCommand):
     """A command whose ``--json``, if it has one, may stand alone or name a file."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Give a ``--json`` that stands alone the value of standard output, then parse as always."""
+        """Give a ``--json`` that stands alone the value of standard output, then parse as always, and check names."""
         has_option = any(JSON in parameter.opts for parameter in self.params)
         if has_option and JSON in args and self._stands_alone(ctx, args):
             at = args.index(JSON)
             args = [*args[:at], f"{JSON}={STDOUT}", *args[at + 1 :]]
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        for value in ctx.params.values():
+            for path in value if isinstance(value, list) else [value]:
+                if isinstance(path, Path):
+                    check_name(path)
+        return rest
 
     def _stands_alone(self, ctx: Any, args: list[str]) -> bool:
         following = args[args.index(JSON) + 1 :]

@@ -6,16 +6,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.bundle.bounds import RATE_LIMIT, SCALE_LIMIT, SHIFT_LIMITS, SIZE_LIMIT, STEP_LIMIT
+from stiv_deploy.runtime.errors import RequestError, briefly
 
 Name = TypeVar("Name", bound=StrEnum)
-SIZE_LIMIT = 2**16
-"""Frames, and pixels of a side: more than any bundle takes, and few enough for every product of two."""
-STEP_LIMIT = 10_000
 COUNT_LIMIT = 1_000
 """Videos of one request."""
-SCALE_LIMIT = 1_000.0
-"""Guidance scales lie between minus this and this."""
 SEED_LIMIT = 2**63
 TEXT_LIMIT = 20_000
 """Characters of a prompt; the tokenizer cuts far earlier."""
@@ -33,7 +29,7 @@ class Bounds(NamedTuple):
         return isinstance(self.low, int)
 
 
-FPS = Bounds(0.01, 1_000.0)
+FPS = Bounds(0.01, float(RATE_LIMIT))
 BOUNDS = {
     "num_frames": Bounds(1, SIZE_LIMIT),
     "height": Bounds(1, SIZE_LIMIT),
@@ -45,7 +41,7 @@ BOUNDS = {
     "num_inference_steps": Bounds(1, STEP_LIMIT),
     "guidance_scale": Bounds(-SCALE_LIMIT, SCALE_LIMIT),
     "image_guidance_scale": Bounds(-SCALE_LIMIT, SCALE_LIMIT),
-    "time_shift": Bounds(0.001, 1_000.0),
+    "time_shift": Bounds(*SHIFT_LIMITS),
     "seed": Bounds(0, SEED_LIMIT - 1),
     "count": Bounds(1, COUNT_LIMIT),
     "decode_tile": Bounds(0, SIZE_LIMIT),
@@ -56,14 +52,21 @@ BOUNDS = {
 def whole_number(name: str, value: Any) -> int:
     """``value`` as int; :class:`RequestError` if it is not a whole number."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise RequestError(f"{name} must be a whole number, got {value!r}")
+        raise RequestError(f"{name} must be a whole number, got {briefly(value)}")
     return int(value)
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond every float
+        return False
 
 
 def number(name: str, value: Any) -> float:
     """``value`` as float; :class:`RequestError` if it is not a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
-        raise RequestError(f"{name} must be a finite number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not _is_finite(value):
+        raise RequestError(f"{name} must be a finite number, got {briefly(value)}")
     return float(value)
 
 
@@ -72,7 +75,7 @@ def bounded(name: str, value: Any, bounds: Bounds | None = None) -> float:
     low, high = bounds = bounds or BOUNDS[name]
     result = whole_number(name, value) if bounds.whole else number(name, value)
     if not low <= result <= high:
-        raise RequestError(f"{name} must be from {low} to {high}, got {result}")
+        raise RequestError(f"{name} must be from {low} to {high}, got {briefly(result)}")
     return result
 
 
@@ -81,24 +84,24 @@ def named(kind: type[Name], name: str, value: Any) -> Name:
     try:
         return kind(value)
     except ValueError:
-        raise RequestError(f"unknown {name} {value!r}; there are: {', '.join(kind)}") from None
+        raise RequestError(f"unknown {name} {briefly(value)}; there are: {', '.join(kind)}") from None
 
 
 def switch(name: str, value: Any) -> bool:
     """``value`` as bool; :class:`RequestError` if it is neither true nor false."""
     if not isinstance(value, bool | np.bool_):
-        raise RequestError(f"{name} must be true or false, got {value!r}")
+        raise RequestError(f"{name} must be true or false, got {briefly(value)}")
     return bool(value)
 
 
 def text(name: str, value: Any) -> str:
     """``value``, a string of Unicode of at most ``TEXT_LIMIT`` characters; :class:`RequestError` if it is not."""
     if not isinstance(value, str):
-        raise RequestError(f"a {name} must be a string, got {value!r}")
+        raise RequestError(f"a {name} must be a string, got {briefly(value)}")
     if len(value) > TEXT_LIMIT:
         raise RequestError(f"a {name} has at most {TEXT_LIMIT} characters, got {len(value)}")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise RequestError(f"a {name} must be Unicode text, got {value[:80]!r}") from None
+        raise RequestError(f"a {name} must be Unicode text, got {briefly(value)}") from None
     return value

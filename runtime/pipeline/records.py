@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
-from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.errors import RequestError, one_line
+from stiv_deploy.runtime.files import parse_json, read_text
 from stiv_deploy.runtime.pipeline.given import PictureData, PictureFile
 from stiv_deploy.runtime.pipeline.media import is_clip, read_comment
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
@@ -83,10 +84,10 @@ def read_requests(path: str | Path) -> list[Recorded]:
     """
     path = Path(path)
     try:
-        text = read_comment(path) if is_clip(path) else path.read_text(encoding="utf-8")
-        return list(_recorded(json.loads(text)))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        text = read_comment(path) if is_clip(path) else read_text(path)
+        return list(_recorded(parse_json(text)))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or one_line(str(error), 200)
         raise RequestError(f"{path}: no request can be read from it ({reason})") from None
     except RequestError as error:
         raise RequestError(f"{path}: {error}") from None
@@ -105,8 +106,10 @@ def _recorded(values: Any) -> Iterator[Recorded]:
 
 
 def _check_whole(rest: Mapping[Any, Any]) -> None:
-    if rest.get("omitted"):
+    omitted = rest.get("omitted")
+    if omitted:
+        names = " and ".join(map(str, omitted)) if isinstance(omitted, list) else str(omitted)
         raise RequestError(
-            f"the {' and '.join(map(str, rest['omitted']))} of its request were too large for it; use the report that "
-            "'stiv generate --json' wrote"
+            f"the {one_line(names, 80)} of its request were too large for it; use the report that 'stiv generate "
+            "--json' wrote"
         )

@@ -1,6 +1,5 @@
 """A generation request as a value: frozen, checked as far as no bundle is needed, JSON in and out."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -8,10 +7,12 @@ import numpy as np
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, ValidationInfo, field_validator, model_validator
 
 from stiv_deploy.runtime.bundle.contract import Frozen
-from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.bundle.faults import fault_text
+from stiv_deploy.runtime.errors import RequestError, briefly, one_line
+from stiv_deploy.runtime.files import parse_json
 from stiv_deploy.runtime.pipeline.given import Latents, Picture
 from stiv_deploy.runtime.pipeline.images import Fit
-from stiv_deploy.runtime.pipeline.limits import BOUNDS, SEED_LIMIT, TEXT_LIMIT, bounded, named, switch, text
+from stiv_deploy.runtime.pipeline.limits import BOUNDS, SEED_LIMIT, SIZE_LIMIT, TEXT_LIMIT, bounded, named, switch, text
 from stiv_deploy.runtime.pipeline.pictures import rgb_of
 from stiv_deploy.runtime.sampling.guidance import GuidanceMode
 from stiv_deploy.runtime.sampling.settings import Solver
@@ -129,8 +130,8 @@ class GenerationRequest(Frozen):
         """The request of JSON text, or of the values in it; raises :class:`RequestError`."""
         if isinstance(values, str | bytes):
             try:
-                values = json.loads(values)
-            except (ValueError, RecursionError) as error:
+                values = parse_json(values)
+            except ValueError as error:
                 raise RequestError(f"the request is not JSON ({error})") from None
         return cls.model_validate(values)
 
@@ -141,20 +142,24 @@ def _index(value: Any, what: str) -> int:
     if number.isdecimal() and number.isascii() and len(number) <= 6:
         return int(value)
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise RequestError(f"{what} are given by frame number, got {value!r}")
+        raise RequestError(f"{what} are given by frame number, got {briefly(value)}")
+    if abs(int(value)) > SIZE_LIMIT:
+        raise RequestError(
+            f"{what} are given by frame number, from {-SIZE_LIMIT} to {SIZE_LIMIT}; got {briefly(value)}"
+        )
     return int(value)
 
 
 def _first_fault(error: ValidationError, model: type[GenerationRequest]) -> str:
     """The first of pydantic's faults in our words; most are found, and worded, by the validators."""
     fault = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(part) for part in fault["loc"])
+    where = one_line(".".join(str(part) for part in fault["loc"]), 80)
     match fault["type"]:
         case "missing":
             return f"no {where} given"
         case "extra_forbidden":
             return f"a request has no {where!r}; there are: {', '.join(model.model_fields)}"
-    return f"{where or 'a request'}: {fault['msg']}, got {str(fault['input'])[:80]!r}"
+    return fault_text(error) if where else f"a request: {fault_text(error)}"
 
 
 def new_seed(generator: np.random.Generator | None = None) -> int:

@@ -474,6 +474,24 @@ BAD_REQUESTS = [
     (["--request", "text.png"], "text.png: not a picture that can be read"),
     (["--request", "unknown.json"], "unknown.json: a request has no 'sed'; there are: prompt, "),
     (["--request", "latents.json"], "the latents of frame 0 are [1, 1, 1]; 4 frames of 8x8 wants [4, 4, 4]"),
+    (["--frame", f"{'9' * 5000}=good.png"], "want INDEX=FILE"),
+    (["--frame", f"{'x' * 5000}=good.png"], "want INDEX=FILE"),
+    (["--frame", f"65537={'x' * 300}"], "65537"),
+    (["--image", "x" * 300], "a name of 300 bytes, file systems take 255; choose a shorter one"),
+    (["--out", f"{'é' * 150}.mp4"], "a name of 304 bytes, file systems take 255"),
+    (["--request", "x" * 300], "a name of 300 bytes"),
+    (["--request", "deep.json"], "deep.json: no request can be read from it (it is nested too deeply)"),
+    (["--request", "latin.json"], "latin.json: no request can be read from it (it is not UTF-8 text, its byte 14 is"),
+    (["--request", "omitted.json"], "the 5 of its request were too large for it"),
+    (["--request", "nul.json"], "a\\x00.png: no such image file"),
+    (["--steps", str(10**20)], f"num_inference_steps must be from 1 to 10000, got {10**20}"),
+    (["--seed", str(2**63)], f"seed must be from 0 to {2**63 - 1}, got {2**63}"),
+    (["--seed", str(2**63 - 1), "--count", "2"], "seed must be from 0 to 2^63 - 2"),
+    (["--guidance", "1e300"], "guidance_scale must be from -1000.0 to 1000.0, got 1e+300"),
+    (["--threads", "100000"], "the number of threads must be a whole number up to 1024"),
+    (["--upscale", "100000"], "--upscale"),
+    (["--device", str(10**400)], "the device is a GPU's index"),
+    (["--backend", "x" * 5000], "unknown backend 'xxx"),
     (["--json", "none/a.json"], "none/a.json: cannot be written"),
     (["--json", "clip.mp4"], "clip.mp4: named by both --out and --json"),
 ]
@@ -490,6 +508,10 @@ def test_bad_request(
     (tmp_path / "a.json").write_text('{"prompt": "digit"}')
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "unknown.json").write_text('{"prompt": "digit", "sed": 1}')
+    (tmp_path / "deep.json").write_text("[" * 50_000)
+    (tmp_path / "latin.json").write_bytes('{"prompt": "größer"}'.encode("latin-1"))
+    (tmp_path / "omitted.json").write_text('{"request": {"prompt": ""}, "bundle": "", "omitted": 5}')
+    (tmp_path / "nul.json").write_text('{"prompt": "", "frames": {"0": "a\\u0000.png"}}')
     latents = {"dtype": "float32", "shape": [1, 1, 1], "data": "AAAAAA=="}
     (tmp_path / "latents.json").write_text(json.dumps({"prompt": "digit", "latents": {"0": latents}}))
     before = sorted(tmp_path.iterdir())
@@ -498,6 +520,7 @@ def test_bad_request(
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ")
     assert message in err
+    assert len(err) <= 500
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -554,6 +577,32 @@ def test_a_reader_that_has_seen_enough_hears_no_complaint(
         monkeypatch.setattr(sys, "stdout", closed)
         assert main() == 1
     assert capsys.readouterr().err == ""
+
+
+def test_a_request_with_a_byte_order_mark(run: Run, bundle_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"prompt": "digit", "num_inference_steps": 1}')
+    assert run("generate", bundle_path, "--request", tmp_path / "a.json", "--out", tmp_path / "a.gif")[0] == 0
+
+
+def test_names_that_are_not_unicode(run: Run, bundle_path: Path, own_bundle: Path, tmp_path: Path) -> None:
+    folder = own_bundle.rename(tmp_path / os.fsdecode(b"bundle-\xff"))
+    code, out, _ = run("inspect", folder)
+    assert code == 0
+    assert r"bundle-\udcff" in out
+    code, out, _ = run("inspect", folder, "--json")
+    assert json.loads(out)["path"] == str(folder)
+    code, out, err = run(
+        "generate", folder, "--prompt", "digit", "--steps", 1, "--out", folder / os.fsdecode(b"\xfe.gif")
+    )
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert r"bundle-\udcff: ONNX Runtime reads no file below a name that is not Unicode; rename it" in err
+    clip = tmp_path / os.fsdecode(b"\xfe.gif")
+    code, out, err = run("generate", bundle_path, "--prompt", "digit", "--steps", 1, "--out", clip)
+    assert (code, err) == (0, "")
+    assert r"\udcfe.gif: 4 frames" in out
+    code, out, err = run("generate", folder / "none", "--prompt", "digit", "--out", tmp_path / "a.gif")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert r"bundle-\udcff/none: no such folder" in err
 
 
 def test_neither_prompt_nor_request(run: Run, bundle_path: Path, tmp_path: Path) -> None:

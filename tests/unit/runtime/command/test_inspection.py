@@ -1,6 +1,8 @@
 """``stiv inspect``: bundles, ONNX graphs and engines, whole and damaged."""
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -52,6 +54,28 @@ def engine(own_bundle: Path) -> Path:
     )  # fmt: skip
     write_manifest(own_bundle, manifest.model_copy(update={"engines": (record,), "parity": (row,)}))
     return path
+
+
+def test_what_is_neither_folder_nor_file(tmp_path: Path) -> None:
+    """Nobody waits for a pipe that has no other end."""
+    for name in ("a.onnx", "a.engine", "a"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(RequestError, match=f"{name}: neither a folder nor a file; give a bundle folder"):
+            inspect_path(tmp_path / name)
+    with pytest.raises(RequestError, match="no such file or folder"):
+        inspect_path("x" * 300)
+
+
+@pytest.mark.parametrize("damage", ["dtype", "element"])
+def test_onnx_of_types_that_there_are_not(tmp_path: Path, damage: str) -> None:
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    ends = [onnx.helper.make_tensor_value_info(name, 999 if damage == "element" else 1, [1]) for name in "xy"]
+    weight = onnx.TensorProto(name="w", data_type=999 if damage == "dtype" else 1, dims=[2**62] * 40)
+    graph = onnx.helper.make_graph([node], "g", ends[:1], ends[1:], [weight])
+    (tmp_path / "a.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    with pytest.raises(BundleError, match="a.onnx: not a readable ONNX file") as caught:
+        inspect_path(tmp_path / "a.onnx")
+    assert len(str(caught.value).replace(str(tmp_path), "")) < 400
 
 
 def test_bundle_as_text(bundle_path: Path) -> None:
@@ -189,7 +213,8 @@ def with_plugins(engine: Path) -> Path:
     folder = engine.parents[3]
     manifest = read_manifest(folder)
     head = manifest.graphs["head"]
-    file = FileRecord(path="onnx/head.onnx", sha256="2" * 64, bytes=head.file.bytes)
+    shutil.copyfile(folder / "onnx/head.onnx", folder / "onnx/head.plugin.onnx")
+    file = FileRecord(path="onnx/head.plugin.onnx", sha256="2" * 64, bytes=head.file.bytes)
     form = PluginForm(file=file, topology="1" * 64, plugins=("StivSpatialQkv/1", "StivTemporalAttention/1"))
     graphs = {**manifest.graphs, "head": head.model_copy(update={"plugin": form})}
     update = {"onnx": graph_hash(graphs["head"], plugin=True), "plugins": "ab" * 32}

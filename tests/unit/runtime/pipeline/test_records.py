@@ -135,7 +135,7 @@ def test_json_of_one_request_or_several(tmp_path: Path) -> None:
         ("none.json", None, "none.json: no request can be read from it (No such file or directory)"),
         ("none.mp4", None, "none.mp4: no such file"),
         ("a.json", b"{", "a.json: no request can be read from it (Expecting"),
-        ("a.json", b"\xff\xfe", "a.json: no request can be read from it ('utf-8' codec"),
+        ("a.json", b"\xff\xfe", "a.json: no request can be read from it (it is not UTF-8 text"),
         ("a.json", b'{"prompt": 3}', "a.json: a prompt must be a string, got 3"),
         ("a.json", b'{"promt": "digit"}', "a.json: no prompt given"),
         ("a.json", b'{"prompt": "digit", "sed": 1}', "a.json: a request has no 'sed'; there are: prompt"),
