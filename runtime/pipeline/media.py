@@ -9,7 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from stiv_deploy.runtime.errors import OutputError, RequestError
+from stiv_deploy.runtime.errors import OutputError, RequestError, one_line
 from stiv_deploy.runtime.files import check_file, check_folder, replaced_file, replaced_folder
 from stiv_deploy.runtime.pipeline.animations import write_gif, write_webp
 from stiv_deploy.runtime.pipeline.limits import bounded
@@ -166,8 +166,10 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str | None) 
             container.mux(stream.encode())
     except OSError as error:  # PyAV's own name the unfinished file
         raise OSError(error.errno, error.strerror) from None
+    except av.codec.codec.UnknownCodecError:
+        raise OutputError(f"{path.name}: this PyAV has no encoder libx264; see 'stiv doctor', or write .webp") from None
     except (av.FFmpegError, ValueError) as error:
-        raise OutputError(f"{path.name}: the video cannot be encoded ({error}); see 'stiv doctor'") from None
+        raise OutputError(f"{path.name}: the video cannot be encoded ({one_line(str(error), 200)})") from None
 
 
 def _tag_bt709(codec: "VideoCodecContext") -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageColor, UnidentifiedImageError
 
 from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.files import is_file
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
 """What is opened, as Pillow calls it."""
@@ -47,7 +48,7 @@ _one_at_a_time = threading.Lock()
 
 def read_content(path: Path) -> bytes:
     """Contents of a picture's file; raises :class:`RequestError`, also for more than ``BYTE_LIMIT``."""
-    if not path.is_file():
+    if not is_file(path):
         raise RequestError(f"{path}: no such image file")
     try:
         with path.open("rb") as file:

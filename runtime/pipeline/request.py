@@ -6,13 +6,14 @@ from typing import Any, Self
 import numpy as np
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, ValidationInfo, field_validator, model_validator
 
+from stiv_deploy.runtime.bundle.bounds import SIZE_LIMIT
 from stiv_deploy.runtime.bundle.contract import Frozen
 from stiv_deploy.runtime.bundle.faults import fault_text
 from stiv_deploy.runtime.errors import RequestError, briefly, one_line
 from stiv_deploy.runtime.files import parse_json
 from stiv_deploy.runtime.pipeline.given import Latents, Picture
 from stiv_deploy.runtime.pipeline.images import Fit
-from stiv_deploy.runtime.pipeline.limits import BOUNDS, SEED_LIMIT, SIZE_LIMIT, TEXT_LIMIT, bounded, named, switch, text
+from stiv_deploy.runtime.pipeline.limits import BOUNDS, SEED_LIMIT, TEXT_LIMIT, bounded, named, switch, text
 from stiv_deploy.runtime.pipeline.pictures import rgb_of
 from stiv_deploy.runtime.sampling.guidance import GuidanceMode
 from stiv_deploy.runtime.sampling.settings import Solver

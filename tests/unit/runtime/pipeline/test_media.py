@@ -304,3 +304,19 @@ def test_encoder_failure_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OutputError, match="cannot be encoded"):
         media.write_video(tmp_path / "clip.mp4", make_clip(), fps=8)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("found", "told"), [(False, "has no encoder libx264; see 'stiv doctor'"), (True, "encoded")])
+def test_doctor_is_named_only_where_it_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: bool, told: str
+) -> None:
+    import av
+    from av.codec.codec import UnknownCodecError
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("odd") if found else UnknownCodecError("libx264")
+
+    monkeypatch.setattr(av, "open", refuse)
+    with pytest.raises(OutputError, match=told) as caught:
+        media.write_video(tmp_path / "clip.mp4", make_clip(), fps=8)
+    assert found != ("doctor" in str(caught.value))
