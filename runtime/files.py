@@ -39,14 +39,6 @@ def exists(path: Path) -> bool:
         return False
 
 
-def is_file(path: Path) -> bool:
-    """Whether ``path`` is a file, no pipe or device; one whose name no file system takes is none."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
 def is_folder(path: Path) -> bool:
     """Whether ``path`` is a folder; one whose name no file system takes is none."""
     try:

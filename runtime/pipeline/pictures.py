@@ -17,7 +17,6 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageColor, UnidentifiedImageError
 
 from stiv_deploy.runtime.errors import RequestError
-from stiv_deploy.runtime.files import is_file
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
 """What is opened, as Pillow calls it."""
@@ -48,9 +47,9 @@ _one_at_a_time = threading.Lock()
 
 def read_content(path: Path) -> bytes:
     """Contents of a picture's file; raises :class:`RequestError`, also for more than ``BYTE_LIMIT``."""
-    if not is_file(path):
-        raise RequestError(f"{path}: no such image file")
     try:
+        if not path.is_file():
+            raise RequestError(f"{path}: no such image file")
         with path.open("rb") as file:
             content = file.read(BYTE_LIMIT + 1)
     except OSError as error:
