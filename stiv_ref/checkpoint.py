@@ -17,7 +17,7 @@ from pydantic import Discriminator, Field, Tag
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig, read_config
+from stiv_deploy.stiv_ref.config import SCALE_LIMIT, STEP_LIMIT, FrozenConfig, Size, StivConfig, read_config
 from stiv_deploy.stiv_ref.errors import CheckpointError, ConfigError
 from stiv_deploy.stiv_ref.files import is_file, replaced_folder, sha256, told
 from stiv_deploy.stiv_ref.model import Stiv
@@ -25,7 +25,7 @@ from stiv_deploy.stiv_ref.pretrained.text import PretrainedTextConfig, Pretraine
 from stiv_deploy.stiv_ref.pretrained.vae import PretrainedVae, PretrainedVaeConfig, read_vae
 from stiv_deploy.stiv_ref.text import TextConfig, TextEncoder, load_tokenizer
 from stiv_deploy.stiv_ref.vae import Vae, VaeConfig
-from stiv_deploy.stiv_ref.weights import check_finite, fill, load_tensors, save_tensors
+from stiv_deploy.stiv_ref.weights import check_finite, check_fit, fill, load_tensors, save_tensors
 
 Component = TypeVar("Component", bound=nn.Module)
 COMPONENTS = ("config.json", "model", "text_encoder", "vae", "tokenizer.json")
@@ -51,14 +51,14 @@ AnyVae = Vae | PretrainedVae
 class SamplingDefaults(FrozenConfig):
     """What this checkpoint was trained for, and the sampling settings that suit it best."""
 
-    frames: int = Field(default=8, gt=0)
-    height: int = Field(default=32, gt=0)
-    width: int = Field(default=32, gt=0)
-    frames_per_second: int = Field(default=8, gt=0)
-    steps: int = Field(default=30, gt=0)
-    guidance_scale: float = 4.0
-    image_scale: float = 1.5
-    time_shift: float = Field(default=1.0, gt=0)
+    frames: Size = 8
+    height: Size = 32
+    width: Size = 32
+    frames_per_second: int = Field(default=8, gt=0, le=1_000)
+    steps: int = Field(default=30, gt=0, le=STEP_LIMIT)
+    guidance_scale: float = Field(default=4.0, ge=-SCALE_LIMIT, le=SCALE_LIMIT)
+    image_scale: float = Field(default=1.5, ge=-SCALE_LIMIT, le=SCALE_LIMIT)
+    time_shift: float = Field(default=1.0, ge=0.001, le=1_000.0)
 
 
 class CheckpointConfig(FrozenConfig):
@@ -188,8 +188,9 @@ def read_checkpoint_config(path: Path) -> CheckpointConfig:
 
 def _read(module: Component, source: Path) -> Component:
     """Fill ``module``, made on the meta device, from a safetensors file: fp32, frozen, in evaluation mode."""
-    module.to_empty(device="cpu")
-    fill(module, load_tensors(source), source)
+    tensors = load_tensors(source)
+    check_fit(module, tensors, source)  # before there is memory for what the config says
+    fill(module.to_empty(device="cpu"), tensors, source)
     return module.eval().requires_grad_(False)
 
 

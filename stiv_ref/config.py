@@ -6,13 +6,25 @@ trains on two CPU cores and ships with the repository.
 
 import json
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stiv_deploy.stiv_ref.errors import ConfigError
 
 Section = TypeVar("Section", bound="FrozenConfig")
+SIZE_LIMIT = 2**16
+"""Widths, channels, frames, pixels of a side: beyond every model, and few enough for every product of two."""
+BLOCK_LIMIT = 1_000
+TOKEN_LIMIT = 2**14
+"""Tokens of a prompt."""
+STEP_LIMIT = 10_000
+"""Sampling steps."""
+SCALE_LIMIT = 1_000.0
+"""Guidance scales lie between minus this and this."""
+Size = Annotated[int, Field(gt=0, le=SIZE_LIMIT)]
+Factor = Annotated[int, Field(gt=0, le=2**10)]
+"""Pixels or frames of a latent, latents of a token."""
 StoredType = Literal["float16", "bfloat16", "float32"]
 """Types that latents and text states are stored in."""
 
@@ -53,19 +65,19 @@ class StivConfig(FrozenConfig):
     The last ``full_blocks`` of the ``blocks`` see all tokens in masked training (MaskDiT), else they are as the others.
     """
 
-    name: str
-    blocks: int = Field(gt=0)
-    width: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    patch: tuple[int, int] = (1, 2)
-    latent_channels: int = Field(default=4, gt=0)
-    text_width: int = Field(default=1024, gt=0)
+    name: str = Field(max_length=200)
+    blocks: int = Field(gt=0, le=BLOCK_LIMIT)
+    width: Size
+    heads: Size
+    patch: tuple[Factor, Factor] = (1, 2)
+    latent_channels: Size = 4
+    text_width: Size = 1024
     temporal: bool = True
-    mlp_ratio: int = Field(default=4, gt=0)
-    base_frames: int = Field(default=20, gt=0)
-    base_grid: tuple[int, int] = (16, 16)
-    rope_theta: float = Field(default=10_000.0, gt=0)
-    frequency_width: int = Field(default=256, gt=0, multiple_of=2)
+    mlp_ratio: int = Field(default=4, gt=0, le=64)
+    base_frames: Size = 20
+    base_grid: tuple[Size, Size] = (16, 16)
+    rope_theta: float = Field(default=10_000.0, gt=0, allow_inf_nan=False)
+    frequency_width: Size = Field(default=256, multiple_of=2)
     full_blocks: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -76,8 +88,6 @@ class StivConfig(FrozenConfig):
             raise ValueError(f"head size {self.head_dim} (width / heads) must be a multiple of 4 for 2D RoPE")
         if self.full_blocks >= self.blocks:
             raise ValueError(f"full_blocks {self.full_blocks} must leave main blocks, there are {self.blocks} in all")
-        if min(*self.patch, *self.base_grid) < 1:
-            raise ValueError("patch and base_grid sizes must be at least 1")
         return self
 
     @property

@@ -15,9 +15,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 
 from stiv_deploy.stiv_ref.block import additive_mask, stateless_norm
-from stiv_deploy.stiv_ref.config import FrozenConfig
+from stiv_deploy.stiv_ref.config import BLOCK_LIMIT, TOKEN_LIMIT, FrozenConfig, Size
 from stiv_deploy.stiv_ref.errors import CheckpointError
 
+VOCABULARY_LIMIT = 2**24
 PAD, UNKNOWN, END = "[PAD]", "[UNK]", "[EOS]"
 
 
@@ -32,11 +33,11 @@ class TextStates(NamedTuple):
 class TextConfig(FrozenConfig):
     """Architecture of the small text encoder; ``max_tokens`` counts the end token, longer prompts are cut."""
 
-    vocabulary: int = Field(gt=0)
-    width: int = Field(default=96, gt=0)
-    heads: int = Field(default=3, gt=0)
-    layers: int = Field(default=2, gt=0)
-    max_tokens: int = Field(default=16, gt=1)
+    vocabulary: int = Field(gt=0, le=VOCABULARY_LIMIT)
+    width: Size = 96
+    heads: Size = 3
+    layers: int = Field(default=2, gt=0, le=BLOCK_LIMIT)
+    max_tokens: int = Field(default=16, gt=1, le=TOKEN_LIMIT)
 
 
 class TextLayer(nn.Module):

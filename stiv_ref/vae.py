@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from stiv_deploy.stiv_ref.config import FrozenConfig
+from stiv_deploy.stiv_ref.config import FrozenConfig, Size
 from stiv_deploy.stiv_ref.errors import ConfigError
 
 
 class VaeConfig(FrozenConfig):
     """Architecture: each of the ``channels`` after the first halves the resolution once, as does the first."""
 
-    latent_channels: int = Field(default=4, gt=0)
-    channels: tuple[int, ...] = (32, 64)
+    latent_channels: Size = 4
+    channels: tuple[Size, ...] = Field(default=(32, 64), max_length=10)
 
     @property
     def spatial_factor(self) -> int:

@@ -48,6 +48,13 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None
 
     Raises :class:`CheckpointError` naming the first misfits, or the first that are not finite.
     """
+    check_fit(module, tensors, source)
+    check_finite(tensors, source)
+    module.load_state_dict(dict(tensors))
+
+
+def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """:class:`CheckpointError` naming the first misfits of ``tensors`` and ``module``, which may be on meta."""
     wanted = module.state_dict()
     faults = [f"missing {name}" for name in wanted if name not in tensors]
     faults += [f"unexpected {name}" for name in tensors if name not in wanted]
@@ -58,8 +65,6 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None
     ]
     if faults:
         raise CheckpointError(f"{source} does not fit its config.json: {_some(faults, '; ')}")
-    check_finite(tensors, source)
-    module.load_state_dict(dict(tensors))
 
 
 def _floats(tensor: Tensor, wanted: Tensor) -> bool:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from stiv_deploy.stiv_ref.config import FrozenConfig
+from stiv_deploy.stiv_ref.config import Factor, FrozenConfig, Size
 from stiv_deploy.stiv_ref.errors import CheckpointError, ConfigError
 from stiv_deploy.stiv_ref.pretrained.folders import CONFIG, check_weights, read_config, silenced
 from stiv_deploy.stiv_ref.weights import check_finite, save_tensors
@@ -33,9 +33,9 @@ class PretrainedVaeConfig(FrozenConfig):
 
     kind: Literal["pretrained"] = "pretrained"
     class_name: ClassName
-    latent_channels: int = Field(gt=0)
-    spatial_factor: int = Field(gt=0)
-    temporal_factor: int = Field(default=1, gt=0)
+    latent_channels: Size
+    spatial_factor: Factor
+    temporal_factor: Factor = 1
     causal: bool = False
 
     @model_validator(mode="after")

@@ -1,5 +1,7 @@
 """Sizes of the published configurations, counted on the meta device (nothing is allocated)."""
 
+import math
+
 import pytest
 import torch
 
@@ -53,9 +55,15 @@ def test_unknown_name_lists_the_known_ones() -> None:
     [
         ({"width": 30, "heads": 4}, "not divisible by 4 heads"),
         ({"width": 12, "heads": 2}, "multiple of 4"),
-        ({"patch": (0, 2)}, "at least 1"),
-        ({"base_grid": (0, 2)}, "at least 1"),
-        ({"blocks": 0}, "greater than 0"),
+        ({"patch": (0, 2)}, "greater than 0"),
+        ({"base_grid": (0, 2)}, "greater than 0"),
+        *(({name: 0}, "greater than 0") for name in ("blocks", "width", "heads", "mlp_ratio", "frequency_width")),
+        *(
+            ({name: 10**6}, "less than or equal to")
+            for name in ("blocks", "width", "heads", "mlp_ratio", "base_frames")
+        ),
+        *(({name: (1, 10**6)}, "less than or equal to") for name in ("patch", "base_grid")),
+        *(({"rope_theta": theta}, "rope_theta") for theta in (0.0, math.inf, math.nan)),
         ({"colour": 1}, "Extra inputs"),
     ],
 )
