@@ -39,7 +39,13 @@ def generate(
             "options replace what it says.",
         ),
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="Picture to start from: the first frame.")] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            help="Picture to start from, the first frame: a PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF file of at most 50 "
+            "million pixels."
+        ),
+    ] = None,
     frame: Annotated[
         list[str] | None,
         typer.Option(metavar="INDEX=FILE", help="Picture of any frame (0 first, -1 last); repeatable."),

@@ -13,6 +13,7 @@ from stiv_deploy.runtime.errors import OutputError, RequestError, one_line
 from stiv_deploy.runtime.files import check_file, check_folder, replaced_file, replaced_folder
 from stiv_deploy.runtime.pipeline.animations import write_gif, write_webp
 from stiv_deploy.runtime.pipeline.limits import bounded
+from stiv_deploy.runtime.pipeline.pictures import unwarned
 
 if TYPE_CHECKING:
     from av.video.codeccontext import VideoCodecContext
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 SUPPORTED = ".mp4, .gif, .webp, .png (all frames in one row), or a name without extension (a folder of PNG frames)"
 EXTENSIONS = (".mp4", ".gif", ".webp", ".png", "")
+SIDES = {".mp4": 16_384, ".gif": 65_535, ".webp": 16_383}
+"""Pixels that a side may have, by extension: of x264, and of both formats."""
 FRAME_NAME = "frame_{:03d}.png"
 GAP = 2
 """Pixels between the frames of a contact sheet."""
@@ -55,6 +58,17 @@ def check_output(path: str | Path, count: int = 1) -> list[Path]:
     for target in targets:
         _check_file(target) if target.suffix else _check_folder(target)
     return targets
+
+
+def check_sides(path: str | Path, height: int, width: int) -> None:
+    """Raise :class:`OutputError` if frames of that size cannot be written to ``path``."""
+    suffix = Path(path).suffix.lower()
+    most = SIDES.get(suffix, max(height, width))
+    if max(height, width) > most:
+        raise OutputError(
+            f"{path}: frames would be {width}x{height} pixels, and {suffix} takes {most} a side; enlarge less, or "
+            "choose a folder of PNG frames"
+        )
 
 
 def _check_file(target: Path) -> None:
@@ -94,7 +108,9 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, upscale: int =
     :class:`OutputError`, or :class:`RequestError` for ``fps`` or ``upscale``, and then leaves nothing behind.
     """
     (path,) = check_output(path)
-    frames, fps = enlarge(_check_frames(frames), upscale), bounded("fps", fps)
+    _, height, width, _ = _check_frames(frames).shape
+    check_sides(path, height * upscale, width * upscale)
+    frames, fps = enlarge(frames, upscale), bounded("fps", fps)
     with replaced_file(path) if path.suffix else replaced_folder(path) as temporary:
         match path.suffix.lower():
             case ".mp4":
@@ -131,19 +147,21 @@ def _mp4_comment(path: Path) -> str | None:
     import av
 
     try:
-        with av.open(f"file:{path}") as container:
+        # only this file: what calls itself .mp4 may be a playlist that points anywhere
+        with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as container:
             return container.metadata.get("comment")
     except av.FFmpegError as error:
         raise RequestError(f"not a video that can be read ({error})") from None
 
 
 def _picture_comment(path: Path) -> str | None:
+    """From what is read of a picture when it is opened: nothing is decoded, however large it is."""
     try:
-        with Image.open(path) as image:
-            described = image.getexif().get(ExifTags.Base.ImageDescription)
+        with unwarned(), Image.open(path, formats=("GIF", "PNG", "WEBP")) as image:
+            described = image.getexif().get(ExifTags.Base.ImageDescription) if image.format == "WEBP" else None
             found = image.info.get("Comment") or image.info.get("comment") or described
-    except (OSError, ValueError, SyntaxError) as error:
-        raise RequestError(f"not a picture that can be read ({error})") from None
+    except Exception as error:  # on damage Pillow raises any of a dozen kinds
+        raise RequestError(f"not a picture that can be read ({str(error)[:200]})") from None
     return found.decode("utf-8", "replace") if isinstance(found, bytes) else found
 
 

@@ -86,8 +86,9 @@ def image_pixels(image: Image.Image, name: str) -> np.ndarray:
     with _told(name):
         image.load()
         colours, alpha = _parts(_eight_bit_image(image, name))
-        colours = _in_srgb(colours, image.info.get("icc_profile"), name).convert("RGB")
-        pixels = np.asarray(colours) if alpha is None else np.dstack((np.asarray(colours), np.asarray(alpha)))
+        colours = _as(_in_srgb(colours, image.info.get("icc_profile"), name), "RGB")
+        pixels = np.asarray(colours)
+        pixels = pixels if alpha is None else np.dstack((pixels, np.asarray(alpha)))
         return _without_idle_alpha(UPRIGHT.get(_orientation(image), lambda same: same)(pixels))
 
 
@@ -108,9 +109,11 @@ def on_background(pixels: np.ndarray, background: str) -> np.ndarray:
     """``pixels`` uint8 [H, W, 3 or 4] as uint8 [H, W, 3], laid on the colour ``background``."""
     if pixels.shape[2] == 3:
         return pixels
-    alpha = pixels[..., 3:].astype(np.uint16)
-    behind = np.array(rgb_of(background), np.uint16) * (255 - alpha)
-    return ((pixels[..., :3] * alpha + behind + 127) // 255).astype(np.uint8)
+    colour, laid = np.array(rgb_of(background), np.uint16), np.empty((*pixels.shape[:2], 3), np.uint8)
+    for row in range(len(pixels)):  # at once it would take four times the memory
+        alpha = pixels[row, :, 3:].astype(np.uint16)
+        laid[row] = (pixels[row, :, :3] * alpha + colour * (255 - alpha) + 127) // 255
+    return laid
 
 
 def rgb_of(colour: str) -> tuple[int, int, int]:
@@ -127,14 +130,18 @@ def rgb_of(colour: str) -> tuple[int, int, int]:
 
 
 @contextmanager
-def _told(name: str) -> Iterator[None]:
-    """Whatever Pillow raises inside becomes a :class:`RequestError`; its warnings are not shown.
+def unwarned() -> Iterator[None]:
+    """Warnings of Pillow are not shown. Silencing is global in Python, so one thread at a time is inside."""
+    with _one_at_a_time, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
-    Silencing warnings is global in Python, so one thread at a time reads.
-    """
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Whatever Pillow raises inside becomes a :class:`RequestError`."""
     try:
-        with _one_at_a_time, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with unwarned():
             yield
     except RequestError:
         raise
@@ -187,9 +194,14 @@ def _parts(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     image = image.convert(STRAIGHT[image.mode]) if image.mode in STRAIGHT else image
     mode = "CMYK" if image.mode == "CMYK" else "L" if image.mode in GREY else "RGB"
     if not image.has_transparency_data:
-        return image.convert(mode), None
-    whole = image.convert("RGBA")
+        return _as(image, mode), None
+    whole = _as(image, "RGBA")
     return whole.convert(mode), whole.getchannel("A")
+
+
+def _as(image: Image.Image, mode: str) -> Image.Image:
+    """``image`` in ``mode``, itself if it has it: Pillow would copy it."""
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _in_srgb(colours: Image.Image, profile: Any, name: str) -> Image.Image:

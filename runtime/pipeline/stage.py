@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from stiv_deploy.runtime.pipeline.media import check_output
+from stiv_deploy.runtime.pipeline.media import check_output, check_sides
 from stiv_deploy.runtime.pipeline.output import StivOutput
 from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 from stiv_deploy.runtime.pipeline.records import report_text
@@ -55,5 +55,6 @@ def make_clips(request: ClipsRequest, progress: Progress = unheard) -> ClipsRepo
         request.bundle, backend=request.backend, threads=request.threads, device=request.device
     ) as pipe:
         plan = pipe.plan(list(request.requests))
+        check_sides(request.out, plan.size.height * request.upscale, plan.size.width * request.upscale)
         output = pipe.run(plan, lambda _pipe, step, _time, values: progress("", step + 1, values["total"]))
     return ClipsReport(written=tuple(output.write(request.out, request.upscale)), output=output)

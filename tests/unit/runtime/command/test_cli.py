@@ -1,13 +1,16 @@
 """The ``stiv`` command: what it writes, what it refuses and with which code, and how it stops."""
 
 import inspect
+import io
 import json
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, version
@@ -25,6 +28,7 @@ from stiv_deploy.runtime.command.cli import generate
 from stiv_deploy.runtime.command.generation import FIELDS, parse_frames
 from stiv_deploy.runtime.command.main import main
 from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.pipeline.media import SIDES
 from stiv_deploy.runtime.pipeline.request import NAMES
 
 Run = Callable[..., tuple[int, str, str]]
@@ -448,6 +452,9 @@ BAD_REQUESTS = [
     (["--seed", "-1"], "seed"),
     (["--image", "none.png"], "none.png: no such image file"),
     (["--image", "text.png"], "text.png: not an image"),
+    (["--image", "bomb.png"], "bomb.png: has 13000x13000 = 169.0 million pixels; a picture has at most 50 million"),
+    (["--frame", "0=far.tif"], "far.tif is of floats from 0 to 9; give 8 or 16 bits for each colour, or floats from 0"),
+    (["--background", "mauvish"], "background must be a colour without alpha, as in white or #336699, got 'mauvish'"),
     (["--image", "large.png"], "large.png is 20x10 (width x height), the video is 8x8"),
     (["--frame", "9=good.png"], "frame 9"),
     (["--frame", "good.png"], "want INDEX=FILE"),
@@ -471,6 +478,7 @@ BAD_REQUESTS = [
     (["--device", "-1"], "the device is a GPU's index, 0 or more; got -1"),
     (["--request", "none.json"], "none.json: no request can be read from it (No such file or directory)"),
     (["--request", "good.png"], "good.png: it carries no request"),
+    (["--request", "bomb.png"], "bomb.png: it carries no request"),
     (["--request", "text.png"], "text.png: not a picture that can be read"),
     (["--request", "unknown.json"], "unknown.json: a request has no 'sed'; there are: prompt, "),
     (["--request", "latents.json"], "the latents of frame 0 are [1, 1, 1]; 4 frames of 8x8 wants [4, 4, 4]"),
@@ -497,6 +505,16 @@ BAD_REQUESTS = [
 ]
 
 
+def png_that_says(width: int, height: int) -> bytes:
+    """A PNG of one pixel whose header says that it has more."""
+    buffer = io.BytesIO()
+    Image.new("1", (1, 1)).save(buffer, "PNG")
+    content = bytearray(buffer.getvalue())
+    content[16:24] = struct.pack(">II", width, height)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)
+
+
 @pytest.mark.parametrize(("options", "message"), BAD_REQUESTS, ids=[" ".join(each[0]) for each in BAD_REQUESTS])
 def test_bad_request(
     run: Run, bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
@@ -506,6 +524,8 @@ def test_bad_request(
     Image.new("RGB", (20, 10)).save(tmp_path / "large.png")
     (tmp_path / "link.png").symlink_to("good.png")
     (tmp_path / "a.json").write_text('{"prompt": "digit"}')
+    (tmp_path / "bomb.png").write_bytes(png_that_says(13_000, 13_000))
+    Image.fromarray(np.array([[0, 9]], np.float32)).save(tmp_path / "far.tif")
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "unknown.json").write_text('{"prompt": "digit", "sed": 1}')
     (tmp_path / "deep.json").write_text("[" * 50_000)
@@ -603,6 +623,16 @@ def test_names_that_are_not_unicode(run: Run, bundle_path: Path, own_bundle: Pat
     code, out, err = run("generate", folder / "none", "--prompt", "digit", "--out", tmp_path / "a.gif")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert r"bundle-\udcff/none: no such folder" in err
+
+
+def test_frames_too_large_for_their_format_are_refused_before_the_work(
+    run: Run, bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SIDES, ".mp4", 100)
+    monkeypatch.setattr(StivPipeline, "run", lambda *_: pytest.fail("something was computed"))
+    code, out, err = run("generate", bundle_path, "--prompt", "a", "--upscale", 16, "--out", tmp_path / "a.mp4")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "a.mp4: frames would be 128x128 pixels, and .mp4 takes 100 a side; enlarge less" in err
 
 
 def test_neither_prompt_nor_request(run: Run, bundle_path: Path, tmp_path: Path) -> None:

@@ -192,6 +192,16 @@ def test_enlarge_refuses_zero() -> None:
         media.enlarge(make_clip(), 0)
 
 
+@pytest.mark.parametrize(("name", "most"), [("a.mp4", 16_384), ("a.webp", 16_383), ("a.gif", 65_535)])
+def test_sides_that_a_format_has_not_are_refused(tmp_path: Path, name: str, most: int) -> None:
+    clip = np.zeros((1, 2, most, 3), np.uint8)
+    media.write_video(tmp_path / name, clip, fps=8)
+    (tmp_path / name).unlink()
+    with pytest.raises(OutputError, match=rf"{name}: frames would be {2 * most}x4 pixels, and .* takes {most} a side"):
+        media.write_video(tmp_path / name, clip, fps=8, upscale=2)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("bad", [make_clip().astype(np.float32), make_clip()[0], make_clip()[:0], make_clip()[..., :1]])
 def test_frames_of_another_kind_are_refused(tmp_path: Path, bad: np.ndarray) -> None:
     with pytest.raises(OutputError, match=r"frames must be uint8 \[frames, height, width, 3\], got "):
