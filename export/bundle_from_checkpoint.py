@@ -17,6 +17,7 @@ from stiv_deploy.export.graphs.quantization import Quantization, check_shapes, l
 from stiv_deploy.export.graphs.writer import GRAPH_FOLDER, GraphWriter
 from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.bundle.bundle import file_record, manifest_text
+from stiv_deploy.runtime.bundle.card import README, readme
 from stiv_deploy.runtime.bundle.contract import Frozen, ModelFacts
 from stiv_deploy.runtime.bundle.manifest import MANIFEST, Bucket, FileRecord, Manifest, Range, SamplingDefaults
 from stiv_deploy.runtime.errors import OutputError
@@ -91,7 +92,7 @@ def _write(
     folder: Path,
     progress: Progress,
 ) -> Manifest:
-    """Graphs, tokenizer and manifest, into ``folder``."""
+    """Graphs, tokenizer, manifest and README, into ``folder``."""
     (folder / GRAPH_FOLDER).mkdir()
     writer = GraphWriter(checkpoint, folder / GRAPH_FOLDER, request.precision, quantization, request.attention)
     manifest = Manifest(
@@ -107,6 +108,7 @@ def _write(
         tools=tool_versions(),
     )
     (folder / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
+    (folder / README).write_text(readme(manifest), encoding="utf-8")
     return manifest
 
 

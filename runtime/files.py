@@ -105,7 +105,7 @@ def replaced_file(target: Path, remedy: str = "") -> Iterator[Path]:
     A link stays and what it names is replaced; an old file's mode stays. An ``OSError`` becomes an
     :class:`OutputError`, which ends with ``remedy``.
     """
-    with _told(target, remedy):
+    with told(target, remedy):
         place = _place(target)
         with draft(place) as temporary:
             yield temporary
@@ -124,7 +124,7 @@ def replaced_folder(target: Path, remedy: str = "") -> Iterator[Path]:
     """
     place = _place(target)
     hidden = place.with_name(f".{_shortened(place.name)}.partial")
-    with _told(target, remedy):
+    with told(target, remedy):
         shutil.rmtree(hidden, ignore_errors=True)
         temporary = hidden / "new" / place.name
         try:
@@ -149,7 +149,8 @@ def _put_in_place(new: Path, target: Path) -> None:
 
 
 @contextmanager
-def _told(target: Path, remedy: str) -> Iterator[None]:
+def told(target: Path, remedy: str) -> Iterator[None]:
+    """An ``OSError`` of writing ``target`` as an :class:`OutputError`, which ends with ``remedy``."""
     try:
         yield
     except OSError as error:
@@ -170,7 +171,7 @@ def check_file(target: Path, remedy: str = "choose another name") -> None:
 
     It names a file in a folder that exists and takes files, and what stands there, links followed, is a file too.
     """
-    with _told(target, remedy):
+    with told(target, remedy):
         place = _place(target)
         if place.is_dir():
             raise OutputError(f"{target}: cannot be written, it is a folder; {remedy}")
@@ -185,7 +186,7 @@ def check_folder(target: Path, remedy: str = "choose another folder") -> None:
 
     Its parents may be missing. The folder that the process is in, one above it, and a mounted one keep their places.
     """
-    with _told(target, remedy):
+    with told(target, remedy):
         place = _place(target)
         if Path.cwd().is_relative_to(place):
             raise OutputError(f"{target}: is the folder that you are in, or above it; {remedy}")
@@ -198,7 +199,7 @@ def check_folder(target: Path, remedy: str = "choose another folder") -> None:
 
 def make_folder(target: Path, remedy: str = "choose another folder") -> None:
     """Make ``target`` and its parents if need be, and prove that it takes files: :class:`OutputError` if not."""
-    with _told(target, remedy):
+    with told(target, remedy):
         target.mkdir(parents=True, exist_ok=True)
         _try(target, target, remedy)
 

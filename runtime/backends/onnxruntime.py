@@ -21,6 +21,7 @@ from stiv_deploy.runtime.backends.cuda import count_gpus, no_such_gpu
 from stiv_deploy.runtime.backends.onnxruntime_int8 import keep_products_exact
 from stiv_deploy.runtime.backends.onnxruntime_memory import DeviceMemory, HostMemory, Where, execution_providers
 from stiv_deploy.runtime.bundle.bundle import AGAIN, Bundle
+from stiv_deploy.runtime.bundle.card import FP8_OPTION
 from stiv_deploy.runtime.bundle.contract import DType, Format, GraphSpec, Precision, TensorSpec
 from stiv_deploy.runtime.errors import BackendError, BundleError, StivError, briefly, few, one_line
 
@@ -99,7 +100,7 @@ def set_quantization(options: ort.SessionOptions, quantization: Format | None, p
     if quantization == "int8" and precision == "float32":
         keep_products_exact(options)
     elif quantization is not None:
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options.add_session_config_entry(FP8_OPTION, "1")
 
 
 def session_options(

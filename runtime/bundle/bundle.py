@@ -20,7 +20,7 @@ from stiv_deploy.runtime.bundle.manifest import (
     Range,
 )
 from stiv_deploy.runtime.errors import BundleError, RequestError, briefly, few
-from stiv_deploy.runtime.files import is_folder, read_json, sha256, write_text
+from stiv_deploy.runtime.files import draft, is_folder, read_json, sha256, told, write_text
 
 REMEDY = "make it with 'stiv export CHECKPOINT --out BUNDLE'"
 AGAIN = "make the bundle again with 'stiv export'"
@@ -38,9 +38,14 @@ def manifest_text(manifest: Manifest) -> str:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Path:
-    """Write ``manifest`` into ``folder`` in place of the old one; :class:`~stiv_deploy.runtime.errors.OutputError`."""
+    """Write ``manifest`` into ``folder`` in place of the old one, or of a link, whose file is others' too.
+
+    Raises :class:`~stiv_deploy.runtime.errors.OutputError`.
+    """
     target = folder / MANIFEST
-    write_text(target, manifest_text(manifest), "choose a folder you may write to")
+    with told(target, "choose a folder you may write to"), draft(target) as temporary:
+        write_text(temporary, manifest_text(manifest))
+        temporary.replace(target)
     return target
 
 

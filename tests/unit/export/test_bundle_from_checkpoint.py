@@ -243,7 +243,8 @@ def test_the_bundle_is_what_its_manifest_says(micro: Checkpoint, micro_path: Pat
         content = (micro_bundle / file.path).read_bytes()
         assert (file.bytes, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
     present = {str(path.relative_to(micro_bundle)) for path in micro_bundle.rglob("*") if path.is_file()}
-    assert present == {MANIFEST, *(file.path for file in files)}
+    assert (micro_bundle / "README.md").read_text().startswith(f"# {manifest.model.name}: a bundle of stiv-deploy\n")
+    assert present == {MANIFEST, "README.md", *(file.path for file in files)}
     assert (micro_bundle / "tokenizer.json").read_bytes() == (micro_path / "tokenizer.json").read_bytes()
     for name, record in manifest.graphs.items():
         assert structure_faults(micro_bundle / record.file.path, record.spec) == [], name

@@ -177,6 +177,9 @@ def test_a_bundle_of_links_as_in_the_cache_of_a_model_hub(own_bundle: Path, tmp_
     assert opened.tokenizer_file() == own_bundle / "tokenizer.json"
     for graph in opened.manifest.graphs:
         assert opened.graph_file(graph).is_symlink()
+    write_manifest(own_bundle, opened.manifest)
+    assert not (own_bundle / "manifest.json").is_symlink()
+    assert all(hashlib.sha256(blob.read_bytes()).hexdigest() == blob.name for blob in blobs.iterdir())
     (own_bundle / "onnx/head.onnx").resolve().write_bytes(bytes(opened.manifest.graphs["head"].file.bytes))
     with pytest.raises(BundleError, match="head.onnx: damaged .*SHA-256"):
         Bundle.open(own_bundle).graph_file("head")

@@ -1,0 +1,73 @@
+"""The README of a bundle: what to do with it, and its model card, all from its manifest."""
+
+from collections.abc import Iterator, Mapping
+
+from stiv_deploy.runtime.bundle.manifest import Bucket, Manifest, Range
+
+README = "README.md"
+FP8_OPTION = "session.disable_quant_qdq"
+"""The option of an ONNX Runtime session, set to 1, without which FP8 graphs do not load."""
+
+
+def readme(manifest: Manifest) -> str:
+    """A page of Markdown."""
+    rows = "".join(f"| {name} | {text} |\n" for name, text in _facts(manifest))
+    return f"""# {manifest.model.name}: a bundle of stiv-deploy
+
+Video from text, and from text and pictures, by the STIV recipe (arXiv 2412.07730): one ONNX graph for each part of the
+model, its tokenizer, and engines if some were built. `manifest.json` describes all of it, with the SHA-256 of every
+file. Given that this folder is called `bundle`:
+
+```sh
+stiv inspect bundle
+stiv generate bundle --prompt "what to show" --out clip.mp4
+```
+{_other_runtimes(manifest)}
+## Model card
+
+| | |
+|---|---|
+{rows}
+It draws what its training data showed, and prompts of other words mislead it. Data, licence and known faults are those
+of the checkpoint; whoever passes the bundle on should say them here.
+"""
+
+
+def _other_runtimes(manifest: Manifest) -> str:
+    if manifest.quantization is None or manifest.quantization.format != "fp8":
+        return ""
+    return f"""
+The graphs hold FP8 (E4M3) weights between QuantizeLinear and DequantizeLinear. TensorRT makes FP8 products of them.
+ONNX Runtime has no such kernels and refuses to load the graphs in a session with default options; with the session
+option `{FP8_OPTION}` set to `1`, as stiv-deploy does, it simulates them.
+"""
+
+
+def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    model, sampling, record = manifest.model, manifest.sampling, manifest.quantization
+    yield "model", f"{model.name}: {model.blocks} blocks of width {model.width}, {model.heads} heads"
+    yield "prompts", f"up to {model.max_text_tokens} tokens, longer ones are cut"
+    layers = "" if record is None else f", {record.format} in {_quantized(record.layers)} layers"
+    yield "precision", f"{manifest.precision}{layers}"
+    for bucket in manifest.buckets:
+        yield f"sizes, {bucket.name}", _sizes(bucket)
+    yield (
+        "recommended",
+        f"{sampling.frames} frames of {sampling.width}x{sampling.height} at {sampling.frames_per_second} a second, "
+        f"{sampling.steps} {sampling.solver} steps, guidance {sampling.guidance_mode} {sampling.guidance_scale:g}",
+    )
+    yield "checkpoint", f"SHA-256 `{manifest.checkpoint}`"
+    yield "made with", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())
+
+
+def _quantized(layers: Mapping[str, str]) -> str:
+    return f"{sum(choice != 'high' for choice in layers.values())} of {len(layers)}"
+
+
+def _sizes(bucket: Bucket) -> str:
+    clips, frames, height, width = map(_range, (bucket.batch, bucket.frames, bucket.height, bucket.width))
+    return f"{clips} clips at once, {frames} frames, {height} pixels high, {width} wide"
+
+
+def _range(size: Range) -> str:
+    return f"{size.min}" if size.min == size.max else f"{size.min} to {size.max}"
