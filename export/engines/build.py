@@ -258,6 +258,7 @@ class EngineBuild:
             graphs_of.setdefault(self.key(graph), []).append(graph)
         built: dict[str, BuiltEngine] = {}
         pool = ThreadPoolExecutor(self.request.jobs or default_jobs(self.request.backend))
+        progress("the first engines", 0, len(self.graphs))
         try:
             futures = {pool.submit(self._build, graphs[0], key): graphs for key, graphs in graphs_of.items()}
             for future in as_completed(futures):

@@ -67,6 +67,7 @@ class GraphWriter:
             progress(name, done, len(self.modules))
             records[name] = self.write(name)
             if check:
+                progress(f"{name}, compared with the reference", done, len(self.modules))
                 self.check(name, records[name].topology, buckets)
                 self.check_plugin(name, records[name], buckets)
         progress("manifest", len(self.modules), len(self.modules))

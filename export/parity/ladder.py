@@ -17,9 +17,8 @@ each (level ``direct_...``) compares the backend with that model instead of the 
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 
 import torch
 from torch import Tensor
@@ -45,7 +44,21 @@ FLOOR = 4.0
 DIRECT = "direct_"
 """Prefix of the levels that compare with the fake-quantized reference."""
 
-Tell = Callable[[str], None]
+
+class _News:
+    """Tells ``progress`` what is measured: the next of ``total`` pieces, or how far the one at hand is."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, -1
+
+    def next(self, what: str) -> None:
+        """Another piece begins."""
+        self._done += 1
+        self.more(what)
+
+    def more(self, what: str) -> None:
+        """The same piece goes on."""
+        self._progress(what, self._done, self._total)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +108,8 @@ def gate_of(level: str, precision: str, yardstick: float) -> float:
 class _Ladder:
     """Collects rows for one backend."""
 
-    def __init__(self, backend: Backend, subject: Subject, draws: Draws | None, tell: Tell) -> None:
-        self.backend, self.bundle, self.draws, self.tell = backend, subject.bundle, draws, tell
+    def __init__(self, backend: Backend, subject: Subject, draws: Draws | None, news: _News) -> None:
+        self.backend, self.bundle, self.draws, self.news = backend, subject.bundle, draws, news
         self.manifest = subject.bundle.manifest
         self.precision = self.manifest.precision
         self.truth = Oracle(subject.checkpoint, torch.float64)
@@ -161,7 +174,7 @@ class _Ladder:
         """Levels op and block: every graph alone, on inputs that the oracle really feeds it half-way through a run."""
         dims = self.dims(request)
         for graph, inputs in probe(self.truth, request, self.manifest.model.blocks):
-            self.tell(f"{self.backend.name}: {graph}")
+            self.news.next(f"{self.backend.name}: {graph}")
             given = self.as_given(graph, inputs)
             truth = self.truth.run(graph, given)
             quantized = self.draws is not None and graph in self.draws.graphs
@@ -186,12 +199,16 @@ class _Ladder:
         points: list[Tensor] = []
         truth: list[Tensor] = []
 
-        def keep(_step: int, before: Tensor, velocity: Tensor) -> None:
+        name = f"{self.backend.name}: {request.name}"
+        self.news.next(f"{name}, the reference's steps")
+
+        def keep(step: int, before: Tensor, velocity: Tensor) -> None:
             points.append(before.float())
             truth.append(velocity)
+            self.news.more(f"{name}, step {step + 1} of the reference")
 
         sample(self.truth.boundary, self.truth.sampling_inputs(request), request.settings, keep)
-        self.tell(f"{self.backend.name}: {request.name}, {len(points)} steps from the reference's latents")
+        self.news.more(f"{name}, {len(points)} steps from the reference's latents")
         runner = TeacherForced(self.backend, self.bundle, self.dims(request), request)
         got = [runner.velocity(latents, step) for step, latents in enumerate(points)]
         if self.draws is None:
@@ -222,8 +239,13 @@ class _Ladder:
 
     def free_run(self, request: Request) -> None:
         """Level free_run: the whole loop by itself; given frames must be bit-equal; then the gates on the video."""
-        self.tell(f"{self.backend.name}: {request.name}, free run")
-        truth = sample(self.truth.boundary, self.truth.sampling_inputs(request), request.settings)
+        name = f"{self.backend.name}: {request.name}, free run"
+        self.news.next(name)
+
+        def tell(step: int, _before: Tensor, _velocity: Tensor) -> None:
+            self.news.more(f"{name}, step {step + 1} of the reference")
+
+        truth = sample(self.truth.boundary, self.truth.sampling_inputs(request), request.settings, tell)
         latents = torch.from_numpy(free_run(self.backend, self.bundle, self.dims(request), request))
         if self.draws is None:
             plain = sample(self.plain.boundary, self.plain.sampling_inputs(request), request.settings)
@@ -259,11 +281,11 @@ def climb(subject: Subject, backends: Sequence[str], steps: int, progress: Progr
     bundle, checkpoint = subject.bundle, subject.checkpoint
     requests = parity_requests(bundle.manifest, checkpoint, steps)
     draws = None if subject.scales is None else Draws(checkpoint, bundle.manifest, subject.scales)
-    done, total = count(), len(backends) * (len(bundle.manifest.graphs) + 2 * len(requests))
+    news = _News(progress, len(backends) * (len(bundle.manifest.graphs) + 2 * len(requests)))
     ladders = []
     for name in backends:
         with open_backend(name, bundle) as backend:
-            ladder = _Ladder(backend, subject, draws, lambda what: progress(what, next(done), total))
+            ladder = _Ladder(backend, subject, draws, news)
             ladder.graphs(requests[-1])
             for request in requests:
                 ladder.trajectory(request)

@@ -45,6 +45,7 @@ def run_parity(request: ParityRequest, progress: Progress = unheard) -> ParityRe
     """
     bundle = Bundle.open(request.bundle)
     backends = runnable(bundle, request.backends)
+    progress("loading the checkpoint", 0, 1)
     subject = open_subject(bundle, checkpoint=request.checkpoint, folder=request.checkpoints, scales=request.scales)
     report = climb(subject, backends, request.steps, progress)
     if request.record:

@@ -185,7 +185,8 @@ def doctor(json: JsonTarget = None) -> None:
     from stiv_deploy.runtime.command.doctor import examine
 
     check_json(json)
-    report = examine()
+    with progress_bar("doctor") as progress:
+        report = examine(progress)
     answer(json, lambda: json_text(report), lambda: print_doctor(report, Console()))
     if not report.healthy:
         raise typer.Exit(1)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from stiv_deploy.runtime.errors import BackendError, one_line, raise_interrupt
+from stiv_deploy.runtime.progress import Progress, unheard
 
 GIB = 2**30
 
@@ -265,7 +266,16 @@ def library_state(name: str, describe: Callable[[], str]) -> LibraryState:
         return LibraryState(name=name, works=False, state=one_line(str(error)))
 
 
-def examine() -> Report:
+def check_packages(progress: Progress) -> list[Package]:
+    """Import all that ``pyproject.toml`` names, one after another: what takes the time of an examination."""
+    found = []
+    for done, dependency in enumerate(DEPENDENCIES):
+        progress(dependency.distribution, done, len(DEPENDENCIES))
+        found.append(check_package(dependency))
+    return found
+
+
+def examine(progress: Progress = unheard) -> Report:
     """Look at everything; never raises for something that is merely missing or broken."""
     gpus, gpu_problem = (
         reason_of(list_gpus) if shutil.which("nvidia-smi") else (None, "nvidia-smi not found: no NVIDIA driver here")
@@ -290,7 +300,7 @@ def examine() -> Report:
         devices=devices or [],
         mp4=encoder is not None,
         mp4_problem=mp4_problem,
-        packages=[check_package(dependency) for dependency in DEPENDENCIES],
+        packages=check_packages(progress),
         backends=backends or [no_backends(backend_problem or "none registered")],
         libraries=[
             library_state("attention kernels", kernel_library),

@@ -16,7 +16,7 @@ from typer.core import TyperCommand
 
 from stiv_deploy.runtime.errors import OutputError, briefly
 from stiv_deploy.runtime.files import check_apart, check_file, write_text
-from stiv_deploy.runtime.progress import Progress
+from stiv_deploy.runtime.progress import Lines, Progress, unheard
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -33,20 +33,23 @@ JsonTarget = Annotated[
 
 @contextmanager
 def progress_bar(stage: str, quiet: bool = False) -> Iterator[Progress]:
-    """A bar on stderr as the progress of ``stage``; nothing where stderr is no terminal, or if ``quiet``.
+    """A bar on stderr as the progress of ``stage``, lines where that is no terminal; nothing if ``quiet``.
 
     It appears with the first news, so that an error of the first checks stands alone, and begins again where the total
     changes or the count goes back: there other work begins.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
     from rich.table import Column
 
     console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield unheard if quiet else Lines(stage)
+        return
     what = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
-    columns = (TextColumn(stage), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), what)
-    bar = Bar(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    bar = Bar(TextColumn(stage), BarColumn(), MofNCompleteColumn(), *times, what, console=console, transient=True)
     task = bar.add_task("", total=None)
 
     def show(what: str, done: int, total: int) -> None:

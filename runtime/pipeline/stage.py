@@ -45,12 +45,13 @@ class ClipsReport:
 
 
 def make_clips(request: ClipsRequest, progress: Progress = unheard) -> ClipsReport:
-    """Generate and write clips; ``progress`` hears of sampling steps.
+    """Generate and write clips; ``progress`` hears that the bundle is loaded, and of sampling steps.
 
     Raises what :meth:`StivPipeline.from_bundle`, its plan and its run do, and
     :class:`~stiv_deploy.runtime.errors.OutputError`, before anything is computed where possible.
     """
     check_output(request.out, request.count)
+    progress("loading", 0, 1)
     with StivPipeline.from_bundle(
         request.bundle, backend=request.backend, threads=request.threads, device=request.device
     ) as pipe:

@@ -318,8 +318,8 @@ def test_progress_and_report_are_of_every_graph(folder: Path, builders: Builders
     told: list[tuple[str, int, int]] = []
     report = build_engines(request_for(folder), lambda *step: told.append(step))
     graphs = list(read(folder).graphs)
-    assert sorted(name for name, *_ in told) == sorted(graphs)
-    assert [step[1:] for step in told] == [(done, len(graphs)) for done in range(1, len(graphs) + 1)]
+    assert sorted(name for name, *_ in told[1:]) == sorted(graphs)
+    assert [step[1:] for step in told] == [(done, len(graphs)) for done in range(len(graphs) + 1)]
     assert [engine.graph for engine in report.engines] == graphs
     assert (report.backend, report.version, report.sm) == ("tensorrt-rtx", "1.7.1", "89")
     assert {engine.attention for engine in report.engines} == {"native"}

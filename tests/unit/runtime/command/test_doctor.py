@@ -215,3 +215,12 @@ def test_the_plugin_library_is_opened_without_tensorrt(no_libraries: Path, funct
         assert not found.works
         begin = f"{path} is no TensorRT plugin library (it has no function getCreators); build it with `make plugins "
         assert found.state.startswith(begin)
+
+
+def test_an_examination_tells_what_it_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = doctor.Package(name="a", extra="", version="1", problem=None)
+    monkeypatch.setattr(doctor, "check_package", lambda _dependency: state)
+    news: list[tuple[str, int, int]] = []
+    found = doctor.check_packages(lambda *each: news.append(each))
+    assert [done for _, done, _ in news] == list(range(len(found)))
+    assert news[0] == (doctor.DEPENDENCIES[0].distribution, 0, len(doctor.DEPENDENCIES))

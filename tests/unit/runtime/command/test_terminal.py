@@ -60,7 +60,7 @@ def test_other_work_begins_anew(module: ModuleType, capsys: pytest.CaptureFixtur
 
 @both
 @pytest.mark.parametrize("quiet", [False, True])
-def test_no_bar_without_a_terminal_or_if_quiet(
+def test_no_bar_in_a_short_run_without_a_terminal_or_if_quiet(
     module: ModuleType,
     quiet: bool,
     monkeypatch: pytest.MonkeyPatch,
@@ -70,6 +70,38 @@ def test_no_bar_without_a_terminal_or_if_quiet(
         monkeypatch.setenv("FORCE_COLOR", "1")
     with module.progress_bar("export", quiet=quiet) as progress:
         progress("block_00", 3, 9)
+    assert capsys.readouterr() == ("", "")
+
+
+@both
+def test_a_long_run_without_a_terminal_writes_lines_ever_fewer(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(100, 400))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    with module.progress_bar("parity") as progress:
+        for second in range(200):
+            progress("block_00" if second < 50 else "", second, 300)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "parity 10/300 after 10 s block_00",
+        "parity 30/300 after 30 s block_00",
+        "parity 70/300 after 70 s",
+        "parity 130/300 after 130 s",
+        "parity 190/300 after 190 s",
+    ]
+
+
+@both
+def test_a_quiet_run_writes_nothing_however_long(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(100, 400))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    with module.progress_bar("parity", quiet=True) as progress:
+        for second in range(200):
+            progress("", second, 300)
     assert capsys.readouterr() == ("", "")
 
 
