@@ -89,17 +89,16 @@ def _files(top: Path) -> Iterator[Path]:
     own, linked = deque([top]), deque[Path]()
     while own or linked:
         place = own.popleft() if own else linked.popleft()
-        state = place.stat()
-        if (state.st_dev, state.st_ino) in seen:
-            continue
-        seen.add((state.st_dev, state.st_ino))
         try:
+            state = place.stat()
+            if (state.st_dev, state.st_ino) in seen:
+                continue
             entries = [entry for entry in place.iterdir() if not entry.name.startswith(".")]
+            kinds = [entry.is_dir() for entry in entries]
         except OSError:
             yield place
             continue
-        for entry in entries:
-            if not entry.is_dir():
-                yield entry
-            else:
-                (linked if entry.is_symlink() else own).append(entry)
+        seen.add((state.st_dev, state.st_ino))
+        yield from (entry for entry, folder in zip(entries, kinds, strict=True) if not folder)
+        for entry in (entry for entry, folder in zip(entries, kinds, strict=True) if folder):
+            (linked if entry.is_symlink() else own).append(entry)

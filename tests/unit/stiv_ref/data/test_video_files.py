@@ -1,5 +1,6 @@
 """Which files are videos: by their names, through links, once each; what is none is counted and named."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,20 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path) -> None:
     touch(tmp_path, "only/x.rmvb")
     with pytest.raises(VideoError, match=r"no videos in this folder; .*; \*\.rmvb: 1 left out"):
         find_videos(tmp_path / "only")
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a.mp4", "locked/b.mp4")
+    original = Path.iterdir
+
+    def iterdir(folder: Path) -> Iterator[Path]:
+        if folder.name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return original(folder)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    found = find_videos(tmp_path)
+    assert (found.videos, found.others) == (["a.mp4"], ["locked"])
 
 
 def test_linked_folders_are_walked_once(tmp_path: Path) -> None:
