@@ -86,14 +86,15 @@ def _shortened(name: str) -> str:
 
 
 @contextmanager
-def draft(target: Path) -> Iterator[Path]:
+def draft(target: Path, name: str | None = None) -> Iterator[Path]:
     """Yield a path that nobody else has, from which a file or folder can be renamed to ``target``.
 
-    What was not renamed by the end is removed. ``OSError`` if nothing can be written beside ``target``.
+    Its last part is ``name``, by default that of ``target``. What was not renamed by the end is removed. ``OSError`` if
+    nothing can be written beside ``target``.
     """
     folder = Path(tempfile.mkdtemp(prefix=f".{_shortened(target.name)}-", suffix=".partial", dir=target.parent))
     try:
-        yield folder / target.name
+        yield folder / (name or target.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -107,7 +108,7 @@ def replaced_file(target: Path, remedy: str = "") -> Iterator[Path]:
     """
     with told(target, remedy):
         place = _place(target)
-        with draft(place) as temporary:
+        with draft(place, target.name) as temporary:
             yield temporary
             if place.exists():
                 _refuse_device(target, place, remedy)

@@ -4,6 +4,7 @@ What is being written lies in a hidden folder beside its place, ``.<name>...part
 at suffixes), until it is complete and renamed. The runtime has the same for itself.
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -40,6 +41,12 @@ def _shortened(name: str) -> str:
     return f"{raw[: NAME_LIMIT - 17].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:16]}"
 
 
+def refuse_device(target: Path) -> None:
+    """``OSError`` if ``target`` is a device or a pipe, which a file must not replace."""
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise OSError(errno.EINVAL, "it is a device or a pipe")
+
+
 @contextmanager
 def told(where: Path, remedy: str) -> Iterator[None]:
     """Turn an ``OSError`` from inside, as of a full disk, into an :class:`OutputError` that names ``where``."""
@@ -51,11 +58,18 @@ def told(where: Path, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def replaced_file(target: Path) -> Iterator[Path]:
-    """Yield a path for a new file, which becomes ``target`` if the block succeeds, and vanishes on any failure."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{_shortened(target.name)}-", suffix=".partial", dir=target.parent))
+    """Yield a path for a new file, which becomes ``target`` if the block succeeds, and vanishes on any failure.
+
+    A link stays and what it names is replaced; an old file's mode stays. ``OSError`` if a device stands there.
+    """
+    place = target.resolve() if target.is_symlink() else target
+    refuse_device(place)
+    folder = Path(tempfile.mkdtemp(prefix=f".{_shortened(place.name)}-", suffix=".partial", dir=place.parent))
     try:
         yield folder / target.name
-        (folder / target.name).replace(target)
+        if place.exists():
+            shutil.copymode(place, folder / target.name)
+        (folder / target.name).replace(place)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -8,6 +8,7 @@ from stiv_deploy.export.parity.files import open_subject, record_rows, runnable
 from stiv_deploy.export.parity.ladder import ParityReport, climb
 from stiv_deploy.runtime.bundle.bounds import STEP_LIMIT
 from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.files import make_folder
 from stiv_deploy.runtime.progress import Progress, unheard
 
 CHECKPOINTS = Path("checkpoints")
@@ -41,9 +42,11 @@ def run_parity(request: ParityRequest, progress: Progress = unheard) -> ParityRe
 
     Raises :class:`~stiv_deploy.runtime.errors.BundleError`, :class:`~stiv_deploy.runtime.errors.BackendError`,
     :class:`~stiv_deploy.stiv_ref.errors.CheckpointError` or :class:`~stiv_deploy.calibration.errors.CalibrationError`
-    before the first measurement, :class:`~stiv_deploy.runtime.errors.OutputError` where rows cannot be kept.
+    or :class:`~stiv_deploy.runtime.errors.OutputError` (rows cannot be kept) before the first measurement.
     """
     bundle = Bundle.open(request.bundle)
+    if request.record:
+        make_folder(bundle.folder, "give --no-record, or copy the bundle to a folder you own")
     backends = runnable(bundle, request.backends)
     progress("loading the checkpoint", 0, 1)
     subject = open_subject(bundle, checkpoint=request.checkpoint, folder=request.checkpoints, scales=request.scales)

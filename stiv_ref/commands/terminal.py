@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from stiv_deploy.stiv_ref.errors import StivRefError
-from stiv_deploy.stiv_ref.files import write_text
+from stiv_deploy.stiv_ref.files import refuse_device, told, write_text
 from stiv_deploy.stiv_ref.progress import Lines, Progress, unheard
 
 STDOUT = Path("-")
@@ -60,6 +60,8 @@ def check_json(target: Path | None) -> None:
         return
     if target.is_dir() or not target.absolute().parent.is_dir():
         raise StivRefError(f"{target}: cannot be written; name a file in a folder that exists")
+    with told(target, "name a file"):
+        refuse_device(target)
 
 
 def answer(target: Path | None, report: Callable[[], str], show: Callable[[], None]) -> None:

@@ -119,20 +119,6 @@ def test_few_of_many_names() -> None:
     assert few([str(number) for number in range(1000)]) == "0, 1, 2 and 997 more"
 
 
-def test_a_file_behind_a_link_is_replaced_where_it_lies_and_keeps_its_mode(tmp_path: Path) -> None:
-    (tmp_path / "disk").mkdir()
-    real, link = tmp_path / "disk" / "real", tmp_path / "link"
-    link.symlink_to(real)
-    for text in ("made through a link that led nowhere", "replaced"):
-        write_text(link, text)
-        assert link.is_symlink()
-        assert real.read_text() == text
-    real.chmod(0o640)
-    write_text(link, "private")
-    assert real.stat().st_mode & 0o777 == 0o640
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "link", "real"]
-
-
 def test_a_pipe_is_never_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for write in (check_file, lambda target: write_text(target, "text")):

@@ -146,3 +146,28 @@ def test_a_folder_may_have_any_name(files: ModuleType, tmp_path: Path, name: str
         with files.replaced_folder(tmp_path / name) as folder:
             (folder / inside).touch()
     assert names(tmp_path) == [name, f"{name}/second"]
+
+
+@both
+def test_a_file_behind_a_link_is_replaced_where_it_lies_and_keeps_its_mode(files: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    real, link = tmp_path / "disk" / "blob", tmp_path / "clip.mp4"
+    link.symlink_to(real)
+    for text in ("made through a link that led nowhere", "replaced"):
+        files.write_text(link, text)
+        assert link.is_symlink()
+        assert real.read_text() == text
+    real.chmod(0o640)
+    with files.replaced_file(link) as temporary:
+        assert temporary.name == "clip.mp4", "what encoders go by"
+        temporary.write_text("private")
+    assert real.stat().st_mode & 0o777 == 0o640
+    assert names(tmp_path) == ["clip.mp4", "disk", "disk/blob"]
+
+
+@both
+def test_a_pipe_is_never_replaced(files: ModuleType, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(Exception, match="it is a device or a pipe"):
+        files.write_text(tmp_path / "pipe", "text")
+    assert (tmp_path / "pipe").is_fifo()

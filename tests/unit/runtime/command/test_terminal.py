@@ -140,7 +140,7 @@ def test_a_target_that_cannot_be_written_after_all_is_one_line(module: ModuleTyp
 def test_a_target_that_cannot_be_a_file_is_one_line(module: ModuleType, tmp_path: Path) -> None:
     for target in (None, Path("-"), tmp_path / "new.json"):
         module.check_json(target)
-    for target in (tmp_path, tmp_path / "absent" / "report.json"):
+    for target in (tmp_path, tmp_path / "absent" / "report.json", Path("/dev/null")):
         with pytest.raises(Exception, match="cannot be written") as caught:
             module.check_json(target)
         assert caught.value.exit_code == 2  # type: ignore[attr-defined]
