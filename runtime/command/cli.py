@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stiv_deploy.runtime.pipeline.stage import ClipsReport
 
 MIB = 2**20
-UPSCALE_LIMIT = 256
+UPSCALE_LIMIT = 2**14
 
 
 def generate(

@@ -1,6 +1,7 @@
 """Limits of a request's numbers and texts, and how a fault is said: one line, whichever way the value came."""
 
 import math
+import os
 from enum import StrEnum
 from typing import Any, NamedTuple, TypeVar
 
@@ -10,6 +11,7 @@ from stiv_deploy.runtime.bundle.bounds import RATE_LIMIT, SCALE_LIMIT, SHIFT_LIM
 from stiv_deploy.runtime.errors import RequestError, briefly
 
 Name = TypeVar("Name", bound=StrEnum)
+GIB = 2**30
 COUNT_LIMIT = 1_000
 """Videos of one request."""
 SEED_LIMIT = 2**63
@@ -47,6 +49,21 @@ BOUNDS = {
     "decode_tile": Bounds(0, SIZE_LIMIT),
 }
 """Every number of a request by its field."""
+
+
+def memory_bytes() -> int | None:
+    """Physical memory of this machine, where the system tells."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def check_memory(what: str, needed: int, remedy: str) -> None:
+    """:class:`RequestError` if ``what`` needs more bytes than this machine has, before any are asked for."""
+    there = memory_bytes()
+    if there is not None and needed > there:
+        raise RequestError(f"{what} needs {needed / GIB:.3g} GiB of memory, here are {there / GIB:.3g}; {remedy}")
 
 
 def whole_number(name: str, value: Any) -> int:

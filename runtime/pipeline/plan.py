@@ -13,6 +13,7 @@ from stiv_deploy.runtime.bundle.manifest import SamplingDefaults
 from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.pipeline.given import Latents
 from stiv_deploy.runtime.pipeline.images import check_given_frames, fitted_image
+from stiv_deploy.runtime.pipeline.limits import check_memory
 from stiv_deploy.runtime.pipeline.pictures import rgb_of
 from stiv_deploy.runtime.pipeline.request import GenerationRequest, new_seed
 from stiv_deploy.runtime.pipeline.tiling import check_tile
@@ -121,7 +122,9 @@ def plan_generation(bundle: Bundle, requests: GenerationRequest | Sequence[Gener
     size = _shared("size", [_size(request) for request in each])
     tile = _shared("decode_tile", [request.decode_tile for request in each])
     largest = bundle.max_batch(size.frames, size.height, size.width)
-    counts = _batches(sum(request.count for request in each), largest)
+    total = sum(request.count for request in each)
+    check_memory(f"{total} times {size}", total * _bytes(size, model), "ask for fewer or smaller videos at once")
+    counts = _batches(total, largest)
     for count in counts:
         bucket = bundle.bucket_for(count, size.frames, size.height, size.width)
         check_tile(model, bucket, tile)
@@ -164,6 +167,13 @@ def _shared(what: str, values: Sequence[Item]) -> Item:
 def _size(request: GenerationRequest) -> VideoSize:
     values = dict(request)
     return VideoSize(frames=values["num_frames"], height=values["height"], width=values["width"])
+
+
+def _bytes(size: VideoSize, model: ModelFacts) -> int:
+    """Least memory of a video's result: frames of a batch and of all of them as uint8, latents as fp32."""
+    pixels = size.frames * size.height * size.width
+    latents = model.latent_frames(size.frames) * model.latent_channels * 4
+    return 2 * 3 * pixels + latents * (size.height // model.spatial_factor) * (size.width // model.spatial_factor)
 
 
 def _batches(count: int, largest: int) -> list[int]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from stiv_deploy.runtime.pipeline.limits import check_memory
 from stiv_deploy.runtime.pipeline.media import check_output, check_sides
 from stiv_deploy.runtime.pipeline.output import StivOutput
 from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
@@ -57,5 +58,7 @@ def make_clips(request: ClipsRequest, progress: Progress = unheard) -> ClipsRepo
     ) as pipe:
         plan = pipe.plan(list(request.requests))
         check_sides(request.out, plan.size.height * request.upscale, plan.size.width * request.upscale)
+        enlarged = 3 * plan.size.frames * plan.size.height * plan.size.width * request.upscale**2
+        check_memory(f"{plan.size}, enlarged {request.upscale} times,", enlarged, "give a smaller --upscale")
         output = pipe.run(plan, lambda _pipe, step, _time, values: progress("", step + 1, values["total"]))
     return ClipsReport(written=tuple(output.write(request.out, request.upscale)), output=output)

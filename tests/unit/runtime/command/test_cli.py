@@ -28,6 +28,7 @@ from stiv_deploy.runtime.command.cli import generate
 from stiv_deploy.runtime.command.generation import FIELDS, parse_frames
 from stiv_deploy.runtime.command.main import main
 from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.pipeline import limits
 from stiv_deploy.runtime.pipeline.media import SIDES
 from stiv_deploy.runtime.pipeline.request import NAMES
 
@@ -498,6 +499,10 @@ BAD_REQUESTS = [
     (["--guidance", "1e300"], "guidance_scale must be from -1000.0 to 1000.0, got 1e+300"),
     (["--threads", "100000"], "the number of threads must be a whole number up to 1024"),
     (["--upscale", "100000"], "--upscale"),
+    (
+        ["--upscale", "2000", "--out", "clip.gif"],
+        "4 frames of 8x8, enlarged 2000 times, needs 2.86 GiB of memory, here",
+    ),
     (["--device", str(10**400)], "the device is a GPU's index"),
     (["--backend", "x" * 5000], "unknown backend 'xxx"),
     (["--json", "none/a.json"], "none/a.json: cannot be written"),
@@ -535,6 +540,7 @@ def test_bad_request(
     latents = {"dtype": "float32", "shape": [1, 1, 1], "data": "AAAAAA=="}
     (tmp_path / "latents.json").write_text(json.dumps({"prompt": "digit", "latents": {"0": latents}}))
     before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(limits, "memory_bytes", lambda: 2**30)
     monkeypatch.chdir(tmp_path)
     code, out, err = run("generate", bundle_path, "--prompt", "digit", "--out", "clip.mp4", *options)
     assert (code, out, err.count("\n")) == (2, "", 1)

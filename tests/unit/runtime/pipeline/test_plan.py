@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stiv_deploy.runtime import Bundle, GenerationRequest, GuidanceMode, RequestError, Solver
+from stiv_deploy.runtime.pipeline import limits
 from stiv_deploy.runtime.pipeline.plan import RECOMMENDED, plan_generation
 
 PICTURE = np.full((8, 8, 3), 51, dtype=np.uint8)
@@ -186,3 +187,13 @@ def test_requests_that_are_none(toy_bundle: Bundle) -> None:
 def test_recommendations_are_fields_of_both_sides(toy_bundle: Bundle) -> None:
     assert set(RECOMMENDED) <= set(GenerationRequest.model_fields)
     assert set(RECOMMENDED.values()) == set(type(toy_bundle.manifest.sampling).model_fields)
+
+
+def test_videos_that_no_memory_holds(toy_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "memory_bytes", lambda: 10_000)
+    few = GenerationRequest(prompt="digit", count=2)
+    assert len(plan_generation(toy_bundle, few).videos) == 2
+    with pytest.raises(RequestError, match="100 times 4 frames of 8x8 needs .* GiB of memory, here are .*;"):
+        plan_generation(toy_bundle, few.changed(count=100))
+    monkeypatch.setattr(limits, "memory_bytes", lambda: None)
+    assert len(plan_generation(toy_bundle, few.changed(count=100)).videos) == 100
