@@ -114,8 +114,8 @@ def session_options(
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.intra_op_num_threads = threads
-    # Every session has its own threads: where a process has one pool for all, ONNX Runtime (1.31) refuses each session
-    # that wants its own, which is the default, and with it whatever else the process runs. Those of a graph that is done
+    # Every session has its own threads: where a process has one pool for all, ONNX Runtime (1.31) refuses sessions that
+    # want their own, which is the default, and with it what others run in the process. Those of a graph that is done
     # must not spin beside those of the next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
