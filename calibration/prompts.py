@@ -16,7 +16,7 @@ from stiv_deploy.stiv_ref.data.moving_digits import DIGIT_WORDS, DIRECTIONS, WOR
 from stiv_deploy.stiv_ref.digit_canvas import SIZE
 from stiv_deploy.stiv_ref.text import END, PAD, UNKNOWN
 
-IMAGES = (".png", ".jpg", ".jpeg")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif")
 
 
 def knows_moving_digits(checkpoint: Checkpoint) -> bool:
@@ -66,7 +66,7 @@ def dataset_images(checkpoint: Checkpoint, seed: int) -> Tensor:
 
 
 def read_images(folder: Path, height: int, width: int) -> Tensor:
-    """All PNG and JPEG files of ``folder`` by name, cropped to the size: fp32 [N, 3, height, width] in [-1, 1].
+    """All pictures of ``folder`` by name, cropped to the size: fp32 [N, 3, height, width] in [-1, 1].
 
     They are read as ``stiv generate`` reads them. Raises :class:`CalibrationError` if there is none or one cannot be.
     """
@@ -74,7 +74,7 @@ def read_images(folder: Path, height: int, width: int) -> Tensor:
 
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGES)
     if not paths:
-        raise CalibrationError(f"{folder}: no PNG or JPEG files in it; give a folder of first frames")
+        raise CalibrationError(f"{folder}: no pictures in it ({', '.join(IMAGES)}); give a folder of first frames")
     pixels = []
     for path in paths:
         try:

@@ -86,12 +86,12 @@ def test_images_are_read_by_name_and_fitted(tmp_path: Path) -> None:
 def test_images_are_read_as_those_of_a_generation(tmp_path: Path) -> None:
     clear = np.full((32, 32, 4), (255, 255, 255, 0), np.uint8)
     Image.fromarray(clear).save(tmp_path / "a.png")
-    Image.fromarray(np.full((32, 32), 128 * 257, np.uint16)).save(tmp_path / "b.png")
+    Image.fromarray(np.full((32, 32), 128 * 257, np.uint16)).save(tmp_path / "b.tif")
     assert read_images(tmp_path, 32, 32)[:, 0, 0, 0].tolist() == pytest.approx([-1, 128 / 127.5 - 1], abs=2**-23)
 
 
 def test_folders_without_readable_images(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="no PNG or JPEG files in it"):
+    with pytest.raises(CalibrationError, match="no pictures in it \\(.png, .jpg,"):
         read_images(tmp_path, 32, 32)
     (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(CalibrationError, match=r"torn\.png: not an image that can be read"):
