@@ -17,6 +17,10 @@ from stiv_deploy.runtime.errors import one_line, raise_interrupt
 GROUP = "stiv_deploy.commands"
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """Errors of writing that are never a fault of ours, wherever they come from."""
+LINE = 480
+"""Most characters of an error."""
+OURS = "Value error, "
+"""What Typer, too, writes in front of some words."""
 REFUSED = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EIO}
 """Errors of a file that is named, which nobody nearer has said better."""
 LISTING = "stiv_deploy.listing"
@@ -149,7 +153,8 @@ def _message(error: Exception) -> str:
     formatted = getattr(error, "format_message", None)  # Typer's usage errors say more there than in str()
     context = getattr(error, "ctx", None)
     more = f" (see '{context.command_path} --help')" if context else ""
-    return one_line(formatted() if formatted else str(error), 500 - len(more)) + more
+    text = (formatted() if formatted else str(error)).replace(OURS, "")
+    return one_line(text, LINE - len(more)) + more
 
 
 def run(arguments: list[str]) -> Any:
@@ -176,5 +181,5 @@ def told(error: Exception) -> int:
     remedy = _remedy(error)
     if not isinstance(code, int) and remedy is None:
         raise error
-    sys.stderr.write(f"error: {one_line(remedy) if remedy else _message(error)}\n")
+    sys.stderr.write(f"error: {one_line(remedy, LINE) if remedy else _message(error)}\n")
     return code if isinstance(code, int) else 2

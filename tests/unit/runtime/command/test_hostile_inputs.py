@@ -1,0 +1,196 @@
+"""Whatever stands in a manifest, a request or an option: a result or one line, and nothing left.
+
+``STIV_FUZZ_CASES`` sets the number of cases, 500 by default.
+"""
+
+import copy
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from stiv_deploy.runtime import StivPipeline
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.command.main import main
+from stiv_deploy.runtime.errors import StivError
+from stiv_deploy.runtime.pipeline.plan import plan_generation
+from stiv_deploy.runtime.pipeline.records import read_requests
+
+CASES = int(os.environ.get("STIV_FUZZ_CASES", "500"))
+LINE = 500
+"""Most characters of an error."""
+REQUEST = {
+    "prompt": "digit", "negative_prompt": "", "fit": "pad", "num_frames": 4, "height": 8, "width": 8, "fps": 8.0,
+    "stride": 1, "original_height": 8, "original_width": 8, "num_inference_steps": 1, "guidance_mode": "sit",
+    "guidance_scale": 2.0, "image_guidance_scale": 1.5, "guidance_renorm": True, "solver": "heun", "time_shift": 1.0,
+    "seed": 1, "count": 2, "decode_tile": 0, "frames": {"0": "none.png"},
+}  # fmt: skip
+NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    7,
+    1001,
+    2**16 + 1,
+    2**31,
+    2**63,
+    10**20,
+    10**30,
+    10**400,
+    0.5,
+    1e300,
+    float("inf"),
+    float("nan"),
+)
+TEXTS = ("", "a", "x" * 300, "y" * 100_000, "\0", "\x1b[31m", "../../a", "nan", "1e5", "größer \N{CHERRY BLOSSOM}")
+hostile = st.one_of(
+    st.sampled_from(NUMBERS),
+    st.sampled_from(TEXTS),
+    st.sampled_from((None, True, [], {}, [0, 0], [10**9, 1], [[]], {"a": 1}, [None] * 1000, {"x" * 1000: 1})),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=20),
+)
+
+
+def cases(share: float, *strategies: st.SearchStrategy[Any]) -> Callable[[Any], Any]:
+    """A test of ``share`` of all cases."""
+    checks = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow)
+    limits = settings(max_examples=max(1, round(share * CASES)), deadline=None, suppress_health_check=checks)
+    return lambda test: limits(given(*strategies)(test))
+
+
+def places(values: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container in ``values`` with each of its keys."""
+    for key, value in list(values.items() if isinstance(values, dict) else enumerate(values)):
+        yield values, key
+        if isinstance(value, dict | list):
+            yield from places(value)
+
+
+changes = st.lists(
+    st.tuples(st.floats(0, 1, exclude_max=True), st.sampled_from(("set", "drop", "add")), hostile), max_size=3
+)
+damages = st.sampled_from((None, None, None, None, "half", "deep", "mark", "latin", "nothing", "digits"))
+
+
+def changed(values: Any, edits: Any) -> Any:
+    """``values`` with some of what is in it replaced, gone, or joined by more."""
+    for where, what, value in map(copy.deepcopy, edits):
+        found = list(places(values))
+        if not found:
+            return value
+        container, key = found[int(where * len(found))]
+        match what:
+            case "set":
+                container[key] = value
+            case "drop":
+                del container[key]
+            case "add" if isinstance(container, dict):
+                container[str(value)[:2000]] = value
+    return values
+
+
+def damaged(text: str, damage: str | None) -> bytes:
+    """``text`` as a file with some fault."""
+    match damage:
+        case "half":
+            return text[: len(text) // 2].encode()
+        case "deep":
+            return b"[" * 50_000
+        case "mark":
+            return b"\xef\xbb\xbf" + text.encode()
+        case "latin":
+            return b"\xff\xfe" + text.encode()
+        case "nothing":
+            return b""
+        case "digits":
+            return b"1" * 5000
+    return text.encode(errors="replace")
+
+
+def error_of(call: Callable[[], Any]) -> StivError | None:
+    try:
+        call()
+    except StivError as error:
+        return error
+    return None
+
+
+def one_line_or_well(call: Callable[[], Any], folder: Path) -> None:
+    """``call`` works, or raises an error of ours that is one short line; ``folder`` has the same files afterwards."""
+    before = sorted(folder.rglob("*"))
+    error = error_of(call)
+    if error is not None:
+        text = str(error).replace(str(folder), "")
+        assert error.exit_code == 2
+        assert "\n" not in text
+        assert "Value error" not in text
+        assert len(text) <= LINE, text
+    assert sorted(folder.rglob("*")) == before
+
+
+@cases(0.25, changes, damages)
+def test_manifests(bundle_path: Path, tmp_path: Path, edits: Any, damage: str | None) -> None:
+    folder = tmp_path / "bundle"
+    if not folder.exists():
+        shutil.copytree(bundle_path, folder)
+    values = json.loads((bundle_path / "manifest.json").read_text())
+    (folder / "manifest.json").write_bytes(damaged(json.dumps(changed(values, edits)), damage))
+    one_line_or_well(lambda: Bundle.open(folder), folder)
+
+
+@cases(0.2, changes, damages)
+def test_requests(bundle_path: Path, tmp_path: Path, edits: Any, damage: str | None) -> None:
+    opened, file = Bundle.open(bundle_path), tmp_path / "request.json"
+    file.write_bytes(damaged(json.dumps(changed(json.loads(json.dumps(REQUEST)), edits)), damage))
+    one_line_or_well(lambda: plan_generation(opened, [each.request for each in read_requests(file)]), tmp_path)
+
+
+OPTIONS = (
+    "steps", "guidance", "image-guidance", "guidance-mode", "frames", "height", "width", "fps", "stride", "seed",
+    "count", "time-shift", "threads", "device", "upscale", "decode-tile", "original-height", "backend", "solver", "fit",
+    "frame", "image", "request", "out", "prompt",
+)  # fmt: skip
+words = st.one_of(
+    hostile.map(str), st.sampled_from(("0=a.png", f"{'9' * 5000}=a.png", "x" * 5000, "1" * 5000, "/dev/null"))
+)
+options = st.lists(
+    st.tuples(st.sampled_from(OPTIONS), words.filter(lambda word: "\0" not in word)), min_size=1, max_size=3
+)
+
+
+@cases(0.15, options)
+def test_options(
+    bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], given: Any
+) -> None:
+    """Of ``stiv generate``; what is possible is planned and not run."""
+    handler = signal.getsignal(signal.SIGTERM)
+    words = [f"--{name}={word.encode(errors='replace').decode()}" for name, word in given]
+    monkeypatch.setattr(StivPipeline, "run", ran)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["stiv", "generate", str(bundle_path), "--prompt=digit", "--out=clip.gif", *words])
+    try:
+        code = main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    _, err = capfd.readouterr()
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert len(err) <= LINE
+    assert "Value error" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def ran(*_: object) -> None:
+    raise StivError("it would have run")
