@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stiv_deploy.calibration.errors import CalibrationError
@@ -20,13 +19,14 @@ from stiv_deploy.calibration.observers import REQUEST, Clock, Statistic, band_of
 from stiv_deploy.calibration.quantize import observed
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.config import FrozenConfig
-from stiv_deploy.stiv_ref.files import replaced_file
+from stiv_deploy.stiv_ref.files import parse_json, replaced_file
 from stiv_deploy.stiv_ref.generation import sampling_inputs, settings_of
 from stiv_deploy.stiv_ref.guidance import GuidanceMode
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.progress import Progress, unheard
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, sample
 from stiv_deploy.stiv_ref.tasks import TASKS, TaskName
+from stiv_deploy.stiv_ref.weights import save_tensors
 
 STATE = "stiv-calibration-state"
 Calibrator = Literal["max", "percentile"]
@@ -121,7 +121,7 @@ def save_state(path: Path, statistics: Statistics, fingerprint: str, done: int) 
     tensors = {f"{name}.amax": each.amax for name, each in statistics.items()}
     tensors |= {f"{name}.counts": each.counts for name, each in statistics.items()}
     with replaced_file(path) as temporary:
-        save_file(tensors, temporary, {STATE: json.dumps({"fingerprint": fingerprint, "done": done})})
+        save_tensors(tensors, temporary, {STATE: json.dumps({"fingerprint": fingerprint, "done": done})})
 
 
 def load_state(path: Path, statistics: Statistics, fingerprint: str) -> int:
@@ -134,15 +134,17 @@ def load_state(path: Path, statistics: Statistics, fingerprint: str) -> int:
     remedy = "delete it to start anew, or choose another --out"
     try:
         with safe_open(path, "pt") as file:
-            position = json.loads((file.metadata() or {})[STATE])
+            position = parse_json((file.metadata() or {})[STATE])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        found, done = position["fingerprint"], int(position["done"])
+        read = {name: (tensors[f"{name}.amax"], tensors[f"{name}.counts"]) for name in statistics}
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CalibrationError(f"{path}: not a readable calibration state ({error}); {remedy}") from None
-    if position["fingerprint"] != fingerprint:
+    if found != fingerprint:
         raise CalibrationError(f"{path}: a calibration with other settings was stopped here; {remedy}")
     for name, statistic in statistics.items():
-        statistic.amax, statistic.counts = tensors[f"{name}.amax"], tensors[f"{name}.counts"]
-    return int(position["done"])
+        statistic.amax, statistic.counts = read[name]
+    return done
 
 
 def check_finite(statistics: Statistics) -> None:

@@ -7,8 +7,8 @@ from pydantic import ValidationError
 
 from stiv_deploy.calibration.errors import CalibrationError
 from stiv_deploy.calibration.layers import Format, Layer, model_layers
-from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig
-from stiv_deploy.stiv_ref.files import write_text
+from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig, faults_of
+from stiv_deploy.stiv_ref.files import read_text, write_text
 
 Choice = Literal[Format, "high"]
 LEAST_TOKENS = 32
@@ -65,13 +65,11 @@ def save_plan(path: Path, plan: PrecisionPlan) -> None:
 def load_plan(path: Path, config: StivConfig, quantization: Format) -> PrecisionPlan:
     """Read a plan and check it against the model; :class:`CalibrationError` with one line if it does not fit."""
     try:
-        plan = PrecisionPlan.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path}: cannot be read ({error}); give a plan written by 'stiv calibrate'") from None
+        plan = PrecisionPlan.model_validate_json(read_text(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise CalibrationError(f"{path}: {place}: {first['msg']}; see 'stiv calibrate --help' for plans") from None
+        raise CalibrationError(f"{path}: {faults_of(error)}; see 'stiv calibrate --help' for plans") from None
+    except ValueError as error:
+        raise CalibrationError(f"{path}: cannot be read ({error}); give a plan written by 'stiv calibrate'") from None
     return checked_plan(plan, config, quantization, str(path))
 
 

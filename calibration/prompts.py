@@ -14,6 +14,7 @@ from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.data.digit_requests import DigitRequests, balanced_requests, real_clips
 from stiv_deploy.stiv_ref.data.moving_digits import DIGIT_WORDS, DIRECTIONS, WORDS
 from stiv_deploy.stiv_ref.digit_canvas import SIZE
+from stiv_deploy.stiv_ref.files import read_text
 from stiv_deploy.stiv_ref.text import END, PAD, UNKNOWN
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif")
@@ -27,8 +28,8 @@ def knows_moving_digits(checkpoint: Checkpoint) -> bool:
 def read_prompts(path: Path) -> list[str]:
     """The lines of a UTF-8 text file that are not empty; :class:`CalibrationError` if there are none."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line.strip() for line in read_text(path).splitlines()]
+    except ValueError as error:
         raise CalibrationError(f"{path}: cannot be read ({error}); give a text file, one prompt a line") from None
     prompts = [line for line in lines if line]
     if not prompts:

@@ -6,7 +6,6 @@ A safetensors file. Tensors, all fp32: ``<layer>.input`` [] and ``<layer>.weight
 magnitudes: scale = amax / 448 (E4M3) or / 127 (INT8). The header holds :class:`Provenance` as JSON.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,13 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from stiv_deploy.calibration.errors import CalibrationError
 from stiv_deploy.calibration.layers import LARGEST, OPERANDS, Format, Layer, model_layers
 from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig
-from stiv_deploy.stiv_ref.files import replaced_file
+from stiv_deploy.stiv_ref.files import parse_json, replaced_file
+from stiv_deploy.stiv_ref.weights import save_tensors
 
 HEADER = "stiv-scales"
 
@@ -71,7 +70,7 @@ def save_scales(path: Path, scales: Scales) -> None:
     """Write ``scales`` under a temporary name, then rename."""
     header = {HEADER: scales.provenance.model_dump_json()}
     with replaced_file(path) as temporary:
-        save_file({name: value.float().contiguous() for name, value in scales.amax.items()}, temporary, header)
+        save_tensors({name: value.float().contiguous() for name, value in scales.amax.items()}, temporary, header)
 
 
 def load_scales(path: Path) -> Scales:
@@ -85,7 +84,7 @@ def load_scales(path: Path) -> Scales:
             amax = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if header is None:
             raise CalibrationError(f"{path}: not a scale file; give one that 'stiv calibrate' wrote")
-        provenance = Provenance.model_validate(json.loads(header))
+        provenance = Provenance.model_validate(parse_json(header))
     except (OSError, SafetensorError, ValidationError, ValueError) as error:
         if isinstance(error, CalibrationError):
             raise

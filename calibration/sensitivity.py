@@ -19,7 +19,7 @@ from stiv_deploy.calibration.observers import BANDS, band_of
 from stiv_deploy.calibration.quantize import switch_on
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.config import StivConfig
-from stiv_deploy.stiv_ref.files import write_text
+from stiv_deploy.stiv_ref.files import parse_json, read_text, write_text
 from stiv_deploy.stiv_ref.flow import schedule
 from stiv_deploy.stiv_ref.guidance import GuidanceMode
 from stiv_deploy.stiv_ref.model import Stiv
@@ -183,9 +183,9 @@ def load_state(path: Path, fingerprint: str) -> tuple[dict[str, BandErrors], dic
         return {}, {}
     remedy = "delete it to start anew, or choose another --out"
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = parse_json(read_text(path))
         found = saved["fingerprint"], saved["velocity"], saved["latents"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CalibrationError(f"{path}: not a readable sweep state ({error}); {remedy}") from None
     if found[0] != fingerprint:
         raise CalibrationError(f"{path}: a sweep with other settings was stopped here; {remedy}")

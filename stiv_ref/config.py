@@ -4,14 +4,19 @@ The three large sizes are the paper's (arXiv 2412.07730, table of model variants
 trains on two CPU cores and ships with the repository.
 """
 
-import json
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from stiv_deploy.stiv_ref.errors import ConfigError
+from stiv_deploy.stiv_ref.errors import ConfigError, briefly, one_line
+from stiv_deploy.stiv_ref.files import parse_json, read_text
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+SHOWN = 2
+"""So many faults of a config are told."""
 Section = TypeVar("Section", bound="FrozenConfig")
 SIZE_LIMIT = 2**16
 """Widths, channels, frames, pixels of a side: beyond every model, and few enough for every product of two."""
@@ -40,19 +45,27 @@ def parse_config(kind: type[Section], values: object, source: str) -> Section:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        faults = []
-        for fault in error.errors():
-            where = ".".join(str(part) for part in fault["loc"]) or "config"
-            given = "" if isinstance(fault["input"], dict) else f" (got {fault['input']!r})"
-            faults.append(f"{where}: {fault['msg'].removeprefix('Value error, ')}{given}"[:300])
-        raise ConfigError(f"{source}: {'; '.join(faults)}") from None
+        raise ConfigError(f"{source}: {faults_of(error)}") from None
+
+
+def faults_of(error: ValidationError) -> str:
+    """The first faults in words, with what was given, and how many there are more."""
+    faults = error.errors(include_url=False, include_context=False)
+    more = f" (and {len(faults) - SHOWN} more faults)" if len(faults) > SHOWN else ""
+    return "; ".join(_said(fault) for fault in faults[:SHOWN]) + more
+
+
+def _said(fault: "ErrorDetails") -> str:
+    where = one_line(".".join(str(part) for part in fault["loc"]), 80) or "config"
+    given = "" if isinstance(fault["input"], dict | BaseModel) else f" (got {briefly(fault['input'])})"
+    return f"{where}: {one_line(fault['msg'].removeprefix('Value error, '), 200)}{given}"
 
 
 def read_config(kind: type[Section], path: Path) -> Section:
     """Read a JSON config file; raise :class:`ConfigError` if it is missing, is not JSON, or does not fit."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = parse_json(read_text(path))
+    except ValueError as error:
         raise ConfigError(f"{path}: cannot be read as JSON ({error})") from None
     return parse_config(kind, values, str(path))
 

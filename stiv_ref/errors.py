@@ -41,3 +41,19 @@ class DataError(StivRefError):
 
 class ClipsError(StivRefError):
     """An index of clips, or what it was asked to be made of, is not valid."""
+
+
+def one_line(text: str, limit: int = 500) -> str:
+    """``text`` in one line of at most ``limit`` characters, without its middle; what cannot be printed is escaped."""
+    flat = " ".join(text.split())
+    if not flat.isprintable():
+        flat = "".join(each if each.isprintable() else repr(each)[1:-1] for each in flat)
+    return flat if len(flat) <= limit else f"{flat[: limit - limit // 3 - 3]}...{flat[len(flat) - limit // 3 :]}"
+
+
+def briefly(value: object, limit: int = 80) -> str:
+    """What was given, for an error: its ``repr`` in at most ``limit`` characters."""
+    try:
+        return one_line(repr(value), limit)
+    except (ValueError, RecursionError):  # thousands of digits, or lists in lists in lists
+        return f"a {type(value).__name__} that is too large to print"

@@ -1,4 +1,4 @@
-"""Files and folders that stand under their names whole or not at all, the SHA-256 of a file, and where a run can write.
+"""Files and folders that stand under their names whole or not at all; text and JSON that are read with bounds.
 
 What is being written lies in a hidden folder beside its place, ``.<name>...partial``, under its own name (writers look
 at suffixes), until it is complete and renamed. The runtime has the same for itself.
@@ -6,15 +6,23 @@ at suffixes), until it is complete and renamed. The runtime has the same for its
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from stiv_deploy.stiv_ref.errors import OutputError
+from stiv_deploy.stiv_ref.errors import OutputError, one_line
 
+MIB = 2**20
+TEXT_LIMIT = 64 * MIB
+"""Most bytes of a recipe, a config, or a list of prompts."""
+INDEX_LIMIT = 2**34
+"""Most bytes of a file with a line for every clip."""
 NAME_LIMIT = 200
 """Bytes of a name that leave room for what a hidden name adds; file systems take 255."""
 
@@ -23,6 +31,37 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, as hex; ``OSError`` if it cannot be read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
+    """UTF-8 text of a file, without its byte-order mark; ``ValueError`` says in words why there is none."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from None
+    if len(content) > limit:
+        raise ValueError(f"it is larger than {limit // MIB} MiB")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text, its byte {error.start} is 0x{content[error.start]:02x}") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The values of JSON ``text``; ``ValueError`` says in words why there are none."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(one_line(str(error), 200)) from None
+
+
+def same_name(path: Path) -> Path:
+    """``path``, or the file that is there under the same visible name: letters with marks have several spellings."""
+    forms = (path.with_name(unicodedata.normalize(form, path.name)) for form in ("NFC", "NFD"))
+    return path if is_file(path) else next((each for each in forms if is_file(each)), path)
 
 
 def is_file(path: Path) -> bool:

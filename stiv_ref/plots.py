@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stiv_deploy.stiv_ref.errors import StivRefError
-from stiv_deploy.stiv_ref.files import replaced_file
+from stiv_deploy.stiv_ref.files import INDEX_LIMIT, parse_json, read_text, replaced_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +54,7 @@ class StageLog:
 def _step_of(line: str) -> dict[str, Any] | None:
     """The line of a step as a dictionary; None for a torn or foreign one."""
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError:
         return None
     return entry if isinstance(entry, dict) and {"stage", "task", "step", "loss"} <= entry.keys() else None
@@ -67,10 +67,9 @@ def read_stages(path: Path) -> list[StageLog]:
     cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise StivRefError(f"{path}: cannot read the training log ({reason})") from None
+        lines = read_text(path, INDEX_LIMIT).splitlines()
+    except ValueError as error:
+        raise StivRefError(f"{path}: cannot read the training log ({error})") from None
     stages: dict[tuple[int, str], dict[int, dict[str, Any]]] = {}
     for line in lines:
         if (entry := _step_of(line)) is not None:

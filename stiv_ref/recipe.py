@@ -13,7 +13,8 @@ from pydantic import Field, field_validator, model_validator
 from stiv_deploy.stiv_ref.checkpoint import SamplingDefaults
 from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig, model_config, parse_config
 from stiv_deploy.stiv_ref.digit_canvas import SIZE, check_frames
-from stiv_deploy.stiv_ref.errors import ConfigError
+from stiv_deploy.stiv_ref.errors import ConfigError, one_line
+from stiv_deploy.stiv_ref.files import read_text
 from stiv_deploy.stiv_ref.objective import Objective
 from stiv_deploy.stiv_ref.vae import VaeConfig
 
@@ -328,7 +329,8 @@ def load_recipe(path: Path) -> Recipe:
     Relative paths in it are relative to the current folder, as on the command line.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as TOML ({error})") from None
+        values = tomllib.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        reason = one_line(str(error), 200) if isinstance(error, ValueError) else "it is nested too deeply"
+        raise ConfigError(f"{path}: cannot be read as TOML ({reason})") from None
     return parse_config(Recipe, values, str(path))

@@ -1,5 +1,7 @@
 """Weights at every door, of checkpoints and of states: safetensors, floating, finite."""
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,7 +31,13 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     try:
         save_file(dict(tensors), path, metadata)
     except SafetensorError as error:
-        raise OSError(str(error)) from None
+        raise _os_error(str(error)) from None
+
+
+def _os_error(said: str) -> OSError:
+    """What safetensors ``said``, with the number of the system's error if it names one."""
+    number = re.search(r"os error (\d+)", said)
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(said)
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

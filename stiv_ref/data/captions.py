@@ -4,9 +4,11 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
+from unicodedata import normalize
 
 from stiv_deploy.stiv_ref.data.video_files import list_videos
 from stiv_deploy.stiv_ref.errors import CaptionError
+from stiv_deploy.stiv_ref.files import INDEX_LIMIT, parse_json, read_text, same_name
 
 LINE = '{"file": "clip.mp4", "caption": "..."}'
 CLIP_LINE = '{"file": "../videos/clip.mp4", "start": 0, "end": 48, "caption": "..."}'
@@ -39,7 +41,7 @@ def known_captions(folder: Path, videos: Iterable[str], jsonl: Path | None = Non
     if jsonl is not None:
         listed = _read_lines(folder, jsonl, set(videos))
         return dict(sorted(listed.items()))
-    sidecars = ((video, (folder / video).with_suffix(".txt")) for video in videos)
+    sidecars = ((video, same_name((folder / video).with_suffix(".txt"))) for video in videos)
     return {video: _read_sidecar(path) for video, path in sidecars if path.is_file()}
 
 
@@ -53,10 +55,9 @@ def _lacking(folder: Path, missing: list[str], videos: int, jsonl: Path | None) 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise CaptionError(f"{path}: cannot read the captions ({reason}); give a UTF-8 text file") from None
+        return read_text(path, INDEX_LIMIT)
+    except ValueError as error:
+        raise CaptionError(f"{path}: cannot read the captions ({error}); give a UTF-8 text file") from None
 
 
 def _read_sidecar(path: Path) -> str:
@@ -89,8 +90,10 @@ def read_clip_captions(jsonl: Path) -> dict[ClipKey, str]:
 
 def _read_lines(folder: Path, jsonl: Path, videos: set[str]) -> dict[str, str]:
     captions: dict[str, str] = {}
+    visible = {normalize("NFC", video): video for video in videos}
     for entry, where in _entries(jsonl, LINE):
         file, caption = _file_and_caption(entry, where, LINE)
+        file = file if file in videos else visible.get(normalize("NFC", file), file)
         if file not in videos:
             raise CaptionError(f"{where}: there is no video {file!r} in {folder}; correct or remove the line")
         if file in captions:
@@ -106,7 +109,7 @@ def _entries(jsonl: Path, wanted: str) -> Iterator[tuple[dict[str, Any], str]]:
             continue
         where = f"{jsonl}, line {number}"
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
         except ValueError as error:
             raise CaptionError(f"{where}: is not JSON ({error}); want {wanted}") from None
         if not isinstance(entry, dict):

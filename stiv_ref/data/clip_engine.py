@@ -4,12 +4,12 @@ Measuring decodes every frame and takes long, so that each video's result is sto
 was stopped goes on, and other thresholds decide anew within a second. No video is copied or encoded again.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 from pydantic import ValidationError
 
@@ -22,7 +22,7 @@ from stiv_deploy.stiv_ref.data.pool import run_jobs
 from stiv_deploy.stiv_ref.data.scenes import SceneCutter, SceneSettings
 from stiv_deploy.stiv_ref.data.video_files import VideoFiles, find_videos
 from stiv_deploy.stiv_ref.errors import CaptionError, ClipsError, VideoError
-from stiv_deploy.stiv_ref.files import make_writable
+from stiv_deploy.stiv_ref.files import make_writable, parse_json, read_text
 from stiv_deploy.stiv_ref.progress import Progress, unheard
 
 MEASURED_NAME = "measured.jsonl"
@@ -239,13 +239,19 @@ def _clips(
             yield clip.model_copy(update={"dropped": thresholds.reasons(clip)})
 
 
+def _visible(file: str, start: int, end: int) -> ClipKey:
+    """The key of a clip, its file as it looks: letters with marks have several spellings."""
+    return normalize("NFC", file), start, end
+
+
 def _with_captions(clips: list[Clip], texts: Mapping[ClipKey, str], source: Path | None) -> list[Clip]:
     """``clips`` with those captions of their own that ``texts`` has; each of these must find its clip."""
-    lost = texts.keys() - {(clip.file, clip.start, clip.end) for clip in clips}
+    texts = {_visible(*key): text for key, text in texts.items()}
+    lost = texts.keys() - {_visible(clip.file, clip.start, clip.end) for clip in clips}
     if lost:
         (file, start, end), more = min(lost), f" and {len(lost) - 1} others" if len(lost) > 1 else ""
         raise CaptionError(f"{source}: no clip is {file!r} {start}-{end}{more}; take the lines of the clips.jsonl here")
-    own = (texts.get((clip.file, clip.start, clip.end)) for clip in clips)
+    own = (texts.get(_visible(clip.file, clip.start, clip.end)) for clip in clips)
     return [clip.model_copy(update={"caption": text}) if text else clip for clip, text in zip(clips, own, strict=True)]
 
 
@@ -283,6 +289,6 @@ def _report(
 def read_report(folder: Path) -> Report | None:
     """The report beside an index, if there is one that this version can read."""
     try:
-        return Report.model_validate(json.loads((folder / REPORT_NAME).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        return Report.model_validate(parse_json(read_text(folder / REPORT_NAME)))
+    except ValueError:
         return None

@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.errors import ClipsError
-from stiv_deploy.stiv_ref.files import write_text
+from stiv_deploy.stiv_ref.files import INDEX_LIMIT, read_text, write_text
 
 INDEX_NAME = "clips.jsonl"
 
@@ -67,10 +67,9 @@ def read_clips(path: Path, *, kept_only: bool = False) -> list[Clip]:
     """Clips of the index ``path`` (a file, or its folder) in order; raises :class:`ClipsError` naming a bad line."""
     index = index_path(path)
     try:
-        lines = index.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ClipsError(f"{index}: cannot read the index of clips ({reason}); 'stiv data cut' makes one") from None
+        lines = read_text(index, INDEX_LIMIT).split("\n")
+    except ValueError as error:
+        raise ClipsError(f"{index}: cannot read the index of clips ({error}); 'stiv data cut' makes one") from None
     clips = [_parse(line, f"{index}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     return [clip for clip in clips if clip.kept or not kept_only]
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from stiv_deploy.stiv_ref.checkpoint import checkpoint_files
 from stiv_deploy.stiv_ref.errors import CheckpointError
-from stiv_deploy.stiv_ref.files import sha256
+from stiv_deploy.stiv_ref.files import parse_json, read_text, sha256
 
 Part = Literal["vae", "text"]
 PREFIXES: dict[Part, tuple[str, ...]] = {"vae": ("vae",), "text": ("text_encoder", "tokenizer")}
@@ -42,8 +42,8 @@ def encoder_hash(folder: Path, part: Part) -> str:
 def _config(folder: Path) -> dict[str, object]:
     path = folder / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = parse_json(read_text(path))
+    except ValueError as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); give the folder of an encoder") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: is not a config; give the folder of an encoder")

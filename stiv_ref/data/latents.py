@@ -21,6 +21,7 @@ from stiv_deploy.stiv_ref.data.encoder_hash import Part, encoder_hash
 from stiv_deploy.stiv_ref.data.loader import DamagedSampleError, Sample
 from stiv_deploy.stiv_ref.data.tars import Record, read_shard
 from stiv_deploy.stiv_ref.errors import DataError
+from stiv_deploy.stiv_ref.files import read_text
 from stiv_deploy.stiv_ref.recipe import FrozenText, FrozenVae, Recipe, ShardData, Size, Stage
 from stiv_deploy.stiv_ref.text import TextStates
 
@@ -73,8 +74,8 @@ def is_latents(shards: Sequence[Path]) -> bool:
     """Whether these are shards of latents: whether the index beside them says so."""
     path = shards[0].parent / INDEX
     try:
-        return '"stiv-latents"' in path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return '"stiv-latents"' in read_text(path)
+    except ValueError:
         return False
 
 

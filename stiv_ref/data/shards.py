@@ -4,7 +4,6 @@ A sample is ``key.mp4`` (or another container), its caption ``key.txt``, and ``k
 reader a look into the video. In shards of others captions may be in the json, and facts are found by looking.
 """
 
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,7 @@ from stiv_deploy.stiv_ref.data.videos import (
     unfit_for_training,
 )
 from stiv_deploy.stiv_ref.errors import CaptionError, DataError, VideoError
-from stiv_deploy.stiv_ref.files import replaced_folder
+from stiv_deploy.stiv_ref.files import parse_json, replaced_folder
 from stiv_deploy.stiv_ref.progress import Progress, unheard
 
 
@@ -130,7 +129,7 @@ def _json_of(record: Record) -> dict[str, Any]:
     if "json" not in record.members:
         return {}
     try:
-        values = json.loads(record.members["json"].read())
+        values = parse_json(record.members["json"].read())
     except ValueError:
         return {}
     return values if isinstance(values, dict) else {}

@@ -19,6 +19,7 @@ from stiv_deploy.stiv_ref.data.decode import VideoInfo, probe, read_frames
 from stiv_deploy.stiv_ref.data.loader import DamagedSampleError, Sample
 from stiv_deploy.stiv_ref.data.video_files import find_videos
 from stiv_deploy.stiv_ref.errors import CaptionError, DataError, VideoError
+from stiv_deploy.stiv_ref.files import is_file, same_name
 from stiv_deploy.stiv_ref.recipe import VideoData
 
 SCANNERS = 4  # threads that look into videos when a folder is opened: they wait for the disk
@@ -217,11 +218,12 @@ def _listed_clips(data: VideoData) -> Listing:
             f"{data.path}: {len(missing)} of {len(entries)} clips have no caption (first: {missing[0]}); write "
             "captions beside the videos and cut them again, or give a JSONL file of captions"
         )
-    there = {file: (folder / file).is_file() for file in {each.file for each in entries}}
+    paths = {file: same_name(folder / file) for file in {each.file for each in entries}}
+    there = {file: is_file(path) for file, path in paths.items()}
     broken = {file: "no such file" for file, found in there.items() if not found}
     clips = [
         FileClip(
-            path=folder / each.file,
+            path=paths[each.file],
             name=each.file + clip_suffix(each.start, each.end),
             caption=caption,
             size=(each.height, each.width),

@@ -1,12 +1,12 @@
 """Folders that ``save_pretrained`` of diffusers or transformers wrote: what is in them, and quiet while it is read."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from stiv_deploy.stiv_ref.errors import CheckpointError
+from stiv_deploy.stiv_ref.files import parse_json, read_text
 
 CONFIG = "config.json"
 
@@ -23,8 +23,8 @@ def read_config(folder: Path, what: str, library: str, called: str = "") -> dict
             f"give a folder that save_pretrained of {library} wrote{called}"
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = parse_json(read_text(path))
+    except ValueError as error:
         raise CheckpointError(f"{path}: cannot be read as a {library} config ({error})") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: cannot be read as a {library} config (it is no JSON object)")

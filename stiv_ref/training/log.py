@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from stiv_deploy.stiv_ref.errors import StivRefError
+from stiv_deploy.stiv_ref.files import parse_json
 from stiv_deploy.stiv_ref.progress import Progress, unheard
 from stiv_deploy.stiv_ref.recipe import Logging
 
@@ -58,9 +59,11 @@ def resumed_seconds(tail: bytes) -> float:
     """Seconds that a run has trained so far: those of the last whole line of its log; 0 without one."""
     for line in reversed(tail.splitlines()):
         try:
-            return float(json.loads(line)["seconds"])
+            seconds = float(parse_json(line)["seconds"])
         except (ValueError, KeyError, TypeError):
             continue  # a torn line
+        if math.isfinite(seconds):
+            return seconds
     return 0.0
 
 

@@ -49,6 +49,11 @@ def test_other_checkpoints_need_prompts_and_images(make_checkpoint: Callable[[],
         dataset_images(checkpoint, 0)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa cat\n".encode())
+    assert read_prompts(tmp_path / "prompts.txt") == ["a cat"]
+
+
 def test_prompts_are_lines_that_are_not_empty(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a cat\n\n  ein Häuschen \r\n", encoding="utf-8")

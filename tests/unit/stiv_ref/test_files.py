@@ -171,3 +171,34 @@ def test_a_pipe_is_never_replaced(files: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(Exception, match="it is a device or a pipe"):
         files.write_text(tmp_path / "pipe", "text")
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_text_is_read_without_its_mark_and_what_is_none_is_said_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_bytes("\ufeffgrößer\n".encode())
+    assert reference_files.read_text(path) == "größer\n"
+    with pytest.raises(ValueError, match="^it is larger than 0 MiB$"):
+        reference_files.read_text(path, 10)
+    path.write_bytes(b"gr\xf6\xdfer")
+    with pytest.raises(ValueError, match=r"^it is not UTF-8 text, its byte 2 is 0xf6$"):
+        reference_files.read_text(path)
+    for place, reason in ((tmp_path, "Is a directory"), (tmp_path / "absent", "No such file or directory")):
+        with pytest.raises(ValueError, match=f"^{reason}$"):
+            reference_files.read_text(place)
+
+
+@pytest.mark.parametrize("text", ["[" * 50_000, "9" * 5_000, "{", '{"a": }' + " " * 1_000])
+def test_json_that_is_none_is_said_in_words(text: str) -> None:
+    with pytest.raises(ValueError, match="^.{1,200}$"):
+        reference_files.parse_json(text)
+
+
+def test_a_name_in_another_spelling_is_the_same_name(tmp_path: Path) -> None:
+    """A letter with a mark is one character (NFC) or two (NFD, as some systems write it)."""
+    composed, decomposed = tmp_path / "caf\u00e9.txt", tmp_path / "cafe\u0301.txt"
+    assert reference_files.same_name(composed) == composed, "nothing is there"
+    decomposed.touch()
+    assert reference_files.same_name(composed) == decomposed
+    composed.touch()
+    assert reference_files.same_name(composed) == composed
+    assert not reference_files.is_file(tmp_path / ("x" * 300))

@@ -233,3 +233,30 @@ def test_impossible_progressive_recipes_are_one_clear_line(progressive_file: Pat
         load_recipe(progressive_file)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(recipe_file: Path) -> None:
+    wanted = load_recipe(recipe_file)
+    recipe_file.write_bytes(b"\xef\xbb\xbf" + recipe_file.read_bytes())
+    assert load_recipe(recipe_file) == wanted
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a = " + b"[" * 50_000, "cannot be read as TOML (it is nested too deeply)"),
+        (b"a = " + b"9" * 5_000, "cannot be read as TOML (Exceeds the limit"),
+        (b"seed = 0x" + b"f" * 5_000, "seed: "),
+        (b"ema = 'gr\xf6\xdfer'", "cannot be read as TOML (it is not UTF-8 text, its byte 9 is 0xf6)"),
+        (b"k" * 100_000 + b" = 1", "kkk...kkk"),
+        (b"\n".join(b"k%d = 1" % number for number in range(1_000)), "(and 1"),
+        (b"ema = '" + b"n" * 100_000 + b"'", "ema: Input should be a valid number"),
+    ],
+)
+def test_hostile_recipes_are_one_short_line(recipe_file: Path, content: bytes, message: str) -> None:
+    recipe_file.write_bytes(content + b"\n" + recipe_file.read_bytes())
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe_file)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 500 + len(str(recipe_file))
+    assert "\n" not in str(caught.value)

@@ -45,6 +45,27 @@ def test_jsonl(folder: Path) -> None:
     assert list(captions.items()) == [("a.mp4", "one"), ("b.webm", "two lines"), ("deep/c.mp4", "3")]
 
 
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+@pytest.mark.parametrize(("there", "written"), [(NFD, NFC), (NFC, NFD)])
+def test_a_name_in_another_spelling_is_the_same_name(folder: Path, there: str, written: str) -> None:
+    """Some systems write a letter with a mark as one character, others as two."""
+    (folder / f"{there}.mp4").touch()
+    lines = write_lines(folder, *ALL, {"file": f"{written}.mp4", "caption": "coffee"})
+    assert read_captions(folder, lines)[f"{there}.mp4"] == "coffee"
+    (folder / f"{written}.txt").write_text("tea")
+    assert known_captions(folder, [f"{there}.mp4"]) == {f"{there}.mp4": "tea"}
+
+
+def test_both_spellings_may_be_two_files(folder: Path) -> None:
+    entries = [{"file": f"{name}.mp4", "caption": text} for name, text in ((NFC, "one"), (NFD, "two"))]
+    for name in (NFC, NFD):
+        (folder / f"{name}.mp4").touch()
+    captions = read_captions(folder, write_lines(folder, *ALL, *entries))
+    assert (captions[f"{NFC}.mp4"], captions[f"{NFD}.mp4"]) == ("one", "two")
+
+
 def test_with_jsonl_sidecars_do_not_count(folder: Path) -> None:
     (folder / "a.txt").write_text("other")
     assert read_captions(folder, write_lines(folder, *ALL))["a.mp4"] == "one"

@@ -296,3 +296,13 @@ def test_interrupt_leaves_no_worker(
     assert _ends(process.pid)
     lines = (out / "measured.jsonl").read_text().split("\n")
     assert all(json.loads(line)["scenes"] for line in lines if line)
+
+
+def test_an_index_with_a_byte_order_mark_is_read_and_one_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    clip = Clip(file="a.mp4", start=0, end=9, fps=25, width=16, height=16, motion=1, sharpness=1)
+    index = tmp_path / "clips.jsonl"
+    index.write_bytes(f"\ufeff{clip.model_dump_json()}\n".encode())
+    assert read_clips(index) == [clip]
+    index.write_bytes(b"\xff\xfe{")
+    with pytest.raises(ClipsError, match=r"clips\.jsonl: cannot read the index .* not UTF-8 text, its byte 0 is 0xff"):
+        read_clips(index)
