@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from stiv_deploy.calibration.errors import CalibrationError
 from stiv_deploy.calibration.observers import REQUEST, Clock, Statistic, band_of
 from stiv_deploy.calibration.quantize import observed
+from stiv_deploy.stiv_ref.bounds import Seed, Size, Steps
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.files import parse_json, replaced_file
@@ -37,10 +38,10 @@ Statistics = dict[str, Statistic]
 class CalibrationSettings(FrozenConfig):
     """What a calibration run samples. Guidance scales and time shift are the checkpoint's own."""
 
-    samples: int = Field(default=40, gt=0)
-    steps: int = Field(default=15, gt=0)
-    batch: int = Field(default=5, gt=0)
-    seed: int = Field(default=0, ge=0)
+    samples: int = Field(default=40, gt=0, le=10**6)
+    steps: Steps = 15
+    batch: Size = 5
+    seed: Seed = 0
     calibrator: Calibrator = "max"
     percentile: float = Field(default=99.99, gt=0, le=100)
 

@@ -17,7 +17,8 @@ from pydantic import Discriminator, Field, Tag
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from stiv_deploy.stiv_ref.config import SCALE_LIMIT, STEP_LIMIT, FrozenConfig, Size, StivConfig, read_config
+from stiv_deploy.stiv_ref.bounds import Scale, Size, Steps, TimeShift
+from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig, read_config
 from stiv_deploy.stiv_ref.errors import CheckpointError, ConfigError
 from stiv_deploy.stiv_ref.files import is_file, replaced_folder, sha256, told
 from stiv_deploy.stiv_ref.model import Stiv
@@ -55,10 +56,10 @@ class SamplingDefaults(FrozenConfig):
     height: Size = 32
     width: Size = 32
     frames_per_second: int = Field(default=8, gt=0, le=1_000)
-    steps: int = Field(default=30, gt=0, le=STEP_LIMIT)
-    guidance_scale: float = Field(default=4.0, ge=-SCALE_LIMIT, le=SCALE_LIMIT)
-    image_scale: float = Field(default=1.5, ge=-SCALE_LIMIT, le=SCALE_LIMIT)
-    time_shift: float = Field(default=1.0, ge=0.001, le=1_000.0)
+    steps: Steps = 30
+    guidance_scale: Scale = 4.0
+    image_scale: Scale = 1.5
+    time_shift: TimeShift = 1.0
 
 
 class CheckpointConfig(FrozenConfig):

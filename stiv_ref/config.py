@@ -5,10 +5,11 @@ trains on two CPU cores and ships with the repository.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from stiv_deploy.stiv_ref.bounds import SIZE_LIMIT, Factor, Layers, Name, Size
 from stiv_deploy.stiv_ref.errors import ConfigError, briefly, one_line
 from stiv_deploy.stiv_ref.files import parse_json, read_text
 
@@ -18,26 +19,14 @@ if TYPE_CHECKING:
 SHOWN = 2
 """So many faults of a config are told."""
 Section = TypeVar("Section", bound="FrozenConfig")
-SIZE_LIMIT = 2**16
-"""Widths, channels, frames, pixels of a side: beyond every model, and few enough for every product of two."""
-BLOCK_LIMIT = 1_000
-TOKEN_LIMIT = 2**14
-"""Tokens of a prompt."""
-STEP_LIMIT = 10_000
-"""Sampling steps."""
-SCALE_LIMIT = 1_000.0
-"""Guidance scales lie between minus this and this."""
-Size = Annotated[int, Field(gt=0, le=SIZE_LIMIT)]
-Factor = Annotated[int, Field(gt=0, le=2**10)]
-"""Pixels or frames of a latent, latents of a token."""
 StoredType = Literal["float16", "bfloat16", "float32"]
 """Types that latents and text states are stored in."""
 
 
 class FrozenConfig(BaseModel):
-    """Base of every config: immutable, and an unknown key is an error instead of a silent no-op."""
+    """Base of every config: immutable, finite, and an unknown key is an error instead of a silent no-op."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def parse_config(kind: type[Section], values: object, source: str) -> Section:
@@ -78,8 +67,8 @@ class StivConfig(FrozenConfig):
     The last ``full_blocks`` of the ``blocks`` see all tokens in masked training (MaskDiT), else they are as the others.
     """
 
-    name: str = Field(max_length=200)
-    blocks: int = Field(gt=0, le=BLOCK_LIMIT)
+    name: Name
+    blocks: Layers
     width: Size
     heads: Size
     patch: tuple[Factor, Factor] = (1, 2)
@@ -89,8 +78,8 @@ class StivConfig(FrozenConfig):
     mlp_ratio: int = Field(default=4, gt=0, le=64)
     base_frames: Size = 20
     base_grid: tuple[Size, Size] = (16, 16)
-    rope_theta: float = Field(default=10_000.0, gt=0, allow_inf_nan=False)
-    frequency_width: Size = Field(default=256, multiple_of=2)
+    rope_theta: float = Field(default=10_000.0, gt=0, le=1e12)
+    frequency_width: int = Field(default=256, gt=0, le=SIZE_LIMIT, multiple_of=2)
     full_blocks: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

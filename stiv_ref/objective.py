@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from stiv_deploy.stiv_ref.bounds import TimeShift
 from stiv_deploy.stiv_ref.conditioning import draw_dropout, draw_frame_mask, replace_frames
 from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.flow import flow_loss, interpolate, sample_timesteps, velocity_target
@@ -33,7 +34,7 @@ class Objective(FrozenConfig):
     image_dropout: float = Field(default=0.1, ge=0, le=1)
     joint_dropout: float = Field(default=0.5, ge=0, le=1)
     logit_normal: bool = True
-    time_shift: float = Field(default=1.0, gt=0)
+    time_shift: TimeShift = 1.0
     mask_ratio: float = Field(default=0.0, ge=0, lt=1)
     masked_loss_weight: float = Field(default=0.1, ge=0, le=1)
 

@@ -10,6 +10,20 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from stiv_deploy.stiv_ref import bounds
+from stiv_deploy.stiv_ref.bounds import (
+    COUNT_LIMIT,
+    Count,
+    Factor,
+    Layers,
+    Name,
+    Processes,
+    Rate,
+    Seed,
+    SomePath,
+    Strides,
+    Tokens,
+)
 from stiv_deploy.stiv_ref.checkpoint import SamplingDefaults
 from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig, model_config, parse_config
 from stiv_deploy.stiv_ref.digit_canvas import SIZE, check_frames
@@ -21,41 +35,42 @@ from stiv_deploy.stiv_ref.vae import VaeConfig
 NAME = r"^[A-Za-z0-9._-]+$"
 SCRATCH = "scratch"
 """In ``spatial_from``: start from new weights."""
-Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
+Size = tuple[bounds.Size, bounds.Size]
+"""Height and width in pixels."""
 
 
 class WordText(FrozenConfig):
     """The small text encoder, trained with the model; its width is the model's ``text_width``, its words the data's."""
 
     kind: Literal["words"] = "words"
-    layers: int = Field(default=2, gt=0)
-    heads: int = Field(default=3, gt=0)
-    max_tokens: int = Field(default=16, gt=1)
+    layers: Layers = 2
+    heads: bounds.Size = 3
+    max_tokens: Tokens = 16
 
 
 class FrozenText(FrozenConfig):
     """A frozen text encoder: of a STIV checkpoint, or a pretrained T5, CLIP or BERT in a folder of transformers."""
 
     kind: Literal["checkpoint", "pretrained"]
-    path: Path
-    max_tokens: int | None = Field(default=None, gt=1)
+    path: SomePath
+    max_tokens: Tokens | None = None
 
 
 class TrainedVae(VaeConfig):
     """The small VAE, trained before the first stage on single frames of the first stage's data."""
 
     kind: Literal["train"] = "train"
-    steps: int = Field(gt=0)
-    batch: int = Field(gt=0)
-    learning_rate: float = Field(gt=0)
-    kl_weight: float = Field(default=1e-4, ge=0)
+    steps: Count
+    batch: bounds.Size
+    learning_rate: Rate
+    kl_weight: float = Field(default=1e-4, ge=0, le=1e6)
 
 
 class FrozenVae(FrozenConfig):
     """A frozen VAE: of a STIV checkpoint, or a pretrained one in a folder of diffusers."""
 
     kind: Literal["checkpoint", "pretrained"]
-    path: Path
+    path: SomePath
 
 
 class DigitsData(FrozenConfig):
@@ -71,9 +86,9 @@ class VideoData(FrozenConfig):
     """
 
     kind: Literal["videos"]
-    path: Path
-    captions: Path | None = None
-    strides: tuple[Annotated[int, Field(gt=0)], ...] = Field(default=(1,), min_length=1)
+    path: SomePath
+    captions: SomePath | None = None
+    strides: Strides = (1,)
     max_broken: float = Field(default=0.5, ge=0, le=1)
 
 
@@ -81,20 +96,23 @@ class ShardData(FrozenConfig):
     """WebDataset shards, of video files or of pre-computed latents and text states; ``path`` may hold ``*``."""
 
     kind: Literal["shards"]
-    path: str
-    strides: tuple[Annotated[int, Field(gt=0)], ...] = Field(default=(1,), min_length=1)
+    path: Annotated[str, Field(max_length=4_096)]
+    strides: Strides = (1,)
     max_broken: float = Field(default=0.5, ge=0, le=1)
 
 
 Data = Annotated[DigitsData | VideoData | ShardData, Field(discriminator="kind")]
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimizer(FrozenConfig):
     """AdamW, or Adafactor as the paper has it. ``eps`` is that of AdamW."""
 
     name: Literal["adamw", "adafactor"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = Field(default=1e-8, gt=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    eps: float = Field(default=1e-8, gt=0, le=1)
 
 
 class Efficiency(FrozenConfig):
@@ -107,18 +125,22 @@ class Efficiency(FrozenConfig):
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
     activation_checkpointing: bool = False
-    micro_batch: int | None = Field(default=None, gt=0)
+    micro_batch: bounds.Size | None = None
     ema_device: Literal["model", "cpu"] = "model"
-    workers: int = Field(default=0, ge=0)
+    workers: Processes = 0
 
 
 class Logging(FrozenConfig):
     """What a run writes besides ``log.jsonl``: TensorBoard events, and contact sheets every ``sample_every`` steps."""
 
     tensorboard: bool = False
-    sample_every: int | None = Field(default=None, gt=0)
-    sample_count: int = Field(default=4, gt=0)
-    prompts: tuple[str, ...] = ()
+    sample_every: Count | None = None
+    sample_count: Factor = 4
+    prompts: tuple[Annotated[str, Field(max_length=10_000)], ...] = Field(default=(), max_length=1_000)
+
+
+Origin = Annotated[str, Field(max_length=4_096)]
+"""A stage, or the folder of a checkpoint."""
 
 
 class Stage(Objective):
@@ -133,20 +155,20 @@ class Stage(Objective):
     linear warm-up, then cosine to a tenth. ``batch`` is that of all processes together.
     """
 
-    name: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")
-    data: str = ""
-    steps: int = Field(gt=0)
-    batch: int = Field(gt=0)
-    frames: int = Field(default=1, gt=0)
+    name: Name = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")
+    data: Name = ""
+    steps: Count
+    batch: bounds.Size
+    frames: bounds.Size = 1
     resolution: Size | None = None
-    buckets: tuple[Size, ...] = ()
-    patch_frames: int | None = Field(default=None, gt=0)
-    spatial_from: str = ""
-    temporal_from: str = ""
+    buckets: tuple[Size, ...] = Field(default=(), max_length=1_000)
+    patch_frames: Factor | None = None
+    spatial_from: Origin = ""
+    temporal_from: Origin = ""
     text_from: Literal["spatial", "temporal"] = "spatial"
-    learning_rate: float = Field(gt=0)
-    warmup: int = Field(default=100, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0)
+    learning_rate: Rate
+    warmup: int = Field(default=100, ge=0, le=COUNT_LIMIT)
+    weight_decay: float = Field(default=0.0, ge=0, le=1_000)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -176,21 +198,21 @@ class Recipe(FrozenConfig):
     ``model`` is a name, or a table with a ``base`` name and what differs from it.
     """
 
-    name: str = Field(pattern=NAME)
+    name: Name = Field(pattern=NAME)
     model: StivConfig
-    seed: int = Field(default=0, ge=0)
-    threads: int = Field(default=2, gt=0)
+    seed: Seed = 0
+    threads: int = Field(default=2, gt=0, le=2**10)
     ema: float = Field(default=0.999, gt=0, lt=1)
-    gradient_clip: float = Field(default=1.0, gt=0)
-    save_every: int = Field(default=250, gt=0)
+    gradient_clip: float = Field(default=1.0, gt=0, le=1e12)
+    save_every: Count = 250
     text: WordText | FrozenText = Field(default=WordText(), discriminator="kind")
     vae: TrainedVae | FrozenVae = Field(discriminator="kind")
-    data: dict[Annotated[str, Field(pattern=NAME)], Data] = {"digits": DigitsData()}
+    data: dict[Annotated[Name, Field(pattern=NAME)], Data] = {"digits": DigitsData()}
     optimizer: Optimizer = Optimizer()
     efficiency: Efficiency = Efficiency()
     logging: Logging = Logging()
     sampling: SamplingDefaults = SamplingDefaults()
-    stages: tuple[Stage, ...] = Field(min_length=1)
+    stages: tuple[Stage, ...] = Field(min_length=1, max_length=1_000)
 
     @model_validator(mode="before")
     @classmethod

@@ -10,15 +10,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from stiv_deploy.stiv_ref.block import additive_mask, stateless_norm
-from stiv_deploy.stiv_ref.config import BLOCK_LIMIT, TOKEN_LIMIT, FrozenConfig, Size
+from stiv_deploy.stiv_ref.bounds import Layers, Size, Tokens, Vocabulary
+from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.errors import CheckpointError
 
-VOCABULARY_LIMIT = 2**24
 PAD, UNKNOWN, END = "[PAD]", "[UNK]", "[EOS]"
 
 
@@ -33,11 +32,11 @@ class TextStates(NamedTuple):
 class TextConfig(FrozenConfig):
     """Architecture of the small text encoder; ``max_tokens`` counts the end token, longer prompts are cut."""
 
-    vocabulary: int = Field(gt=0, le=VOCABULARY_LIMIT)
+    vocabulary: Vocabulary
     width: Size = 96
     heads: Size = 3
-    layers: int = Field(default=2, gt=0, le=BLOCK_LIMIT)
-    max_tokens: int = Field(default=16, gt=1, le=TOKEN_LIMIT)
+    layers: Layers = 2
+    max_tokens: Tokens = 16
 
 
 class TextLayer(nn.Module):

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from stiv_deploy.stiv_ref.config import FrozenConfig, Size
+from stiv_deploy.stiv_ref.bounds import Size
+from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.errors import ConfigError
 
 
@@ -20,7 +21,7 @@ class VaeConfig(FrozenConfig):
     """Architecture: each of the ``channels`` after the first halves the resolution once, as does the first."""
 
     latent_channels: Size = 4
-    channels: tuple[Size, ...] = Field(default=(32, 64), max_length=10)
+    channels: tuple[Size, ...] = Field(default=(32, 64), min_length=1, max_length=10)
 
     @property
     def spatial_factor(self) -> int:

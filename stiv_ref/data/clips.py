@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
+from stiv_deploy.stiv_ref.bounds import Count, Size
 from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.errors import ClipsError
 from stiv_deploy.stiv_ref.files import INDEX_LIMIT, read_text, write_text
@@ -25,10 +26,10 @@ class Clip(FrozenConfig):
 
     file: str
     start: int = Field(ge=0)
-    end: int
-    fps: float = Field(gt=0)
-    width: int = Field(gt=0)
-    height: int = Field(gt=0)
+    end: Count
+    fps: float = Field(gt=0, le=1e6)
+    width: Size
+    height: Size
     motion: float = Field(ge=0)
     sharpness: float = Field(ge=0)
     interlaced: bool = False

@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from stiv_deploy.stiv_ref import bounds
+from stiv_deploy.stiv_ref.bounds import Count, Seed, Strides
 from stiv_deploy.stiv_ref.config import FrozenConfig, StoredType, read_config
 from stiv_deploy.stiv_ref.data.encoder_hash import Part, encoder_hash
 from stiv_deploy.stiv_ref.data.loader import DamagedSampleError, Sample
@@ -32,12 +34,12 @@ TEXT_PARTS = ("states", "mask", "pooled")
 class LatentSettings(FrozenConfig):
     """How clips are cut and stored: as a stage of a recipe says, ``clips_per_video`` draws of each video."""
 
-    frames: int = Field(gt=0)
-    sizes: tuple[Size, ...] = Field(min_length=1)
-    strides: tuple[Annotated[int, Field(gt=0)], ...] = Field(default=(1,), min_length=1)
-    clips_per_video: int = Field(default=1, gt=0)
-    per_shard: int = Field(default=256, gt=0)
-    seed: int = Field(default=0, ge=0)
+    frames: bounds.Size
+    sizes: tuple[Size, ...] = Field(min_length=1, max_length=1_000)
+    strides: Strides = (1,)
+    clips_per_video: Count = 1
+    per_shard: Count = 256
+    seed: Seed = 0
     dtype: StoredType = "float16"
 
 
@@ -56,8 +58,8 @@ class LatentIndex(FrozenConfig):
     text: str | None = None
     max_tokens: int | None = None
     videos: str
-    latent_frames: int
-    latent_channels: int
+    latent_frames: bounds.Size
+    latent_channels: bounds.Size
     broken: dict[str, str] = {}
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
+from stiv_deploy.stiv_ref.bounds import Count, Size
 from stiv_deploy.stiv_ref.data.decode import probe, read_frames
 from stiv_deploy.stiv_ref.data.tars import Member, Record, read_shard, write_shard
 from stiv_deploy.stiv_ref.data.video_files import SUFFIXES
@@ -42,9 +43,9 @@ class VideoFacts(BaseModel):
     """
 
     name: str
-    width: int = Field(gt=0)
-    height: int = Field(gt=0)
-    frames: int = Field(gt=0)
+    width: Size
+    height: Size
+    frames: Count
     clips: tuple[tuple[int, int], ...] = ()
 
 

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from stiv_deploy.stiv_ref.block import additive_mask
-from stiv_deploy.stiv_ref.config import TOKEN_LIMIT, FrozenConfig, Size
+from stiv_deploy.stiv_ref.bounds import Size, Tokens, Vocabulary
+from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.errors import CheckpointError
 from stiv_deploy.stiv_ref.pretrained.folders import CONFIG, check_weights, read_config, silenced
-from stiv_deploy.stiv_ref.text import VOCABULARY_LIMIT, TextConfig, TextStates, load_tokenizer
+from stiv_deploy.stiv_ref.text import TextConfig, TextStates, load_tokenizer
 from stiv_deploy.stiv_ref.weights import check_finite, save_tensors
 
 Architecture = Literal["t5", "clip", "bert"]
@@ -59,9 +59,9 @@ class PretrainedTextConfig(FrozenConfig):
 
     kind: Literal["pretrained"] = "pretrained"
     architecture: Architecture
-    vocabulary: int = Field(gt=0, le=VOCABULARY_LIMIT)
+    vocabulary: Vocabulary
     width: Size
-    max_tokens: int = Field(gt=1, le=TOKEN_LIMIT)
+    max_tokens: Tokens
     pooling: Pooling
 
 

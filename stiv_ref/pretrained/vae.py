@@ -18,7 +18,8 @@ from pydantic import model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from stiv_deploy.stiv_ref.config import Factor, FrozenConfig, Size
+from stiv_deploy.stiv_ref.bounds import Factor, Size
+from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.errors import CheckpointError, ConfigError
 from stiv_deploy.stiv_ref.pretrained.folders import CONFIG, check_weights, read_config, silenced
 from stiv_deploy.stiv_ref.weights import check_finite, save_tensors

@@ -249,7 +249,7 @@ def test_a_byte_order_mark_is_no_part_of_a_recipe(recipe_file: Path) -> None:
         (b"seed = 0x" + b"f" * 5_000, "seed: "),
         (b"ema = 'gr\xf6\xdfer'", "cannot be read as TOML (it is not UTF-8 text, its byte 9 is 0xf6)"),
         (b"k" * 100_000 + b" = 1", "kkk...kkk"),
-        (b"\n".join(b"k%d = 1" % number for number in range(1_000)), "(and 1"),
+        (b"\n".join(b"k%d = 1" % number for number in range(1_000)), "(and 998 more faults)"),
         (b"ema = '" + b"n" * 100_000 + b"'", "ema: Input should be a valid number"),
     ],
 )
