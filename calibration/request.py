@@ -1,5 +1,6 @@
 """What a calibration is asked for, checked before anything is loaded, and the files that it leaves."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -59,8 +60,8 @@ class CalibrationRequest:
             raise CalibrationError("--per-channel is for --precision fp8; int8 weights are per channel anyway")
 
     def _check_sweep(self) -> None:
-        if self.budget is not None and not (self.sweep and self.budget > 0):
-            wanted = "needs --sweep" if self.budget > 0 else "must be positive, such as 0.05"
+        if self.budget is not None and not (self.sweep and 0 < self.budget < math.inf):
+            wanted = "needs --sweep" if 0 < self.budget < math.inf else "must be positive and finite, such as 0.05"
             raise CalibrationError(f"--budget {self.budget:g}: {wanted}")
         if self.plan is not None and not self.sweep:
             raise CalibrationError(f"--plan {self.plan}: is written by a sweep; add --sweep")

@@ -13,6 +13,8 @@ COUNT_LIMIT = 10**9
 
 Size = Annotated[int, Field(gt=0, le=SIZE_LIMIT)]
 Count = Annotated[int, Field(gt=0, le=COUNT_LIMIT)]
+Frame = Annotated[int, Field(ge=0, le=COUNT_LIMIT)]
+"""Number of a frame of a video."""
 Factor = Annotated[int, Field(gt=0, le=2**10)]
 """Pixels or frames of a latent, latents of a token."""
 Layers = Annotated[int, Field(gt=0, le=1_000)]
@@ -27,6 +29,8 @@ Rate = Annotated[float, Field(gt=0, le=1_000)]
 Scale = Annotated[float, Field(ge=-1_000, le=1_000)]
 """A guidance scale."""
 TimeShift = Annotated[float, Field(ge=1e-3, le=1e3)]
+Measure = Annotated[float, Field(ge=0, le=1e12)]
+"""Seconds, motion, sharpness, and what is compared with those."""
 Processes = Annotated[int, Field(ge=0, le=2**10)]
 Name = Annotated[str, Field(max_length=100)]
 Strides = Annotated[tuple[Size, ...], Field(min_length=1, max_length=1_000)]

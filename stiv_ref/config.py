@@ -80,7 +80,7 @@ class StivConfig(FrozenConfig):
     base_grid: tuple[Size, Size] = (16, 16)
     rope_theta: float = Field(default=10_000.0, gt=0, le=1e12)
     frequency_width: int = Field(default=256, gt=0, le=SIZE_LIMIT, multiple_of=2)
-    full_blocks: int = Field(default=0, ge=0)
+    full_blocks: int = Field(default=0, ge=0, le=1_000)
 
     @model_validator(mode="after")
     def _check(self) -> "StivConfig":

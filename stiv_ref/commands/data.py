@@ -8,9 +8,12 @@ import typer
 
 from stiv_deploy.stiv_ref.commands.terminal import progress_bar
 from stiv_deploy.stiv_ref.config import StoredType
+from stiv_deploy.stiv_ref.errors import briefly
 
 data = typer.Typer(help="Turn raw videos into training data.", add_completion=False, rich_markup_mode="rich")
 
+SIZE_LETTERS = 16
+"""Most letters of a height and width."""
 INDEX_HELP = "An index of clips: clips.jsonl, or the folder that it is in."
 
 
@@ -67,7 +70,9 @@ def cut(
         Path | None,
         typer.Option(help="JSONL file of captions of single clips: lines of clips.jsonl with captions filled in."),
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one per core")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Processes.", show_default="one per core")
+    ] = None,
     pictures: Annotated[bool, typer.Option(help="Draw scores.png and clips.png.")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
@@ -176,7 +181,7 @@ def latents(
     per_shard: Annotated[int, typer.Option(min=1, help="Clips in a shard.")] = 256,
     dtype: Annotated[StoredType, typer.Option(help="How latents and text states are stored.")] = "float16",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode ahead.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, max=1024, help="Processes that decode ahead.")] = 0,
     device: Annotated[str, typer.Option(help="Where the encoders run: cpu, cuda, cuda:1, ...")] = "cpu",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
@@ -206,8 +211,8 @@ def latents(
 def _size(text: str) -> tuple[int, int]:
     """Height and width of ``256x384``."""
     height, _, width = text.lower().partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
-        raise typer.BadParameter(f"{text!r} is not HEIGHTxWIDTH, for example 256x256", param_hint="--resolution")
+    if not (height.isdecimal() and width.isdecimal() and len(text) <= SIZE_LETTERS):
+        raise typer.BadParameter(f"{briefly(text)} is not HEIGHTxWIDTH, for example 256x256", param_hint="--resolution")
     return int(height), int(width)
 
 

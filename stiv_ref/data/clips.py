@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from stiv_deploy.stiv_ref.bounds import Count, Size
+from stiv_deploy.stiv_ref.bounds import Count, Frame, Measure, Size
 from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.errors import ClipsError
 from stiv_deploy.stiv_ref.files import INDEX_LIMIT, read_text, write_text
@@ -25,17 +25,17 @@ class Clip(FrozenConfig):
     model_config = ConfigDict(extra="ignore")  # other tools add scores of theirs
 
     file: str
-    start: int = Field(ge=0)
+    start: Frame
     end: Count
     fps: float = Field(gt=0, le=1e6)
     width: Size
     height: Size
-    motion: float = Field(ge=0)
-    sharpness: float = Field(ge=0)
+    motion: Measure
+    sharpness: Measure
     interlaced: bool = False
     hdr: bool = False
     caption: str | None = None
-    dropped: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = Field(default=(), max_length=100)
 
     @model_validator(mode="after")
     def _check(self) -> "Clip":

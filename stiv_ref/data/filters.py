@@ -6,12 +6,13 @@ do not depend on the resolution of the file, and so that what counts is what rem
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from stiv_deploy.stiv_ref.bounds import SIZE_LIMIT, Measure
 from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.data.clips import Clip
 
@@ -89,6 +90,9 @@ def motion(previous: Pixels, grey: Pixels, flow: Any) -> float:
     return float(np.linalg.norm(field, axis=-1).mean() / short * 100)
 
 
+Side = Annotated[int, Field(ge=0, le=SIZE_LIMIT)]
+
+
 class Thresholds(FrozenConfig):
     """What a clip must have to be kept; None does not ask. Interlaced and HDR ones are kept only if that is said.
 
@@ -96,13 +100,13 @@ class Thresholds(FrozenConfig):
     variance of the Laplacian.
     """
 
-    min_seconds: float | None = Field(default=None, ge=0)
-    max_seconds: float | None = Field(default=None, ge=0)
-    min_side: int | None = Field(default=None, ge=0)
-    max_side: int | None = Field(default=None, ge=0)
-    min_motion: float | None = Field(default=None, ge=0)
-    max_motion: float | None = Field(default=None, ge=0)
-    min_sharpness: float | None = Field(default=None, ge=0)
+    min_seconds: Measure | None = None
+    max_seconds: Measure | None = None
+    min_side: Side | None = None
+    max_side: Side | None = None
+    min_motion: Measure | None = None
+    max_motion: Measure | None = None
+    min_sharpness: Measure | None = None
     keep_interlaced: bool = False
     keep_hdr: bool = False
 

@@ -22,8 +22,8 @@ class SceneSettings(FrozenConfig):
     """
 
     detector: Detector = "adaptive"
-    threshold: float | None = Field(default=None, gt=0)
-    min_seconds: float = Field(default=0.6, ge=0)
+    threshold: float | None = Field(default=None, gt=0, le=1e6)
+    min_seconds: float = Field(default=0.6, ge=0, le=1e6)
 
 
 class SceneCutter:

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from stiv_deploy.stiv_ref.bounds import Count, Size
+from stiv_deploy.stiv_ref.bounds import Count, Frame, Size
 from stiv_deploy.stiv_ref.data.decode import probe, read_frames
 from stiv_deploy.stiv_ref.data.tars import Member, Record, read_shard, write_shard
 from stiv_deploy.stiv_ref.data.video_files import SUFFIXES
@@ -46,7 +46,7 @@ class VideoFacts(BaseModel):
     width: Size
     height: Size
     frames: Count
-    clips: tuple[tuple[int, int], ...] = ()
+    clips: tuple[tuple[Frame, Frame], ...] = Field(default=(), max_length=10**6)
 
 
 @dataclass(frozen=True, kw_only=True)
