@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from stiv_deploy.stiv_ref.bounds import Count, Frame, Measure, Size
+from stiv_deploy.stiv_ref.bounds import Frame, Measure, Size
 from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.errors import ClipsError
 from stiv_deploy.stiv_ref.files import INDEX_LIMIT, read_text, write_text
@@ -26,7 +26,7 @@ class Clip(FrozenConfig):
 
     file: str
     start: Frame
-    end: Count
+    end: Frame
     fps: float = Field(gt=0, le=1e6)
     width: Size
     height: Size
