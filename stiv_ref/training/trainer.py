@@ -22,6 +22,7 @@ from stiv_deploy.stiv_ref.recipe import Recipe, Size, Stage, TrainedVae
 from stiv_deploy.stiv_ref.training.folder import BROKEN, CHECKPOINT, run_folder
 from stiv_deploy.stiv_ref.training.interruption import Interruption
 from stiv_deploy.stiv_ref.training.log import Log
+from stiv_deploy.stiv_ref.training.memory import check_memory, memory_told
 from stiv_deploy.stiv_ref.training.parallel import Team, joined
 from stiv_deploy.stiv_ref.training.run import VAE_STAGE, Run, load_vae, new_run, save_tokenizer, save_vae
 from stiv_deploy.stiv_ref.training.sheets import Sheets
@@ -73,13 +74,15 @@ def train(request: TrainRequest, progress: Progress = unheard) -> TrainReport:
         with (
             Log(out, recipe.logging, progress, enabled=team.first) as log,
             Interruption(impatient=team.world == 1) as wish,
+            memory_told(),
         ):
             checkpoint = Trainer(run, sources, log, wish).train()
     return TrainReport(checkpoint=checkpoint, resumed=state, seconds=time.monotonic() - started)
 
 
 def check(recipe: Recipe, team: Team) -> None:
-    """Refuse what cannot work with these processes or from these origins, before anything is trained."""
+    """Refuse what cannot work with these processes, in this memory or from these origins, before any training."""
+    check_memory(recipe, team)
     if isinstance(recipe.vae, TrainedVae):
         team.check("vae", recipe.vae.batch)
     for stage in recipe.stages:
