@@ -3,6 +3,7 @@
 import fcntl
 import functools
 import gc
+import math
 import os
 import shutil
 import signal
@@ -54,6 +55,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark = pytest.mark.alone if reason is None else pytest.mark.skip(reason=reason)
     for item in on_gpu:
         item.add_marker(mark)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_lines_of_progress() -> None:
+    """However slow this machine is: commands that are run in this process write no lines of progress."""
+    from stiv_deploy.runtime import progress
+    from stiv_deploy.stiv_ref import progress as reference_progress
+
+    progress.FIRST_LINE = reference_progress.FIRST_LINE = math.inf
 
 
 @pytest.fixture(scope="session")

@@ -89,7 +89,8 @@ def test_the_command_is_quiet_and_writes_the_same_bytes_in_any_process(
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
     assert done.stdout.startswith(f"{out}: 9 graphs, ")
     assert "float32, not compared with the reference" in done.stdout
-    assert done.stderr.strip() == "", "no warnings of the exporter"
+    complaints = [line for line in done.stderr.splitlines() if not line.startswith("export ")]
+    assert complaints == [], "no warnings of the exporter, only progress where it takes long"
     files = sorted(path.relative_to(micro_bundle) for path in micro_bundle.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file())
     for file in files:

@@ -1,6 +1,7 @@
 """What commands have alike: the progress bar, tables, --json; the reference has bar and --json of its own."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -79,6 +80,7 @@ def test_a_long_run_without_a_terminal_writes_lines_ever_fewer(
 ) -> None:
     clock = iter(range(100, 400))
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(sys.modules[module.Lines.__module__], "FIRST_LINE", 10.0)
     with module.progress_bar("parity") as progress:
         for second in range(200):
             progress("block_00" if second < 50 else "", second, 300)
@@ -99,6 +101,7 @@ def test_a_quiet_run_writes_nothing_however_long(
 ) -> None:
     clock = iter(range(100, 400))
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(sys.modules[module.Lines.__module__], "FIRST_LINE", 10.0)
     with module.progress_bar("parity", quiet=True) as progress:
         for second in range(200):
             progress("", second, 300)
