@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
-from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.errors import RequestError, briefly, few
 from stiv_deploy.runtime.pipeline.limits import text
 from stiv_deploy.runtime.pipeline.pictures import (
     array_pixels,
@@ -145,14 +145,14 @@ def _picture_from_json(values: Mapping[str, Any]) -> PictureFile | PictureData:
             return PictureFile(text("path", path), _digest(rest.get("sha256")))
     raise RequestError(
         'a picture in JSON is its path, {"path": ..., "sha256": ...} or {"png": BASE64}, '
-        f"got the keys {', '.join(map(str, values)) or 'none'}"
+        f"got the keys {few([str(key) for key in values]) or 'none'}"
     )
 
 
 def _digest(value: Any) -> str | None:
     if value is None or (isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")):
         return value
-    raise RequestError(f"the sha256 of a picture is 64 hex digits, got {str(value)[:80]!r}")
+    raise RequestError(f"the sha256 of a picture is 64 hex digits, got {briefly(value)}")
 
 
 def _bytes(data: str, name: str) -> bytes:
@@ -180,9 +180,12 @@ def _latents_from_json(values: Mapping[str, Any]) -> np.ndarray:
     match dict(values):
         case {"dtype": "float32", "shape": [int(), *_] as shape, "data": str(data), **rest} if not rest:
             content = _bytes(data, "the data of latents")
-            if all(isinstance(size, int) and size > 0 for size in shape) and 4 * math.prod(shape) == len(content):
+            sizes = len(shape) <= 8 and all(isinstance(size, int) and size > 0 for size in shape)
+            if sizes and 4 * math.prod(shape) == len(content):
                 return np.frombuffer(content, dtype="<f4").astype(np.float32).reshape(shape)
-            raise RequestError(f"the data of latents are {len(content)} bytes, which do not fill the shape {shape}")
+            raise RequestError(
+                f"the data of latents are {len(content)} bytes, which do not fill the shape {briefly(shape)}"
+            )
     raise RequestError('latents in JSON are {"dtype": "float32", "shape": [C, h, w], "data": BASE64}')
 
 

@@ -1,4 +1,4 @@
-"""Whatever stands in a manifest, a request or an option: a result or one line, and nothing left.
+"""Whatever stands in a manifest, a config, a recipe, a request or an option: a result or one line, and nothing left.
 
 ``STIV_FUZZ_CASES`` sets the number of cases, 500 by default.
 """
@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from stiv_deploy.runtime.command.main import main
 from stiv_deploy.runtime.errors import StivError
 from stiv_deploy.runtime.pipeline.plan import plan_generation
 from stiv_deploy.runtime.pipeline.records import read_requests
+from stiv_deploy.stiv_ref.checkpoint import read_checkpoint_config
+from stiv_deploy.stiv_ref.errors import StivRefError
+from stiv_deploy.stiv_ref.recipe import load_recipe
 
 CASES = int(os.environ.get("STIV_FUZZ_CASES", "500"))
 LINE = 500
@@ -118,10 +122,10 @@ def damaged(text: str, damage: str | None) -> bytes:
     return text.encode(errors="replace")
 
 
-def error_of(call: Callable[[], Any]) -> StivError | None:
+def error_of(call: Callable[[], Any]) -> StivError | StivRefError | None:
     try:
         call()
-    except StivError as error:
+    except (StivError, StivRefError) as error:
         return error
     return None
 
@@ -147,6 +151,35 @@ def test_manifests(bundle_path: Path, tmp_path: Path, edits: Any, damage: str | 
     values = json.loads((bundle_path / "manifest.json").read_text())
     (folder / "manifest.json").write_bytes(damaged(json.dumps(changed(values, edits)), damage))
     one_line_or_well(lambda: Bundle.open(folder), folder)
+
+
+@cases(0.2, changes, damages)
+def test_checkpoint_configs(root: Path, tmp_path: Path, edits: Any, damage: str | None) -> None:
+    values = json.loads((root / "checkpoints/tiny/config.json").read_text())
+    (tmp_path / "config.json").write_bytes(damaged(json.dumps(changed(values, edits)), damage))
+    one_line_or_well(lambda: read_checkpoint_config(tmp_path), tmp_path)
+
+
+def toml(values: Any) -> str:
+    """``values`` as TOML, in one line."""
+    match values:
+        case dict():
+            return "{" + ", ".join(f"{json.dumps(str(key))} = {toml(each)}" for key, each in values.items()) + "}"
+        case list():
+            return f"[{', '.join(map(toml, values))}]"
+        case None:
+            return '""'
+        case bool() | str():
+            return json.dumps(values)
+    return repr(values)
+
+
+@cases(0.2, changes, damages)
+def test_recipes(root: Path, tmp_path: Path, edits: Any, damage: str | None) -> None:
+    values = changed(tomllib.loads((root / "recipes/tiny.toml").read_text()), edits)
+    lines = [f"{json.dumps(str(key))} = {toml(each)}\n" for key, each in values.items()] if values else []
+    (tmp_path / "recipe.toml").write_bytes(damaged("".join(lines), damage))
+    one_line_or_well(lambda: load_recipe(tmp_path / "recipe.toml"), tmp_path)
 
 
 @cases(0.2, changes, damages)
@@ -194,3 +227,18 @@ def test_options(
 
 def ran(*_: object) -> None:
     raise StivError("it would have run")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"frames": {"0": {"x" * 1000: 1}}},
+        {"frames": {"0": {"path": "a", "sha256": "x" * 1000}}},
+        {"latents": {"0": {"dtype": "float32", "shape": [1] * 100, "data": "AAAAAA=="}}},
+        {"latents": {"0": {"dtype": "float32", "shape": [10**400] * 3, "data": "AAAAAA=="}}},
+    ],
+)
+def test_given_pictures_and_latents(tmp_path: Path, given: dict[str, Any]) -> None:
+    """What was found among more cases."""
+    (tmp_path / "request.json").write_text(json.dumps({"prompt": "digit", **given}))
+    one_line_or_well(lambda: read_requests(tmp_path / "request.json"), tmp_path)
