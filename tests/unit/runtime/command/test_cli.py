@@ -616,7 +616,7 @@ def test_names_that_are_not_unicode(run: Run, bundle_path: Path, own_bundle: Pat
     folder = own_bundle.rename(tmp_path / os.fsdecode(b"bundle-\xff"))
     code, out, _ = run("inspect", folder)
     assert code == 0
-    assert r"bundle-\udcff" in out
+    assert r"bundle-\udcff" in out.replace("\n", "")  # a terminal breaks lines at a dash
     code, out, _ = run("inspect", folder, "--json")
     assert json.loads(out)["path"] == str(folder)
     code, out, err = run(
