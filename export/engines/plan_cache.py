@@ -1,12 +1,16 @@
 """Plans by content: the same graph, weights, shapes, builder and target are never built twice.
 
 A cache is a folder ``plans/<first two digits>/<key>.plan`` with a ``.json`` beside each plan. It may be shared by
-bundles and by processes, and deleted at any time. Files appear under their names only when complete.
+bundles and by processes, and deleted at any time. Files appear under their names only when complete; drafts that a
+killed process left are removed by the next one.
 """
 
 import hashlib
 import json
 import os
+import platform
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,6 +20,11 @@ from typing import Any
 from stiv_deploy.runtime import files
 from stiv_deploy.runtime.errors import OutputError
 from stiv_deploy.runtime.files import sha256, write_text
+
+OWNER = "owner"
+"""File in the folder of a draft: machine and process that write it."""
+DAY = 86_400.0
+"""Seconds after which a draft is nobody's any more, whoever began it: no plan takes so long."""
 
 
 def default_cache() -> Path:
@@ -53,10 +62,21 @@ class PlanCache:
             probe = folder / f".probe-{os.getpid()}"
             probe.touch()
             probe.unlink()
+            self._sweep()
         except OSError as error:
             raise OutputError(
                 f"the plan cache {folder} cannot be written ({error.strerror}); give --cache DIR"
             ) from None
+
+    def _sweep(self) -> None:
+        """Remove the drafts of processes that are no more."""
+        for draft in self.folder.glob("plans/*/.*.partial"):
+            if not _abandoned(draft):
+                continue
+            if draft.is_dir():
+                shutil.rmtree(draft, ignore_errors=True)
+            else:
+                draft.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         return self.folder / "plans" / key[:2] / f"{key}.plan"
@@ -78,6 +98,7 @@ class PlanCache:
         path = self._path(key)
         path.parent.mkdir(exist_ok=True)
         with files.draft(path) as file:
+            (file.parent / OWNER).write_text(f"{os.getpid()} {platform.node()}", encoding="utf-8")
             yield file
 
     def keep(self, key: str, file: Path, build_seconds: float) -> CachedPlan:
@@ -91,3 +112,24 @@ class PlanCache:
     def timing(self, name: str) -> Path:
         """Where the timing cache called ``name`` lives."""
         return self.folder / "timing" / f"{name}.cache"
+
+
+def _abandoned(draft: Path) -> bool:
+    """Whether nobody writes ``draft`` any more: its process has ended, or it is of yesterday."""
+    try:
+        if draft.stat().st_mtime < time.time() - DAY:
+            return True
+        process, _, machine = (draft / OWNER).read_text(encoding="utf-8").partition(" ")
+        return machine == platform.node() and not _alive(int(process))
+    except (OSError, ValueError, OverflowError):
+        return False  # it has just begun, or has just gone
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True

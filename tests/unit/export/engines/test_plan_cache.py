@@ -1,5 +1,9 @@
 """The plan cache: keys, damage, and files that appear only when complete."""
 
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +70,34 @@ def test_default_is_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_
     assert default_cache() == tmp_path / "stiv-deploy"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache() == Path.home() / ".cache" / "stiv-deploy"
+
+
+def test_drafts_of_processes_that_are_no_more_are_swept(tmp_path: Path) -> None:
+    folder = tmp_path / "plans" / KEY[:2]
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    owners = {
+        "ended": f"{ended.pid} {platform.node()}",
+        "alive": f"{os.getpid()} {platform.node()}",
+        "elsewhere": f"{ended.pid} another-machine",
+        "no number": f"{'9' * 40} {platform.node()}",
+        "begun": None,
+        "yesterday": f"{os.getpid()} {platform.node()}",
+    }
+    for name, owner in owners.items():
+        draft = folder / f".{name}.partial"
+        draft.mkdir(parents=True)
+        (draft / "plan").touch()
+        if owner is not None:
+            (draft / "owner").write_text(owner)
+    (folder / ".file-1.partial").touch()
+    for name in (".yesterday.partial", ".file-1.partial"):
+        os.utime(folder / name, times=(0, 0))
+    cache = PlanCache(tmp_path)
+    assert {path.name for path in folder.iterdir()} == {
+        f".{name}.partial" for name in ("alive", "elsewhere", "no number", "begun")
+    }
+    with cache.draft(KEY) as draft:
+        draft.write_bytes(b"half a plan")
+        PlanCache(tmp_path)
+        assert draft.exists(), "of a process that lives"
