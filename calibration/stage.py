@@ -9,6 +9,7 @@ from stiv_deploy.calibration.run import make_scales
 from stiv_deploy.calibration.sweep import run_sweep
 from stiv_deploy.calibration.sweep_files import SweepReport
 from stiv_deploy.stiv_ref.config import FrozenConfig
+from stiv_deploy.stiv_ref.files import told
 from stiv_deploy.stiv_ref.progress import Progress, unheard
 
 
@@ -28,13 +29,15 @@ def calibrate(request: CalibrationRequest, progress: Progress = unheard) -> Cali
 
     A stopped run goes on where it was; what is kept for that is deleted at the end. Raises
     :class:`~stiv_deploy.calibration.errors.CalibrationError` or
-    :class:`~stiv_deploy.stiv_ref.errors.CheckpointError`, before anything expensive where possible.
+    :class:`~stiv_deploy.stiv_ref.errors.CheckpointError`, before anything expensive where possible, and
+    :class:`~stiv_deploy.stiv_ref.errors.OutputError` if something cannot be written, as on a full disk.
     """
     started = time.monotonic()
-    found = make_scales(request, progress)
-    sweep = run_sweep(found, request, progress) if request.sweep else None
-    request.state.unlink(missing_ok=True)
-    request.sweep_state.unlink(missing_ok=True)
+    with told(request.out, "what was sampled is kept: mend that, and the same command goes on from it"):
+        found = make_scales(request, progress)
+        sweep = run_sweep(found, request, progress) if request.sweep else None
+        request.state.unlink(missing_ok=True)
+        request.sweep_state.unlink(missing_ok=True)
     return CalibrationReport(
         scales=request.out,
         quantization=request.quantization,

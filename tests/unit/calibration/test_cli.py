@@ -1,6 +1,8 @@
 """``stiv calibrate`` as a user runs it."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -211,6 +213,25 @@ def test_a_stopped_run_says_that_it_goes_on(
     resumed = out.read_bytes()
     assert stiv(*command)[0] == 0
     assert out.read_bytes() == resumed
+
+
+@pytest.mark.parametrize("module", ["collect", "scales"])
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    stiv: Stiv, micro_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    """While the first statistics are kept, or when the scales are written: then the sampling is not done again."""
+    from stiv_deploy.calibration import collect, scales
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "scales.safetensors"
+    monkeypatch.setattr({"collect": collect, "scales": scales}[module], "save_tensors", full)
+    code, _, error = stiv(micro_path, "--precision", "fp8", "--out", out, "--samples", 1, "--steps", 1, "--quiet")
+    assert (code, error.count("\n")) == (2, 1)
+    assert f"{out}: cannot be written (No space left on device); what was sampled is kept" in error
+    kept = [] if module == "collect" else ["scales.safetensors.partial-state"]
+    assert [path.name for path in tmp_path.iterdir()] == kept
 
 
 def test_importing_the_command_needs_nothing_heavy() -> None:
