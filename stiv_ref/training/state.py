@@ -8,9 +8,9 @@ any moment: a state is written under another name, and the old one goes only whe
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -42,6 +42,13 @@ class Position(FrozenConfig):
     processes: int = Field(gt=0)
     recipe: dict[str, Any]
     files: dict[str, int]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        stages = self.recipe.get("stages")
+        if not isinstance(stages, list) or self.stage > len(stages):
+            raise ValueError(f"stage {self.stage} is not in its recipe")
+        return self
 
 
 def find_state(out: Path) -> Path | None:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stiv_deploy.stiv_ref.errors import CheckpointError
+from stiv_deploy.stiv_ref.errors import CheckpointError, ConfigError
 from stiv_deploy.stiv_ref.recipe import Recipe
 from stiv_deploy.stiv_ref.training import state as module
+from stiv_deploy.stiv_ref.training.consolidate import consolidate_run
 from stiv_deploy.stiv_ref.training.state import find_state, load_tensors_into, read_position, replace_state
 from stiv_deploy.stiv_ref.training.trainer import TrainReport, TrainRequest, train
 
@@ -144,6 +145,23 @@ def test_a_damaged_position_is_refused(recipe: Recipe, copied: Path) -> None:
     (copied / "state" / "position.json").write_text("{")
     with pytest.raises(ValueError, match=r"position\.json: cannot be read as JSON"):
         trained(recipe, copied)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stage": 3}, r"position\.json: config: stage 3 is not in its recipe"),
+        ({"recipe": {"stages": [{}, {}]}}, r"the recipe in its position\.json: name: Field required"),
+    ],
+)
+def test_a_position_that_makes_no_sense_is_no_checkpoint(
+    copied: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    path = copied / "state" / "position.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ConfigError, match=message):
+        consolidate_run(copied, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_missing_vae_is_refused(recipe: Recipe, copied: Path) -> None:
