@@ -22,6 +22,7 @@ from stiv_deploy.runtime.bundle.contract import Frozen, ModelFacts
 from stiv_deploy.runtime.bundle.manifest import MANIFEST, Bucket, FileRecord, Manifest, Range, SamplingDefaults
 from stiv_deploy.runtime.errors import OutputError
 from stiv_deploy.runtime.files import check_apart, check_folder, read_json, replaced_folder
+from stiv_deploy.runtime.pipeline.limits import GIB, memory_bytes
 from stiv_deploy.runtime.plugins.spec import HEAD_DIMS, MAX_FRAMES
 from stiv_deploy.runtime.progress import Progress, unheard
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, CheckpointConfig, CheckpointFolder, open_checkpoint
@@ -119,6 +120,8 @@ def buckets_of(request: ExportRequest, config: CheckpointConfig) -> tuple[Bucket
     buckets = request.buckets or (default,)
     for bucket in buckets:
         validate_bucket(bucket, facts)
+        if request.check:
+            validate_memory(bucket)
     if request.attention == "plugin":
         validate_plugins(buckets, facts)
     return buckets
@@ -190,6 +193,17 @@ def validate_bucket(bucket: Bucket, facts: ModelFacts) -> None:
             raise ExportError(f"{what} {given}: this model takes {takes}; change --{what}")
     if not facts.temporal and bucket.frames.max != 1:
         raise ExportError(f"frames up to {bucket.frames.max}: an image model makes one frame; use --frames 1:1:1")
+
+
+def validate_memory(bucket: Bucket) -> None:
+    """:class:`ExportError` if this machine cannot hold the videos that graphs are compared on: fp32, twice."""
+    largest = bucket.batch.max * bucket.frames.max * bucket.height.max * bucket.width.max
+    needed, there = 2 * 3 * 4 * largest, memory_bytes()
+    if there is not None and needed > there:
+        raise ExportError(
+            f"bucket {bucket.name}: its largest videos need {needed / GIB:.3g} GiB of memory to compare graphs on, "
+            f"here are {there / GIB:.3g}; make its ranges smaller, or give --no-check"
+        )
 
 
 def validate_plugins(buckets: Sequence[Bucket], facts: ModelFacts) -> None:

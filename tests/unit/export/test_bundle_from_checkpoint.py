@@ -296,3 +296,13 @@ def test_a_block_of_the_xl_model(make_checkpoint: Callable[..., Checkpoint], tmp
     parameters = sum(tensor.numel() for tensor in load_checkpoint(tmp_path / "checkpoint").model.blocks[0].parameters())
     unused = 2 * 1152 * 1152 + 2 * 1152  # cross-attention's K and V are text_kv's
     assert parameters - unused <= record.data.bytes / 4 < 1.001 * parameters
+
+
+def test_sizes_that_no_memory_holds_are_refused_before_anything_is_loaded(micro_path: Path, tmp_path: Path) -> None:
+    huge = Range(min=1, typical=8, max=2**16)
+    request = ExportRequest(
+        checkpoint=micro_path, out=tmp_path / "bundle", sizes={"batch": huge, "height": huge_side()}
+    )
+    with pytest.raises(ExportError, match="bucket default: its largest videos need .* GiB .* --no-check"):
+        export_bundle(request)
+    assert list(tmp_path.iterdir()) == []
