@@ -24,8 +24,8 @@ Tokens = Annotated[int, Field(gt=1, le=2**14)]
 Steps = Annotated[int, Field(gt=0, le=10_000)]
 """Steps of a sampler."""
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Rate = Annotated[float, Field(gt=0, le=1_000)]
-"""A learning rate."""
+Rate = Annotated[float, Field(gt=0, le=1e30)]
+"""A learning rate; one that is too large diverges, which training says."""
 Scale = Annotated[float, Field(ge=-1_000, le=1_000)]
 """A guidance scale."""
 TimeShift = Annotated[float, Field(ge=1e-3, le=1e3)]
