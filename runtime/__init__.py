@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         StivError,
     )
     from stiv_deploy.runtime.pipeline.media import write_video
-    from stiv_deploy.runtime.pipeline.output import StivOutput
+    from stiv_deploy.runtime.pipeline.output import StivOutput, export_to_video
     from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
     from stiv_deploy.runtime.pipeline.plan import GenerationPlan
     from stiv_deploy.runtime.pipeline.request import GenerationRequest
@@ -50,6 +50,7 @@ _MODULES = {
     "StivOutput": "pipeline.output",
     "StivPipeline": "pipeline.pipeline",
     "Solver": "sampling.settings",
+    "export_to_video": "pipeline.output",
     "write_video": "pipeline.media",
 }
 """Where each public name lives; loaded on first use, so that ``stiv --help`` does not import ONNX Runtime."""
@@ -71,6 +72,7 @@ __all__ = [
     "StivOutput",
     "StivPipeline",
     "available",
+    "export_to_video",
     "open_backend",
     "write_video",
 ]

@@ -1,14 +1,14 @@
 """The keywords of a pipeline's call, and the requests that they make."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
 
-from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.errors import RequestError, briefly
 from stiv_deploy.runtime.pipeline.given import ImageLike, as_picture
 from stiv_deploy.runtime.pipeline.images import Fit
-from stiv_deploy.runtime.pipeline.limits import switch, whole_number
+from stiv_deploy.runtime.pipeline.limits import SEED_LIMIT, switch, whole_number
 from stiv_deploy.runtime.pipeline.request import GenerationRequest, in_a_row, new_seed
 
 
@@ -16,11 +16,11 @@ class CallOptions(TypedDict, total=False):
     """Keywords of :class:`pipeline.StivPipeline`'s call: fields of :class:`GenerationRequest`, and short forms.
 
     ``image`` is the picture of frame 0 or pictures by frame (the field ``frames``), ``num_videos_per_prompt`` the field
-    ``count``, ``resize`` the fit ``crop``; ``generator`` draws the seed. ``negative_prompt`` may be a list, one for
-    each prompt.
+    ``count``, ``resize`` the fit ``crop``. A NumPy ``generator`` draws the seed, a torch one is asked for its initial
+    seed. ``negative_prompt`` may be a list, one for each prompt. What is ``None`` is left out.
     """
 
-    negative_prompt: str | Sequence[str]
+    negative_prompt: str | Sequence[str] | None
     image: ImageLike | Mapping[int, ImageLike] | None
     latents: Mapping[int, np.ndarray]
     fit: str
@@ -41,7 +41,7 @@ class CallOptions(TypedDict, total=False):
     solver: str | None
     time_shift: float | None
     seed: int | None
-    generator: np.random.Generator | None
+    generator: Any
     num_videos_per_prompt: int
     decode_tile: int | None
 
@@ -52,8 +52,8 @@ def requests_of_call(prompt: str | Sequence[str], options: Mapping[str, Any]) ->
     Raises :class:`RequestError`.
     """
     prompts = prompt_list(prompt)
-    fields = dict(options)
-    negatives = negative_list(fields.pop("negative_prompt", ""), len(prompts))
+    fields = {name: value for name, value in options.items() if value is not None}
+    negatives = negative_list(fields.pop("negative_prompt", None), len(prompts))
     seed, generator = fields.pop("seed", None), fields.pop("generator", None)
     fields = _with_short_forms(fields)
     requests = [
@@ -78,24 +78,42 @@ def _with_short_forms(options: dict[str, Any]) -> dict[str, Any]:
 
 def prompt_list(prompt: str | Sequence[str]) -> list[str]:
     """Prompts as a list; :class:`RequestError` if there is none."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = [prompt] if isinstance(prompt, str) else _texts("prompt", prompt)
     if not prompts:
         raise RequestError("no prompt given; give a string or a list of at least one (an empty string is allowed)")
     return prompts
 
 
-def negative_list(negative: str | Sequence[str], count: int) -> list[str]:
-    """One negative prompt for each of ``count`` prompts."""
-    negatives = [negative] * count if isinstance(negative, str) else list(negative)
+def negative_list(negative: str | Sequence[str] | None, count: int) -> list[str]:
+    """One negative prompt for each of ``count`` prompts, the empty one for ``None``; :class:`RequestError`."""
+    if negative is None or isinstance(negative, str):
+        return [negative or ""] * count
+    negatives = _texts("negative_prompt", negative)
     if len(negatives) != count:
         raise RequestError(f"{len(negatives)} negative prompts for {count} prompts; give one for all, or one each")
     return negatives
 
 
-def first_seed(seed: Any, generator: np.random.Generator | None) -> int:
-    """The seed of the first sample: given, drawn from ``generator``, or new."""
+def _texts(name: str, values: Any) -> list[str]:
+    if isinstance(values, bytes | Mapping) or not isinstance(values, Iterable):
+        raise RequestError(f"{name} must be a string or a list of strings, got {briefly(values)}")
+    return list(values)
+
+
+def first_seed(seed: Any, generator: Any = None) -> int:
+    """The seed of the first sample: given, of ``generator``, or new; :class:`RequestError`."""
     if seed is None:
-        return new_seed(generator)
+        return new_seed() if generator is None else seed_of(generator)
     if generator is not None:
         raise RequestError("give either seed or generator, not both")
     return whole_number("seed", seed)
+
+
+def seed_of(generator: Any) -> int:
+    """A seed drawn from a NumPy generator, or a torch generator's initial one, below 2^63; :class:`RequestError`."""
+    if isinstance(generator, np.random.Generator):
+        return new_seed(generator)
+    initial = getattr(generator, "initial_seed", None)
+    if not callable(initial):
+        raise RequestError(f"generator must be one of NumPy or torch, got {briefly(generator)}; or give a seed")
+    return int(initial()) % SEED_LIMIT

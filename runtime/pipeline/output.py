@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from stiv_deploy.runtime.errors import OutputError, RequestError
+from stiv_deploy.runtime.errors import OutputError, RequestError, briefly
 from stiv_deploy.runtime.pipeline.media import check_output, write_video
 from stiv_deploy.runtime.pipeline.records import GenerationRecord
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
@@ -15,17 +17,18 @@ from stiv_deploy.runtime.pipeline.request import GenerationRequest
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-OUTPUT_TYPES = ("np", "pil", "latent")
-OutputType = Literal["np", "pil", "latent"]
+OUTPUT_TYPES = ("np", "pil", "pt", "latent")
+OutputType = Literal["np", "pil", "pt", "latent"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StivOutput:
     """Result of a run of B videos.
 
-    ``frames`` uint8 [B, F, H, W, 3], or lists of PIL images, or ``None`` for latents only; ``latents`` fp32
-    [B, T, C, h, w]. ``requests`` make the videos again on a bundle with the hash ``bundle`` and on ``backend``, bit by
-    bit in one plan, but for the rounding of another batch one alone: seed and all defaults are filled in.
+    ``frames`` uint8 [B, F, H, W, 3], or lists of PIL images, or a torch tensor fp32 [B, F, 3, H, W] from 0 to 1, or
+    ``None`` for latents only; ``latents`` fp32 [B, T, C, h, w]. ``requests`` make the videos again on a bundle with the
+    hash ``bundle`` and on ``backend``, bit by bit in one plan, but for the rounding of another batch one alone: seed
+    and all defaults are filled in.
 
     ``timings`` in seconds: ``load`` (graphs and buffers, only for a size that is new), ``text``, ``encode``,
     ``denoise`` and ``decode``; ``total`` is all of them and the rest, ``graphs`` the part of it that was spent inside
@@ -33,7 +36,7 @@ class StivOutput:
     a warning has said why).
     """
 
-    frames: "np.ndarray | list[list[Image]] | None"
+    frames: "np.ndarray | list[list[Image]] | Any"
     latents: np.ndarray
     requests: list[GenerationRequest]
     bundle: str
@@ -64,21 +67,48 @@ class StivOutput:
     def _arrays(self) -> Sequence[np.ndarray]:
         if self.frames is None:
             raise OutputError("there are only latents to write; generate with output_type 'np' or 'pil'")
-        return [np.stack([np.asarray(frame) for frame in clip]) for clip in self.frames]
+        return [as_frames(clip) for clip in self.frames]
+
+
+def as_frames(clip: Any) -> np.ndarray:
+    """A clip of any form that :class:`StivOutput` has as uint8 [F, H, W, 3].
+
+    PIL images, arrays uint8 or of floats from 0 to 1 [F, H, W, 3], a tensor of such floats [F, 3, H, W].
+    """
+    if hasattr(clip, "permute"):
+        clip = clip.detach().cpu().permute(0, 2, 3, 1).numpy()
+    frames = np.stack([np.asarray(frame) for frame in clip])
+    if np.issubdtype(frames.dtype, np.floating):
+        return np.round(255 * frames.clip(0, 1)).astype(np.uint8)
+    return frames
+
+
+def export_to_video(video_frames: Any, output_video_path: str | Path, fps: float = 10) -> str:
+    """Write one clip (see :func:`as_frames`) as diffusers' function of this name does; returns its path.
+
+    Formats are those of :func:`~stiv_deploy.runtime.pipeline.media.write_video`. Raises :class:`OutputError`.
+    """
+    write_video(Path(output_video_path), as_frames(video_frames), fps)
+    return str(output_video_path)
 
 
 def check_output_type(output_type: str) -> None:
-    """Raise :class:`RequestError` if there is no such ``output_type``."""
+    """Raise :class:`RequestError` if there is no such ``output_type``, or it wants torch, which is not there."""
     if output_type not in OUTPUT_TYPES:
-        raise RequestError(f"unknown output_type {output_type!r}; there are: {', '.join(OUTPUT_TYPES)}")
+        raise RequestError(f"unknown output_type {briefly(output_type)}; there are: {', '.join(OUTPUT_TYPES)}")
+    if output_type == "pt" and find_spec("torch") is None:
+        raise RequestError("output_type 'pt' wants torch, which is not installed; take 'np', or install torch")
 
 
-def as_output(frames: Sequence[np.ndarray], output_type: OutputType) -> "np.ndarray | list[list[Image]] | None":
-    """Batches of frames uint8 [B, F, H, W, 3] as ``output_type``: one array, lists of PIL images, or ``None``."""
+def as_output(frames: Sequence[np.ndarray], output_type: OutputType) -> "np.ndarray | list[list[Image]] | Any":
+    """Batches of frames uint8 [B, F, H, W, 3] as ``output_type``, see :class:`StivOutput`."""
     if output_type == "latent":
         return None
     if output_type == "np":
         return np.concatenate(frames)
+    if output_type == "pt":
+        from_numpy = import_module("torch").from_numpy  # by name: the runtime asks for no torch
+        return from_numpy(np.concatenate(frames).transpose(0, 1, 4, 2, 3).astype(np.float32) / 255)
     from PIL import Image
 
     return [[Image.fromarray(frame) for frame in video] for batch in frames for video in batch]

@@ -11,7 +11,7 @@ import numpy as np
 from stiv_deploy.runtime.backends import open_backend
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.errors import Cancelled, RequestError
+from stiv_deploy.runtime.errors import BackendError, Cancelled, RequestError, briefly
 from stiv_deploy.runtime.pipeline.call import CallOptions, requests_of_call
 from stiv_deploy.runtime.pipeline.coding import Coder
 from stiv_deploy.runtime.pipeline.output import OutputType, StivOutput, as_output, check_output_type
@@ -23,20 +23,29 @@ from stiv_deploy.runtime.sampling.hooks import GraphClock
 from stiv_deploy.runtime.sampling.replay import REPLAY
 
 AGAIN = "open one with StivPipeline.from_bundle"
+CPU = "onnxruntime"
+"""The backend on the CPU."""
 
 
 class StepValues(Mapping[str, Any]):
-    """What a step callback may look at.
+    """What a step callback may look at, and change by returning other ``latents``.
 
     ``latents`` are fp32 [B, T, C, h, w] of the videos that are sampled together, copied only when asked for, ``total``
     is the number of steps of all batches.
     """
 
     def __init__(self, step: Step, total: int) -> None:
-        self._values = {"latents": step.read_latents, "total": lambda: total}
+        self._values: dict[str, Callable[[], Any]] = {"latents": step.read_latents, "total": lambda: total}
+        self.changed: Any = None
 
     def __getitem__(self, key: str) -> Any:
         return self._values[key]()
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key != "latents":
+            raise RequestError(f"a step callback can change the latents only, not {briefly(key)}")
+        self.changed = value
+        self._values[key] = lambda: value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -45,9 +54,10 @@ class StepValues(Mapping[str, Any]):
         return len(self._values)
 
 
-StepCallback = Callable[["StivPipeline", int, float, Mapping[str, Any]], object]
+StepCallback = Callable[["StivPipeline", int, float, StepValues], object]
 """Called after each step with the pipeline, the step (counting on over batches), the time reached, and
-:class:`StepValues`. It stops the generation by raising, for instance :class:`Cancelled`."""
+:class:`StepValues`. It stops the generation by raising, for instance :class:`Cancelled`. Sampling goes on from other
+latents if it sets those of the values and returns them, or returns ``{"latents": ...}``; given frames stay."""
 
 
 class StivPipeline:
@@ -60,13 +70,22 @@ class StivPipeline:
 
     def __init__(self, bundle: Bundle, backend: Backend, *, profile: bool = False, debug: bool = False) -> None:
         self.bundle = bundle
-        self.backend = backend
-        self._clock = GraphClock(backend.synchronize if profile else None)
-        self._loop = SamplingLoop(backend, bundle, self._clock, capture=not profile, debug=debug)
-        self._coder = Coder(backend, bundle, self._clock)
+        self._profile, self._debug = profile, debug
         self._lock = Lock()
         self._user: int | None = None
         self._closed = False
+        self._take(backend)
+
+    def _take(self, backend: Backend) -> None:
+        self.backend = backend
+        self._clock = GraphClock(backend.synchronize if self._profile else None)
+        self._loop = SamplingLoop(backend, self.bundle, self._clock, capture=not self._profile, debug=self._debug)
+        self._coder = Coder(backend, self.bundle, self._clock)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> Self:
+        """:meth:`from_bundle` by the name that diffusers' users know."""
+        return cls.from_bundle(path, **options)
 
     @classmethod
     def from_bundle(
@@ -87,6 +106,25 @@ class StivPipeline:
         """
         bundle = Bundle.open(path)
         return cls(bundle, open_backend(backend, bundle, threads, device), profile=profile, debug=debug)
+
+    def to(self, device: Any) -> Self:
+        """This pipeline, moved to ``device``: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``, a torch device too.
+
+        On a GPU it takes the best backend there, as :meth:`from_bundle` does. Raises :class:`RequestError` for
+        another name, and what that raises; the pipeline then stays where it is.
+        """
+        name, index = _device(device)
+        with self._alone():
+            self._check_open()
+            if name == self.backend.name == CPU:
+                return self
+            backend = open_backend(name, self.bundle, device=index)
+            if name is None and backend.name == CPU:
+                backend.close()
+                raise BackendError(f"no backend can use {device} here; 'stiv doctor' says why")
+            self._free()
+            self._take(backend)
+        return self
 
     def __call__(
         self,
@@ -123,17 +161,20 @@ class StivPipeline:
     ) -> StivOutput:
         """Generate the videos of ``plan``; waits while another thread's run is on.
 
-        ``observer`` is called after each step. ``output_type`` is ``np``, ``pil`` or ``latent``, see
+        ``observer`` is called after each step. ``output_type`` is ``np``, ``pil``, ``pt`` or ``latent``, see
         :class:`StivOutput`. Raises :class:`Cancelled` between two steps once ``cancel`` is set,
         :class:`~stiv_deploy.runtime.errors.StivError` if the result is not finite, :class:`RequestError` for a plan of
         another bundle, from inside a step callback, and when the pipeline is closed.
         """
         check_output_type(output_type)
+        if not (observer is None or callable(observer)):
+            raise RequestError(f"callback_on_step_end must be callable, got {briefly(observer)}")
+        if not (cancel is None or callable(getattr(cancel, "is_set", None))):
+            raise RequestError(f"cancel must be a threading.Event, got {briefly(cancel)}")
         if plan.bundle != self.bundle.hash:
             raise RequestError("the plan was made for another bundle; make it with this pipeline's plan()")
         with self._alone():
-            if self._closed:
-                raise RequestError(f"this pipeline is closed; {AGAIN}")
+            self._check_open()
             if cancel is not None and cancel.is_set():
                 raise Cancelled("cancelled before the first step")
             return self._generate(plan, observer, cancel, output_type)
@@ -144,9 +185,16 @@ class StivPipeline:
             if self._closed:
                 return
             self._closed = True
-            self._loop.free()
-            self._coder.free()
-            self.backend.close()
+            self._free()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RequestError(f"this pipeline is closed; {AGAIN}")
+
+    def _free(self) -> None:
+        self._loop.free()
+        self._coder.free()
+        self.backend.close()
 
     def __enter__(self) -> Self:
         return self
@@ -208,4 +256,23 @@ class StivPipeline:
             before += self._loop.steps(batch)
 
     def _observer(self, callback: StepCallback, before: int, total: int) -> Observer:
-        return lambda step: callback(self, before + step.index, step.time, StepValues(step, total))
+        def observer(step: Step) -> Any:
+            values = StepValues(step, total)
+            result = callback(self, before + step.index, step.time, values)
+            if result is values:
+                return values.changed
+            return result.get("latents") if isinstance(result, Mapping) else None
+
+        return observer
+
+
+def _device(device: Any) -> tuple[str | None, int]:
+    """Backend (``None``: the best) and index of ``device``; :class:`RequestError`."""
+    match str(device).split(":"):
+        case ["cpu"]:
+            return CPU, 0
+        case ["cuda"]:
+            return None, 0
+        case ["cuda", index] if index.isdecimal() and len(index) < 4:
+            return None, int(index)
+    raise RequestError(f"a pipeline moves to 'cpu', 'cuda' or 'cuda:1', got {briefly(device)}")

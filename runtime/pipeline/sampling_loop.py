@@ -4,13 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Event
+from typing import Any
 
 import numpy as np
 
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import dimensions
-from stiv_deploy.runtime.errors import Cancelled
+from stiv_deploy.runtime.errors import Cancelled, RequestError
 from stiv_deploy.runtime.pipeline.plan import PlannedVideo, VideoSize
 from stiv_deploy.runtime.pipeline.recent import Recent
 from stiv_deploy.runtime.pipeline.timing import PhaseClock
@@ -38,8 +39,10 @@ class Step:
     """Copies the latents fp32 [B, T, C, h, w] of the batch to the host, and waits for them."""
 
 
-Observer = Callable[[Step], object]
-"""Called after each step; it stops the sampling by raising, for instance :class:`Cancelled`."""
+Observer = Callable[[Step], Any]
+"""Called after each step; it stops the sampling by raising, for instance :class:`Cancelled`.
+
+Latents fp32 [B, T, C, h, w] that it returns take the place of those of the batch, but for given frames."""
 
 
 class SamplingLoop:
@@ -169,5 +172,20 @@ def _drained(engine: StepEngine, total: int, observer: Observer | None, cancel: 
         reached |= tick.moved
         done += bool(tick.moved)
         if tick.moved and observer is not None:
-            observer(Step(done - 1, total, min(reached.values()), lambda: engine.read()[slots]))
+            changed = observer(Step(done - 1, total, min(reached.values()), lambda: engine.read()[slots]))
+            if changed is not None:
+                _change(engine, slots, made, changed)
     return np.stack([made[slot] for slot in slots])
+
+
+def _change(engine: StepEngine, slots: Sequence[int], made: dict[int, np.ndarray], changed: Any) -> None:
+    """Go on from the latents ``changed``, fp32 [B, T, C, h, w]; videos that are finished keep theirs."""
+    wanted = (len(slots), *engine.shape)
+    latents = np.asarray(changed.cpu() if hasattr(changed, "cpu") else changed)
+    if latents.shape != wanted or latents.dtype != np.float32:
+        raise RequestError(
+            f"a step callback returned latents {latents.dtype} {list(latents.shape)}; give float32 {list(wanted)}"
+        )
+    for slot, each in zip(slots, latents, strict=True):
+        if slot in engine.running:
+            engine.change(slot, each)

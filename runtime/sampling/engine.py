@@ -168,6 +168,18 @@ class StepEngine:
         elif running.done:
             tick.finished[slot] = latents
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a clip's latents, [T, C, h, w]."""
+        return self._latents.shape[1:]
+
+    def change(self, slot: int, latents: np.ndarray) -> None:
+        """Let the clip in ``slot`` go on from ``latents``, fp32 [T, C, h, w]; its given frames stay as they are."""
+        given = self._inputs.given(slot)[:, None, None, None]
+        rows = [self.denoiser.model_input[row] for row in self._running[slot].rows]
+        for buffer in (self._latents[slot], *rows):
+            self.backend.write(buffer, np.where(given, self.backend.read(buffer), latents))
+
     def evict(self, slot: int) -> None:
         """Give up the clip in ``slot``; the others do not notice."""
         self._release([slot])

@@ -80,6 +80,10 @@ class StepInputs:
         """The sample in ``slot`` has ``rows``, the conditional one first."""
         self._values["sample_rows"][slot] = _padded(rows, rows[0])
 
+    def given(self, slot: int) -> np.ndarray:
+        """Which frames of the sample in ``slot`` are given, bool [T]."""
+        return self._values["frame_mask"][slot]
+
     def see(self, row: int, slot: int, mask: np.ndarray) -> None:
         """``row`` is one of the sample in ``slot``, and gets its frames of ``mask``, bool [T], clean."""
         self._set(row, row_sample=slot, row_mask=mask)

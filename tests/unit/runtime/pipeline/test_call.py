@@ -26,7 +26,17 @@ def test_keywords_that_are_left_out_say_nothing() -> None:
     assert request == GenerationRequest(prompt="digit", seed=3)
 
 
+def test_a_torch_generator_has_a_seed() -> None:
+    import torch
+
+    for seed in (0, 7, 2**63 + 5):
+        (request,) = requests_of_call("digit", {"generator": torch.Generator().manual_seed(seed)})
+        assert request.seed == seed % 2**63
+
+
 def test_none_says_nothing_either() -> None:
+    options = {"negative_prompt": None, "latents": None, "fit": None, "resize": None, "num_videos_per_prompt": None}
+    assert requests_of_call("digit", options | {"seed": 3}) == [GenerationRequest(prompt="digit", seed=3)]
     options = {"image": None, "num_frames": None, "guidance_mode": None, "guidance_renorm": None, "decode_tile": None}
     assert requests_of_call("digit", options | {"seed": 3}) == [GenerationRequest(prompt="digit", seed=3)]
 
@@ -63,6 +73,11 @@ def test_pictures_are_shared_by_the_requests() -> None:
         (["a", "b"], {"seed": 2**63 - 1}, "seed must be from 0 to"),
         ("a", {"resize": True, "fit": "exact"}, "resize is given, and the fit 'exact' resizes nothing; give one"),
         ("a", {"resize": "x"}, "resize must be true or false, got 'x'"),
+        (None, {}, "prompt must be a string or a list of strings, got None"),
+        (b"a", {}, "prompt must be a string or a list of strings, got b'a'"),
+        ("a", {"negative_prompt": 3}, "negative_prompt must be a string or a list of strings, got 3"),
+        ("a", {"generator": 3}, "generator must be one of NumPy or torch, got 3; or give a seed"),
+        ("a", {"latents": 3}, "latents are given by frame number, as in .*, got a int"),
     ],
 )
 def test_refused(prompt: Any, options: dict[str, Any], message: str) -> None:

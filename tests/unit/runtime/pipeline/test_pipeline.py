@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stiv_deploy.runtime import Bundle, BundleError, Cancelled, GenerationRequest, RequestError, StivPipeline
+from stiv_deploy.runtime import (
+    BackendError,
+    Bundle,
+    BundleError,
+    Cancelled,
+    GenerationRequest,
+    RequestError,
+    StivPipeline,
+    open_backend,
+)
 from stiv_deploy.runtime.backends.base import Buffer
 
 PROMPT = "digit three moving left"
@@ -135,6 +144,83 @@ def test_output_types(pipe: StivPipeline) -> None:
     np.testing.assert_array_equal(latent.latents, array.latents)
 
 
+@pytest.mark.parametrize("returned", ["a dictionary", "the values"])
+def test_a_callback_may_return_other_latents(pipe: StivPipeline, returned: str) -> None:
+    wanted = pipe(PROMPT, seed=3).latents
+    kept: dict[int, np.ndarray] = {}
+    pipe(PROMPT, seed=3, callback_on_step_end=lambda _pipe, step, _time, values: kept.update({step: values["latents"]}))
+
+    def callback(_pipe: StivPipeline, step: int, _time: float, values: Any) -> Any:
+        if step > 1:
+            return None
+        if returned == "a dictionary":
+            return {"latents": kept[step]}
+        values["latents"] = kept[step]
+        np.testing.assert_array_equal(values["latents"], kept[step])
+        return values
+
+    np.testing.assert_array_equal(pipe(PROMPT, seed=4, callback_on_step_end=callback).latents, wanted)
+    unchanged = pipe(PROMPT, seed=3, callback_on_step_end=lambda _pipe, _step, _time, values: values).latents
+    np.testing.assert_array_equal(unchanged, wanted)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"callback_on_step_end": 3}, "callback_on_step_end must be callable, got 3"),
+        ({"cancel": True}, "cancel must be a threading.Event, got True"),
+        ({"output_type": None}, "unknown output_type None; there are: np, pil, pt, latent"),
+        ({"callback_on_step_end": lambda *_: {"latents": 3.0}}, r"returned latents float64 \[\]; give float32 \[1, 4"),
+        ({"callback_on_step_end": lambda *each: each[-1].__setitem__("total", 3)}, "can change the latents only, not"),
+    ],
+)
+def test_what_can_not_be_used_in_a_run_is_one_line(pipe: StivPipeline, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        pipe(PROMPT, **options)
+
+
+def test_frames_as_a_tensor_of_torch(pipe: StivPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    out = pipe(PROMPT, seed=1, output_type="pt")
+    assert (out.frames.dtype, out.frames.shape) == (torch.float32, (1, 4, 3, 8, 8))
+    plain = pipe(PROMPT, seed=1).frames
+    np.testing.assert_array_equal((out.frames * 255).round().permute(0, 1, 3, 4, 2).numpy(), plain)
+    monkeypatch.setattr("stiv_deploy.runtime.pipeline.output.find_spec", lambda _: None)
+    with pytest.raises(RequestError, match="wants torch, which is not installed"):
+        pipe(PROMPT, output_type="pt")
+
+
+def test_to_another_device(bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    with StivPipeline.from_pretrained(bundle_path, backend="onnxruntime") as pipe:
+        wanted, backend = pipe(PROMPT, seed=1).latents, pipe.backend
+        assert pipe.to("cpu") is pipe.to(torch.device("cpu")) is pipe
+        assert pipe.backend is backend, "it is there already"
+        monkeypatch.setattr("stiv_deploy.runtime.pipeline.pipeline.CPU", "elsewhere")
+        opened: list[tuple[Any, int]] = []
+
+        def open_another(name: Any, bundle: Bundle, *, device: int) -> Any:
+            opened.append((name, device))
+            return open_backend("onnxruntime", bundle)
+
+        monkeypatch.setattr("stiv_deploy.runtime.pipeline.pipeline.open_backend", open_another)
+        assert pipe.to("cuda:1") is pipe
+        assert opened == [(None, 1)]
+        assert pipe.backend is not backend
+        np.testing.assert_array_equal(pipe(PROMPT, seed=1).latents, wanted)
+        monkeypatch.setattr("stiv_deploy.runtime.pipeline.pipeline.CPU", "onnxruntime")
+        with pytest.raises(BackendError, match="no backend can use cuda here"):
+            pipe.to("cuda")
+        for bad in ("gpu", "cuda:x", None, "cuda:1:2"):
+            with pytest.raises(RequestError, match="a pipeline moves to 'cpu', 'cuda' or 'cuda:1', got"):
+                pipe.to(bad)
+        np.testing.assert_array_equal(pipe(PROMPT, seed=1).latents, wanted)
+    with pytest.raises(RequestError, match="closed"):
+        pipe.to("cpu")
+
+
 def test_callback_may_look_at_latents(pipe: StivPipeline) -> None:
     seen: list[Any] = []
 
@@ -230,7 +316,7 @@ def test_closing_frees_everything(bundle_path: Path, monkeypatch: pytest.MonkeyP
         ({"time_shift": 0}, "time_shift must be from 0.001 to 1000.0, got 0.0"),
         ({"guidance_mode": "cfg"}, "unknown guidance_mode 'cfg'; there are: none, jit, sit"),
         ({"solver": "rk4"}, "unknown solver 'rk4'; there are: euler, heun"),
-        ({"output_type": "mp4"}, "unknown output_type 'mp4'; there are: np, pil, latent"),
+        ({"output_type": "mp4"}, "unknown output_type 'mp4'; there are: np, pil, pt, latent"),
         ({"num_frames": 7}, "frames is 7; this bundle takes 1 to 6"),
         ({"num_frames": 0}, "num_frames must be from 1 to 65536, got 0"),
         ({"num_frames": "all"}, "num_frames must be a whole number, got 'all'"),

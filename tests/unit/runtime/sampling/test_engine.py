@@ -265,6 +265,29 @@ def test_nothing_is_allocated_bound_or_read_in_a_tick(
     assert max(written, default=0) <= 12 * ALIGNMENT
 
 
+@pytest.mark.parametrize(("mode", "frames"), [("sit", []), ("none", [0, 2])])
+def test_a_clip_goes_on_from_the_latents_of_another(toy_bundle: Bundle, mode: str, frames: list[int]) -> None:
+    """From another clip's latents in the middle it ends where that one ends, and given frames stay its own."""
+    engine, chosen = make_engine(toy_bundle, slots=2), settings_of(mode)
+    other = sample_of(chosen, frames, seed=5)
+    clean = other.clean if frames else drawn(9)
+    own, neighbour = (
+        engine.admit(sample_of(chosen, frames, seed=seed, clean=clean, noise=drawn(seed))) for seed in (0, 7)
+    )
+    twin = make_engine(toy_bundle, slots=2)
+    (wanted,) = (twin.admit(each) for each in (other,))
+    for each in (engine, twin):
+        each.tick()
+        each.tick()
+    latents = twin.read()[wanted]
+    engine.change(own, np.where(other.frame_mask[:, None, None, None], np.float32(99), latents))
+    np.testing.assert_array_equal(engine.read()[own], latents)
+    made = finish(engine)
+    np.testing.assert_array_equal(made[own], finish(twin)[wanted])
+    alone = run(make_engine(toy_bundle, slots=2), sample_of(chosen, frames, seed=7, clean=clean, noise=drawn(7)))
+    np.testing.assert_array_equal(made[neighbour], alone)
+
+
 def test_ticks_tell_who_moved_and_how_far(toy_bundle: Bundle) -> None:
     engine = make_engine(toy_bundle, slots=2)
     euler, heun = (engine.admit(sample_of(settings_of("jit", steps=2, solver=each))) for each in Solver)
