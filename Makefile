@@ -62,7 +62,8 @@ demo-fp8: $(STAMP) ## The same in FP8: calibrate, export, build, fusion audit, p
 	@$(BIN)/stiv demo --precision fp8 --out out/demo-fp8
 
 test: $(STAMP) ## All tests, on all cores; then, one by one, those that nothing may run beside
-	@$(PYTEST) $(PARALLEL) -m "not alone"; parallel=$$?; \
+	@once=$$(mktemp -d); trap 'rm -rf "$$once"' EXIT; export STIV_TESTS_ONCE="$$once"; \
+		$(PYTEST) $(PARALLEL) -m "not alone"; parallel=$$?; \
 		$(PYTEST) -m alone; alone=$$?; \
 		exit $$(( parallel > alone ? parallel : alone ))
 

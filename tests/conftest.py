@@ -1,5 +1,6 @@
 """Shared by all tests: the shipped checkpoint, its bundle, small pretrained encoders, and the order of the tests."""
 
+import dataclasses
 import fcntl
 import functools
 import gc
@@ -7,9 +8,9 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -87,10 +88,12 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
     """``once(name, make)``: a path that ``make`` has made once for all workers of this run; do not write into it.
 
     The worker that asks first calls ``make(path)``, the others wait for it; after a failure the next one tries again.
-    In the place of a name, an absolute path outlives the run: it should be named by the content of what it is made of.
+    The passes of ``make test`` share what is made, in the folder ``STIV_TESTS_ONCE``. In the place of a name, an
+    absolute path outlives the run: it should be named by the content of what it is made of.
     """
     base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once"
+    own = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once"
+    shared = Path(os.environ.get("STIV_TESTS_ONCE", own))
 
     def made(name: str | Path, make: Make) -> Path:
         path = shared / name
@@ -133,7 +136,47 @@ def save_untrained(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def bundle(checkpoint: Path, once: Once) -> Path:
+def traced_once() -> Iterator[None]:
+    """In each worker, exports trace equal graph modules once: it is most of their time, and takes no weight's value.
+
+    What is traced does not depend on who traced before: exports of processes of their own, which are not touched, are
+    compared byte for byte by a test.
+    """
+    from stiv_deploy.export.graphs import writer
+
+    traced: dict[str, Any] = {}
+    trace = writer.trace
+
+    def traced_before(module: Any, *what: Any) -> Any:
+        key = described(module, *what)
+        if key is None:
+            return trace(module, *what)
+        template = traced.pop(key, None) or trace(module, *what)
+        traced[key] = dataclasses.replace(template, model=template.model.clone())
+        return template
+
+    writer.trace = traced_before
+    yield
+    writer.trace = trace
+
+
+def described(module: Any, *what: Any) -> str | None:
+    """All that a trace of ``module`` can depend on, in words; ``None`` where something has no words of its own."""
+    from torch import nn
+
+    inner = vars(nn.Module()).keys()
+    parts = [
+        (name, type(part), sorted((key, value) for key, value in vars(part).items() if key not in inner))
+        for name, part in module.named_modules()
+    ]
+    state = [(name, value.shape, value.dtype) for name, value in module.named_parameters()]
+    tables = [(name, value.dtype, value.tolist()) for name, value in module.named_buffers()]
+    words = repr((what, parts, state, tables))
+    return None if " at 0x" in words else words
+
+
+@pytest.fixture(scope="session")
+def bundle(checkpoint: Path, once: Once, traced_once: None) -> Path:
     """Folder of the fp32 bundle of ``checkpoint``, exported once per run: for slow tests; do not write into it."""
     from stiv_deploy.export.bundle_from_checkpoint import export_bundle
     from stiv_deploy.export.request import ExportRequest

@@ -1,6 +1,7 @@
 """Every exported graph against the reference, in ONNX Runtime, at four sizes of the default bucket."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,11 @@ def reference(checkpoint: Path) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def half_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_bundle(
-        ExportRequest(
-            checkpoint=checkpoint, out=tmp_path_factory.mktemp("half") / "bundle", precision="float16", check=False
-        )
-    ).bundle
+def half_bundle(checkpoint: Path, once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    def make(folder: Path) -> None:
+        export_bundle(ExportRequest(checkpoint=checkpoint, out=folder, precision="float16", check=False))
+
+    return once("float16 bundle", make)
 
 
 def compare(bundle: Path, reference: Checkpoint, graph: str) -> None:

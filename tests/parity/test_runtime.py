@@ -5,8 +5,9 @@ err at most twice as much, plus one rounding of the largest value (rule 10 of th
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,11 +84,14 @@ def doubled(checkpoint: Checkpoint) -> Checkpoint:
     return Checkpoint(config=checkpoint.config, tokenizer=checkpoint.tokenizer, **modules)
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    folder = tmp_path_factory.mktemp("runtime")
+def exported(folder: Path) -> None:
     save_checkpoint(folder / "checkpoint", random_checkpoint())
     export_bundle(ExportRequest(checkpoint=folder / "checkpoint", out=folder / "bundle", check=False))
+
+
+@pytest.fixture(scope="module")
+def pair(once: Callable[[str, Callable[[Path], object]], Path]) -> Iterator[Pair]:
+    folder = once("pair", exported)
     single = load_checkpoint(folder / "checkpoint")
     with StivPipeline.from_bundle(folder / "bundle", "onnxruntime") as pipe:
         yield Pair(single, doubled(single), pipe)

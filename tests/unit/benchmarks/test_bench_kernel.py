@@ -119,7 +119,6 @@ def test_build_says_what_is_missing(kernels: Load, monkeypatch: pytest.MonkeyPat
         build._run(("sh", "-c", "echo a.cu: error: no such thing; exit 2"), log)
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 def test_dry_run(tmp_path: Path) -> None:
     """Every part on the CPU: build, check, tables, files; and one launch as a profiler would see it."""

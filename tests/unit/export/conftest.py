@@ -52,6 +52,11 @@ def randomized(module: nn.Module, seed: int) -> None:
             tensor.copy_(center + spread * noise)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once(traced_once: None) -> None:
+    """For all tests of this package."""
+
+
 class TracedGraph(NamedTuple):
     """A graph's template with the module that it came from and its contract."""
 
@@ -113,14 +118,14 @@ def make_checkpoint() -> Callable[..., Checkpoint]:
 
 
 @pytest.fixture(scope="session")
-def micro_bundle(micro_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small checkpoint's float32 bundle, exported without the comparison; takes seconds, for slow tests."""
+def micro_bundle(micro_path: Path, once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """The small checkpoint's float32 bundle, exported once without the comparison; takes seconds, for slow tests."""
     from stiv_deploy.export.bundle_from_checkpoint import export_bundle
     from stiv_deploy.export.request import ExportRequest
 
-    return export_bundle(
-        ExportRequest(checkpoint=micro_path, out=tmp_path_factory.mktemp("micro") / "bundle", check=False)
-    ).bundle
+    return once(
+        "micro bundle", lambda folder: export_bundle(ExportRequest(checkpoint=micro_path, out=folder, check=False))
+    )
 
 
 @pytest.fixture(scope="session")
