@@ -37,7 +37,7 @@ FIELDS = {
 """Parameters of the command that are fields of a request, with the field's name.
 
 Besides them ``prompt`` makes a request each, ``image`` and ``frame`` are the field ``frames``, ``resize`` is a ``fit``,
-``seed`` counts on over all videos, and ``request`` reads whole requests, the only way to ``latents``.
+``seed`` counts on over all videos, and ``request`` reads whole requests, the only way to ``latents`` and ``noise``.
 """
 
 

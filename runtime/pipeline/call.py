@@ -6,7 +6,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from stiv_deploy.runtime.errors import RequestError, briefly
-from stiv_deploy.runtime.pipeline.given import ImageLike, as_picture
+from stiv_deploy.runtime.pipeline.given import ImageLike, as_array, as_picture
 from stiv_deploy.runtime.pipeline.images import Fit
 from stiv_deploy.runtime.pipeline.limits import SEED_LIMIT, switch, whole_number
 from stiv_deploy.runtime.pipeline.request import GenerationRequest, in_a_row, new_seed
@@ -17,12 +17,13 @@ class CallOptions(TypedDict, total=False):
 
     ``image`` is the picture of frame 0 or pictures by frame (the field ``frames``), ``num_videos_per_prompt`` the field
     ``count``, ``resize`` the fit ``crop``. A NumPy ``generator`` draws the seed, a torch one is asked for its initial
-    seed. ``negative_prompt`` may be a list, one for each prompt. What is ``None`` is left out.
+    seed. ``latents`` of given frames are a dictionary; an array or tensor fp32 [B, T, C, h, w] is the initial noise
+    (the field ``noise``). ``negative_prompt`` may be a list, one for each prompt. What is ``None`` is left out.
     """
 
     negative_prompt: str | Sequence[str] | None
     image: ImageLike | Mapping[int, ImageLike] | None
-    latents: Mapping[int, np.ndarray]
+    latents: Mapping[int, np.ndarray] | np.ndarray | None
     fit: str
     background: str
     resize: bool
@@ -56,11 +57,29 @@ def requests_of_call(prompt: str | Sequence[str], options: Mapping[str, Any]) ->
     negatives = negative_list(fields.pop("negative_prompt", None), len(prompts))
     seed, generator = fields.pop("seed", None), fields.pop("generator", None)
     fields = _with_short_forms(fields)
-    requests = [
-        GenerationRequest(prompt=each, negative_prompt=negative, **fields)
-        for each, negative in zip(prompts, negatives, strict=True)
-    ]
+    texts = list(zip(prompts, negatives, strict=True))
+    noise = as_array(fields.get("latents"))
+    if noise is None:
+        requests = [GenerationRequest(prompt=each, negative_prompt=negative, **fields) for each, negative in texts]
+    else:
+        requests = _from_noise(texts, fields, noise)
     return in_a_row(requests, first_seed(seed, generator))
+
+
+def _from_noise(texts: list[tuple[str, str]], fields: dict[str, Any], noise: np.ndarray) -> list[GenerationRequest]:
+    """A request for each video of ``noise``, [B, T, C, h, w]; :class:`RequestError`."""
+    count = GenerationRequest(prompt="", count=fields.pop("count", 1)).count
+    if len(noise.shape) != 5 or len(noise) != count * len(texts):
+        raise RequestError(
+            f"the initial noise of {count * len(texts)} videos is [{count * len(texts)}, T, C, h, w], got "
+            f"{list(noise.shape)}; latents of given frames are a dictionary by latent frame"
+        )
+    del fields["latents"]
+    videos = [text for text in texts for _ in range(count)]
+    return [
+        GenerationRequest(prompt=prompt, negative_prompt=negative, noise=own, **fields)
+        for (prompt, negative), own in zip(videos, noise, strict=True)
+    ]
 
 
 def _with_short_forms(options: dict[str, Any]) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class PictureData(_Array):
 
 
 class LatentData(_Array):
-    """Latents of one latent frame: ``array`` fp32 [C, h, w], finite.
+    """Latents: ``array`` fp32, finite, [C, h, w] of one latent frame, or [T, C, h, w] of a video's initial noise.
 
     JSON: ``{"dtype": "float32", "shape": [C, h, w], "data": "<base64>"}``, little-endian, C order.
     """
@@ -164,16 +164,31 @@ def _bytes(data: str, name: str) -> bytes:
 
 def as_latents(value: Any) -> LatentData:
     """The latents that ``value`` (an array fp32 [C, h, w], or its JSON) gives; :class:`RequestError` otherwise."""
-    if isinstance(value, LatentData):
-        return value
-    array = _latents_from_json(value) if isinstance(value, Mapping) else value
-    if not isinstance(array, np.ndarray):
-        raise RequestError(f"cannot use a {type(value).__name__} as latents; give an fp32 array [C, h, w]")
-    if array.dtype != np.float32 or array.ndim != 3 or 0 in array.shape:
-        raise RequestError(f"the latents of a frame are {array.dtype} {list(array.shape)}; give float32 [C, h, w]")
+    return _as_data(value, "the latents of a frame", "[C, h, w]")
+
+
+def as_noise(value: Any) -> LatentData | None:
+    """The same of a video's initial noise, fp32 [T, C, h, w]; ``None`` gives none."""
+    return None if value is None else _as_data(value, "latents of noise", "[T, C, h, w]")
+
+
+def _as_data(value: Any, name: str, axes: str) -> LatentData:
+    array = value.array if isinstance(value, LatentData) else value
+    array = as_array(_latents_from_json(array) if isinstance(array, Mapping) else array)
+    if array is None:
+        raise RequestError(f"cannot use a {type(value).__name__} as latents; give an fp32 array {axes}")
+    if array.dtype != np.float32 or array.ndim != axes.count(",") + 1 or 0 in array.shape:
+        raise RequestError(f"{name} are {array.dtype} {list(array.shape)}; give float32 {axes}")
     if not np.isfinite(array).all():
-        raise RequestError("the latents of a frame are not finite")
-    return LatentData(array)
+        raise RequestError(f"{name} are not finite")
+    return value if isinstance(value, LatentData) else LatentData(array)
+
+
+def as_array(value: Any) -> np.ndarray | None:
+    """``value``, if it is an array or a tensor of torch on any device, as an array; else ``None``."""
+    tensor = getattr(value, "detach", None)
+    array = tensor().cpu().numpy() if callable(tensor) else value
+    return array if isinstance(array, np.ndarray) else None
 
 
 def _latents_from_json(values: Mapping[str, Any]) -> np.ndarray:
@@ -213,3 +228,10 @@ Latents = Annotated[
     _schema(_object(dtype="string", shape="array", data="string")),
 ]
 """Latents of one latent frame of a request."""
+Noise = Annotated[
+    LatentData | None,
+    PlainValidator(as_noise),
+    PlainSerializer(lambda value: value and value.as_json()),
+    _schema(_object(dtype="string", shape="array", data="string"), {"type": "null"}),
+]
+"""Initial noise of a request's video."""

@@ -86,6 +86,11 @@ class PlannedVideo:
         return self.request.negative_prompt
 
     @property
+    def noise(self) -> np.ndarray | None:
+        """Initial noise fp32 [T, C, h, w], if it is not drawn."""
+        return None if self.request.noise is None else self.request.noise.array
+
+    @property
     def seed(self) -> int:
         """Seed of the noise."""
         assert self.request.seed is not None
@@ -189,6 +194,7 @@ def _planned(requests: Sequence[GenerationRequest], size: VideoSize, model: Mode
         if key not in known:
             known[key] = _given(request, size, model)
         read, given = known[key]
+        _check_noise(request, size, model)
         settings, micro = _settings(request), _micro(request)
         for index in range(request.count):
             seed = (request.seed or 0) + index
@@ -232,10 +238,21 @@ def _given(request: GenerationRequest, size: VideoSize, model: ModelFacts) -> tu
 
 def _given_latents(request: GenerationRequest, size: VideoSize, model: ModelFacts) -> dict[int, Latents]:
     frames = model.latent_frames(size.frames)
-    wanted = (model.latent_channels, size.height // model.spatial_factor, size.width // model.spatial_factor)
+    wanted = _latent_shape(size, model)
     given = dict(zip(frame_indices(request.latents, frames, "latents"), request.latents.values(), strict=True))
     for index, each in given.items():
         if each.array.shape != wanted:
             shape = list(each.array.shape)
             raise RequestError(f"the latents of frame {index} are {shape}; {size} wants {list(wanted)}")
     return given
+
+
+def _check_noise(request: GenerationRequest, size: VideoSize, model: ModelFacts) -> None:
+    wanted = (model.latent_frames(size.frames), *_latent_shape(size, model))
+    if request.noise is not None and request.noise.array.shape != wanted:
+        raise RequestError(f"the noise is {list(request.noise.array.shape)}; {size} wants {list(wanted)}")
+
+
+def _latent_shape(size: VideoSize, model: ModelFacts) -> tuple[int, int, int]:
+    """That of one latent frame, [C, h, w]."""
+    return model.latent_channels, size.height // model.spatial_factor, size.width // model.spatial_factor

@@ -42,14 +42,14 @@ class GenerationRecord:
     def embedded(self) -> str:
         """As JSON text for a clip, which may be passed on: of a picture's absolute path only the file's name.
 
-        If it takes more than ``EMBEDDED_LIMIT``, given pictures and latents are left out; a report has them.
+        If it takes more than ``EMBEDDED_LIMIT``, given pictures, latents and noise are left out; a report has them.
         """
         frames = {index: _without_folder(picture) for index, picture in self.request.frames.items()}
         text = self._compact(request=self.request.changed(frames=frames))
         if len(text) <= EMBEDDED_LIMIT:
             return text
-        omitted = tuple(name for name in ("frames", "latents") if getattr(self.request, name))
-        return self._compact(request=self.request.changed(frames={}, latents={}), omitted=omitted)
+        omitted = tuple(name for name in ("frames", "latents", "noise") if getattr(self.request, name))
+        return self._compact(request=self.request.changed(frames={}, latents={}, noise=None), omitted=omitted)
 
     def _compact(self, **changes: Any) -> str:
         values = replace(self, **changes).to_json() | {"task": self.task}  # which it stays without what is left out

@@ -11,7 +11,7 @@ from stiv_deploy.runtime.bundle.contract import Frozen
 from stiv_deploy.runtime.bundle.faults import fault_text
 from stiv_deploy.runtime.errors import RequestError, briefly, one_line
 from stiv_deploy.runtime.files import parse_json
-from stiv_deploy.runtime.pipeline.given import Latents, Picture
+from stiv_deploy.runtime.pipeline.given import Latents, Noise, Picture
 from stiv_deploy.runtime.pipeline.images import Fit
 from stiv_deploy.runtime.pipeline.limits import BOUNDS, SEED_LIMIT, TEXT_LIMIT, bounded, named, switch, text
 from stiv_deploy.runtime.pipeline.pictures import rgb_of
@@ -34,9 +34,10 @@ class GenerationRequest(Frozen):
     20000 characters; what depends on the bundle (sizes, frames that can be given, tiles) is checked by the plan, see
     :func:`plan.plan_generation`. ``frames`` are pictures by video frame (any :data:`given.ImageLike` when it is made
     in Python), ``latents`` fp32 [C, h, w] by latent frame, both with negative indices counted from the end; give
-    either. Frame i of a video was, so to say, taken ``stride`` frames of the source after frame i - 1, from a source
-    of ``original_height`` x ``original_width`` pixels (by default the video's own size): conditions of the model, like
-    no crop and the number of frames. JSON is written by :meth:`to_json` and read by :meth:`from_json`.
+    either. ``noise`` fp32 [T, C, h, w] stands for what the seed would draw. Frame i of a video was, so to say, taken
+    ``stride`` frames of the source after frame i - 1, from a source of ``original_height`` x ``original_width`` pixels
+    (by default the video's own size): conditions of the model, like no crop and the number of frames. JSON is written
+    by :meth:`to_json` and read by :meth:`from_json`.
 
     Raises :class:`RequestError`, one line, for anything else and for keys that are unknown.
     """
@@ -62,6 +63,7 @@ class GenerationRequest(Frozen):
     solver: Solver | None = Field(default=None, description="Solver of the sampling ODE.")
     time_shift: float | None = _number("time_shift", "Above 1 spends more steps near the noise.")
     seed: int | None = _number("seed", "Seed of the first video's noise; video i takes seed + i. None: a new one.")
+    noise: Noise = Field(default=None, description="Initial noise of the one video, instead of the seed's.")
     count: int = _number("count", "Number of videos.", 1)
     decode_tile: int | None = _number("decode_tile", "Tile of the VAE in pixels, 0 for whole frames.")
 
@@ -113,6 +115,8 @@ class GenerationRequest(Frozen):
     def _check_together(self) -> Self:
         if self.frames and self.latents:
             raise RequestError("frames and latents are given; give either")
+        if self.noise is not None and self.count > 1:
+            raise RequestError(f"noise is of one video, and count is {self.count}; make a request for each video")
         if self.seed is not None and self.seed + self.count > SEED_LIMIT:
             raise RequestError(f"seed must be from 0 to 2^63 - {self.count}, got {self.seed}")
         return self

@@ -12,6 +12,7 @@ from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import dimensions
 from stiv_deploy.runtime.errors import Cancelled, RequestError
+from stiv_deploy.runtime.pipeline.given import as_array
 from stiv_deploy.runtime.pipeline.plan import PlannedVideo, VideoSize
 from stiv_deploy.runtime.pipeline.recent import Recent
 from stiv_deploy.runtime.pipeline.timing import PhaseClock
@@ -141,7 +142,7 @@ class SamplingLoop:
         encoded = self._tokenizer([video.prompt, video.negative_prompt])
         text, negative = (Tokens(*each) for each in zip(*encoded, strict=True))
         return Sample(
-            noise=draw_noise([video.seed], shape)[0],
+            noise=draw_noise([video.seed], shape)[0] if video.noise is None else video.noise,
             clean=scatter_frames(given, shape),
             frame_mask=frame_mask(shape[0], given),
             micro=video.micro,
@@ -181,7 +182,7 @@ def _drained(engine: StepEngine, total: int, observer: Observer | None, cancel: 
 def _change(engine: StepEngine, slots: Sequence[int], made: dict[int, np.ndarray], changed: Any) -> None:
     """Go on from the latents ``changed``, fp32 [B, T, C, h, w]; videos that are finished keep theirs."""
     wanted = (len(slots), *engine.shape)
-    latents = np.asarray(changed.cpu() if hasattr(changed, "cpu") else changed)
+    latents = np.asarray(changed) if (array := as_array(changed)) is None else array
     if latents.shape != wanted or latents.dtype != np.float32:
         raise RequestError(
             f"a step callback returned latents {latents.dtype} {list(latents.shape)}; give float32 {list(wanted)}"

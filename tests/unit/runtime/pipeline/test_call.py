@@ -17,7 +17,7 @@ SHORT = {"image": "frames", "num_videos_per_prompt": "count", "resize": "fit", "
 def test_every_keyword_is_a_field_or_a_short_form_and_every_field_has_one() -> None:
     keywords = set(CallOptions.__annotations__)
     assert keywords - set(GenerationRequest.model_fields) == set(SHORT)
-    assert set(GenerationRequest.model_fields) - keywords == {"prompt", "frames", "count"}
+    assert set(GenerationRequest.model_fields) - keywords == {"prompt", "frames", "count", "noise"}
     assert {"frames", "count"} <= set(SHORT.values())
 
 
@@ -32,6 +32,25 @@ def test_a_torch_generator_has_a_seed() -> None:
     for seed in (0, 7, 2**63 + 5):
         (request,) = requests_of_call("digit", {"generator": torch.Generator().manual_seed(seed)})
         assert request.seed == seed % 2**63
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_latents_of_all_videos_are_their_initial_noise(tensor: bool) -> None:
+    import torch
+
+    noise = np.random.default_rng(0).standard_normal((4, 2, 3, 1, 1), dtype=np.float32)
+    latents = torch.from_numpy(noise).requires_grad_() if tensor else noise
+    made = requests_of_call(["a", "b"], {"latents": latents, "num_videos_per_prompt": 2, "seed": 5})
+    assert [(each.prompt, each.seed, each.count) for each in made] == [
+        ("a", 5, 1),
+        ("a", 6, 1),
+        ("b", 7, 1),
+        ("b", 8, 1),
+    ]
+    for request, own in zip(made, noise, strict=True):
+        assert request.noise is not None
+        np.testing.assert_array_equal(request.noise.array, own)
+        assert GenerationRequest.from_json(request.to_json()) == request
 
 
 def test_none_says_nothing_either() -> None:
@@ -73,6 +92,12 @@ def test_pictures_are_shared_by_the_requests() -> None:
         (["a", "b"], {"seed": 2**63 - 1}, "seed must be from 0 to"),
         ("a", {"resize": True, "fit": "exact"}, "resize is given, and the fit 'exact' resizes nothing; give one"),
         ("a", {"resize": "x"}, "resize must be true or false, got 'x'"),
+        (
+            "a",
+            {"latents": np.zeros((2, 1, 1, 1, 1), np.float32)},
+            r"the initial noise of 1 videos is .*, got \[2, 1, 1",
+        ),
+        ("a", {"latents": np.zeros((1, 1, 1, 1, 1))}, r"latents of noise are float64 \[1, 1, 1, 1\]; give float32"),
         (None, {}, "prompt must be a string or a list of strings, got None"),
         (b"a", {}, "prompt must be a string or a list of strings, got b'a'"),
         ("a", {"negative_prompt": 3}, "negative_prompt must be a string or a list of strings, got 3"),

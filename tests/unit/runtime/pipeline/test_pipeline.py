@@ -23,6 +23,7 @@ from stiv_deploy.runtime import (
     open_backend,
 )
 from stiv_deploy.runtime.backends.base import Buffer
+from stiv_deploy.runtime.sampling.noise import draw_noise
 
 PROMPT = "digit three moving left"
 RED = np.zeros((8, 8, 3), dtype=np.uint8)
@@ -142,6 +143,19 @@ def test_output_types(pipe: StivPipeline) -> None:
     assert latent.frames is None
     assert latent.timings["decode"] == 0
     np.testing.assert_array_equal(latent.latents, array.latents)
+
+
+def test_noise_may_be_given(pipe: StivPipeline) -> None:
+    noise = draw_noise([8, 9], (4, 4, 4, 4))
+    wanted = [pipe(PROMPT, seed=seed).latents[0] for seed in (8, 9)]
+    made = pipe([PROMPT, PROMPT], latents=noise)
+    np.testing.assert_allclose(made.latents, wanted, rtol=0, atol=1e-5)
+    again = pipe.run(pipe.plan(made.requests)).latents
+    np.testing.assert_array_equal(again, made.latents)
+    with pytest.raises(RequestError, match=r"the noise is \[2, 4, 4, 4\]; 4 frames of 8x8 wants \[4, 4, 4, 4\]"):
+        pipe(PROMPT, latents=noise[:1, :2])
+    with pytest.raises(RequestError, match="noise is of one video, and count is 2"):
+        GenerationRequest(prompt=PROMPT, noise=noise[0], count=2)
 
 
 @pytest.mark.parametrize("returned", ["a dictionary", "the values"])

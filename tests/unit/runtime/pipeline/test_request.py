@@ -38,6 +38,8 @@ def requests(draw: st.DrawFn) -> GenerationRequest:
     given_latents = st.dictionaries(st.integers(-9, 9), st.just(LATENT), max_size=2)
     given_values = draw(st.sampled_from(["frames", "latents"]))
     values[given_values] = draw(given_frames if given_values == "frames" else given_latents)
+    if values.get("count", 1) == 1 and draw(st.booleans()):
+        values["noise"] = np.stack([LATENT, -LATENT])
     text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
     return GenerationRequest(prompt=draw(text), negative_prompt=draw(text), **values)
 
@@ -118,6 +120,8 @@ def test_both_ends_of_every_number(name: str) -> None:
         ({"prompt": "", "frames": {0: 3}}, "cannot use a int as an image"),
         ({"prompt": "", "latents": [LATENT]}, "latents are given by frame number"),
         ({"prompt": "", "latents": {0: LATENT.astype(np.float64)}}, "are float64"),
+        ({"prompt": "", "noise": LATENT}, r"latents of noise are float32 \[4, 2, 2\]; give float32 \[T, C, h, w\]"),
+        ({"prompt": "", "noise": np.full((1, 1, 1, 1), np.nan, np.float32)}, "latents of noise are not finite"),
         ({"prompt": "", "latents": {0: LATENT}, "frames": {1: "a.png"}}, "frames and latents are given; give either"),
         (
             {"prompt": "", "seed": SEED_LIMIT - 1, "count": 2},
