@@ -1,7 +1,7 @@
 """What a generation gives: videos, and how each was made."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +34,8 @@ class StivOutput:
     ``denoise`` and ``decode``; ``total`` is all of them and the rest, ``graphs`` the part of it that was spent inside
     graphs, ``replays`` the part of that in CUDA graphs: 0 where there are none, or the backend refused to capture (then
     a warning has said why).
+
+    ``lost`` says by prompt what the model did not hear of it: words that it does not know, tokens that were cut.
     """
 
     frames: "np.ndarray | list[list[Image]] | Any"
@@ -42,6 +44,7 @@ class StivOutput:
     bundle: str
     backend: str
     timings: dict[str, float]
+    lost: dict[str, str] = field(default_factory=dict)
 
     @property
     def seeds(self) -> list[int]:
@@ -51,7 +54,12 @@ class StivOutput:
     @property
     def records(self) -> list[GenerationRecord]:
         """How each video was made, as it is written into its file."""
-        return [GenerationRecord(bundle=self.bundle, backend=self.backend, request=each) for each in self.requests]
+        return [self._record(each) for each in self.requests]
+
+    def _record(self, request: GenerationRequest) -> GenerationRecord:
+        prompts = (request.prompt, request.negative_prompt)
+        lost = {each: self.lost[each] for each in prompts if each in self.lost}
+        return GenerationRecord(bundle=self.bundle, backend=self.backend, request=request, lost=lost)
 
     def write(self, path: str | Path, upscale: int = 1) -> list[Path]:
         """Write the videos, with their records, to ``path`` (several: ``name-0.mp4``, ...); returns where they are.

@@ -217,6 +217,7 @@ class StivPipeline:
     def _generate(
         self, plan: GenerationPlan, callback: StepCallback | None, cancel: Event | None, output_type: OutputType
     ) -> StivOutput:
+        lost = self._loop.lost(plan)
         phases, graphs = PhaseClock(self.backend.synchronize), self._graph_seconds()
         with phases("encode"):
             clean = self._coder.clean_latents(plan)
@@ -236,6 +237,7 @@ class StivPipeline:
             bundle=plan.bundle,
             backend=self.backend.name,
             timings=timings,
+            lost=lost,
         )
 
     def _graph_seconds(self) -> dict[str, float]:

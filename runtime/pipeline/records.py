@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -21,13 +21,15 @@ EMBEDDED_LIMIT = 2**24
 class GenerationRecord:
     """One clip: its own request, the hash of the bundle that made it, and on which backend.
 
-    ``omitted`` are fields of the request that were too large for the clip.
+    ``omitted`` are fields of the request that were too large for the clip, ``lost`` says what of its prompts the model
+    did not hear.
     """
 
     bundle: str
     backend: str
     request: GenerationRequest
     omitted: tuple[str, ...] = ()
+    lost: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def task(self) -> str:
@@ -37,6 +39,7 @@ class GenerationRecord:
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         values = {"bundle": self.bundle, "backend": self.backend, "task": self.task, "request": self.request.to_json()}
+        values |= {"lost": dict(self.lost)} if self.lost else {}
         return values | ({"omitted": list(self.omitted)} if self.omitted else {})
 
     def embedded(self) -> str:
