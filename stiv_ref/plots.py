@@ -16,6 +16,7 @@ from stiv_deploy.stiv_ref.files import INDEX_LIMIT, parse_json, read_text, repla
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL.ImageFont import FreeTypeFont, ImageFont
 
 MARKS = {"right": "#107c10", "wrong": "#c50f1f", None: "#222222"}
 SMOOTHING = 50  # steps of the running mean
@@ -188,6 +189,13 @@ def plot_training(run: Path, out: Path) -> None:
     _save(figure, out)
 
 
+def label_font() -> "FreeTypeFont | ImageFont":
+    """Pillow's own font in 12 pixels; in the 10 that it takes by default it runs words together."""
+    from PIL import ImageFont
+
+    return ImageFont.load_default(12)
+
+
 def contact_sheet(
     rows: Sequence[Row],
     out: Path,
@@ -205,11 +213,12 @@ def contact_sheet(
     from PIL import Image, ImageDraw, PngImagePlugin
 
     frames, _, height, width = rows[0].video.shape
-    strip, caption_height, gap = (frames * (width * zoom + STRIP_GAP), height * zoom), 14, 6
+    strip, caption_height, gap = (frames * (width * zoom + STRIP_GAP), height * zoom), 18, 6
     cell = (max(strip[0], 150) + gap, strip[1] + caption_height + gap)
-    top = 18 if heading else 0
+    top = 20 if heading else 0
     sheet = Image.new("RGB", (cell[0] * columns + gap, cell[1] * -(-len(rows) // columns) + top + gap), "white")
     draw = ImageDraw.Draw(sheet)
+    draw.font = label_font()
     draw.text((gap, 3), heading, fill="black")
     strips = []
     for index, row in enumerate(rows):

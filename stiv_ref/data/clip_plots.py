@@ -11,6 +11,7 @@ from stiv_deploy.stiv_ref.data.decode import key_frames, read_frames
 from stiv_deploy.stiv_ref.data.filters import Thresholds
 from stiv_deploy.stiv_ref.errors import VideoError
 from stiv_deploy.stiv_ref.files import replaced_file
+from stiv_deploy.stiv_ref.plots import label_font
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,7 +78,8 @@ def clip_sheet(folder: Path, clips: Sequence[Clip], out: Path) -> None:
     cell = (TILE[0] + 8, TILE[1] + TEXT + 8)
     sheet = Image.new("RGB", (COLUMNS * cell[0], max(1, -(-len(shown) // COLUMNS)) * cell[1] + 20), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((4, 4), f"{len(shown)} of {len(clips)} clips; green: kept, red: dropped", fill="black")
+    draw.font = label_font()
+    draw.text((4, 2), f"{len(shown)} of {len(clips)} clips; green: kept, red: dropped", fill="black")
     for number, clip in enumerate(shown):
         x, y = number % COLUMNS * cell[0] + 4, number // COLUMNS * cell[1] + 20
         colour = KEPT if clip.kept else DROPPED

@@ -20,7 +20,7 @@ from stiv_deploy.stiv_ref.data.source import Batch
 from stiv_deploy.stiv_ref.files import replaced_file
 from stiv_deploy.stiv_ref.generation import seeded_noise, settings_of
 from stiv_deploy.stiv_ref.model import Stiv
-from stiv_deploy.stiv_ref.plots import STRIP_GAP, Row, contact_sheet
+from stiv_deploy.stiv_ref.plots import STRIP_GAP, Row, contact_sheet, label_font
 from stiv_deploy.stiv_ref.recipe import Logging, Stage
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, sample
 from stiv_deploy.stiv_ref.text import TextStates
@@ -254,13 +254,14 @@ def _stage_band(name: str, sheets: Sequence[Sheet]) -> "Image.Image":
     """One stage: a column for every step, a row for every prompt."""
     from PIL import Image, ImageDraw
 
-    captions, gap, line = sheets[-1].about["captions"], 6, 14
+    captions, gap, line = sheets[-1].about["captions"], 6, 16
     columns = {sheet.about["step"]: sheet.clips() for sheet in sheets if sheet.about["captions"] == captions}
     width, height = next(iter(columns.values()))[0].size
     across, down = max(width, 60) + gap, height + line + gap
     top = 2 * line + gap
     band = Image.new("RGB", (max(300, across * len(columns) + gap), top + down * len(captions)), "white")
     draw = ImageDraw.Draw(band)
+    draw.font = label_font()
     draw.text((gap, 2), name, fill="#1f4e9c")
     for left, (step, clips) in zip(range(gap, band.width, across), columns.items(), strict=False):
         draw.text((left, 2 + line), f"step {step}", fill="black")

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
-from PIL import Image
+from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
 from stiv_deploy.stiv_ref.commands.plot import plot
 from stiv_deploy.stiv_ref.errors import StivRefError
-from stiv_deploy.stiv_ref.plots import Row, contact_sheet, plot_training, read_stages, smooth
+from stiv_deploy.stiv_ref.plots import Row, contact_sheet, label_font, plot_training, read_stages, smooth
 
 
 def write_log(path: Path, entries: list[tuple[int, str, int, float]], tail: str = "") -> Path:
@@ -140,3 +140,12 @@ def test_contact_sheet_shows_every_frame_and_mark(tmp_path: Path) -> None:
         assert colours[(red, 128, 128)] == (256 if index < 3 else 512)
     assert colours[(0x10, 0x7C, 0x10)] > 50
     assert colours[(0xC5, 0x0F, 0x1F)] > 50
+
+
+def test_labels_keep_their_spaces() -> None:
+    """The gap between two words is wider than the one between two letters, unlike in Pillow's default size."""
+    picture = Image.new("L", (200, 16))
+    ImageDraw.Draw(picture).text((0, 0), "digit one", fill=255, font=label_font())
+    inked = np.flatnonzero(np.asarray(picture).max(axis=0) > 128)
+    gaps = sorted(np.diff(inked))
+    assert gaps[-1] >= gaps[-2] + 2

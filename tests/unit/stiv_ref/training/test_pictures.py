@@ -154,7 +154,7 @@ def test_large_clips_are_made_small() -> None:
 
 
 def sheet(run: Path, *, stage: int, step: int, level: float, caption: str = "one") -> None:
-    video = np.full((4, 3, 8, 8), level, np.float32)
+    video = np.full((4, 3, 16, 16), level, np.float32)
     (run / "samples").mkdir(exist_ok=True)
     out = run / "samples" / f"s{stage}-{step:07d}.png"
     about = {"stage": stage, "name": f"s{stage}", "step": step}
@@ -162,14 +162,14 @@ def sheet(run: Path, *, stage: int, step: int, level: float, caption: str = "one
 
 
 def greys(path: Path) -> list[int]:
-    """Grey levels of the cells of an index, from the left, by where 64 pixels or more have them."""
+    """Grey levels of the cells of an index, from the left, by columns with 16 pixels of one, which letters have not."""
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, image.width, 3)
     found = []
     for column in range(pixels.shape[1]):
         values, counts = np.unique(pixels[:, column, 0], return_counts=True)
         for value, count in zip(values, counts, strict=True):
-            if count >= 8 and value not in (255, *found) and (pixels[:, column] == value).all(1).sum() >= 8:
+            if count >= 16 and value not in (255, *found) and (pixels[:, column] == value).all(1).sum() >= 16:
                 found.append(int(value))
     return found
 
