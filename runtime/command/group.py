@@ -48,7 +48,8 @@ HELP = """STIV video diffusion: train it, export it, compile it, check it, run i
 
 [dim]5. a video from text, or from text and a first frame[/dim]
 [cyan]stiv generate bundle --prompt "digit three moving left" --out three.mp4[/cyan]
-[cyan]stiv generate bundle --prompt "digit three moving left" --image first.png --out three.gif[/cyan]
+[cyan]stiv generate bundle --prompt "digit six moving right" --out frames[/cyan]
+[cyan]stiv generate bundle --prompt "digit six moving down" --image frames/frame_007.png --out six.gif[/cyan]
 
 'stiv COMMAND --help' explains one command, 'stiv doctor' what works on this machine.
 """
