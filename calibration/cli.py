@@ -55,6 +55,8 @@ def calibrate(
     Writes the scale file for 'stiv export --scales' and a report (.report.json, .report.md). Stop it with Ctrl-C and
     give the same command again to go on: the ranges are the same. --sweep also writes how sensitive each layer is, as
     figures and a heat map (.sweep.json, .sweep.png), and a precision plan for 'stiv export --plan'.
+
+    stiv calibrate checkpoints/tiny --precision fp8 --out fp8.safetensors
     """
     check_json(json)
     request = _request(

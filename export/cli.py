@@ -49,6 +49,9 @@ def export(
     """Export a checkpoint to a bundle of ONNX graphs, each checked against the reference.
 
     Sizes are ranges: what requests may ask for, and what engines are tuned for.
+
+    stiv export checkpoints/tiny --out bundle
+    stiv export checkpoints/tiny --out bundle --precision bfloat16 --frames 1:8:16
     """
     check_json(json, checkpoint, scales, plan)
     sizes = {"batch": batch, "frames": frames, "height": height, "width": width}

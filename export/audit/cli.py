@@ -40,6 +40,8 @@ def audit(
     """Check which kernels an engine has: products in the planned 8-bit types, attention fused; exit 1 if not.
 
     Each distinct graph is built in a builder process of its own, without a GPU; nothing is written into the bundle.
+
+    stiv audit bundle --sm 89
     """
     from stiv_deploy.export.audit.audit import DEFAULT_SMS, AuditRequest, audit_bundle
     from stiv_deploy.runtime.bundle.manifest import MANIFEST

@@ -73,7 +73,10 @@ def demo(
     sm: Annotated[str, typer.Option(help="Compute capability of the engines, without the dot.")] = SM,
     precision: Annotated[str | None, typer.Option(help="fp8 or int8: the chain of a quantized bundle.")] = None,
 ) -> None:
-    """Run the whole chain: export, build, parity, generate, report; with --precision also calibrate and audit."""
+    """Run the whole chain: export, build, parity, generate, report; with --precision also calibrate and audit.
+
+    stiv demo --out out/demo
+    """
     chosen = None if precision is None else _format(precision)
 
     from rich.console import Console

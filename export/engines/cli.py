@@ -89,6 +89,8 @@ def build(
     """Compile a bundle's graphs into engines for one kind of GPU.
 
     TensorRT-RTX needs no GPU for it. The engines go into the bundle, all or none; equal plans are taken from the cache.
+
+    stiv build bundle --backend tensorrt-rtx --sm 89
     """
     from stiv_deploy.export.engines.build import BuildRequest, build_engines
     from stiv_deploy.export.engines.plan_cache import default_cache

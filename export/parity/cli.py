@@ -36,6 +36,8 @@ def parity(
 
     The truth is the reference in float64; gates derive from what plain PyTorch loses in the bundle's precision. For a
     bundle with 8-bit layers that is the fake-quantized reference, and direct_ rows compare with it.
+
+    stiv parity bundle --json parity.json
     """
     from stiv_deploy.export.parity.files import report_json
     from stiv_deploy.export.parity.stage import ParityRequest, run_parity

@@ -179,6 +179,9 @@ def doctor(json: JsonTarget = None) -> None:
     """Show what is installed, which backends work here, and why the others do not.
 
     Exit code 0 if this machine can generate; optional parts may be missing.
+
+    stiv doctor
+    stiv doctor --json doctor.json
     """
     from rich.console import Console
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from stiv_deploy.runtime.command.description import description
-from stiv_deploy.runtime.command.terminal import Command
+from stiv_deploy.runtime.command.terminal import Command, reflowed
 from stiv_deploy.runtime.errors import one_line, raise_interrupt
 
 GROUP = "stiv_deploy.commands"
@@ -92,6 +92,8 @@ def _group(name: str, app: typer.Typer) -> Any:
     """The command ``name`` with subcommands of its own."""
     group = typer.main.get_group(app)
     group.name = name
+    for command in group.commands.values():
+        command.help = reflowed(command.help or "")
     return group
 
 

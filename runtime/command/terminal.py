@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -124,8 +125,18 @@ def check_name(path: Path) -> None:
         raise OutputError(f"{briefly(str(path))}: a name with a NUL in it, which no file has; choose another")
 
 
+def reflowed(text: str) -> str:
+    """A docstring's paragraphs as lines of their own, for a terminal of any width; those of commands as they are."""
+    paragraphs = [each.splitlines() for each in cleandoc(text).split("\n\n")]
+    return "\n\n".join(("\n" if lines[0].startswith("stiv ") else " ").join(lines) for lines in paragraphs if lines)
+
+
 class Command(TyperCommand):
-    """A command whose ``--json``, if it has one, may stand alone or name a file."""
+    """A command whose ``--json``, if it has one, may stand alone or name a file, and whose help fills the terminal."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.help = None if self.help is None else reflowed(self.help)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Give a ``--json`` that stands alone the value of standard output, then parse as always, and check names."""

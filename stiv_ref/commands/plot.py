@@ -13,6 +13,8 @@ def plot(
     """Draw the curves of a training run, running or finished: loss, loss by timestep, gradient norm, rates.
 
     Where the run has drawn contact sheets, samples/index.png shows them over time; it is drawn again, too.
+
+    stiv plot runs/tiny
     """
     from stiv_deploy.stiv_ref.errors import StivRefError
     from stiv_deploy.stiv_ref.plots import plot_training

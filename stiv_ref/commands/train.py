@@ -37,6 +37,8 @@ def train(
 
     On several GPUs, or processes: torchrun --nproc-per-node 8 --no-python stiv train RECIPE shards the model over them
     (FSDP2). A run may go on with another number of processes than it began with.
+
+    stiv train recipes/tiny.toml --out runs/tiny
     """
     with _first_speaks():
         from stiv_deploy.stiv_ref.recipe import load_recipe
@@ -56,6 +58,8 @@ def consolidate(
     """Turn the last saved state of a training run into a checkpoint: its averaged weights, in single files.
 
     One process reads what any number of processes wrote; needs no GPU.
+
+    stiv consolidate runs/tiny --out checkpoint
     """
     import torch
 

@@ -115,6 +115,27 @@ def test_stiv_command_parses(arguments: list[str]) -> None:
         parse(arguments)
 
 
+def helps() -> dict[str, str]:
+    """What ``--help`` says of every command, subcommands too, by its whole name."""
+    group: Any = typer.main.get_command(app)
+    context = group.context_class(group)
+    found = {}
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        below = getattr(command, "commands", None) or {"": command}
+        found |= {f"stiv {name} {part}".strip(): each.help for part, each in below.items()}
+    return found
+
+
+def test_every_command_has_an_example_that_parses() -> None:
+    assert len(helps()) > 12
+    for name, words in helps().items():
+        examples = [line for line in words.splitlines() if line.startswith(name)]
+        assert examples, f"{name} --help has no example"
+        for line in examples:
+            parse(shlex.split(line)[1:])
+
+
 def test_wrong_option_does_not_parse() -> None:
     with pytest.raises(Exception, match="No such option"):
         parse(["inspect", "bundle", "--colour"])
