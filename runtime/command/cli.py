@@ -31,6 +31,9 @@ def generate(
     prompt: Annotated[
         list[str] | None, typer.Option(help="What to show; repeat it for several videos at once.")
     ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text file of more prompts, one a line; empty lines are none.")
+    ] = None,
     request: Annotated[
         Path | None,
         typer.Option(
@@ -104,6 +107,9 @@ def generate(
     upscale: Annotated[
         int, typer.Option(min=1, max=UPSCALE_LIMIT, help="Enlarge each pixel of the written video this many times.")
     ] = 1,
+    timings: Annotated[
+        bool, typer.Option("--timings", help="Print how long each phase took; --json tells it anyway.")
+    ] = False,
     json: JsonTarget = None,
 ) -> None:
     """Generate video from text, or from text and pictures, with a bundle.
@@ -134,15 +140,22 @@ def generate(
         report = make_clips(asked, progress)
     for other in made_with - {report.output.bundle}:
         typer.echo(f"note: made with another bundle ({other[:12]}), this is {report.output.bundle[:12]}", err=True)
-    answer(json, report.to_json, lambda: print_clips(report))
+    answer(json, report.to_json, lambda: print_clips(report, timings))
 
 
-def print_clips(report: "ClipsReport") -> None:
-    """What was written, and how long it took."""
+def print_clips(report: "ClipsReport", timings: bool = False) -> None:
+    """What was written, and how long it took; with ``timings`` phase by phase."""
     for target, request in zip(report.written, report.output.requests, strict=True):
         size = f"{request.num_frames} frames of {request.width}x{request.height}"
         typer.echo(f"{target}: {size}, seed {request.seed}")
-    typer.echo(f"generated in {report.output.timings['total']:.1f} s on {report.output.backend}")
+    seconds = report.output.timings
+    typer.echo(f"generated in {seconds['total']:.1f} s on {report.output.backend}")
+    if timings:
+        from rich.console import Console
+
+        columns = ("phase", "seconds", "share")
+        rows = [(name, f"{value:.3f}", f"{value / seconds['total']:.1%}") for name, value in seconds.items()]
+        Console().print(table("Timings", columns, rows, numbers=columns[1:]))
 
 
 def inspect(

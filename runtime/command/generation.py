@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stiv_deploy.runtime.errors import OutputError, RequestError, briefly
-from stiv_deploy.runtime.files import check_apart
+from stiv_deploy.runtime.files import check_apart, read_text
 
 if TYPE_CHECKING:
     from stiv_deploy.runtime.pipeline.records import Recorded
@@ -36,8 +36,9 @@ FIELDS = {
 }
 """Parameters of the command that are fields of a request, with the field's name.
 
-Besides them ``prompt`` makes a request each, ``image`` and ``frame`` are the field ``frames``, ``resize`` is a ``fit``,
-``seed`` counts on over all videos, and ``request`` reads whole requests, the only way to ``latents`` and ``noise``.
+Besides them ``prompt`` and each line of ``prompts`` make a request, ``image`` and ``frame`` are the field ``frames``,
+``resize`` is a ``fit``, ``seed`` counts on over all videos, and ``request`` reads whole requests, the only way to
+``latents`` and ``noise``.
 """
 
 
@@ -53,12 +54,26 @@ def requests_from_options(options: Mapping[str, Any]) -> "tuple[list[GenerationR
     frames = parse_frames(options["image"], options["frame"] or [])
     values |= {"frames": frames} if frames else {}
     values |= {"fit": _resized(options["fit"])} if options["resize"] else {}
-    requests = _with_prompts([each.request for each in read], options["prompt"] or [], values)
+    prompts = [*(options["prompt"] or []), *_lines(options["prompts"])]
+    requests = _with_prompts([each.request for each in read], prompts, values)
     if options["seed"] is not None:
         requests = in_a_row(requests, options["seed"])
     elif not read:
         requests = in_a_row(requests, new_seed())
     return requests, {each.bundle for each in read if each.bundle is not None}
+
+
+def _lines(path: Path | None) -> list[str]:
+    """Prompts of a text file; :class:`RequestError` if there are none."""
+    if path is None:
+        return []
+    try:
+        prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    except ValueError as error:
+        raise RequestError(f"{path}: not a file of prompts ({error})") from None
+    if not prompts:
+        raise RequestError(f"{path}: no prompt in it; write one a line")
+    return prompts
 
 
 def _read(path: Path | None) -> "Sequence[Recorded]":
@@ -74,7 +89,7 @@ def _with_prompts(
     from stiv_deploy.runtime.pipeline.request import GenerationRequest
 
     if not (read or prompts):
-        raise RequestError("no prompt given; give --prompt, or --request with a file that has one")
+        raise RequestError("no prompt given; give --prompt, --prompts FILE, or --request with a file that has one")
     if not read:
         return [GenerationRequest(prompt=prompt, **values) for prompt in prompts]
     if not prompts:
@@ -114,4 +129,4 @@ def check_places(options: Mapping[str, Any], clips: Sequence[Path]) -> None:
     if report is not None and report.absolute() in [clip.absolute() for clip in clips]:
         raise OutputError(f"{report}: named by both --out and --json; choose two names")
     pictures = parse_frames(options["image"], options["frame"] or []).values()
-    check_apart([*clips, report], [*pictures, options["request"], options["bundle"] / MANIFEST])
+    check_apart([*clips, report], [*pictures, options["request"], options["prompts"], options["bundle"] / MANIFEST])

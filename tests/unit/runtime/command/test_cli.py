@@ -276,6 +276,37 @@ def test_every_option_is_a_field_and_every_field_has_an_option() -> None:
     assert {name.removeprefix("--no-").removeprefix("--").replace("-", "_") for name in OPTIONS} == set(FIELDS)
 
 
+def test_prompts_from_a_file_and_timings_as_a_table(
+    run: Run, bundle_path: Path, tmp_path: Path, planned: list[GenerationRequest]
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\ufeffdigit three\n\n  moving left \r\n", encoding="utf-8")
+    arguments = ["--prompt", "right", "--prompts", file, "--steps", 1, "--seed", 4]
+    code, out, err = run("generate", bundle_path, *arguments, "--timings", "--out", tmp_path / "out.gif")
+    assert (code, err) == (0, "")
+    assert [(each.prompt, each.seed) for each in planned] == [("right", 4), ("digit three", 5), ("moving left", 6)]
+    rows = [line.split() for line in out.splitlines() if line.strip().endswith("%")]
+    assert {row[0] for row in rows} == {"load", "text", "encode", "denoise", "decode", "graphs", "replays", "total"}
+    assert rows[-1][2] == "100.0%"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b" \n", "no prompt in it; write one a line"),
+        (b"a\xff", "not a file of prompts (it is not UTF-8 text, its byte 1"),
+    ],
+)
+def test_a_file_without_prompts(run: Run, bundle_path: Path, tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    code, _, err = run("generate", bundle_path, "--prompts", file, "--out", tmp_path / "out.gif")
+    assert code == 2
+    assert err.startswith(f"error: {file}: {message}")
+    assert err.count("\n") == 1
+    assert list(tmp_path.glob("out*")) == []
+
+
 def test_names_to_choose_from_are_those_of_the_request() -> None:
     hints = get_type_hints(generate)
     for name in ("fit", "guidance_mode", "solver"):
@@ -644,7 +675,7 @@ def test_frames_too_large_for_their_format_are_refused_before_the_work(
 
 
 def test_neither_prompt_nor_request(run: Run, bundle_path: Path, tmp_path: Path) -> None:
-    message = "error: no prompt given; give --prompt, or --request with a file that has one\n"
+    message = "error: no prompt given; give --prompt, --prompts FILE, or --request with a file that has one\n"
     assert run("generate", bundle_path, "--out", tmp_path / "a.mp4") == (2, "", message)
 
 
