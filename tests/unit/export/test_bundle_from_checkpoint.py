@@ -259,7 +259,9 @@ def test_a_bundle_is_replaced_and_progress_is_told(micro_path: Path, tmp_path: P
     export_bundle(ExportRequest(checkpoint=micro_path, out=out, precision="bfloat16"), lambda *step: told.append(step))
     assert Manifest.model_validate_json((out / MANIFEST).read_text()).precision == "bfloat16"
     assert not (out / "engines").exists(), "engines of the old graphs"
-    assert [done for _, done, _ in told] == list(range(10))
+    counts = [done for _, done, _ in told]
+    assert counts == sorted(counts)
+    assert set(counts) == set(range(10))
     assert {total for *_, total in told} == {9}
     assert leftovers(tmp_path) == ["bundle"]
 

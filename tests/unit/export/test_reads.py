@@ -20,6 +20,7 @@ from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.bundle import bundle as bundles
 from stiv_deploy.runtime.errors import BundleError
 from stiv_deploy.stiv_ref import checkpoint as checkpoints
+from stiv_deploy.stiv_ref import weights
 
 WEIGHTS = ("model.safetensors", "text_encoder.safetensors", "vae.safetensors")
 _listeners: list[Callable[[str], None]] = []
@@ -54,13 +55,13 @@ def opened(folder: Path) -> Iterator[Counter[str]]:
 def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts the files that safetensors loads."""
     found: Counter[str] = Counter()
-    load = checkpoints.load_file
+    load = weights.load_file
 
     def counted(path: Path) -> Any:
         found[path.name] += 1
         return load(path)
 
-    monkeypatch.setattr(checkpoints, "load_file", counted)
+    monkeypatch.setattr(weights, "load_file", counted)
     return found
 
 
