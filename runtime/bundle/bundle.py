@@ -79,9 +79,9 @@ def _differences(found: GraphSpec, wanted: GraphSpec) -> Iterator[str]:
         have = {tensor.name: tensor for tensor in getattr(found, kind)}
         want = {tensor.name: tensor for tensor in getattr(wanted, kind)}
         yield from (f"{kind} lack {name}" for name in want if name not in have)
-        yield from (f"{kind} have an unknown {name}" for name in have if name not in want)
+        yield from (f"{kind} have an unknown {briefly(name)}" for name in have if name not in want)
         yield from (
-            f"{name} is {have[name].dtype}{list(have[name].shape)}, wanted {spec.dtype}{list(spec.shape)}"
+            f"{name} is {have[name].dtype}{briefly(list(have[name].shape))}, wanted {spec.dtype}{list(spec.shape)}"
             for name, spec in want.items()
             if name in have and have[name] != spec
         )

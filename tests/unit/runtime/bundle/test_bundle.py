@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -413,3 +414,13 @@ def test_bundle_hash_is_of_what_the_results_follow_from(toy_bundle: Bundle) -> N
         manifest.model_copy(update={"buckets": manifest.buckets * 2}),
     ]
     assert {each.bundle_hash for each in same} == {first}
+
+
+def test_long_names_of_a_contract_are_shortened(bundle_path: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bundle_path, tmp_path / "bundle")
+    values = json.loads((folder / "manifest.json").read_text())
+    values["graphs"]["step"]["spec"]["outputs"][0]["shape"][-1] = "x" * 2000
+    (folder / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(BundleError, match="does not fit the contract") as caught:
+        Bundle.open(folder)
+    assert len(str(caught.value).replace(str(folder), "")) < 500

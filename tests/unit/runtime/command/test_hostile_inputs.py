@@ -67,9 +67,14 @@ hostile = st.one_of(
 
 
 def cases(share: float, *strategies: st.SearchStrategy[Any]) -> Callable[[Any], Any]:
-    """A test of ``share`` of all cases."""
+    """A test of ``share`` of all cases: always the same ones, unless a number of them is asked for."""
     checks = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow)
-    limits = settings(max_examples=max(1, round(share * CASES)), deadline=None, suppress_health_check=checks)
+    limits = settings(
+        max_examples=max(1, round(share * CASES)),
+        deadline=None,
+        suppress_health_check=checks,
+        derandomize="STIV_FUZZ_CASES" not in os.environ,
+    )
     return lambda test: limits(given(*strategies)(test))
 
 
