@@ -8,7 +8,7 @@ import numpy as np
 from stiv_deploy.runtime.errors import RequestError, briefly
 from stiv_deploy.runtime.pipeline.given import ImageLike, as_array, as_picture
 from stiv_deploy.runtime.pipeline.images import Fit
-from stiv_deploy.runtime.pipeline.limits import SEED_LIMIT, switch, whole_number
+from stiv_deploy.runtime.pipeline.limits import SEED_LIMIT, bounded, switch, whole_number
 from stiv_deploy.runtime.pipeline.request import GenerationRequest, in_a_row, new_seed
 
 
@@ -68,7 +68,7 @@ def requests_of_call(prompt: str | Sequence[str], options: Mapping[str, Any]) ->
 
 def _from_noise(texts: list[tuple[str, str]], fields: dict[str, Any], noise: np.ndarray) -> list[GenerationRequest]:
     """A request for each video of ``noise``, [B, T, C, h, w]; :class:`RequestError`."""
-    count = GenerationRequest(prompt="", count=fields.pop("count", 1)).count
+    count = int(bounded("count", fields.pop("count", 1)))
     if len(noise.shape) != 5 or len(noise) != count * len(texts):
         raise RequestError(
             f"the initial noise of {count * len(texts)} videos is [{count * len(texts)}, T, C, h, w], got "
