@@ -1,7 +1,7 @@
 """Frame replacement: how STIV is given images (arXiv 2412.07730, section 3).
 
-Frames of the model's input are the clean latents where a boolean frame mask [B, T] says so; which, is the task's
-(:mod:`~stiv_deploy.stiv_ref.tasks`), or the request's.
+Frames of the model's input are the clean latents where a boolean frame mask [B, T] says so; which, is drawn by the
+task (:mod:`~stiv_deploy.stiv_ref.tasks`), or is the request's.
 """
 
 import torch
@@ -22,13 +22,6 @@ def noise_frames(latents: Tensor, clean: Tensor, noise: Tensor, timestep: Tensor
     the flow path that it would see in training, ``t * clean + (1 - t) * noise``.
     """
     return replace_frames(latents, interpolate(clean, noise, timestep), frame_mask)
-
-
-def draw_frame_mask(given: slice, frames: int, drop: Tensor) -> Tensor:
-    """Training mask bool [B, T]: frames ``given`` are given, except in the samples of ``drop`` (bool [B])."""
-    mask = torch.zeros(len(drop), frames, dtype=torch.bool)
-    mask[:, given] = ~drop[:, None]
-    return mask
 
 
 def draw_dropout(

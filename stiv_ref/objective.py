@@ -6,30 +6,34 @@ drawn whatever the number of processes, the size of the micro-batches, or the st
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from stiv_deploy.stiv_ref.bounds import TimeShift
-from stiv_deploy.stiv_ref.conditioning import draw_dropout, draw_frame_mask, replace_frames
+from stiv_deploy.stiv_ref.conditioning import draw_dropout, replace_frames
 from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.flow import flow_loss, interpolate, sample_timesteps, velocity_target
+from stiv_deploy.stiv_ref.givings import Mix
 from stiv_deploy.stiv_ref.model import Stiv
-from stiv_deploy.stiv_ref.tasks import TASKS, Task, TaskName
+from stiv_deploy.stiv_ref.tasks import MIX, TASKS, Task, TaskName
 from stiv_deploy.stiv_ref.text import TextStates
 
 
 class Objective(FrozenConfig):
     """How a stage draws its training samples.
 
+    ``task`` is the name of a mix of given frames; ``givings`` is a mix of the stage's own, and its task is ``mix``.
     ``image_dropout`` is the share of clips without their given frames; ``joint_dropout`` the share of those that lose
     their text too. ``mask_ratio`` of the spatial tokens skip the main blocks (MaskDiT, arXiv 2306.09305); their loss
     counts ``masked_loss_weight`` times.
     """
 
-    task: TaskName
+    task: TaskName = MIX
+    givings: Mix | None = None
     text_dropout: float = Field(default=0.1, ge=0, le=1)
     image_dropout: float = Field(default=0.1, ge=0, le=1)
     joint_dropout: float = Field(default=0.5, ge=0, le=1)
@@ -40,8 +44,16 @@ class Objective(FrozenConfig):
 
     @property
     def kind(self) -> Task:
-        """The task by its name."""
-        return TASKS[self.task]
+        """The task by its name, or the stage's own mix."""
+        return Task(mix=self.givings or {}) if self.task == MIX else TASKS[self.task]
+
+    @model_validator(mode="after")
+    def _check_mix(self) -> Self:
+        if self.task == MIX and self.givings is None:
+            raise ValueError(f"give a task ({', '.join(TASKS)}), or givings with the share of each")
+        if self.task != MIX and self.givings is not None:
+            raise ValueError(f"task {self.task} has givings of its own; take out task, or givings")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +99,12 @@ def draw(
     """Make the choices for latents ``latents_shape`` (T, C, h, w) with ``tokens`` a frame, one sample per generator."""
     image_dropout = objective.image_dropout if objective.kind.conditioned else 1.0
     joint = objective.joint_dropout if objective.kind.conditioned else objective.text_dropout
-    timesteps, noises, texts, images, keeps = [], [], [], [], []
+    timesteps, noises, texts, givens, keeps = [], [], [], [], []
     for generator in generators:
         drop_text, drop_image = draw_dropout(
             1, text=objective.text_dropout, image=image_dropout, joint=joint, generator=generator
         )
         texts.append(drop_text)
-        images.append(drop_image)
         timesteps.append(
             sample_timesteps(1, logit_normal=objective.logit_normal, shift=objective.time_shift, generator=generator)
         )
@@ -101,10 +112,11 @@ def draw(
         if objective.mask_ratio:
             order = torch.randperm(tokens, generator=generator)
             keeps.append(order[: kept_tokens(tokens, objective.mask_ratio)].sort().values)
+        givens.append(objective.kind.draw(latents_shape[0], generator) & ~drop_image)
     return Draws(
         timestep=torch.cat(timesteps),
         noise=torch.stack(noises),
-        given=draw_frame_mask(objective.kind.given, latents_shape[0], torch.cat(images)),
+        given=torch.stack(givens),
         drop_text=torch.cat(texts),
         keep=torch.stack(keeps) if keeps else None,
     )

@@ -30,6 +30,7 @@ from stiv_deploy.stiv_ref.digit_canvas import SIZE, check_frames
 from stiv_deploy.stiv_ref.errors import ConfigError, one_line
 from stiv_deploy.stiv_ref.files import read_text
 from stiv_deploy.stiv_ref.objective import Objective
+from stiv_deploy.stiv_ref.tasks import MIX
 from stiv_deploy.stiv_ref.vae import VaeConfig
 
 NAME = r"^[A-Za-z0-9._-]+$"
@@ -234,7 +235,7 @@ class Recipe(FrozenConfig):
     @staticmethod
     def _filled_stage(stage: dict[str, Any], number: int, data: list[str]) -> dict[str, Any]:
         if not stage.get("name"):
-            stage["name"] = f"{number}-{stage.get('task', 'stage')}"
+            stage["name"] = f"{number}-{stage.get('task', MIX)}"
         if not stage.get("data") and len(data) == 1:
             stage["data"] = data[0]
         if stage.get("resolution") is None and not stage.get("buckets"):
@@ -257,7 +258,7 @@ class Recipe(FrozenConfig):
         names = [stage.name for stage in self.stages]
         if ranks != sorted(ranks):
             got = ", ".join(stage.task for stage in self.stages)
-            raise ValueError(f"stages must go t2i, t2v, then ti2v, predict and interpolate, got {got}")
+            raise ValueError(f"stages must go t2i, t2v, then tasks with given frames, got {got}")
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"stage names must differ, {min(twice)!r} stands twice")
         for number, stage in enumerate(self.stages):
@@ -287,7 +288,10 @@ class Recipe(FrozenConfig):
         if stage.data not in self.data:
             there = ", ".join(self.data)
             raise ValueError(f"stage {stage.name}: data is {stage.data or 'not given'!r}; [data] has: {there}")
-        if isinstance(self.data[stage.data], DigitsData):
+        data = self.data[stage.data]
+        if stage.task == "keyframes" and not isinstance(data, ShardData) and max(getattr(data, "strides", (1,))) == 1:
+            raise ValueError(f"stage {stage.name}: keyframes lie far apart; give [data.{stage.data}] a stride above 1")
+        if isinstance(data, DigitsData):
             for height, width in stage.sizes:
                 if height != width:
                     raise ValueError(f"stage {stage.name}: moving digits are square, resolution is {height}x{width}")

@@ -32,6 +32,8 @@ FOLDER = "samples"
 INDEX = "index.png"
 SHEET_FRAMES, SHEET_PIXELS = 8, 128
 """A sheet shows at most so many frames of a clip, each at most so many pixels wide and high."""
+LISTED = 4
+"""At most so many given frames are listed before a prompt; of more their number is told."""
 INDEX_COLUMNS = 8
 """The picture over time shows at most so many steps of a stage."""
 
@@ -55,12 +57,13 @@ class LatentCoder(Protocol):
 class Subjects:
     """What all sheets of a stage show: ``prompts`` N; ``shape`` (T, C, h, w) of their latents; ``micro`` fp32 [N, 6].
 
-    ``clean`` fp32 [N, len(given), C, h, w] are the latent frames ``given``, if any are.
+    ``given`` bool [N, T] says which latent frames are given, ``clean`` fp32 [N, T, C, h, w] what they are; it is 0 at
+    the others.
     """
 
     prompts: list[str]
     shape: tuple[int, ...]
-    given: list[int]
+    given: Tensor
     clean: Tensor
     micro: Tensor
 
@@ -75,7 +78,7 @@ def wanted(logging: Logging) -> int:
 
 @torch.no_grad()
 def choose(stage: Stage, logging: Logging, batch: Batch, vae: LatentCoder) -> Subjects:
-    """The subjects of ``stage``: the recipe's prompts, or the batch's captions; its sizes and given frames.
+    """The subjects of ``stage``: the recipe's prompts, or the batch's captions; its sizes, and its givings in turn.
 
     ``batch`` has :func:`wanted` samples of the stage's data; with fewer, the sheet has fewer.
     """
@@ -88,12 +91,12 @@ def choose(stage: Stage, logging: Logging, batch: Batch, vae: LatentCoder) -> Su
     height, width = (side * vae.config.spatial_factor for side in latents.shape[-2:])
     micro = batch.micro[:count].float().clone()
     micro[:, :4] = torch.tensor([height, width, 0, 0])  # a whole picture of this size; stride and frames stay
-    given = stage.kind.given_frames(latents.shape[1])
+    given = torch.stack([stage.kind.shown(number, latents.shape[1]) for number in range(count)])
     return Subjects(
         prompts=list(logging.prompts or batch.captions)[:count],
         shape=tuple(latents.shape[1:]),
         given=given,
-        clean=latents[:count, given].float(),
+        clean=latents[:count].float() * given[:, :, None, None, None].to(latents.device),
         micro=micro,
     )
 
@@ -146,12 +149,21 @@ def generate_clips(
         for start in range(0, len(subjects), at_once):
             part = slice(start, min(start + at_once, len(subjects)))
             noise = seeded_noise(range(part.start, part.stop), subjects.shape).to(device)
-            clean, given = torch.zeros_like(noise), torch.zeros(noise.shape[:2], dtype=torch.bool, device=device)
-            clean[:, subjects.given], given[:, subjects.given] = subjects.clean[part].to(device), True
+            clean, given = subjects.clean[part].to(device), subjects.given[part].to(device)
             text, null = encode(subjects.prompts[part]), encode([""] * len(noise))
             inputs = SamplingInputs(noise, clean, given, text, null, subjects.micro[part].to(device))
             clips.append(vae.decode(sample(model, inputs, settings)).float().cpu())
     return torch.cat(clips)
+
+
+def _given_words(given: Tensor) -> str:
+    """What stands before a prompt on a sheet, of a frame mask bool [T]: that an image was given, or which frames."""
+    frames = given.nonzero().flatten().tolist()
+    if not frames:
+        return ""
+    if len(frames) > LISTED:
+        return f"{len(frames)} frames + "
+    return "image + " if frames == [0] else f"frames {', '.join(map(str, frames))} + "
 
 
 def _for_sheet(clip: Tensor) -> Tensor:
@@ -186,10 +198,9 @@ def draw_samples(
     out = run / FOLDER / f"{name}-{step:07d}.png"
     clips = generate_clips(model, encode, vae, subjects, settings_of(sampling), at_once or len(subjects))
     if write:
-        given = ("", "image + ", "frames + ")[min(len(subjects.given), 2)]
         rows = [
-            Row(video=_for_sheet(clip).numpy(), caption=given + prompt)
-            for clip, prompt in zip(clips, subjects.prompts, strict=True)
+            Row(video=_for_sheet(clip).numpy(), caption=_given_words(given) + prompt)
+            for clip, prompt, given in zip(clips, subjects.prompts, subjects.given, strict=True)
         ]
         out.parent.mkdir(parents=True, exist_ok=True)
         zoom = max(1, SHEET_PIXELS // 2 // max(rows[0].video.shape[-2:]))

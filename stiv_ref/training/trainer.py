@@ -99,15 +99,29 @@ def check_vae(recipe: Recipe, vae: AnyVae) -> None:
         )
     for stage in recipe.stages:
         _check_sizes(f"stage {stage.name}:", recipe, vae, stage.frames, stage.sizes, recipe.patch_of(stage)[0])
-        latent_frames = vae.config.latent_frames(stage.frames)
-        if stage.kind.video and latent_frames < stage.kind.least_frames:
-            raise ConfigError(
-                f"stage {stage.name}: task {stage.task} needs at least {stage.kind.least_frames} latent frames, "
-                f"{stage.frames} frames are {latent_frames}"
-            )
+        _check_givings(stage, vae)
     last, sampling = recipe.stages[-1], recipe.sampling
     frames = sampling.frames if last.kind.video else 1
     _check_sizes("[sampling]", recipe, vae, frames, [(sampling.height, sampling.width)], recipe.patch_of(last)[0])
+
+
+def _check_givings(stage: Stage, vae: AnyVae) -> None:
+    """:class:`ConfigError` if a giving of ``stage`` leaves no latent frame to make, or wants what a causal VAE cannot.
+
+    Latent frames of a causal VAE code the frames before them too: those of a clip's beginning can be given alone.
+    """
+    latent_frames = vae.config.latent_frames(stage.frames)
+    if stage.kind.video and latent_frames < stage.kind.least_frames:
+        raise ConfigError(
+            f"stage {stage.name}: task {stage.task} needs at least {stage.kind.least_frames} latent frames, "
+            f"{stage.frames} frames are {latent_frames}"
+        )
+    apart = [name for name, giving in stage.kind.givings.items() if not giving.leading]
+    if vae.config.causal and apart:
+        raise ConfigError(
+            f"stage {stage.name}: the VAE is causal, its latent frames from 1 on cannot be given without those before "
+            f"them, as {', '.join(map(repr, apart))} would; its givings are none, first and first K"
+        )
 
 
 def _check_sizes(what: str, recipe: Recipe, vae: AnyVae, frames: int, sizes: Sequence[Size], patch: int) -> None:

@@ -23,7 +23,8 @@ MEASURED = 256
 
 def vae_data(settings: TrainedVae, stage: Stage) -> Stage:
     """The stage whose data is what the VAE is trained on: ``stage``, frame by frame."""
-    return stage.model_copy(update={"task": "t2i", "frames": 1, "batch": settings.batch, "name": "vae"})
+    still = {"task": "t2i", "givings": None, "frames": 1}
+    return stage.model_copy(update={**still, "batch": settings.batch, "name": "vae"})
 
 
 def begin_vae(run: Run) -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stiv_deploy.stiv_ref.conditioning import draw_dropout, draw_frame_mask, noise_frames, replace_frames
+from stiv_deploy.stiv_ref.conditioning import draw_dropout, noise_frames, replace_frames
 
 N = 40_000
 
@@ -35,14 +35,6 @@ def test_hidden_frames_lie_on_the_noising_path(mask: torch.Tensor) -> None:
     path = t[:, None, None, None, None] * clean + (1 - t[:, None, None, None, None]) * noise
     torch.testing.assert_close(got[mask], path[mask])
     assert torch.equal(got[~mask], latents[~mask])
-
-
-@pytest.mark.parametrize(
-    ("given", "shown"), [(slice(0), [0, 0, 0]), (slice(1), [1, 0, 0]), (slice(0, None, 2), [1, 0, 1])]
-)
-def test_training_mask_gives_its_frames_unless_dropped(given: slice, shown: list[int]) -> None:
-    mask = draw_frame_mask(given, 3, torch.tensor([False, True]))
-    assert mask.tolist() == [[bool(each) for each in shown], [False, False, False]]
 
 
 def within(share: float, wanted: float, count: int = N) -> bool:

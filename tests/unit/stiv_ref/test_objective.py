@@ -1,12 +1,15 @@
 """The training objective: draws that depend on the sample alone, given frames, masked tokens, dropped text."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.objective import (
@@ -76,6 +79,57 @@ def test_other_tasks_are_given_their_frames_together(task: str, shown: list[int]
     draws = draws_of(Objective(task=task, text_dropout=0.2, image_dropout=0.3), range(50))
     patterns = {tuple(row) for row in draws.given.int().tolist()}
     assert patterns == {(0, 0, 0), tuple(shown)}
+
+
+def test_a_mix_gives_each_its_share_and_dropout_takes_all_of_a_samples_frames() -> None:
+    shares = {"none": 0.4, "first": 0.3, "ends": 0.3}
+    objective = Objective(givings=shares, text_dropout=0.2, image_dropout=0.3)
+    count = 2_000
+    patterns = Counter(tuple(row) for row in draws_of(objective, range(count)).given.int().tolist())
+    wanted = {(0, 0, 0): 0.4 + 0.6 * 0.3, (1, 0, 0): 0.3 * 0.7, (1, 0, 1): 0.3 * 0.7}
+    assert set(patterns) == set(wanted)
+    for pattern, share in wanted.items():
+        assert abs(patterns[pattern] / count - share) <= 5 * (share * (1 - share) / count) ** 0.5
+
+
+@pytest.mark.parametrize("mask_ratio", [0.0, 0.5])
+def test_what_is_given_is_drawn_last(mask_ratio: float) -> None:
+    """So that a recipe with a mix has the times, noise, texts and masks that it had with one giving."""
+    single, mixed = (
+        draws_of(Objective.model_validate({**which, "mask_ratio": mask_ratio}), range(8))
+        for which in ({"task": "ti2v"}, {"givings": {"first": 0.5, "random": 0.5}})
+    )
+    for name in ("timestep", "noise", "drop_text", *(["keep"] if mask_ratio else [])):
+        assert torch.equal(getattr(single, name), getattr(mixed, name)), name
+    assert not torch.equal(single.given, mixed.given)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, r"give a task \(t2i, t2v, .*all\), or givings with the share of each"),
+        ({"task": "mix"}, "or givings with the share of each"),
+        ({"task": "ti2v", "givings": {"first": 1.0}}, "task ti2v has givings of its own; take out task, or givings"),
+    ],
+)
+def test_a_task_or_a_mix(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Objective.model_validate(values)
+
+
+@pytest.mark.parametrize("name", ["first", "ends", "random"])
+def test_loss_leaves_out_what_is_given_of_each_sample(
+    random_model: ModelFactory, latents: torch.Tensor, name: str
+) -> None:
+    """Against the formula written out, sample by sample, since every sample is given other frames."""
+    model, draws = random_model(), draws_of(Objective(givings={"none": 0.5, name: 0.5}, image_dropout=0), range(2))
+    t = draws.timestep.double()[:, None, None, None, None]
+    noised = t * latents + (1 - t) * draws.noise.double()
+    noised[draws.given] = latents[draws.given]
+    velocity = model(noised, draws.timestep.double(), torch.ones(2, 6), *text_of(2))
+    error = (velocity - (latents - draws.noise.double())).square()
+    wanted = [error[sample][~draws.given[sample]].mean() for sample in range(2)]
+    torch.testing.assert_close(loss_of(model, latents, draws), torch.stack(wanted).float(), rtol=1e-6, atol=0)
 
 
 @given(tokens=st.integers(1, 64), ratio=st.floats(0, 0.99))

@@ -29,7 +29,7 @@ FAULTS = {
     "unknown task": (
         'task = "t2i"',
         'task = "v2v"',
-        "stages.0.task: Input should be 't2i', 't2v', 'ti2v', 'predict' or 'interpolate'",
+        "stages.0.task: Input should be 't2i', 't2v', 'ti2v', 'predict', 'interpolate', 'keyframes', 'views', 'all' or 'mix'",
     ),
     "image with frames": ('task = "t2i"', 'task = "t2i"\nframes = 2', "task t2i trains on one frame, not 2"),
     "video of one frame": ('task = "t2i"', 'task = "t2v"', "task t2v needs at least 2 frames, got 1"),
@@ -42,6 +42,20 @@ FAULTS = {
         'task = "ti2v"',
         'task = "interpolate"\nimage_dropout = 0.5',
         "must not exceed text_dropout",
+    ),
+    "no task": ('task = "ti2v"', "", "stages.1: give a task (t2i, t2v, "),
+    "task and mix": ('task = "ti2v"', 'task = "ti2v"\ngivings = {first = 1}', "task ti2v has givings of its own"),
+    "shares": ('task = "ti2v"', "givings = {none = 0.5, first = 0.4}", "stages.1.givings: the shares add up to 0.9"),
+    "unknown giving": ('task = "ti2v"', "givings = {last = 1}", "'last' is no giving of frames; there are none, first"),
+    "nothing left of a mix": (
+        'task = "ti2v"\nframes = 3',
+        'givings = {none = 0.5, "first 3" = 0.5}\nframes = 3',
+        "task mix needs at least 4 frames, got 3",
+    ),
+    "key frames side by side": (
+        'task = "ti2v"',
+        'task = "keyframes"',
+        "stage 2-keyframes: keyframes lie far apart; give [data.digits] a stride above 1",
     ),
     "too many frames": ('task = "ti2v"\nframes = 3', 'task = "ti2v"\nframes = 10', "there can be 1 to 9"),
     "dropout": ('task = "ti2v"', 'task = "ti2v"\nimage_dropout = 0.5', "must not exceed text_dropout"),
@@ -79,8 +93,18 @@ def test_impossible_recipes_are_one_clear_line(recipe_file: Path, fault: str) ->
 def test_stage_order(recipe_file: Path) -> None:
     head, first, second = recipe_file.read_text().split("[[stages]]")
     recipe_file.write_text("[[stages]]".join((head, second, first)))
-    with pytest.raises(ConfigError, match="stages must go t2i, t2v, then ti2v, predict and interpolate, got ti2v, t2i"):
+    with pytest.raises(ConfigError, match="stages must go t2i, t2v, then tasks with given frames, got ti2v, t2i"):
         load_recipe(recipe_file)
+
+
+def test_a_stage_of_ones_own_mix(recipe_file: Path) -> None:
+    mix = 'givings = {none = 0.25, first = 0.25, "every 2" = 0.25, ends = 0.25}'
+    recipe_file.write_text(recipe_file.read_text().replace('task = "ti2v"', mix))
+    recipe = load_recipe(recipe_file)
+    stage = recipe.stages[-1]
+    assert (stage.name, stage.task, list(stage.kind.mix)) == ("2-mix", "mix", ["none", "first", "every 2", "ends"])
+    assert stage.kind.conditioned
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
 
 
 @pytest.mark.parametrize("content", [None, b"name = ", b"\xff\xfe\x00"])

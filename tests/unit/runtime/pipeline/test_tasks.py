@@ -1,7 +1,5 @@
 """Tasks: every set of given frames has a name, and the reference's patterns have their own."""
 
-from typing import get_args
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,11 +34,11 @@ def test_leading_tasks_are_given_the_beginning_and_nothing_else(frames: int, dat
     assert task_of(shown, frames).leading == (shown == set(range(len(shown))))
 
 
-@pytest.mark.parametrize("name", get_args(reference.TaskName))
-def test_what_the_reference_trains_for_has_the_same_name(name: reference.TaskName) -> None:
+@pytest.mark.parametrize("name", ["t2i", "t2v", "ti2v", "predict", "interpolate"])
+def test_what_the_reference_trains_for_has_the_same_name(name: str) -> None:
     task = reference.TASKS[name]
     frames = 9 if task.video else 1
-    assert task_of(task.given_frames(frames), frames).name == name
+    assert task_of(task.shown(0, frames).nonzero().flatten().tolist(), frames).name == name
 
 
 def test_names_differ_and_the_last_fits_everything() -> None:

@@ -66,10 +66,20 @@ def test_subjects_are_of_the_data(task: str, frames: int, given: list[int], vae:
     assert subjects.prompts == ["one", "two three"]
     assert subjects.shape == (frames, 4, 2, 4)
     assert subjects.micro.tolist() == [[8, 16, 0, 0, 4, frames]] * 2  # whole pictures, the data's stride and frames
-    assert subjects.given == given
+    assert [mask.nonzero().flatten().tolist() for mask in subjects.given] == [given] * 2
     assert data.video is not None
     with torch.no_grad():
-        torch.testing.assert_close(subjects.clean, vae.encode(data.video[:2])[:, given])
+        torch.testing.assert_close(subjects.clean[:, given], vae.encode(data.video[:2])[:, given])
+    assert not subjects.clean[~subjects.given].any()
+
+
+def test_a_sheet_shows_the_givings_of_a_mix_in_turn(vae: Vae) -> None:
+    mixed = stage("t2v", 4).model_copy(update={"task": "mix", "givings": {"none": 0.4, "ends": 0.6}})
+    subjects = choose(mixed, Logging(sample_count=3), batch(4), vae)
+    assert subjects.given.int().tolist() == [[0, 0, 0, 0], [1, 0, 0, 1], [0, 0, 0, 0]]
+    assert [pictures._given_words(mask) for mask in subjects.given[:2]] == ["", "frames 0, 3 + "]
+    assert pictures._given_words(torch.arange(12) < 1) == "image + "
+    assert pictures._given_words(torch.arange(12) % 2 == 0) == "6 frames + "
 
 
 def test_prompts_of_the_recipe_and_latents_of_shards(vae: Vae) -> None:
@@ -79,7 +89,7 @@ def test_prompts_of_the_recipe_and_latents_of_shards(vae: Vae) -> None:
     assert pictures.wanted(logging) == 1
     subjects = choose(stage("ti2v", 3), logging, data, vae)
     assert subjects.prompts == ["my own"]
-    assert torch.equal(subjects.clean, latents[:1, :1])
+    assert torch.equal(subjects.clean[:, :1], latents[:1, :1])
 
 
 @pytest.mark.parametrize("task", ["ti2v", "interpolate"])
@@ -90,7 +100,7 @@ def test_given_frames_stay_and_a_sample_does_not_depend_on_its_neighbours(model:
     )
     torch.testing.assert_close(one_by_one, together)
     with torch.no_grad():
-        torch.testing.assert_close(together[:, subjects.given], vae.decode(subjects.clean))
+        torch.testing.assert_close(together[subjects.given], vae.decode(subjects.clean)[subjects.given])
     assert (together[:, 1] - together[:, 0]).abs().max() > 1e-3
 
 

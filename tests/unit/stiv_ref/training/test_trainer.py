@@ -251,13 +251,30 @@ def test_bad_origins_stop_before_training(recipe: Recipe, whole: Path, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+CAUSAL = SimpleNamespace(
+    latent_channels=4, spatial_factor=4, causal=True, latent_frames=lambda frames: (frames - 1) // 4 + 1
+)
+
+
 def test_a_task_that_is_given_all_latent_frames(recipe: Recipe) -> None:
     """A VAE that codes four frames as one leaves fewer latent frames than the recipe has frames."""
     first, last = recipe.stages
     predict = last.model_copy(update={"task": "predict", "frames": 9, "name": "p"})
-    config = SimpleNamespace(latent_channels=4, spatial_factor=4, latent_frames=lambda frames: (frames - 1) // 4 + 1)
     with pytest.raises(ConfigError, match="stage p: task predict needs at least 5 latent frames, 9 frames are 3$"):
-        check_vae(recipe.model_copy(update={"stages": (first, predict)}), SimpleNamespace(config=config))
+        check_vae(recipe.model_copy(update={"stages": (first, predict)}), SimpleNamespace(config=CAUSAL))
+
+
+def test_what_a_causal_vae_cannot_be_given(recipe: Recipe) -> None:
+    """Its latent frame 4 codes what lies before it too, which is not given: only beginnings can be."""
+    first, last = recipe.stages
+    mix = {"none": 0.2, "first 2": 0.2, "ends": 0.3, "random": 0.3}
+    mixed = last.model_copy(update={"task": "mix", "givings": mix, "frames": 17, "name": "m"})
+    with pytest.raises(ConfigError, match="stage m: the VAE is causal, .* as 'ends', 'random' would; its givings are"):
+        check_vae(recipe.model_copy(update={"stages": (first, mixed)}), SimpleNamespace(config=CAUSAL))
+    leading = mixed.model_copy(update={"givings": {"none": 0.5, "first 2": 0.5}})
+    sampling = recipe.sampling.model_copy(update={"frames": 9})
+    fits = recipe.model_copy(update={"stages": (first, leading), "sampling": sampling})
+    check_vae(fits, SimpleNamespace(config=CAUSAL))
 
 
 def test_components_that_do_not_fit_the_model(recipe: Recipe, whole: Path, tmp_path: Path) -> None:
