@@ -32,6 +32,7 @@ from stiv_deploy.stiv_ref.files import read_text
 from stiv_deploy.stiv_ref.objective import Objective
 from stiv_deploy.stiv_ref.tasks import MIX
 from stiv_deploy.stiv_ref.vae import VaeConfig
+from stiv_deploy.stiv_ref.world_settings import SIDE, WorldData
 
 NAME = r"^[A-Za-z0-9._-]+$"
 SCRATCH = "scratch"
@@ -102,7 +103,7 @@ class ShardData(FrozenConfig):
     max_broken: float = Field(default=0.5, ge=0, le=1)
 
 
-Data = Annotated[DigitsData | VideoData | ShardData, Field(discriminator="kind")]
+Data = Annotated[DigitsData | WorldData | VideoData | ShardData, Field(discriminator="kind")]
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -226,20 +227,22 @@ class Recipe(FrozenConfig):
             if isinstance(values.get(section), dict):
                 values[section] = {"kind": kind, **values[section]}
         if isinstance(values.get("stages"), list | tuple) and all(isinstance(each, dict) for each in values["stages"]):
-            names = list(values["data"]) if isinstance(values.get("data"), dict) else ["digits"]
+            data = values["data"] if isinstance(values.get("data"), dict) else {"digits": None}
             values["stages"] = [
-                cls._filled_stage(dict(stage), number, names) for number, stage in enumerate(values["stages"], 1)
+                cls._filled_stage(dict(stage), number, data) for number, stage in enumerate(values["stages"], 1)
             ]
         return values
 
     @staticmethod
-    def _filled_stage(stage: dict[str, Any], number: int, data: list[str]) -> dict[str, Any]:
+    def _filled_stage(stage: dict[str, Any], number: int, data: dict[str, Any]) -> dict[str, Any]:
         if not stage.get("name"):
             stage["name"] = f"{number}-{stage.get('task', MIX)}"
         if not stage.get("data") and len(data) == 1:
-            stage["data"] = data[0]
+            stage["data"] = next(iter(data))
         if stage.get("resolution") is None and not stage.get("buckets"):
-            stage["resolution"] = (SIZE, SIZE)
+            there = data.get(str(stage.get("data")))
+            side = SIDE if isinstance(there, dict) and there.get("kind") == "world" else SIZE
+            stage["resolution"] = (side, side)
         return stage
 
     @field_validator("model", mode="before")
@@ -291,11 +294,23 @@ class Recipe(FrozenConfig):
         data = self.data[stage.data]
         if stage.task == "keyframes" and not isinstance(data, ShardData) and max(getattr(data, "strides", (1,))) == 1:
             raise ValueError(f"stage {stage.name}: keyframes lie far apart; give [data.{stage.data}] a stride above 1")
+        if isinstance(data, DigitsData | WorldData):
+            self._check_drawn(stage, data)
+
+    @staticmethod
+    def _check_drawn(stage: Stage, data: DigitsData | WorldData) -> None:
+        """What is drawn has one square size, on which all frames can be drawn."""
+        what = "moving digits are" if isinstance(data, DigitsData) else "the world is"
+        for height, width in stage.sizes:
+            if height != width:
+                raise ValueError(f"stage {stage.name}: {what} square, resolution is {height}x{width}")
+        if len(stage.sizes) > 1:
+            raise ValueError(f"stage {stage.name}: {what} drawn in one size; give resolution, not buckets")
+        side = stage.sizes[0][0]
         if isinstance(data, DigitsData):
-            for height, width in stage.sizes:
-                if height != width:
-                    raise ValueError(f"stage {stage.name}: moving digits are square, resolution is {height}x{width}")
-                check_frames(stage.frames, height)
+            check_frames(stage.frames, side)
+        else:
+            data.check(stage.frames, side)
 
     def _check_sizes(self, stage: Stage) -> None:
         """Frames, pixels and masks fit the patches; with a pretrained VAE the trainer checks again when it is read."""

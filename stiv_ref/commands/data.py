@@ -38,6 +38,28 @@ def sample_clips(
 
 
 @data.command()
+def world(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="PNG file to write.")],
+    count: Annotated[int, typer.Option(min=1, max=1024, help="Clips.")] = 16,
+    frames: Annotated[int, typer.Option(min=1, max=1024, help="Frames of a clip; 1 for stills.")] = 16,
+    size: Annotated[int, typer.Option(min=1, max=1024, help="Height and width, a multiple of 16.")] = 64,
+    stride: Annotated[list[int] | None, typer.Option(help="Frame strides to draw from.", show_default="1")] = None,
+    split: Annotated[Literal["train", "test"], typer.Option(help="Clips trained on, or those held out.")] = "test",
+) -> None:
+    """Draw a contact sheet of the world of one moving object that recipes train on, with captions.
+
+    stiv data world world.png --count 24
+    """
+    from stiv_deploy.stiv_ref.config import parse_config
+    from stiv_deploy.stiv_ref.data.world.sheet import world_sheet
+    from stiv_deploy.stiv_ref.world_settings import WorldData
+
+    settings = parse_config(WorldData, {"kind": "world", "strides": stride or [1]}, "world")
+    world_sheet(settings, out, count=count, frames=frames, side=size, split=split)
+    typer.echo(out)
+
+
+@data.command()
 def cut(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of videos; folders inside count too.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the index, the report and the pictures.")],

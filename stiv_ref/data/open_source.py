@@ -8,8 +8,10 @@ from stiv_deploy.stiv_ref.data.shards import list_video_shards
 from stiv_deploy.stiv_ref.data.source import DigitsSource, Source
 from stiv_deploy.stiv_ref.data.tars import shard_paths
 from stiv_deploy.stiv_ref.data.videos import Listing, VideoDataset, list_videos_of
+from stiv_deploy.stiv_ref.data.world.source import WorldSource
 from stiv_deploy.stiv_ref.errors import DataError
 from stiv_deploy.stiv_ref.recipe import DigitsData, Recipe, ShardData, Stage, VideoData
+from stiv_deploy.stiv_ref.world_settings import WorldData
 
 
 def open_source(recipe: Recipe, stage: Stage, number: int) -> Source:
@@ -22,6 +24,8 @@ def open_source(recipe: Recipe, stage: Stage, number: int) -> Source:
     data = recipe.data[stage.data]
     if isinstance(data, DigitsData):
         return DigitsSource(seed=recipe.seed, stage=number, frames=stage.frames, size=stage.sizes[0][0])
+    if isinstance(data, WorldData):
+        return WorldSource(data, seed=recipe.seed, stage=number, frames=stage.frames, side=stage.sizes[0][0])
     return DatasetSource(
         _open_dataset(recipe, stage, data),
         seed=recipe.seed,

@@ -1,0 +1,58 @@
+"""Settings of the drawn worlds in a recipe, and what can be in them; asked before anything is drawn."""
+
+from typing import Annotated, Literal, Self, TypeVar, get_args
+
+from pydantic import Field, model_validator
+
+from stiv_deploy.stiv_ref.bounds import SIZE_LIMIT, Strides
+from stiv_deploy.stiv_ref.config import FrozenConfig
+
+Shape = Literal["circle", "square", "triangle", "star", "ring", "cross"]
+Motion = Literal[
+    "left", "right", "up", "down", "up-left", "up-right", "down-left", "down-right",
+    "bounce", "orbit", "grow", "shrink", "stay",
+]  # fmt: skip
+Background = Literal["plain", "gradient", "texture"]
+SHAPES: tuple[Shape, ...] = get_args(Shape)
+MOTIONS: tuple[Motion, ...] = get_args(Motion)
+BACKGROUNDS: tuple[Background, ...] = get_args(Background)
+SIDE = 64
+"""Height and width of the world's usual picture, in pixels; other sizes show the same, larger or smaller."""
+LEAST_SIDE = 32
+
+ItemT = TypeVar("ItemT")
+Some = Annotated[tuple[ItemT, ...], Field(min_length=1, max_length=1_000)]
+
+
+class WorldData(FrozenConfig):
+    """A world of one moving object, drawn on the fly at the resolution of the stage, with the truth behind it known.
+
+    Fewer ``shapes``, ``motions`` and ``backgrounds`` and a larger ``least_radius`` (of :data:`SIDE` pixels) make it
+    easier. ``strides`` are the frame strides drawn from. A clip is a whole scene, or is cut out of one of
+    ``scene_frames`` frames: so key frames and what lies between them are of scenes with the same speeds.
+    """
+
+    kind: Literal["world"]
+    shapes: Some[Shape] = SHAPES
+    motions: Some[Motion] = MOTIONS
+    backgrounds: Some[Background] = BACKGROUNDS
+    least_radius: float = Field(default=6.0, ge=5, le=9)
+    strides: Strides = (1,)
+    scene_frames: int | None = Field(default=None, gt=1, le=SIZE_LIMIT)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("shapes", "motions", "backgrounds"):
+            there = getattr(self, name)
+            if len(set(there)) < len(there):
+                raise ValueError(f"{name} has one twice: {', '.join(there)}")
+        return self
+
+    def check(self, frames: int, side: int) -> None:
+        """``ValueError`` if clips of ``frames`` frames and ``side`` pixels cannot be drawn."""
+        if side < LEAST_SIDE or side % 16:
+            raise ValueError(f"the world is drawn at multiples of 16 pixels from {LEAST_SIDE} on, got {side}")
+        if self.scene_frames is not None and self.scene_frames <= (frames - 1) * max(self.strides):
+            raise ValueError(
+                f"{frames} frames at stride {max(self.strides)} are longer than scene_frames {self.scene_frames}"
+            )
