@@ -36,7 +36,7 @@ class WorldData(FrozenConfig):
     shapes: Some[Shape] = SHAPES
     motions: Some[Motion] = MOTIONS
     backgrounds: Some[Background] = BACKGROUNDS
-    least_radius: float = Field(default=6.0, ge=5, le=9)
+    least_radius: float = Field(default=6.0, ge=5, le=8.5)
     strides: Strides = (1,)
     scene_frames: int | None = Field(default=None, gt=1, le=SIZE_LIMIT)
 

@@ -59,7 +59,12 @@ class WorldClip:
     @property
     def places(self) -> list[Place]:
         """Where the object is in each frame, and its radius."""
-        return [self.scene.track.at(time) for time in _times(self.start, len(self.frames), self.stride)]
+        return [self.scene.track.at(time) for time in times_of(self)]
+
+
+def times_of(clip: WorldClip) -> list[float]:
+    """The time of each frame in the scene."""
+    return _times(clip.start, len(clip.frames), clip.stride)
 
 
 def _times(start: int, count: int, stride: int) -> list[float]:
@@ -106,7 +111,9 @@ class World:
 
     def _scene(self, span: float, draws: Draws) -> Scene:
         settings, scale = self.settings, self.side / SIDE
-        shape, colour, motion = (draws.choice(each) for each in (settings.shapes, tuple(COLOURS), settings.motions))
+        shape = draws.choice(settings.shapes)
+        colour = draws.choice(tuple(COLOURS))
+        motion = draws.choice(settings.motions)
         size: Size = draws.choice(("small", "big"))
         low, high = SMALL if size == "small" else BIG
         low = max(low, settings.least_radius)

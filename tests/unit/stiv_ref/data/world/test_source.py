@@ -58,7 +58,7 @@ FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "shape": ({"shapes": ["cube"]}, {}, "data.world.world.shapes.0: Input should be 'circle'"),
     "no shapes": ({"shapes": []}, {}, "at least 1 item"),
     "twice": ({"motions": ["left", "left"]}, {}, "motions has one twice: left, left"),
-    "radius": ({"least_radius": 10}, {}, "less than or equal to 9"),
+    "radius": ({"least_radius": 9}, {}, "less than or equal to 8.5"),
     "stride": ({"strides": [0]}, {}, "greater than 0"),
     "scene": ({"strides": [4], "scene_frames": 12}, {}, "4 frames at stride 4 are longer than scene_frames 12"),
     "small": ({}, {"resolution": [16, 16]}, "multiples of 16 pixels from 32 on, got 16"),

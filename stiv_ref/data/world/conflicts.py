@@ -1,0 +1,50 @@
+"""Prompts that contradict the frame given with them: does the clip follow the picture, or the words?"""
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from stiv_deploy.stiv_ref.data.world.captions import COLOURS, Caption, word
+from stiv_deploy.stiv_ref.data.world.clips import World, WorldClip
+from stiv_deploy.stiv_ref.data.world.draws import Draws
+from stiv_deploy.stiv_ref.data.world.scores import Scores
+from stiv_deploy.stiv_ref.world_settings import MOTIONS, SHAPES
+
+About = Literal["colour", "shape", "motion"]
+ABOUT: tuple[About, ...] = get_args(About)
+CONFLICT_DRAWS = 2
+"""Seeds the choices of conflicts, beside the clip's number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conflict:
+    """A clip, whose first frames are given, and a caption that says something else ``about`` it."""
+
+    clip: WorldClip
+    caption: Caption
+    about: About
+
+    def followed(self, scores: Scores) -> Literal["picture", "words", "neither"]:
+        """What a clip with these scores follows in what they differ about."""
+        seen = getattr(scores.seen, self.about, None)
+        if seen is not None and seen == getattr(self.clip.scene.truth, self.about):
+            return "picture"
+        return "words" if seen is not None and seen == getattr(self.caption.told, self.about) else "neither"
+
+
+def conflicts(world: World, count: int) -> list[Conflict]:
+    """``count`` conflicts with the first clips of ``world``, about colour, shape and motion in turn.
+
+    A single frame shows no motion: a caption about another motion is in conflict only where more frames are given.
+    """
+    return [_conflict(world.clip(index), ABOUT[index % len(ABOUT)]) for index in range(count)]
+
+
+def _conflict(clip: WorldClip, about: About) -> Conflict:
+    draws, told = Draws(CONFLICT_DRAWS, clip.index), replace(clip.scene.truth, size=None)
+    if about == "colour":
+        told = replace(told, colour=draws.choice([each for each in COLOURS if each != told.colour]))
+    elif about == "shape":
+        told = replace(told, shape=draws.choice([each for each in SHAPES if each != told.shape]))
+    else:
+        told = replace(told, motion=draws.choice([each for each in MOTIONS if each != told.motion]))
+    return Conflict(clip=clip, caption=word(told, draws), about=about)
