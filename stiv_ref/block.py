@@ -2,7 +2,8 @@
 
 Shapes: B batch, T token frames, S tokens of a frame, D width, H heads, Dh head size, L text tokens.
 Order (arXiv 2412.07730, section 3): spatial attention -> temporal attention -> cross-attention -> FFN, each as a
-sandwich ``x + gate * LN(f(modulate(LN(x))))`` with stateless norms; attention in space and time has QK-norm and RoPE.
+sandwich ``x + gate * LN(f(modulate(LN(x))))`` with stateless norms. All attention has QK-norm (section 2.2, figure 3),
+that in space and time RoPE.
 """
 
 from typing import NamedTuple
@@ -73,26 +74,31 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from video tokens to text; keys and values are projected once a request by :meth:`text_kv`."""
+    """Attention from video tokens to text, with QK-norm unless ``qk_norm`` is off.
 
-    def __init__(self, width: int, heads: int) -> None:
+    Keys and values are projected, and the keys normalized, once a request by :meth:`text_kv`.
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = True) -> None:
         super().__init__()
         self.heads = heads
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
+        self.q_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
         self.out = nn.Linear(width, width)
 
     def text_kv(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, L, Dh] of projected text states [B, L, D]."""
+        """Keys, normalized, and values [B, H, L, Dh] of projected text states [B, L, D]."""
         batch, length, width = text.shape
         kv = self.kv(text).reshape(batch, length, 2, self.heads, width // self.heads)
         k, v = kv.permute(2, 0, 3, 1, 4).chunk(2)
-        return k.squeeze(0), v.squeeze(0)
+        return self.k_norm(k.squeeze(0)), v.squeeze(0)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """Attend from ``x`` [B, N, D] to text k, v [B, H, L, Dh] under the additive mask [B, 1, 1, L]."""
         batch, length, width = x.shape
-        q = self.q(x).reshape(batch, length, self.heads, width // self.heads).transpose(1, 2)
+        q = self.q_norm(self.q(x).reshape(batch, length, self.heads, width // self.heads)).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, N, Dh)
         return self.out(y.transpose(1, 2).reshape(batch, length, width))
 
@@ -125,7 +131,7 @@ class StivBlock(nn.Module):
         if config.temporal:
             self.temporal = SelfAttention(config.width, config.heads)
             self.temporal_gate = nn.Parameter(torch.zeros(config.width))
-        self.cross = CrossAttention(config.width, config.heads)
+        self.cross = CrossAttention(config.width, config.heads, config.cross_qk_norm)
         self.ffn = FeedForward(config.width, config.mlp_ratio)
 
     def forward(

@@ -29,6 +29,8 @@ from stiv_deploy.stiv_ref.vae import Vae, VaeConfig
 from stiv_deploy.stiv_ref.weights import check_finite, check_fit, fill, load_tensors, save_tensors
 
 Component = TypeVar("Component", bound=nn.Module)
+STATED = {("model", "cross_qk_norm"): "false", ("text", "pooling"): '"mean"'}
+"""What config.json must say itself, whatever its default is now, and what was so before it could be said."""
 COMPONENTS = ("config.json", "model", "text_encoder", "vae", "tokenizer.json")
 """What a checkpoint consists of: files, and components that are a safetensors file or a folder of this name."""
 
@@ -177,6 +179,7 @@ def read_checkpoint_config(path: Path) -> CheckpointConfig:
     if not is_file(path / "config.json"):
         raise CheckpointError(f"{path}: no checkpoint here (config.json is missing); train one with 'stiv train'")
     config = read_config(CheckpointConfig, path / "config.json")
+    _check_stated(path, config)
     if config.model.text_width != config.text.width or config.model.latent_channels != config.vae.latent_channels:
         raise CheckpointError(f"{path}: the model's text width or latent channels differ from its text encoder or VAE")
     if config.model.temporal:
@@ -185,6 +188,16 @@ def read_checkpoint_config(path: Path) -> CheckpointConfig:
         except ConfigError as error:
             raise CheckpointError(f"{path}: sampling.frames in config.json: {error}") from None
     return config
+
+
+def _check_stated(path: Path, config: CheckpointConfig) -> None:
+    """:class:`CheckpointError` where config.json leaves out what was otherwise when checkpoints did not say it."""
+    for (section, key), before in STATED.items():
+        if key not in getattr(config, section).model_fields_set and hasattr(getattr(config, section), key):
+            raise CheckpointError(
+                f"{path}: config.json does not say {section}.{key}; in checkpoints older than this key it is {before}: "
+                f'add "{key}": {before} to "{section}"'
+            )
 
 
 def _read(module: Component, source: Path) -> Component:

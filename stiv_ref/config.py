@@ -65,6 +65,7 @@ class StivConfig(FrozenConfig):
     ``patch`` is (pt, ps): frames and pixels of latent that make one token. ``base_frames`` and ``base_grid`` (in
     tokens) are the sizes at which RoPE positions are used as they are; larger inputs are interpolated back to them.
     The last ``full_blocks`` of the ``blocks`` see all tokens in masked training (MaskDiT), else they are as the others.
+    ``cross_qk_norm``: whether queries and keys of cross-attention are normalized; those of self-attention always are.
     """
 
     name: Name
@@ -81,6 +82,7 @@ class StivConfig(FrozenConfig):
     rope_theta: float = Field(default=10_000.0, gt=0, le=1e12)
     frequency_width: int = Field(default=256, gt=0, le=SIZE_LIMIT, multiple_of=2)
     full_blocks: int = Field(default=0, ge=0, le=1_000)
+    cross_qk_norm: bool = True
 
     @model_validator(mode="after")
     def _check(self) -> "StivConfig":

@@ -12,7 +12,16 @@ from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.errors import CheckpointError
 from stiv_deploy.stiv_ref.model import Stiv
 
-SAME = ("width", "heads", "latent_channels", "text_width", "mlp_ratio", "frequency_width", "rope_theta")
+SAME = (
+    "width",
+    "heads",
+    "latent_channels",
+    "text_width",
+    "mlp_ratio",
+    "frequency_width",
+    "rope_theta",
+    "cross_qk_norm",
+)
 """What models must have in common to take weights from each other."""
 
 

@@ -31,6 +31,7 @@ from stiv_deploy.stiv_ref.errors import ConfigError, one_line
 from stiv_deploy.stiv_ref.files import read_text
 from stiv_deploy.stiv_ref.objective import Objective
 from stiv_deploy.stiv_ref.tasks import MIX
+from stiv_deploy.stiv_ref.text import Pooling
 from stiv_deploy.stiv_ref.vae import VaeConfig
 from stiv_deploy.stiv_ref.world_settings import SIDE, WorldData
 
@@ -48,6 +49,7 @@ class WordText(FrozenConfig):
     layers: Layers = 2
     heads: bounds.Size = 3
     max_tokens: Tokens = 16
+    pooling: Pooling = "last"
 
 
 class FrozenText(FrozenConfig):

@@ -47,7 +47,7 @@ def part(module: Module, *children: str) -> Module:
 def _key_value_part(block: StivBlock) -> StivBlock:
     """A view of ``block`` with only the projection of text to keys and values."""
     view = part(block)
-    view.cross = part(block.cross, "kv")
+    view.cross = part(block.cross, "kv", "k_norm")
     return view
 
 

@@ -20,11 +20,10 @@ from stiv_deploy.stiv_ref.bounds import Size, Tokens, Vocabulary
 from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.errors import CheckpointError
 from stiv_deploy.stiv_ref.pretrained.folders import CONFIG, check_weights, read_config, silenced
-from stiv_deploy.stiv_ref.text import TextConfig, TextStates, load_tokenizer
+from stiv_deploy.stiv_ref.text import Pooling, TextConfig, TextStates, load_tokenizer, pool
 from stiv_deploy.stiv_ref.weights import check_finite, save_tensors
 
 Architecture = Literal["t5", "clip", "bert"]
-Pooling = Literal["last", "mean"]
 DEFAULT_MAX_TOKENS = 128
 """Longest prompt of an encoder whose tokenizer names no length: every prompt is padded to it."""
 WEIGHTS = "model.safetensors"
@@ -90,18 +89,6 @@ class TabledBias(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Bias [L, L, H]; of ``input`` [L, L] only the shape counts."""
         return super().forward(self.buckets[: input.shape[0], : input.shape[1]])
-
-
-def pool(states: Tensor, token_mask: Tensor, pooling: Pooling) -> Tensor:
-    """Pooled [B, Dt] of ``states`` [B, L, Dt]: the last real token's state, or the mean over the real tokens.
-
-    ``token_mask`` is int64 0/1 [B, L], padded on the right, at least one token in every row.
-    """
-    if pooling == "mean":
-        weight = token_mask / token_mask.sum(dim=1, keepdim=True)
-        return (states * weight.unsqueeze(-1).to(states.dtype)).sum(1)
-    last = (token_mask.sum(dim=1) - 1)[:, None, None].expand(-1, 1, states.shape[2])
-    return states.gather(1, last).squeeze(1)
 
 
 class PretrainedTextEncoder(nn.Module):

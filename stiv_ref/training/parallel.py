@@ -129,7 +129,7 @@ def shard(module: nn.Module, team: Team, precision: str) -> None:
     """Shard ``module`` over ``team`` in place; without a mesh nothing is done.
 
     Every block of a :class:`Stiv` is gathered on its own, just in time, all else at once. Keys and values of the text
-    are computed for all blocks in front of them, so these linears make a group. In bfloat16 blocks are *gathered* in
+    are computed for all blocks in front of them, so what makes them is a group. In bfloat16 blocks are *gathered* in
     bfloat16, as autocast would round their weights anyhow; the weights and all sums over gradients stay fp32. What was
     gathered is freed after every forward pass, the root's too: no copy outlives a change of the weights.
     """
@@ -142,7 +142,8 @@ def shard(module: nn.Module, team: Team, precision: str) -> None:
             policy = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
-        fully_shard([block.cross.kv for block in blocks], mesh=team.mesh, mp_policy=policy)
+        text: list[nn.Module] = [module for block in blocks for module in (block.cross.kv, block.cross.k_norm)]
+        fully_shard(text, mesh=team.mesh, mp_policy=policy)
         for block in blocks:
             fully_shard(block, mesh=team.mesh, mp_policy=policy)
     fully_shard(module, mesh=team.mesh, reshard_after_forward=True)

@@ -66,6 +66,7 @@ def word_encoder(settings: WordText, model: StivConfig, tokenizer: Tokenizer, se
         layers=settings.layers,
         heads=settings.heads,
         max_tokens=settings.max_tokens,
+        pooling=settings.pooling,
     )
     return TextEncoder(config).initialize(torch.Generator().manual_seed(seed))
 

@@ -140,7 +140,7 @@ def test_attention_quantizes_all_four_operands(calibrated: "Calibrated", quantiz
     y = (weights @ value).swapaxes(1, 2).reshape(3, 16, 32)
     wanted = y @ attention.out.weight.double().numpy().T + attention.out.bias.double().numpy()
     found = found_module(x, angle.cos(), angle.sin())
-    assert distance(found, torch.from_numpy(wanted)) < 2e-3  # ties; each operand alone shifts it by more than 5e-3
+    assert distance(found, torch.from_numpy(wanted)) < 3e-3  # ties; each operand alone shifts it by more than 5e-3
     assert distance(found, attention(x, angle.cos(), angle.sin())) > 5e-3
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from stiv_deploy.stiv_ref.checkpoint import (
     load_text_encoder,
     load_vae,
     open_checkpoint,
+    read_checkpoint_config,
     save_checkpoint,
 )
 from stiv_deploy.stiv_ref.config import StivConfig
@@ -251,8 +253,41 @@ def test_a_checkpoint_in_memory_has_no_path(original: Checkpoint) -> None:
 def test_a_small_config_is_written_without_a_kind(saved: Path) -> None:
     """So that checkpoints of before there were pretrained encoders are read, and new ones are the same bytes."""
     config = json.loads((saved / "config.json").read_text())
-    assert set(config["text"]) == {"vocabulary", "width", "heads", "layers", "max_tokens"}
+    assert set(config["text"]) == {"vocabulary", "width", "heads", "layers", "max_tokens", "pooling"}
     assert set(config["vae"]) == {"latent_channels", "channels"}
+
+
+def without(folder: Path, section: str, key: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config[section][key]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "before"), [("model", "cross_qk_norm", "false"), ("text", "pooling", '"mean"')]
+)
+def test_what_older_checkpoints_do_not_say_is_not_guessed(saved: Path, section: str, key: str, before: str) -> None:
+    """Today's default would be another model on the same weights, and not always of other shapes."""
+    without(saved, section, key)
+    message = (
+        f'config.json does not say {section}.{key}; in checkpoints older than this key it is {before}: add "{key}": '
+    )
+    with pytest.raises(CheckpointError, match=re.escape(f"{saved}: {message}")):
+        read_checkpoint_config(saved)
+
+
+def test_norms_that_the_weights_do_not_have_are_refused(saved: Path) -> None:
+    names = [f"blocks.{index}.cross.{part}_norm.weight" for index in (0, 1) for part in "qk"]
+    edit_tensors(lambda tensors: [tensors.pop(name) for name in names])(saved)
+    with pytest.raises(CheckpointError, match=r"missing blocks\.0\.cross\.q_norm\.weight"):
+        load_checkpoint(saved)
+    edit_config("model", "cross_qk_norm", False)(saved)
+    assert isinstance(load_checkpoint(saved).model.blocks[0].cross.q_norm, torch.nn.Identity)
+
+
+def test_the_shipped_checkpoint_says_both(root: Path) -> None:
+    config = read_checkpoint_config(root / "checkpoints" / "tiny")
+    assert (config.model.cross_qk_norm, config.text.pooling) == (False, "mean")
 
 
 def test_parts_are_loaded_alone(original: Checkpoint, saved: Path) -> None:

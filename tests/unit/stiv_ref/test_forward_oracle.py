@@ -6,6 +6,7 @@ two blocks, and any mistake in a formula shows as 1e-2 or more.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,7 +92,10 @@ def cross_attention(values: Weights, heads: int, x: Array, text: Array) -> Array
     outputs = []
     for head in range(heads):
         chosen = slice(head * size, (head + 1) * size)
-        outputs.append(softmax(q[:, chosen] @ k[:, chosen].T / np.sqrt(size)) @ v[:, chosen])
+        qh, kh = q[:, chosen], k[:, chosen]
+        if "q_norm.weight" in values:  # config.cross_qk_norm
+            qh, kh = rms_norm(qh, values["q_norm.weight"]), rms_norm(kh, values["k_norm.weight"])
+        outputs.append(softmax(qh @ kh.T / np.sqrt(size)) @ v[:, chosen])
     return linear(values, "out", np.concatenate(outputs, -1))
 
 
@@ -205,12 +209,16 @@ def assert_equal_to_rounding(got: torch.Tensor, wanted: Array) -> None:
     assert error < TOLERANCE
 
 
-@pytest.mark.parametrize("temporal", [True, False])
-@pytest.mark.parametrize("patch", [(1, 2), (2, 1), (1, 1), (2, 2)])
-def test_whole_model(random_model: ModelFactory, patch: tuple[int, int], temporal: bool) -> None:
-    if not temporal and patch[0] > 1:
-        pytest.skip("an image model has one frame")
-    model = random_model(patch=patch, temporal=temporal)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"patch": patch} for patch in ((1, 2), (2, 1), (1, 1), (2, 2))),
+        *({"patch": patch, "temporal": False} for patch in ((1, 2), (1, 1))),
+        {"cross_qk_norm": False},
+    ],
+)
+def test_whole_model(random_model: ModelFactory, changes: dict[str, Any]) -> None:
+    model, temporal = random_model(**changes), changes.get("temporal", True)
     rng = np.random.default_rng(3)
     frames = 6 if temporal else 1  # more than base_frames, so that positions are interpolated
     latents = rng.standard_normal((2, frames, 4, 8, 6))

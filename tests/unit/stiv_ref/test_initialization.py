@@ -94,6 +94,7 @@ def test_full_blocks_are_new_where_the_origin_has_none(random_model: ModelFactor
         ({"patch": (1, 1)}, "its spatial patch is 1"),
         ({"blocks": 3}, "it has 3 blocks"),
         ({"rope_theta": 50.0}, "its rope_theta is 50.0"),
+        ({"cross_qk_norm": False}, "its cross_qk_norm is False, the stage's model has True"),
     ],
 )
 def test_origins_of_another_architecture_are_refused(

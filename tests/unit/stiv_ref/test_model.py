@@ -98,13 +98,27 @@ def numpy_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.einsum("bhqk,bhkd->bhqd", weights / weights.sum(-1, keepdims=True), v)
 
 
-def test_cross_attention_equals_numpy() -> None:
+def numpy_rms_norm(x: np.ndarray, weight: Tensor) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight.detach().numpy()
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_cross_attention_equals_numpy(normed: bool) -> None:
     torch.manual_seed(0)
-    module, x, text = CrossAttention(8, 2).double(), torch.randn(2, 7, 8).double(), torch.randn(2, 5, 8).double()
-    k, v = module.text_kv(text)
-    got = module(x, k, v, torch.zeros(2, 1, 1, 5).double())
+    module, x, text = (
+        CrossAttention(8, 2, normed).double(),
+        torch.randn(2, 7, 8).double(),
+        torch.randn(2, 5, 8).double(),
+    )
     q = module.q(x).detach().numpy().reshape(2, 7, 2, 4).transpose(0, 2, 1, 3)
     kv = module.kv(text).detach().numpy().reshape(2, 5, 2, 2, 4).transpose(2, 0, 3, 1, 4)
+    if normed:
+        for norm in (module.q_norm, module.k_norm):
+            torch.nn.init.normal_(norm.weight)
+        q, kv = numpy_rms_norm(q, module.q_norm.weight), kv.copy()
+        kv[0] = numpy_rms_norm(kv[0], module.k_norm.weight)
+    k, v = module.text_kv(text)
+    got = module(x, k, v, torch.zeros(2, 1, 1, 5).double())
     np.testing.assert_allclose(k.detach(), kv[0])
     wanted = module.out(torch.from_numpy(numpy_attention(q, *kv).transpose(0, 2, 1, 3).reshape(2, 7, 8).copy()))
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
@@ -124,6 +138,18 @@ def test_qk_norm_takes_out_the_size_of_q_and_k() -> None:
     # Not bit-equal: the norm's epsilon of 1e-6 weighs less on larger values (mean squares here are about 0.1).
     torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
     assert (module(x, *tables) - after).abs().max() > 1e-2
+
+
+def test_qk_norm_of_cross_attention_takes_out_the_size_of_q_and_k() -> None:
+    torch.manual_seed(0)
+    module, x, text = CrossAttention(8, 2).double(), torch.randn(2, 6, 8).double(), torch.randn(2, 5, 8).double()
+    mask = torch.zeros(2, 1, 1, 5).double()
+    with torch.no_grad():
+        before = module(x, *module.text_kv(text), mask)
+        for part in (module.q.weight, module.q.bias, module.kv.weight[:8], module.kv.bias[:8]):
+            part.mul_(100)
+        # Not bit-equal: see above.
+        torch.testing.assert_close(module(x, *module.text_kv(text), mask), before, rtol=0, atol=1e-4)
 
 
 def test_padding_content_has_no_influence(random_model: ModelFactory) -> None:

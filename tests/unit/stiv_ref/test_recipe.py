@@ -7,14 +7,15 @@ import pytest
 
 from stiv_deploy.stiv_ref.config import CONFIGS, StivConfig, read_config
 from stiv_deploy.stiv_ref.errors import ConfigError
-from stiv_deploy.stiv_ref.recipe import Recipe, load_recipe
+from stiv_deploy.stiv_ref.recipe import Recipe, WordText, load_recipe
 
 SHIPPED = Path(load_recipe.__code__.co_filename).parents[1] / "recipes" / "tiny.toml"
 
 
 def test_the_shipped_recipe_is_the_papers_order() -> None:
     recipe = load_recipe(SHIPPED)
-    assert recipe.model == CONFIGS["tiny"]
+    assert recipe.model == CONFIGS["tiny"].model_copy(update={"cross_qk_norm": False})
+    assert recipe.text == WordText(pooling="mean")
     assert list(dict.fromkeys(stage.task for stage in recipe.stages)) == ["t2i", "t2v", "ti2v"]
     assert recipe.sampling.frames >= 8
 

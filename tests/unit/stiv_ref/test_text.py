@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stiv_deploy.stiv_ref.errors import CheckpointError
-from stiv_deploy.stiv_ref.text import TextConfig, TextEncoder, load_tokenizer, tokenize, word_tokenizer
+from stiv_deploy.stiv_ref.text import Pooling, TextConfig, TextEncoder, load_tokenizer, tokenize, word_tokenizer
 
 WORDS = ("digit", "three", "moving")
 PAD, UNK, END = 0, 1, 2
@@ -53,13 +53,17 @@ def encoder() -> TextEncoder:
     return TextEncoder(config).initialize(torch.Generator().manual_seed(0)).double().requires_grad_(False)
 
 
-def test_pooled_is_the_mean_of_the_real_tokens(encoder: TextEncoder) -> None:
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_pooled_is_the_last_state_or_the_mean_of_the_real_tokens(encoder: TextEncoder, pooling: Pooling) -> None:
+    assert encoder.config.pooling == "last"  # as in the paper
+    encoder.config = encoder.config.model_copy(update={"pooling": pooling})
     ids, mask = tokenize(word_tokenizer(WORDS, 6), ["digit three", "", "digit three moving digit three"])
     out = encoder(ids, mask)
     assert out.states.shape == (3, 6, 12)
     assert torch.equal(out.mask, mask)
     for sample, length in enumerate((3, 1, 6)):
-        wanted = torch.stack([out.states[sample, token] for token in range(length)]).mean(0)
+        states = [out.states[sample, token] for token in range(length)]
+        wanted = states[-1] if pooling == "last" else torch.stack(states).mean(0)
         torch.testing.assert_close(out.pooled[sample], wanted, rtol=1e-6, atol=1e-6)  # fp32 weights
 
 
