@@ -36,6 +36,8 @@ from stiv_deploy.stiv_ref.vae import VaeConfig
 from stiv_deploy.stiv_ref.world_settings import SIDE, WorldData
 
 NAME = r"^[A-Za-z0-9._-]+$"
+WHOLE_SHARE = 0.15
+"""Share of a VAE's steps, the last ones, that see whole frames where the earlier ones see crops."""
 SCRATCH = "scratch"
 """In ``spatial_from``: start from new weights."""
 Size = tuple[bounds.Size, bounds.Size]
@@ -61,13 +63,24 @@ class FrozenText(FrozenConfig):
 
 
 class TrainedVae(VaeConfig):
-    """The small VAE, trained before the first stage on single frames of the first stage's data."""
+    """The small VAE, trained before the first stage on single frames of the first stage's data.
+
+    ``crop``: it sees square crops of so many pixels, the busiest of a few of each frame, and whole frames in the last
+    :data:`WHOLE_SHARE` of the steps: most of a frame is background, which is learnt in no time.
+    """
 
     kind: Literal["train"] = "train"
     steps: Count
     batch: bounds.Size
     learning_rate: Rate
     kl_weight: float = Field(default=1e-4, ge=0, le=1e6)
+    crop: bounds.Size | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.crop is not None and self.crop % self.spatial_factor:
+            raise ValueError(f"crop {self.crop} is not a multiple of {self.spatial_factor} pixels, the VAE's factor")
+        return self
 
 
 class FrozenVae(FrozenConfig):
@@ -270,6 +283,7 @@ class Recipe(FrozenConfig):
             self._check_origins(number, stage)
             self._check_data(stage)
             self._check_sizes(stage)
+        self._check_crop(self.stages[0])
         self._check_sampling()
         return self
 
@@ -325,6 +339,13 @@ class Recipe(FrozenConfig):
             )
         for size in stage.sizes:
             self._check_pixels(f"stage {stage.name}: resolution", size)
+
+    def _check_crop(self, stage: Stage) -> None:
+        least = min(map(min, stage.sizes))
+        if isinstance(self.vae, TrainedVae) and self.vae.crop is not None and self.vae.crop > least:
+            raise ValueError(
+                f"vae.crop {self.vae.crop} is larger than the frames of stage {stage.name} ({least} pixels)"
+            )
 
     def _check_pixels(self, what: str, size: Size) -> None:
         if isinstance(self.vae, TrainedVae):

@@ -157,12 +157,15 @@ def load_state(run: Run, folder: Path) -> None:
     check_finite({name: local(tensor) for name, tensor in tensors.items()}, folder, remedy)
 
 
-def _maths(recipe: dict[str, Any]) -> dict[str, Any]:
-    """``recipe`` without what may change from one start to the next: nothing of it changes what is computed."""
-    kept = {
-        key: value for key, value in recipe.items() if key not in ("threads", "save_every", "logging", "efficiency")
-    }
-    return {**kept, "precision": recipe.get("efficiency", {}).get("precision")}
+FREE = ("threads", "save_every", "logging", "efficiency", "sampling")
+"""What of a recipe may change from one start to the next: nothing of it changes what is computed."""
+
+
+def _maths(recipe: dict[str, Any], begun: int) -> dict[str, Any]:
+    """``recipe`` without what may change when it goes on from its stage ``begun``, counted from 1; 0 is the VAE's."""
+    kept = {key: value for key, value in recipe.items() if key not in FREE}
+    stages = recipe["stages"][: max(1, begun)]  # the VAE is trained on the data of the first
+    return {**kept, "stages": stages, "precision": recipe.get("efficiency", {}).get("precision")}
 
 
 def _first_difference(there: Any, here: Any, where: str = "") -> str:
@@ -179,9 +182,10 @@ def _first_difference(there: Any, here: Any, where: str = "") -> str:
 def check_recipe(position: Position, recipe: Recipe, folder: Path) -> None:
     """:class:`CheckpointError` unless the state was trained by ``recipe``.
 
-    Threads, logging, how often it is saved, micro-batches and the other switches that only change speed may differ.
+    Stages that it has not come to may differ, and so may what is :data:`FREE`: threads, logging, how often it is saved,
+    micro-batches and other switches that only change speed, and how the result is sampled from.
     """
-    there, here = _maths(position.recipe), _maths(recipe.model_dump(mode="json"))
+    there, here = (_maths(each, position.stage) for each in (position.recipe, recipe.model_dump(mode="json")))
     if there != here:
         raise CheckpointError(
             f"{folder}: this state belongs to another recipe; choose another --out or delete it "

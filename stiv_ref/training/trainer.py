@@ -37,6 +37,9 @@ from stiv_deploy.stiv_ref.training.state import (
 from stiv_deploy.stiv_ref.training.step import training_step
 from stiv_deploy.stiv_ref.training.vae_stage import begin_vae, finish_vae, vae_data, vae_step
 
+SHOWN = 4
+"""So many unknown words are told."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
@@ -142,10 +145,19 @@ def _check_sizes(what: str, recipe: Recipe, vae: AnyVae, frames: int, sizes: Seq
             )
 
 
+def check_words(run: Run, words: Sequence[str]) -> None:
+    """:class:`ConfigError` if the data of a resumed run has words that its own text encoder was not begun with."""
+    known = run.text.tokenizer.get_vocab()
+    if run.text.trained and (new := [word for word in words if word not in known]):
+        shown = ", ".join(new[:SHOWN]) + (f" and {len(new) - SHOWN} more" if len(new) > SHOWN else "")
+        raise ConfigError(f"{run.out}: this run was begun without the words {shown}; train into another --out")
+
+
 def open_run(recipe: Recipe, out: Path, team: Team, sources: Sequence[Source], state: Path | None) -> Run:
     """The run in ``out``: at its very start, or where the folder ``state`` says that it was."""
     words = list(dict.fromkeys(word for source in sources for word in source.words()))
     run = new_run(recipe, out, team, words, resumed=state is not None)
+    check_words(run, words)
     check_vae(recipe, run.vae)
     if state is None:
         if team.first:

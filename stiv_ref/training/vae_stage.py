@@ -12,13 +12,15 @@ from torch import Tensor
 from stiv_deploy.stiv_ref.data.source import Batch, Source
 from stiv_deploy.stiv_ref.errors import ConfigError, DivergedError
 from stiv_deploy.stiv_ref.objective import sample_generator
-from stiv_deploy.stiv_ref.recipe import Stage, TrainedVae
+from stiv_deploy.stiv_ref.recipe import WHOLE_SHARE, Stage, TrainedVae
 from stiv_deploy.stiv_ref.training.optimizer import allocate, set_rate
 from stiv_deploy.stiv_ref.training.run import VAE_STAGE, Run
 from stiv_deploy.stiv_ref.vae import Vae, vae_loss
 
 MEASURED = 256
 """Single frames that standardize the latents."""
+TRIES = 4
+"""Crops of a frame, of which the VAE sees the busiest."""
 
 
 def vae_data(settings: TrainedVae, stage: Stage) -> Stage:
@@ -42,6 +44,21 @@ def frames_of(batch: Batch) -> Tensor:
     return batch.video[:, 0]
 
 
+def busiest_crop(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Of :data:`TRIES` random crops of ``image`` [3, H, W] the one [3, size, size] with the largest variance."""
+    tops, lefts = (torch.randint(room - size + 1, (TRIES,), generator=generator).tolist() for room in image.shape[1:])
+    crops = [image[:, top : top + size, left : left + size] for top, left in zip(tops, lefts, strict=True)]
+    return max(crops, key=lambda crop: crop.var().item())
+
+
+def seen(images: Tensor, settings: TrainedVae, step: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """What the VAE sees of ``images`` [B, 3, H, W] at ``step``: crops, if asked for, and all of them at the end."""
+    if settings.crop is None or step >= (1 - WHOLE_SHARE) * settings.steps:
+        return images
+    pairs = zip(images, generators, strict=True)
+    return torch.stack([busiest_crop(image, settings.crop, generator) for image, generator in pairs])
+
+
 def vae_step(run: Run, batches: Sequence[Batch], parts: Sequence[range]) -> dict[str, float]:
     """Train the VAE on ``batches``, this process's part of the step; all processes together.
 
@@ -51,11 +68,12 @@ def vae_step(run: Run, batches: Sequence[Batch], parts: Sequence[range]) -> dict
     assert isinstance(settings, TrainedVae)
     assert isinstance(run.vae, Vae)
     assert run.optimizer is not None
-    images = torch.cat([frames_of(batch) for batch in batches]).to(team.device)
-    with torch.no_grad():
-        shape = run.vae.posterior(images[:1])[0].shape[1:]
     numbers = [index for part in parts for index in part]
     generators = [sample_generator(run.recipe.seed, VAE_STAGE, run.step, index) for index in numbers]
+    images = torch.cat([frames_of(batch) for batch in batches])
+    images = seen(images, settings, run.step, generators).to(team.device)
+    with torch.no_grad():
+        shape = run.vae.posterior(images[:1])[0].shape[1:]
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(team.device)
     loss = vae_loss(run.vae, images, settings.kl_weight, noise)
     mean = team.gather(loss.detach().reshape(1)).mean().item()

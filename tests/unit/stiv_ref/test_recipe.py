@@ -72,6 +72,11 @@ FAULTS = {
         "channels = [4, 4, 4, 4, 4]",
         "stage 1-t2i: resolution 32x32 is not a multiple of 64",
     ),
+    "crop": (
+        "channels = [4, 4]",
+        "crop = 36\nchannels = [4, 4]",
+        "vae.crop 36 is larger than the frames of stage 1-t2i (32",
+    ),
     "sampling size": ("[sampling]", "[sampling]\nheight = 36", "sampling 36x32 is not a multiple of 8"),
 }
 

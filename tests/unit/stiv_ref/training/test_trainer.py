@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from stiv_deploy.stiv_ref.checkpoint import load_checkpoint
-from stiv_deploy.stiv_ref.data.source import Batch
+from stiv_deploy.stiv_ref.data.source import Batch, DigitsSource
 from stiv_deploy.stiv_ref.errors import CheckpointError, ConfigError, DivergedError
 from stiv_deploy.stiv_ref.recipe import FrozenText, FrozenVae, Recipe
 from stiv_deploy.stiv_ref.training import step as step_module
@@ -111,6 +111,25 @@ def test_what_does_not_change_the_maths_may_change_on_resume(
         update={"activation_checkpointing": True, "ema_device": "cpu"})})  # fmt: skip
     trained(other, tmp_path)
     assert runs.losses(tmp_path) == runs.losses(whole)
+
+
+def test_stages_that_have_not_begun_may_change_and_be_added(
+    runs: Any, recipe: Recipe, whole: Path, tmp_path: Path
+) -> None:
+    trained(recipe.model_copy(update={"stages": recipe.stages[:1]}), tmp_path)
+    trained(recipe, tmp_path)
+    runs.assert_same(tmp_path, whole)
+
+
+def test_a_resumed_run_has_no_new_words(
+    runs: Any, recipe: Recipe, tmp_path: Path, before_step: BeforeStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before_step((1, 1), runs.interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trained(recipe, tmp_path)
+    monkeypatch.setattr(DigitsSource, "words", lambda self: ("digit", "a", "b", "c", "d", "e"))
+    with pytest.raises(ConfigError, match="begun without the words a, b, c, d and 1 more; train into another --out"):
+        trained(recipe, tmp_path)
 
 
 def test_checkpoint_is_half_size_and_loads(runs: Any, recipe: Recipe, whole: Path) -> None:
