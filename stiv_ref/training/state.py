@@ -40,13 +40,12 @@ class Position(FrozenConfig):
     stage: int = Field(ge=0)
     step: int = Field(ge=0)
     processes: int = Field(gt=0)
-    recipe: dict[str, Any]
+    recipe: Recipe
     files: dict[str, int]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        stages = self.recipe.get("stages")
-        if not isinstance(stages, list) or self.stage > len(stages):
+        if self.stage > len(self.recipe.stages):
             raise ValueError(f"stage {self.stage} is not in its recipe")
         return self
 
@@ -106,7 +105,7 @@ def _write_position(run: Run, partial: Path) -> None:
         stage=run.stage,
         step=run.step,
         processes=run.team.world,
-        recipe=run.recipe.model_dump(mode="json"),
+        recipe=run.recipe,
         files={file.name: file.stat().st_size for file in sorted(partial.iterdir())},
     )
     (partial / POSITION).write_text(json.dumps(position.model_dump(mode="json"), indent=1), encoding="utf-8")
@@ -161,11 +160,11 @@ FREE = ("threads", "save_every", "logging", "efficiency", "sampling")
 """What of a recipe may change from one start to the next: nothing of it changes what is computed."""
 
 
-def _maths(recipe: dict[str, Any], begun: int) -> dict[str, Any]:
+def _maths(recipe: Recipe, begun: int) -> dict[str, Any]:
     """``recipe`` without what may change when it goes on from its stage ``begun``, counted from 1; 0 is the VAE's."""
-    kept = {key: value for key, value in recipe.items() if key not in FREE}
-    stages = recipe["stages"][: max(1, begun)]  # the VAE is trained on the data of the first
-    return {**kept, "stages": stages, "precision": recipe.get("efficiency", {}).get("precision")}
+    kept = recipe.model_dump(mode="json", exclude=set(FREE))
+    stages = kept["stages"][: max(1, begun)]  # the VAE is trained on the data of the first
+    return {**kept, "stages": stages, "precision": recipe.efficiency.precision}
 
 
 def _first_difference(there: Any, here: Any, where: str = "") -> str:
@@ -185,7 +184,7 @@ def check_recipe(position: Position, recipe: Recipe, folder: Path) -> None:
     Stages that it has not come to may differ, and so may what is :data:`FREE`: threads, logging, how often it is saved,
     micro-batches and other switches that only change speed, and how the result is sampled from.
     """
-    there, here = (_maths(each, position.stage) for each in (position.recipe, recipe.model_dump(mode="json")))
+    there, here = (_maths(each, position.stage) for each in (position.recipe, recipe))
     if there != here:
         raise CheckpointError(
             f"{folder}: this state belongs to another recipe; choose another --out or delete it "
