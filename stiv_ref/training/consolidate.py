@@ -5,10 +5,8 @@ from pathlib import Path
 import torch
 
 from stiv_deploy.stiv_ref.checkpoint import save_checkpoint
-from stiv_deploy.stiv_ref.config import parse_config
 from stiv_deploy.stiv_ref.errors import CheckpointError
 from stiv_deploy.stiv_ref.model import Stiv
-from stiv_deploy.stiv_ref.recipe import Recipe
 from stiv_deploy.stiv_ref.training.parallel import Team
 from stiv_deploy.stiv_ref.training.run import VAE_STAGE, load_vae, new_run
 from stiv_deploy.stiv_ref.training.stages import averaged_checkpoint
@@ -27,8 +25,7 @@ def consolidate_run(folder: Path, out: Path, dtype: torch.dtype = torch.float32)
     position = read_position(state)
     if position.stage == VAE_STAGE:
         raise CheckpointError(f"{state}: the run still trains its VAE; there is no model yet")
-    recipe = parse_config(Recipe, position.recipe, f"{state}: the recipe in its position.json")
-    run = new_run(recipe, folder, Team(device=torch.device("cpu")), [], resumed=True)
+    run = new_run(position.recipe, folder, Team(device=torch.device("cpu")), [], resumed=True)
     load_vae(run)
     run.stage, run.step = position.stage, position.step
     run.model = Stiv(run.recipe.model_of(run.current))

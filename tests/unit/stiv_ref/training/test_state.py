@@ -151,7 +151,7 @@ def test_a_damaged_position_is_refused(recipe: Recipe, copied: Path) -> None:
     ("change", "message"),
     [
         ({"stage": 3}, r"position\.json: config: stage 3 is not in its recipe"),
-        ({"recipe": {"stages": [{}, {}]}}, r"the recipe in its position\.json: name: Field required"),
+        ({"recipe": {"stages": [{}, {}]}}, r"position\.json: recipe\.name: Field required"),
     ],
 )
 def test_a_position_that_makes_no_sense_is_no_checkpoint(
