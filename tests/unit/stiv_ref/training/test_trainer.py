@@ -1,5 +1,6 @@
 """Training: it learns, it stops and goes on without a trace, it keeps the last good state."""
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from stiv_deploy.stiv_ref.recipe import FrozenText, FrozenVae, Recipe
 from stiv_deploy.stiv_ref.training import step as step_module
 from stiv_deploy.stiv_ref.training import trainer as trainer_module
 from stiv_deploy.stiv_ref.training.parallel import Team
-from stiv_deploy.stiv_ref.training.state import read_position
 from stiv_deploy.stiv_ref.training.trainer import TrainReport, TrainRequest, check, check_vae, train
 from stiv_deploy.stiv_ref.training.vae_stage import frames_of
 
@@ -31,8 +31,8 @@ def trained(recipe: Recipe, out: Path) -> TrainReport:
 
 
 def position(out: Path) -> tuple[int, int]:
-    found = read_position(out / "state")
-    return found.stage, found.step
+    found = json.loads((out / "state" / "position.json").read_text())
+    return found["stage"], found["step"]
 
 
 @pytest.mark.parametrize(
