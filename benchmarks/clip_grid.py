@@ -5,17 +5,16 @@
 Seeds count up from ``--seed``; nothing is chosen.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
 from command import run
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from stiv_deploy.runtime.files import replaced_file
-from stiv_deploy.runtime.pipeline.media import enlarge
+from stiv_deploy.runtime.pipeline.grid import grid
 from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 
 PROMPTS = (
@@ -31,38 +30,18 @@ PROMPTS = (
     "digit nine moving right",
 )
 COLUMNS = 5
-GAP, LABEL = 12, 26
-"""Pixels between clips, and of the line under each."""
-BACKGROUND, INK = (24, 24, 27), (228, 228, 231)
 COLORS = 64
 HOLD_MS = 700
 """How long the last frame stays."""
 
 
-def grid(clips: Sequence[np.ndarray], labels: Sequence[str], columns: int, upscale: int) -> list[Image.Image]:
-    """The frames of a picture of ``clips``, uint8 [F, H, W, 3] of one size each, in rows of ``columns``."""
-    large = [enlarge(clip, upscale) for clip in clips]
-    frames, height, width, _ = large[0].shape
-    rows = -(-len(large) // columns)
-    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + LABEL + GAP) + GAP), BACKGROUND)
-    font = ImageFont.load_default(LABEL - 12)
-    places = [
-        (GAP + index % columns * (width + GAP), GAP + index // columns * (height + LABEL + GAP))
-        for index in range(len(large))
-    ]
-    for (left, top), label in zip(places, labels, strict=True):
-        ImageDraw.Draw(sheet).text((left + width / 2, top + height + LABEL / 2), label, INK, font, anchor="mm")
-    pictures = [sheet.copy() for _ in range(frames)]
-    for place, clip in zip(places, large, strict=True):
-        for picture, frame in zip(pictures, clip, strict=True):
-            picture.paste(Image.fromarray(frame), place)
-    return pictures
+def write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
+    """Write uint8 [F, H, W, 3] as an endless animation in few colors, the same for all frames.
 
-
-def write_gif(path: Path, pictures: Sequence[Image.Image], fps: float) -> None:
-    """Write an endless animation in few colors, the same for all frames; raises :class:`OutputError`."""
-    palette = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures])).quantize(COLORS)
-    first, *rest = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    Raises :class:`OutputError`.
+    """
+    palette = Image.fromarray(np.concatenate(list(frames))).quantize(COLORS)
+    first, *rest = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     durations = [round(1000 / fps)] * len(rest) + [HOLD_MS]
     with replaced_file(path) as temporary:
         first.save(temporary, save_all=True, append_images=rest, duration=durations, loop=0, optimize=True)
@@ -79,7 +58,7 @@ def main(
     with StivPipeline.from_bundle(bundle) as pipe:
         clips = pipe(list(PROMPTS), seed=seed, guidance_scale=guidance).frames
         fps = pipe.bundle.manifest.sampling.frames_per_second
-    write_gif(out, grid(list(clips), PROMPTS, COLUMNS, upscale), fps)
+    write_gif(out, grid(list(clips), PROMPTS, upscale, COLUMNS), fps)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from stiv_deploy.runtime.command.generation import check_places, requests_from_options
+from stiv_deploy.runtime.command.generation import check_places, default_rows, requests_from_options
 from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, json_text, progress_bar, table
 
 if TYPE_CHECKING:
@@ -64,10 +64,12 @@ def generate(
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
     count: Annotated[int | None, typer.Option(help="Videos of each prompt. Default: 1.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Number of frames.")] = None,
-    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames per second of what is written.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Number of frames. Default: the bundle's.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels. Default: the bundle's.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels. Default: the bundle's.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames per second of what is written. Default: the bundle's.")
+    ] = None,
     stride: Annotated[
         int | None,
         typer.Option(help="Sampling stride: source frames from one frame to the next. Default: 1."),
@@ -78,17 +80,27 @@ def generate(
     original_width: Annotated[
         int | None, typer.Option(help="Width of the source that the video is to look like. Default: its own.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale (of the text, in mode sit).")] = None,
-    image_guidance: Annotated[float | None, typer.Option(help="Guidance scale of the image, in mode sit.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps. Default: the bundle's.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale (of the text, in mode sit). Default: the bundle's.")
+    ] = None,
+    image_guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale of the image, in mode sit. Default: the bundle's.")
+    ] = None,
     guidance_mode: Annotated[
-        Literal["jit", "sit", "none"] | None, typer.Option(help="Text and image together, separately, or no guidance.")
+        Literal["jit", "sit", "none"] | None,
+        typer.Option(help="Text and image together, separately, or no guidance. Default: the bundle's."),
     ] = None,
     renorm: Annotated[
-        bool | None, typer.Option("--renorm/--no-renorm", help="Keep the norm of the conditional velocity.")
+        bool | None,
+        typer.Option("--renorm/--no-renorm", help="Keep the norm of the conditional velocity. Default: the bundle's."),
     ] = None,
-    solver: Annotated[Literal["euler", "heun"] | None, typer.Option(help="Solver of the sampling ODE.")] = None,
-    time_shift: Annotated[float | None, typer.Option(help="Above 1 spends more steps near the noise.")] = None,
+    solver: Annotated[
+        Literal["euler", "heun"] | None, typer.Option(help="Solver of the sampling ODE. Default: the bundle's.")
+    ] = None,
+    time_shift: Annotated[
+        float | None, typer.Option(help="Above 1 spends more steps near the noise. Default: the bundle's.")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the noise; video i of several takes seed + i. Default: a new one.")
     ] = None,
@@ -105,8 +117,17 @@ def generate(
         ),
     ] = None,
     upscale: Annotated[
-        int, typer.Option(min=1, max=UPSCALE_LIMIT, help="Enlarge each pixel of the written video this many times.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1,
+            max=UPSCALE_LIMIT,
+            help="Repeat each pixel this many times, both ways; 1: as the model made it. Default: clips below 128 "
+            "pixels get at least 256, but for PNG, whose frames may be given again.",
+        ),
+    ] = None,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="Write all videos into one, side by side, each above its prompt.")
+    ] = False,
     timings: Annotated[
         bool, typer.Option("--timings", help="Print how long each phase took; --json tells it anyway.")
     ] = False,
@@ -114,7 +135,7 @@ def generate(
 ) -> None:
     """Generate video from text, or from text and pictures, with a bundle.
 
-    Sizes, steps and guidance default to what the bundle's checkpoint recommends ('stiv inspect BUNDLE'). A clip
+    'stiv inspect BUNDLE' lists the bundle's defaults, which its checkpoint recommends. A clip
     carries its request, and --request makes it again: on the same backend bit by bit if it was made alone, else but for
     rounding. The report of --json makes all clips of a call again as they were made, together.
 
@@ -131,11 +152,12 @@ def generate(
         requests=tuple(requests),
         out=out,
         upscale=upscale,
+        grid=grid,
         backend=backend,
         device=device,
         threads=threads,
     )
-    check_places(context.params, check_output(out, asked.count))
+    check_places(context.params, check_output(out, asked.files))
     with progress_bar("step") as progress:
         report = make_clips(asked, progress)
     for other in made_with - {report.output.bundle}:
@@ -226,22 +248,21 @@ def _size(count: int) -> str:
 
 
 def print_bundle(report: "BundleReport", console: "Console") -> None:
-    """Bundle as text: facts, buckets, graphs, their forms with plugins, layers in 8 bits, engines, parity."""
+    """Bundle as text: facts, defaults, buckets, graphs, their forms with plugins, layers in 8 bits, engines, parity."""
     from stiv_deploy.runtime.command.inspection import plan_rows, plugin_rows, precision_text
 
     manifest = report.manifest
-    model, sampling = manifest.model, manifest.sampling
+    model = manifest.model
     tools = ", ".join(f"{name} {version}" for name, version in manifest.tools.items())
     console.print(
         f"{report.path}: model {model.name}, {precision_text(manifest)}, opset {manifest.opset}, "
         f"{_size(report.bytes)}\n"
         f"{model.blocks} blocks of width {model.width}, {model.heads} heads, patch {model.patch[0]}x{model.patch[1]}, "
         f"VAE {vae_text(model)}\n"
-        f"defaults: {sampling.frames} frames of {sampling.width}x{sampling.height}, {sampling.frames_per_second} fps, "
-        f"{sampling.steps} {sampling.solver} steps, guidance {sampling.guidance_mode} {sampling.guidance_scale}\n"
         f"checkpoint {manifest.checkpoint[:12]}; made with {tools}\n",
         markup=False,
     )
+    print_table(console, "Defaults of 'stiv generate'", ("option", "default"), default_rows(manifest.sampling))
     print_table(
         console,
         "Buckets (min, typical, max)",

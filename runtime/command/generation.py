@@ -8,6 +8,7 @@ from stiv_deploy.runtime.errors import OutputError, RequestError, briefly
 from stiv_deploy.runtime.files import check_apart, read_text
 
 if TYPE_CHECKING:
+    from stiv_deploy.runtime.bundle.manifest import SamplingDefaults
     from stiv_deploy.runtime.pipeline.records import Recorded
     from stiv_deploy.runtime.pipeline.request import GenerationRequest
 
@@ -40,6 +41,22 @@ Besides them ``prompt`` and each line of ``prompts`` make a request, ``image`` a
 ``resize`` is a ``fit``, ``seed`` counts on over all videos, and ``request`` reads whole requests, the only way to
 ``latents`` and ``noise``.
 """
+
+
+def default_rows(defaults: "SamplingDefaults") -> list[tuple[str, str]]:
+    """Each option that a bundle has a default for, as it is typed, and that default."""
+    from stiv_deploy.runtime.pipeline.plan import RECOMMENDED
+
+    return [
+        _typed(name, getattr(defaults, RECOMMENDED[field])) for name, field in FIELDS.items() if field in RECOMMENDED
+    ]
+
+
+def _typed(name: str, value: Any) -> tuple[str, str]:
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}, --no-{option}", f"--{option}" if value else f"--no-{option}"
+    return f"--{option}", f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def requests_from_options(options: Mapping[str, Any]) -> "tuple[list[GenerationRequest], set[str]]":

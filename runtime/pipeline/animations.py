@@ -41,6 +41,11 @@ def write_gif(path: Path, frames: np.ndarray, fps: float, comment: str | None) -
 
 def write_webp(path: Path, frames: np.ndarray, fps: float, comment: str | None) -> None:
     """Write uint8 [frames, height, width, 3] as a lossless WebP that repeats."""
+    path.write_bytes(webp(frames, fps, comment))
+
+
+def webp(frames: np.ndarray, fps: float, comment: str | None) -> bytes:
+    """The file of :func:`write_webp`."""
     exif = Image.Exif()
     exif[ExifTags.Base.ImageDescription] = comment or ""
     header = struct.pack("<I", ANIMATION | EXIF) + _three(frames.shape[2] - 1, frames.shape[1] - 1)
@@ -49,7 +54,7 @@ def write_webp(path: Path, frames: np.ndarray, fps: float, comment: str | None) 
     for frame, box, time in zip(frames, boxes, durations(len(frames), fps, 1), strict=True):
         chunks.append(_chunk(b"ANMF", _webp_frame(Image.fromarray(frame).crop(box), box, time)))
     chunks.append(_chunk(b"EXIF", exif.tobytes().removeprefix(b"Exif\0\0")))
-    path.write_bytes(_chunk(b"RIFF", b"WEBP" + b"".join(chunks)))
+    return _chunk(b"RIFF", b"WEBP" + b"".join(chunks))
 
 
 def durations(count: int, fps: float, tick: int) -> list[int]:

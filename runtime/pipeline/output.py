@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from stiv_deploy.runtime.errors import OutputError, RequestError, briefly
+from stiv_deploy.runtime.pipeline.grid import grid as grid_of
+from stiv_deploy.runtime.pipeline.grid import grid_upscale
 from stiv_deploy.runtime.pipeline.media import check_output, write_video
-from stiv_deploy.runtime.pipeline.records import GenerationRecord
+from stiv_deploy.runtime.pipeline.records import GenerationRecord, embedded_together
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
+from stiv_deploy.runtime.pipeline.visible import upscale_for
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,21 +64,47 @@ class StivOutput:
         lost = {each: self.lost[each] for each in prompts if each in self.lost}
         return GenerationRecord(bundle=self.bundle, backend=self.backend, request=request, lost=lost)
 
-    def write(self, path: str | Path, upscale: int = 1) -> list[Path]:
+    @property
+    def fps(self) -> float:
+        """Frames per second of the videos; :class:`OutputError` if they differ."""
+        return one_rate(self.requests)
+
+    def write(self, path: str | Path, upscale: int | None = None, *, grid: bool = False) -> list[Path]:
         """Write the videos, with their records, to ``path`` (several: ``name-0.mp4``, ...); returns where they are.
 
-        Formats and ``upscale`` are those of :func:`~stiv_deploy.runtime.pipeline.media.write_video`. Raises
-        :class:`OutputError`.
+        Formats are those of :func:`~stiv_deploy.runtime.pipeline.media.write_video`, and so is ``upscale``, whose
+        default makes small clips visible (:func:`~stiv_deploy.runtime.pipeline.visible.upscale_for`); 1 leaves them
+        as they are. A ``grid`` has all videos side by side in one file. Raises :class:`OutputError`.
         """
+        if grid:
+            return [self._write_grid(Path(path), upscale)]
         targets = check_output(path, len(self.requests))
         for target, clip, record in zip(targets, self._arrays(), self.records, strict=True):
-            write_video(target, clip, record.request.fps or 0, upscale, record.embedded())
+            factor = upscale_for(target, *clip.shape[1:3], upscale)
+            write_video(target, clip, record.request.fps or 0, factor, record.embedded())
         return targets
+
+    def _write_grid(self, path: Path, upscale: int | None) -> Path:
+        clips, records = self._arrays(), self.records
+        sheet = grid_of(
+            clips,
+            [record.request.prompt for record in records],
+            grid_upscale(len(clips), *clips[0].shape[1:3], upscale),
+        )
+        return write_video(path, sheet, self.fps, comment=embedded_together(records))
 
     def _arrays(self) -> Sequence[np.ndarray]:
         if self.frames is None:
             raise OutputError("there are only latents to write; generate with output_type 'np' or 'pil'")
         return [as_frames(clip) for clip in self.frames]
+
+
+def one_rate(requests: Sequence[GenerationRequest]) -> float:
+    """Frames per second of all ``requests``, whose defaults are filled in; :class:`OutputError` if they differ."""
+    rates = list(dict.fromkeys(request.fps or 0.0 for request in requests))
+    if len(rates) > 1:
+        raise OutputError(f"the videos have different frame rates, {rates[0]:g} and {rates[1]:g}; give all the same")
+    return rates[0]
 
 
 def as_frames(clip: Any) -> np.ndarray:

@@ -42,14 +42,15 @@ class GenerationRecord:
         values |= {"lost": dict(self.lost)} if self.lost else {}
         return values | ({"omitted": list(self.omitted)} if self.omitted else {})
 
-    def embedded(self) -> str:
+    def embedded(self, limit: int | None = None) -> str:
         """As JSON text for a clip, which may be passed on: of a picture's absolute path only the file's name.
 
-        If it takes more than ``EMBEDDED_LIMIT``, given pictures, latents and noise are left out; a report has them.
+        If it takes more than ``limit`` characters (by default ``EMBEDDED_LIMIT``), given pictures, latents and noise
+        are left out; a report has them.
         """
         frames = {index: _without_folder(picture) for index, picture in self.request.frames.items()}
         text = self._compact(request=self.request.changed(frames=frames))
-        if len(text) <= EMBEDDED_LIMIT:
+        if len(text) <= (limit or EMBEDDED_LIMIT):
             return text
         omitted = tuple(name for name in ("frames", "latents", "noise") if getattr(self.request, name))
         return self._compact(request=self.request.changed(frames={}, latents={}, noise=None), omitted=omitted)
@@ -57,6 +58,11 @@ class GenerationRecord:
     def _compact(self, **changes: Any) -> str:
         values = replace(self, **changes).to_json() | {"task": self.task}  # which it stays without what is left out
         return json.dumps(values, separators=(",", ":"))
+
+
+def embedded_together(records: Sequence[GenerationRecord]) -> str:
+    """The :meth:`~GenerationRecord.embedded` records of one file, as a list; each has its share of the limit."""
+    return f"[{','.join(record.embedded(EMBEDDED_LIMIT // len(records)) for record in records)}]"
 
 
 def _without_folder(picture: PictureFile | PictureData) -> PictureFile | PictureData:

@@ -64,7 +64,7 @@ def test_a_written_clip_is_the_same_with_and_without_its_record(pipe: StivPipeli
     (tmp_path / "b").mkdir()
     for name in ("clip.png", "clip.webp"):
         with Image.open(write_video(tmp_path / "a" / name, clip, 8)) as plain:
-            output.write(tmp_path / "b" / name)
+            output.write(tmp_path / "b" / name, 1)
             with Image.open(tmp_path / "b" / name) as recorded:
                 np.testing.assert_array_equal(np.asarray(plain), np.asarray(recorded))
 
