@@ -11,7 +11,6 @@ import typer
 
 if TYPE_CHECKING:
     from stiv_deploy.export.demo.shared import Demo, Stage
-    from stiv_deploy.export.parity.ladder import ParityReport
     from stiv_deploy.runtime.bundle.contract import Format
 
 CHECKPOINT = Path("checkpoints/tiny")
@@ -41,32 +40,6 @@ def plain_stages(demo: "Demo", sm: str) -> "list[Stage]":
     ]
 
 
-def parity_lines(report: "ParityReport") -> list[str]:
-    """The rows and the video gates as tables."""
-    rows = [
-        f"| {row.level} | {row.name} | {row.backend} | {row.rel_l2:.1e} | {plain:.1e} | {row.gate:.1e} | "
-        f"{'yes' if row.passed else '**NO**'} |"
-        for row, plain in zip(report.rows, report.yardsticks, strict=True)
-    ]
-    video = [
-        f"| {gate.name} | {gate.backend} | {gate.value:.4f} | {gate.gate:.2f} | {'yes' if gate.passed else '**NO**'} |"
-        for gate in report.video
-    ]
-    return [
-        f"## Parity: {'passed' if report.passed else 'FAILED'}",
-        "Relative L2 error against the float64 reference; *plain torch* is the reference in the bundle's precision.",
-        "",
-        "| level | name | backend | rel L2 | plain torch | gate | passed |",
-        "|---|---|---|---:|---:|---:|---|",
-        *rows,
-        "",
-        "| video gate | backend | value | at least | passed |",
-        "|---|---|---:|---:|---|",
-        *video,
-        "",
-    ]
-
-
 def demo(
     out: Annotated[Path | None, typer.Option(help="Folder for everything. [default: out/demo, out/demo-fp8]")] = None,
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder.")] = CHECKPOINT,
@@ -81,19 +54,20 @@ def demo(
 
     from rich.console import Console
 
-    from stiv_deploy.export.demo.quantized import LEGEND, quantized_stages
-    from stiv_deploy.export.demo.shared import Demo, finish, report_lines, write_first_frame
+    from stiv_deploy.export.demo.finish import finish
+    from stiv_deploy.export.demo.quantized import quantized_stages
+    from stiv_deploy.export.demo.shared import Demo, check_sm, write_first_frame
     from stiv_deploy.runtime.files import make_folder
     from stiv_deploy.stiv_ref.checkpoint import open_checkpoint
 
+    sm = check_sm(sm, chosen)
     folder = out or Path("out/demo" if chosen is None else f"out/demo-{chosen}")
     open_checkpoint(checkpoint)
     make_folder(folder, "choose another --out")
     run = Demo(folder, checkpoint, Console())
     write_first_frame(folder)
     run.run(plain_stages(run, sm) if chosen is None else quantized_stages(run, sm, chosen))
-    lines = report_lines(run, "STIV demo" if chosen is None else f"STIV demo, {chosen}")
-    finish(run, [*lines, *(parity_lines(run.reports["parity"]) if chosen is None else LEGEND)])
+    finish(run, "STIV demo" if chosen is None else f"STIV demo, {chosen}")
     if run.failed:
         raise typer.Exit(1)
 

@@ -12,11 +12,6 @@ from stiv_deploy.export.parity.stage import ParityRequest
 from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.bundle.contract import Format
 
-LEGEND = (
-    "Measured: `audit.json` (kernels by block), `parity.json` (errors and gates), `scales.report.md` (ranges).",
-    "",
-)
-
 
 def quantized_stages(demo: Demo, sm: str, quantization: Format) -> list[Stage]:
     """Checkpoint -> ranges -> bundle -> engines and their audit, where the builder is installed -> parity -> clips."""

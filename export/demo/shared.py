@@ -1,6 +1,5 @@
-"""What both demos are made of: requests run in order, each under its title, timed; the clips; the report's parts."""
+"""What both demos are made of: requests run in order, each under its title, timed; the clips."""
 
-import platform
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -13,31 +12,35 @@ import typer
 from PIL import Image
 from rich.console import Console
 
-from stiv_deploy.calibration.cli import summary as calibrated
+from stiv_deploy.calibration.cli import summary
 from stiv_deploy.calibration.request import CalibrationRequest
 from stiv_deploy.calibration.stage import calibrate
 from stiv_deploy.export.audit.audit import AuditRequest, audit_bundle
 from stiv_deploy.export.audit.cli import show as show_audit
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
-from stiv_deploy.export.engines.build import BuildRequest, build_engines
+from stiv_deploy.export.demo.outcomes import audited, built, calibrated, compared, exported, generated
+from stiv_deploy.export.engines.build import FP8_SM, BuildRequest, build_engines, resolve_sm
 from stiv_deploy.export.engines.cli import show as show_engines
+from stiv_deploy.export.engines.cli import sm_name
 from stiv_deploy.export.parity.cli import show as show_parity
 from stiv_deploy.export.parity.files import report_json
 from stiv_deploy.export.parity.stage import ParityRequest, run_parity
 from stiv_deploy.export.request import ExportRequest
+from stiv_deploy.runtime.bundle.contract import Format
 from stiv_deploy.runtime.command.cli import print_clips
 from stiv_deploy.runtime.command.terminal import progress_bar
+from stiv_deploy.runtime.errors import BackendError
 from stiv_deploy.runtime.files import write_text
 from stiv_deploy.runtime.pipeline.media import contact_sheet, write_video
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
 from stiv_deploy.runtime.pipeline.stage import ClipsReport, ClipsRequest, make_clips
+from stiv_deploy.runtime.pipeline.visible import upscale_for
 from stiv_deploy.runtime.progress import Progress
-from stiv_deploy.runtime.tensorrt_library import Flavour, missing_library
+from stiv_deploy.runtime.tensorrt_library import Flavour, import_tensorrt, missing_library
 from stiv_deploy.stiv_ref.data.moving_digits import DIGIT, DIGIT_WORDS, MovingDigits
 from stiv_deploy.stiv_ref.digit_canvas import SIZE
 
 BACKEND: Flavour = "tensorrt-rtx"
-UPSCALE = 8
 STILL = ("three", "left")
 """Digit and direction of the image-to-video clip; the image is a held-out handwriting sample."""
 PROMPT = "digit seven moving down"
@@ -46,21 +49,22 @@ FIRST = "first.png"
 
 
 class Kind(NamedTuple):
-    """What is done with a kind of request, how its report is shown, and how it is written as JSON."""
+    """What is done with a kind of request, how its report is shown, in words and in a few, and written as JSON."""
 
     name: str
     run: Callable[[Any, Progress], Any]
     show: Callable[[Any], None]
+    outcome: Callable[[Any], str]
     to_json: Callable[[Any], str] = lambda report: report.model_dump_json(indent=1)
 
 
 KINDS = {
-    CalibrationRequest: Kind("calibrate", calibrate, lambda report: typer.echo(calibrated(report))),
-    ExportRequest: Kind("export", export_bundle, typer.echo),
-    BuildRequest: Kind("build", build_engines, show_engines),
-    AuditRequest: Kind("audit", audit_bundle, show_audit, lambda report: report.to_json()),
-    ParityRequest: Kind("parity", run_parity, show_parity, report_json),
-    ClipsRequest: Kind("generate", make_clips, print_clips, lambda report: report.to_json()),
+    CalibrationRequest: Kind("calibrate", calibrate, lambda report: typer.echo(summary(report)), calibrated),
+    ExportRequest: Kind("export", export_bundle, typer.echo, exported),
+    BuildRequest: Kind("build", build_engines, show_engines, built),
+    AuditRequest: Kind("audit", audit_bundle, show_audit, audited, lambda report: report.to_json()),
+    ParityRequest: Kind("parity", run_parity, show_parity, compared, report_json),
+    ClipsRequest: Kind("generate", make_clips, print_clips, generated, lambda report: report.to_json()),
 }
 
 
@@ -85,17 +89,28 @@ class Stage:
         return shlex.join(["stiv", self.kind.name, *map(str, (*self.words, *target))])
 
 
+class Done(NamedTuple):
+    """A stage that ran, its wall seconds and its report."""
+
+    stage: Stage
+    seconds: float
+    report: Any
+
+    @property
+    def passed(self) -> bool:
+        """Whether its gates passed; a stage without gates does."""
+        return bool(getattr(self.report, "passed", True))
+
+
 @dataclass
 class Demo:
-    """A demo in the folder ``out``: stages that ran with their seconds, reports by kind, and the gates that failed."""
+    """A demo in the folder ``out``: the stages that ran, and notes on those that could not."""
 
     out: Path
     checkpoint: Path
     console: Console
     notes: list[str] = field(default_factory=list)
-    done: list[tuple[Stage, float]] = field(default_factory=list)
-    reports: dict[str, Any] = field(default_factory=dict)
-    failed: list[str] = field(default_factory=list)
+    done: list[Done] = field(default_factory=list)
 
     def run(self, stages: Sequence[Stage]) -> None:
         """Run ``stages`` in order. A failed gate is kept in mind and stops nothing, an error ends the demo."""
@@ -106,20 +121,26 @@ class Demo:
             with progress_bar(stage.kind.name) as progress:
                 report = stage.kind.run(stage.request, progress)
             seconds = time.perf_counter() - start
-            self.done.append((stage, seconds))
+            self.done.append(Done(stage, seconds, report))
             self._keep(stage, report)
             self.console.print(f"  {seconds:.1f} s")
 
     def _keep(self, stage: Stage, report: Any) -> None:
         """Show the report, and write what belongs to it."""
         stage.kind.show(report)
-        self.reports[stage.kind.name] = report
         if stage.json is not None:
             write_text(stage.json, stage.kind.to_json(report) + "\n")
-        if not getattr(report, "passed", True):
-            self.failed.append(stage.kind.name)
         if isinstance(report, ClipsReport):
             write_pictures(report)
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the commands whose gates failed."""
+        return [each.stage.kind.name for each in self.done if not each.passed]
+
+    def reports(self, name: str) -> list[Any]:
+        """What the stages of the command ``name`` reported."""
+        return [each.report for each in self.done if each.stage.kind.name == name]
 
     @property
     def bundle(self) -> Path:
@@ -133,6 +154,16 @@ class Demo:
             self.notes.append(f"No {what}: {reason}.")
             self.console.print(f"No {what}: {reason}.", highlight=False, markup=False)
         return reason is not None
+
+
+def check_sm(sm: str, quantization: Format | None) -> str:
+    """``sm`` as requests have it; :class:`BackendError` if the builder that is here builds nothing for such a GPU."""
+    name = sm_name(sm)
+    if missing_library(BACKEND) is None:
+        resolve_sm(import_tensorrt(BACKEND), BACKEND, name)
+    if quantization == "fp8" and name.isdecimal() and int(name) < FP8_SM:
+        raise BackendError(f"--sm {sm}: no FP8 arithmetic, which begins with SM {FP8_SM}; give --precision int8")
+    return name
 
 
 def build_stage(demo: Demo, sm: str) -> Stage:
@@ -163,13 +194,11 @@ def clip_stages(demo: Demo) -> list[Stage]:
 
 def _clip(demo: Demo, name: str, what: str, request: GenerationRequest, image: tuple[object, ...]) -> Stage:
     target = demo.out / f"{name}.mp4"
-    how = ("--backend", "onnxruntime", "--seed", SEED, "--upscale", UPSCALE, "--out", target)
+    how = ("--backend", "onnxruntime", "--seed", SEED, "--out", target)
     return Stage(
         title=f"Generate: {what}",
         words=(demo.bundle, "--prompt", request.prompt, *image, *how),
-        request=ClipsRequest(
-            bundle=demo.bundle, requests=(request,), out=target, upscale=UPSCALE, backend="onnxruntime"
-        ),
+        request=ClipsRequest(bundle=demo.bundle, requests=(request,), out=target, backend="onnxruntime"),
     )
 
 
@@ -179,8 +208,9 @@ def write_pictures(report: ClipsReport) -> None:
     assert isinstance(report.output.frames, np.ndarray)
     assert request.fps is not None
     (frames,) = report.output.frames
-    write_video(path.with_suffix(".gif"), frames, request.fps, UPSCALE)
-    contact_sheet([frames], [request.prompt], UPSCALE // 2).save(path.with_suffix(".png"))
+    factor = upscale_for(path, *frames.shape[1:3])
+    write_video(path.with_suffix(".gif"), frames, request.fps, factor)
+    contact_sheet([frames], [request.prompt], max(1, factor // 2)).save(path.with_suffix(".png"))
 
 
 def write_first_frame(out: Path) -> None:
@@ -191,38 +221,3 @@ def write_first_frame(out: Path) -> None:
     edge = (SIZE - DIGIT) // 2
     frame[edge : edge + DIGIT, SIZE - DIGIT :] = np.round(255 * digits.images[index].numpy())[..., None]
     Image.fromarray(frame).save(out / FIRST)
-
-
-def report_lines(demo: Demo, title: str) -> list[str]:
-    """What ran where and whether its gates passed, notes, the pictures of both clips, commands and their times."""
-    gates = f"FAILED: {', '.join(demo.failed)}" if demo.failed else "all gates passed"
-    return [
-        f"# {title}: {gates}",
-        "",
-        f"Checkpoint `{demo.checkpoint}`, {platform.machine()}, Python {platform.python_version()}.",
-        *(f"\n{note}" for note in demo.notes),
-        "",
-        f"## Text to video: “{PROMPT}”",
-        "![frames](t2v.png)",
-        "",
-        f"## Image to video: “digit {STILL[0]} moving {STILL[1]}” from ![first frame]({FIRST})",
-        "![frames](ti2v.png)",
-        "",
-        "## Commands",
-        "| stage | command | seconds |",
-        "|---|---|---:|",
-        *(f"| {stage.title} | `{stage.command}` | {seconds:.1f} |" for stage, seconds in demo.done),
-        "",
-    ]
-
-
-def finish(demo: Demo, lines: Sequence[str]) -> None:
-    """Write ``lines`` as ``report.md``; say how long everything took and what there is to look at."""
-    written = demo.out / "report.md"
-    write_text(written, "\n".join(lines))
-    demo.console.print(f"\n{sum(seconds for _, seconds in demo.done):.0f} s in all. Look at:")
-    found = [path for kind in ("mp4", "png", "json") for path in sorted(demo.out.glob(f"*.{kind}"))]
-    for path in (written, *found, demo.bundle):
-        demo.console.print(f"  {path}", highlight=False)
-    if demo.failed:
-        demo.console.print(f"[bold]demo FAILED[/bold]: {', '.join(demo.failed)}; see above")

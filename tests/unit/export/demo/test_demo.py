@@ -1,14 +1,17 @@
 """The demos: their stages are what their commands ask for, in order; what stops them, what only fails them."""
 
 import json
+import platform
 import resource
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import typer
 from PIL import Image
 
 from stiv_deploy.calibration import stage as calibration_stage
@@ -16,11 +19,14 @@ from stiv_deploy.export import bundle_from_checkpoint
 from stiv_deploy.export.audit import audit
 from stiv_deploy.export.demo import demo as command
 from stiv_deploy.export.demo import quantized, shared
-from stiv_deploy.export.demo.shared import Demo, Kind, Stage, finish, report_lines
+from stiv_deploy.export.demo.finish import demo_report, finish, following
+from stiv_deploy.export.demo.shared import Demo, Kind, Stage
 from stiv_deploy.export.engines import build
 from stiv_deploy.export.errors import CheckError, ExportError
 from stiv_deploy.export.parity import stage as parity_stage
+from stiv_deploy.runtime.command.group import app
 from stiv_deploy.runtime.command.main import main
+from stiv_deploy.runtime.errors import OutputError
 from stiv_deploy.runtime.pipeline import stage as clips_stage
 
 WORKERS = (
@@ -78,7 +84,7 @@ def test_without_the_builder_the_report_says_why(demo: Demo, stages: Stages, mon
     (note,) = demo.notes
     assert note.startswith("No engines were built")
     assert note.endswith(": not installed.")
-    assert any(note in line for line in report_lines(demo, "Demo"))
+    assert demo_report(demo, "Demo").notes == (note,)
 
 
 class Report:
@@ -94,7 +100,7 @@ def gated(name: str, passed: bool, calls: list[str]) -> Kind:
         calls.append(name)
         return Report(request, passed)
 
-    return Kind(name, run, lambda _: None, lambda report: json.dumps(report.number))
+    return Kind(name, run, lambda _: None, lambda report: f"number {report.number}", lambda it: json.dumps(it.number))
 
 
 def stage_of(request: Any, json_file: Path | None = None) -> Stage:
@@ -103,15 +109,18 @@ def stage_of(request: Any, json_file: Path | None = None) -> Stage:
 
 def test_a_failed_gate_fails_the_demo_and_stops_nothing(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(shared, "KINDS", {int: gated("audit", False, calls), str: gated("parity", True, calls)})
+    monkeypatch.setattr(shared, "KINDS", {int: gated("audit", False, calls), str: gated("export", True, calls)})
     demo.run([stage_of(5, demo.out / "audit.json"), stage_of("6")])
-    assert calls == ["audit", "parity"]
+    assert calls == ["audit", "export"]
     assert demo.failed == ["audit"]
     assert (demo.out / "audit.json").read_text() == "5\n"
-    finish(demo, report_lines(demo, "Demo"))
-    text = (demo.out / "report.md").read_text(encoding="utf-8")
-    assert text.startswith("# Demo: FAILED: audit\n")
-    assert f"| Stage 5 | `stiv audit 'with space' 5 --json {demo.out / 'audit.json'}` | 0.0 |" in text
+    (first, second) = demo_report(demo, "Demo").stages
+    assert (first.outcome, first.passed, second.passed) == ("number 5", False, True)
+    assert first.command == f"stiv audit 'with space' 5 --json {demo.out / 'audit.json'}"
+    finish(demo, "Demo")
+    text = (demo.out / "report.html").read_text(encoding="utf-8")
+    assert "<title>Demo: FAILED: audit</title>" in text
+    assert "stiv audit &#x27;with space&#x27; 5 --json" in text
 
 
 def test_an_error_ends_the_demo_with_its_own_words(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +128,7 @@ def test_an_error_ends_the_demo_with_its_own_words(demo: Demo, monkeypatch: pyte
         raise CheckError("graph head differs")
 
     later: list[str] = []
-    kinds = {int: Kind("export", broken, lambda _: None), str: gated("parity", True, later)}
+    kinds = {int: Kind("export", broken, lambda _: None, str), str: gated("parity", True, later)}
     monkeypatch.setattr(shared, "KINDS", kinds)
     with pytest.raises(CheckError, match="^graph head differs$"):
         demo.run([stage_of(1), stage_of("2")])
@@ -129,14 +138,68 @@ def test_an_error_ends_the_demo_with_its_own_words(demo: Demo, monkeypatch: pyte
 def test_a_passed_demo_says_so(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared, "KINDS", {int: gated("parity", True, [])})
     demo.run([stage_of(1)])
-    assert report_lines(demo, "Demo")[0] == "# Demo: all gates passed"
-    assert demo.reports["parity"].number == 1
+    assert demo_report(demo, "Demo").failed == ()
+    assert [report.number for report in demo.reports("parity")] == [1]
+
+
+def test_a_report_that_fails_leaves_the_old_one(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish(demo, "Demo")
+    old = (demo.out / "report.html").read_bytes()
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OutputError, match="No space left on device"):
+        finish(demo, "Other")
+    assert {path.name: path.read_bytes() for path in demo.out.iterdir()} == {"report.html": old}
+
+
+def test_what_is_next_parses(demo: Demo) -> None:
+    group: Any = typer.main.get_command(app)
+    commands = [shlex.split(command) for _, command in following(demo)]
+    assert len(commands) > 3
+    for program, name, *arguments in commands:
+        assert program == "stiv"
+        group.get_command(group.context_class(group), name).make_context(name, arguments).close()
+
+
+def test_the_report_says_on_what_and_with_which_versions(demo: Demo) -> None:
+    values = dict(demo_report(demo, "Demo").machine)
+    assert values["Python"] == platform.python_version()
+    assert {"CPU", "stiv-deploy", "torch", "onnxruntime"} <= set(values)
 
 
 def test_unknown_precision_is_one_line_and_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="--precision fp4: the demo has fp8 and int8"):
         command.demo(out=tmp_path / "out", precision="fp4")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sm", "banana"], "supports SM 89, 120, portable, auto; got 'banana'"),
+        (["--sm", "90"], "got '90'"),
+        (["--sm", "86", "--precision", "fp8"], "--sm 86: no FP8 arithmetic, which begins with SM 89; give --precision"),
+    ],
+)
+def test_a_gpu_that_nothing_can_be_built_for_is_refused_before_the_first_stage(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(shared, "import_tensorrt", lambda _: SimpleNamespace(__version__="1.7"))
+    monkeypatch.setattr(build, "targets", lambda _: ["86", "89", "120"] if "fp8" in options else ["89", "120"])
+    monkeypatch.setattr(Demo, "run", lambda *_: pytest.fail("a stage began"))
+    out = tmp_path / "demo"
+    monkeypatch.setattr(sys, "argv", ["stiv", "demo", "--out", str(out), *options])
+    assert main() == 2
+    err = capsys.readouterr().err
+    assert (err.count("\n"), message in err, out.exists()) == (1, True, False), err
+
+
+def test_an_architecture_is_named_as_people_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "missing_library", lambda _: "not installed")
+    assert shared.check_sm("SM89", "fp8") == "89"
 
 
 def test_the_first_frame_is_a_digit_at_the_right_edge(demo: Demo) -> None:

@@ -1,0 +1,97 @@
+"""The end of a demo: its report, and what there is to look at."""
+
+import shlex
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from stiv_deploy.export.demo.machine import machine
+from stiv_deploy.export.demo.report import DemoReport, ShownClip, ShownStage, report_page
+from stiv_deploy.export.demo.shared import BACKEND, Demo, Done
+from stiv_deploy.runtime.files import write_text
+from stiv_deploy.runtime.pipeline.stage import ClipsReport
+
+REPORT = "report.html"
+
+
+def finish(demo: Demo, title: str) -> None:
+    """Write the report, whole or not at all; say how long everything took and what there is to look at."""
+    written = demo.out / REPORT
+    write_text(written, report_page(demo_report(demo, title)))
+    demo.console.print(f"\n{sum(each.seconds for each in demo.done):.0f} s in all. Look at:")
+    found = [path for kind in ("mp4", "png", "json") for path in sorted(demo.out.glob(f"*.{kind}"))]
+    for path in (written, *found, demo.bundle):
+        demo.console.print(f"  {path}", highlight=False)
+    if demo.failed:
+        demo.console.print(f"[bold]demo FAILED[/bold]: {', '.join(demo.failed)}; see above")
+
+
+def demo_report(demo: Demo, title: str) -> DemoReport:
+    """What the report of ``demo`` shows, now."""
+    return DemoReport(
+        title=title,
+        checkpoint=str(demo.checkpoint),
+        date=datetime.now(UTC).date().isoformat(),
+        failed=tuple(demo.failed),
+        notes=tuple(demo.notes),
+        clips=tuple(shown_clip(report) for report in demo.reports("generate")),
+        parity=next(iter(demo.reports("parity")), None),
+        stages=tuple(map(_stage, demo.done)),
+        sizes=tuple(_sizes(demo)),
+        machine=tuple(machine()),
+        following=tuple(following(demo)),
+    )
+
+
+def shown_clip(report: ClipsReport) -> ShownClip:
+    """The one clip of ``report``."""
+    (request,), (frames,) = report.output.requests, report.output.frames
+    steps, guidance = f"{request.num_inference_steps} {request.solver} steps", f"guidance {request.guidance_mode}"
+    return ShownClip(
+        title="Text and image to video" if request.frames else "Text to video",
+        prompt=request.prompt,
+        frames=frames,
+        fps=request.fps or 1.0,
+        facts=f"seed {request.seed}, {len(frames)} frames of {request.width}x{request.height} at {request.fps:g} a "
+        f"second, {steps}, {guidance} {request.guidance_scale:g}",
+        given=frozenset(request.frames),
+    )
+
+
+def _stage(done: Done) -> ShownStage:
+    stage = done.stage
+    outcome = stage.kind.outcome(done.report)
+    return ShownStage(
+        title=stage.title, command=stage.command, outcome=outcome, seconds=done.seconds, passed=done.passed
+    )
+
+
+def _sizes(demo: Demo) -> Iterator[tuple[str, int]]:
+    """Bytes of the checkpoint, the bundle without and with its engines, and each file beside it."""
+    yield str(demo.checkpoint), _bytes(demo.checkpoint.rglob("*"))
+    inside = list(demo.bundle.rglob("*"))
+    engines = [path for path in inside if path.suffix == ".engine"]
+    if inside:
+        yield "bundle: graphs, weights, tokenizer", _bytes(inside) - _bytes(engines)
+    if engines:
+        yield f"bundle: {len(engines)} engines", _bytes(engines)
+    for path in sorted(demo.out.glob("*.*")):
+        if path.is_file() and path.name != REPORT:
+            yield path.name, path.stat().st_size
+
+
+def _bytes(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+def following(demo: Demo) -> Iterator[tuple[str, str]]:
+    """What to do next, and the command for it."""
+    bundle = str(demo.bundle)
+    yield "Make another clip:", _stiv("generate", bundle, "--prompt", "digit five moving up", "--out", "five.mp4")
+    yield "See what is in the bundle:", _stiv("inspect", bundle)
+    yield "Build engines for another GPU:", _stiv("build", bundle, "--backend", BACKEND, "--sm", "120")
+    yield "Train a model of your own:", _stiv("train", "recipes/tiny.toml", "--out", "runs/tiny")
+
+
+def _stiv(*words: str) -> str:
+    return shlex.join(["stiv", *words])
