@@ -16,6 +16,7 @@ from stiv_deploy.calibration.observers import BAND_EDGES, band_of
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.flow import schedule
 from stiv_deploy.stiv_ref.generation import sampling_inputs
+from stiv_deploy.stiv_ref.plots import legend_below
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, guided_velocity, sample
 
 BANDS = tuple(f"{low:g}-{high:g}" for low, high in zip(BAND_EDGES, BAND_EDGES[1:], strict=False))
@@ -126,7 +127,7 @@ def plot(errors: Mapping[str, Mapping[str, Errors]], out: Path) -> None:
         row[0].set_ylabel("relative L2 error")
     for axes in grid[-1]:
         axes.set_xlabel("step")
-    grid[0][-1].legend(fontsize=8, ncols=2)
+    legend_below(figure)
     temporary = out.with_name(f".{out.name}.partial")
     figure.savefig(temporary, format="png", dpi=100)
     temporary.rename(out)

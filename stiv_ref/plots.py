@@ -14,6 +14,7 @@ from stiv_deploy.stiv_ref.errors import StivRefError
 from stiv_deploy.stiv_ref.files import INDEX_LIMIT, parse_json, read_text, replaced_file
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from PIL.ImageFont import FreeTypeFont, ImageFont
@@ -97,6 +98,25 @@ def smooth(values: NDArray[np.float64], window: int = SMOOTHING) -> NDArray[np.f
     return np.where(count > 0, (totals[ends] - totals[starts]) / np.maximum(count, 1), math.nan)
 
 
+def legend_below(figure: "Figure", columns: int = 6) -> None:
+    """What all curves of ``figure`` are, each label once, in rows under the panels: over none of them lies data.
+
+    ``figure`` has the layout "constrained", which makes room.
+    """
+    entries: dict[str, Artist] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if entries:
+        figure.legend(
+            list(entries.values()),
+            list(entries),
+            loc="outside lower center",
+            ncols=min(columns, len(entries)),
+            fontsize=8,
+        )
+
+
 def _save(figure: "Figure", out: Path) -> None:
     """Write ``figure`` as a PNG, whole or not at all."""
     with replaced_file(out) as temporary:
@@ -122,7 +142,7 @@ def _draw_curve(axes: "Axes", stages: Sequence[StageLog], key: str) -> None:
 
 
 def _draw_bands(axes: "Axes", stages: Sequence[StageLog]) -> None:
-    """Smoothed loss of every tenth of the timestep, from dark (noise, t = 0) to light (data, t = 1)."""
+    """Smoothed loss of every tenth of the timestep, from dark (noise, t = 0) to light (data, t = 1); legend beside."""
     from matplotlib import colormaps
 
     for stage, place in zip(stages, _places(stages), strict=True):
@@ -131,7 +151,7 @@ def _draw_bands(axes: "Axes", stages: Sequence[StageLog]) -> None:
             known = label in axes.get_legend_handles_labels()[1]
             colour = colormaps["viridis"](float(name))
             axes.plot(place, smooth(values), color=colour, linewidth=1, label=None if known else label)
-    axes.legend(title="t", fontsize=6, title_fontsize=7, ncols=2, loc="upper right", framealpha=0.7)
+    axes.legend(title="t", fontsize=7, title_fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0.3)
 
 
 def _mark_stages(axes: "Axes", stages: Sequence[StageLog], *, named: bool) -> None:

@@ -10,6 +10,7 @@ from kernels.contenders import TITLES
 from kernels.machine import slug
 from kernels.outcome import Outcome, table, to_json
 from kernels.step import verdict
+from stiv_deploy.stiv_ref.plots import legend_below
 
 TITLE_OF_PART = {
     "check": "Right?",
@@ -120,7 +121,7 @@ def draw(run: Run, path: Path) -> bool:
     axes.set_ylabel("% of the rate of a copy of as many bytes")
     axes.set_title(f"{run.machine['device']}, {run.date}" + (" - dry run, meaningless" if run.dry else ""))
     axes.set_ylim(bottom=0)
-    axes.legend(loc="lower right")
+    legend_below(figure)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return True

@@ -108,17 +108,17 @@ def draw(figure: "Figure", rows: dict[str, list[Result]]) -> None:
     """Held-out loss by frame and by time (relative to full attention), and accuracy over the scale."""
     first, second, third = figure.subplots(1, 3)
     for name, got in rows.items():
-        band(first, range(FRAMES), [row["loss"]["by_frame"] for row in got], label=f"{name} attention")
+        label = f"{name} attention"
+        band(first, range(FRAMES), [row["loss"]["by_frame"] for row in got], label=label)
         ratios = [
             [100 * (a / b - 1) for a, b in zip(row["loss"]["by_time"], full["loss"]["by_time"], strict=True)]
             for row, full in zip(got, rows["full"], strict=True)
         ]
-        band(second, LOSS_TIMES, ratios, label=name)
-        band(third, SCALES, [[row[f"{scale:g}"]["both"] for scale in SCALES] for row in got], label=name)
+        band(second, LOSS_TIMES, ratios, label=label)
+        band(third, SCALES, [[row[f"{scale:g}"]["both"] for scale in SCALES] for row in got], label=label)
     first.set(title="held-out loss by frame", xlabel="frame")
     second.set(title="held-out loss above full attention [%]", xlabel="time (0 noise, 1 data)")
     third.set(title="digit and direction right [%]", xlabel="guidance scale")
-    first.legend(fontsize=8)
     for axes in (first, second, third):
         axes.grid(linewidth=0.3)
 

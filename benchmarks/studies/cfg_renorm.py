@@ -94,7 +94,6 @@ def draw(figure: "Figure", rows: Rows, scales: tuple[float, ...]) -> None:
             band(axes, scales, list(zip(*columns, strict=True)), label=label)
         axes.set(title=title, xlabel="guidance scale")
         axes.grid(linewidth=0.3)
-    figure.axes[0].legend(fontsize=8)
 
 
 def main(smallest: Smallest = False, seeds: Seeds = "0,1,2", out: Out = None, work: Work = WORK) -> None:

@@ -150,7 +150,6 @@ def draw(figure: "Figure", rows: dict[str, list[Result]], scales: tuple[float, .
         axes.axhline(sum(none) / len(none), color="#888888", linewidth=1, linestyle="--", label="no guidance (1 pass)")
         axes.set(title=title, xlabel="text scale")
         axes.grid(linewidth=0.3)
-    figure.axes[0].legend(fontsize=7)
 
 
 def main(smallest: Smallest = False, seeds: Seeds = "0,1,2", out: Out = None, work: Work = WORK) -> None:

@@ -148,7 +148,6 @@ def draw(figure: "Figure", rows: dict[str, list[Result]], real: list[Result]) ->
         )
         axes.set(title=title, xlabel="frame")
         axes.grid(linewidth=0.3)
-    first.legend(fontsize=7)
     bars(third, {name: [row["motion"] for row in got] for name, got in rows.items()}, "motion [% of real]")
 
 

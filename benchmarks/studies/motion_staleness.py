@@ -119,12 +119,10 @@ def draw(figure: "Figure", rows: Rows, kept: dict[str, list[Result]], real: list
                 label=f"image dropout {name}" if place == 0 else None,
             )
             first.plot([x] * len(values), values, "k.", markersize=3)
-        band(second, range(FRAMES), [row["psnr_to_first"] for row in rows[PLOTTED][name]], label=name)
+        band(second, range(FRAMES), [row["psnr_to_first"] for row in rows[PLOTTED][name]])
     first.set_xticks(range(len(rows)), [way.replace(", ", ",\n") for way in rows], fontsize=8)
     first.set_title("motion [% of real]")
     first.axhline(100, color="#888888", linewidth=1, linestyle="--")
-    first.set_ylim(0, 135)
-    first.legend(fontsize=7, loc="upper right", ncols=3)
     second.plot(
         range(FRAMES),
         np.mean([row["psnr_to_first"] for row in real], axis=0),
@@ -133,7 +131,6 @@ def draw(figure: "Figure", rows: Rows, kept: dict[str, list[Result]], real: list
         label="real",
     )
     second.set(title=f"PSNR against the given frame [dB], {PLOTTED}", xlabel="frame")
-    second.legend(fontsize=7)
     bars(
         third,
         {f"dropout {name}": [row["t2v_loss"] for row in got] for name, got in kept.items()},

@@ -197,7 +197,6 @@ def draw(figure: "Figure", rows: dict[str, list[Result]]) -> None:
     first.set(title=f"held-out T2V loss at {SIZE} pixels", xlabel="compute [million video-token updates]", yscale="log")
     second.set(title="digit right [%]", xlabel="guidance scale")
     third.set(title="direction right [%]", xlabel="guidance scale")
-    first.legend(fontsize=8, loc="upper center")
     for axes in (first, second, third):
         axes.grid(linewidth=0.3, which="both")
 

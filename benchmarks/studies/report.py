@@ -16,6 +16,7 @@ from digit_scores import cpu_name
 from records import paired, write_text
 
 from stiv_deploy.stiv_ref.files import replaced_file
+from stiv_deploy.stiv_ref.plots import legend_below
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,13 +112,14 @@ def default_out(name: str) -> Path:
 
 
 def save_plot(path: Path, draw: Callable[["Figure"], None], size: tuple[float, float]) -> None:
-    """Draw a figure of ``size`` inches into the PNG file ``path``."""
+    """Draw a figure of ``size`` inches into the PNG file ``path``, its legend below all panels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     draw(figure)
+    legend_below(figure)
     with replaced_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 

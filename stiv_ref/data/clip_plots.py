@@ -11,7 +11,7 @@ from stiv_deploy.stiv_ref.data.decode import key_frames, read_frames
 from stiv_deploy.stiv_ref.data.filters import Thresholds
 from stiv_deploy.stiv_ref.errors import VideoError
 from stiv_deploy.stiv_ref.files import replaced_file
-from stiv_deploy.stiv_ref.plots import label_font
+from stiv_deploy.stiv_ref.plots import label_font, legend_below
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,7 @@ def plot_scores(clips: Sequence[Clip], thresholds: Thresholds, out: Path) -> Non
     _histogram(middle, clips, "sharpness", "sharpness (variance of the Laplacian)", (of.min_sharpness,))
     _histogram(right, clips, "seconds", "duration (s)", (of.min_seconds, of.max_seconds))
     left.set_ylabel("clips")
-    left.legend()
+    legend_below(figure)
     with replaced_file(out) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 

@@ -6,12 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
+from stiv_deploy.stiv_ref import plots
 from stiv_deploy.stiv_ref.commands.plot import plot
 from stiv_deploy.stiv_ref.errors import StivRefError
-from stiv_deploy.stiv_ref.plots import Row, contact_sheet, label_font, plot_training, read_stages, smooth
+from stiv_deploy.stiv_ref.plots import Row, contact_sheet, label_font, legend_below, plot_training, read_stages, smooth
+
+ROOT = Path(__file__).parents[3]
 
 
 def write_log(path: Path, entries: list[tuple[int, str, int, float]], tail: str = "") -> Path:
@@ -49,6 +54,68 @@ NEW = {
     "samples": 2,
     "tokens_per_second": 50.0,
 }
+
+
+def panels(count: int) -> Figure:
+    """Curves of the same names in each of ``count`` panels, everywhere in them."""
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes in np.atleast_1d(figure.subplots(1, count)):
+        for level in range(8):
+            axes.plot([0, 1], [level, 7 - level], label=f"a curve with a long name, {level}")
+        axes.set(title="title", xlabel="step")
+    return figure
+
+
+def overlaps(figure: Figure) -> list[tuple[str, str]]:
+    """Labels of legends of ``figure`` that share a pixel with a panel or leave the picture."""
+    figure.canvas.draw()
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+    assert legends
+    inner = [axes.get_window_extent() for axes in figure.axes]
+    return [
+        (legend.get_texts()[0].get_text(), str(legend.get_window_extent()))
+        for legend in legends
+        if any(legend.get_window_extent().overlaps(box) for box in inner)
+        or not figure.bbox.padded(0.5).contains(*legend.get_window_extent().max)
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_legend_lies_below_all_data_with_each_name_once(count: int) -> None:
+    figure = panels(count)
+    legend_below(figure, columns=3)
+    assert overlaps(figure) == []
+    (legend,) = figure.legends
+    assert [text.get_text()[-1] for text in legend.get_texts()] == list("01234567")
+
+
+def test_a_figure_without_names_gets_no_legend() -> None:
+    figure = Figure(layout="constrained")
+    figure.subplots().plot([0, 1])
+    legend_below(figure)
+    assert figure.legends == []
+
+
+def test_the_legend_of_a_training_lies_beside_its_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bands = {f"0.{tenth}": 1.0 + tenth for tenth in range(10)}
+    lines = [json.dumps({**NEW, "step": step, "loss_by_t": bands}) for step in range(3)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, _: drawn.append(figure))
+    plot_training(tmp_path, tmp_path / "plot.png")
+    assert overlaps(drawn[0]) == []
+
+
+def test_all_legends_are_placed_by_this_file() -> None:
+    """``loc="best"`` takes the least bad place, which may be over data."""
+    found = [
+        file.name
+        for folder in ("benchmarks", "calibration", "export", "runtime", "stiv_ref")
+        for file in (ROOT / folder).rglob("*.py")
+        if ".legend(" in file.read_text(encoding="utf-8")
+    ]
+    assert found == ["plots.py"]
 
 
 def test_lines_old_and_new_are_read(tmp_path: Path) -> None:
