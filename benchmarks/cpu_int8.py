@@ -287,4 +287,6 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    from command import run
+
+    run(main)

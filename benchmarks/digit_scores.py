@@ -197,7 +197,6 @@ def main(
         "best": best,
         "rows": experiment.rows,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     out.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
     heading = f"best scale {best['scale']}, {steps} steps; green: digit and direction as asked"

@@ -7,15 +7,15 @@ bundle), asks the library whether it thinks the engines valid here, loads and ru
 compares it with ONNX Runtime on the CPU. Exits 0 whatever the answer is: the answer is the result.
 """
 
-import argparse
-import json
 import shutil
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from json import dumps
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 
 from stiv_deploy.export.engines.build import BuildRequest, build_engines
 from stiv_deploy.runtime.backends.base import Backend, Buffer
@@ -120,25 +120,21 @@ def measure(source: Path) -> dict[str, object]:
     }
 
 
-def main() -> int:
+def main(
+    bundle: Annotated[Path, typer.Argument(help="A float32 bundle.")],
+    json: Annotated[Path | None, typer.Option(help="Write the result here as JSON.")] = None,
+) -> None:
     """Print the answer, graph by graph, and write it to --json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    try:
-        result = measure(options.bundle)
-    except StivError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    result = measure(bundle)
     print(f"{result['gpu']} (SM {result['sm']}), TensorRT-RTX {result['tensorrt_rtx']}")
     for row in result["graphs"]:  # type: ignore[attr-defined]
         print(f"  {row['graph']:14} {row['validity']:28} {row['error'] or 'rel-L2 {:.1e}'.format(row['rel_l2'])}")
     print(f"portable engines run here: {'yes' if result['answer'] else 'no'}")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return 0
+    if json is not None:
+        json.write_text(dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from command import run
+
+    run(main)

@@ -299,7 +299,6 @@ def main(
         "within_2_points": verdicts(rows),
         "rows": [row | {"against_fp32": {task: compared(row, rows[0], task) for task in TASKS}} for row in rows],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report) + "\n", encoding="utf-8")
     out.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
     trajectories.plot({row["name"]: row["errors"] for row in rows}, out.with_suffix(".png"))

@@ -96,4 +96,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == [CHILD]:
         print(json.dumps(generate_once(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])))
     else:
-        typer.run(main)
+        from command import run
+
+        run(main)

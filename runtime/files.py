@@ -214,6 +214,23 @@ def check_apart(outputs: Iterable[Path | None], inputs: Iterable[Path | None]) -
                 raise OutputError(f"{target}: would replace {given}, which is read; choose another name")
 
 
+def check_no_bundle(target: Path) -> None:
+    """:class:`OutputError` if ``target`` lies in a bundle, however deep: that folder holds its own files only."""
+    with told(target, ""):
+        bundle = next(filter(_is_bundle, _place(target).parents), None)
+    if bundle is not None:
+        raise OutputError(f"{target}: is in the bundle {bundle}, which holds its own files only; choose another place")
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Whether the manifest of ``folder`` is one of a bundle, not of something else that has such a file."""
+    try:
+        values = read_json(folder / "manifest.json")
+    except ValueError:
+        return False
+    return isinstance(values, dict) and {"format_version", "graphs"} <= values.keys()
+
+
 def _try(target: Path, folder: Path, remedy: str) -> None:
     """:class:`OutputError` if ``folder`` takes no files; only trying also knows read-only mounts, and root."""
     try:

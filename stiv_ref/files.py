@@ -86,6 +86,17 @@ def refuse_device(target: Path) -> None:
         raise OSError(errno.EINVAL, "it is a device or a pipe")
 
 
+def refuse_bundle(target: Path) -> None:
+    """``OSError`` if ``target`` lies in a bundle, a folder of files that its ``manifest.json`` names."""
+    for folder in target.resolve().parents:
+        try:
+            values = parse_json(read_text(folder / "manifest.json"))
+        except ValueError:
+            continue
+        if isinstance(values, dict) and {"format_version", "graphs"} <= values.keys():
+            raise OSError(errno.EINVAL, f"it is in the bundle {folder}, which holds its own files only")
+
+
 @contextmanager
 def told(where: Path, remedy: str) -> Iterator[None]:
     """Turn an ``OSError`` from inside, as of a full disk, into an :class:`OutputError` that names ``where``."""

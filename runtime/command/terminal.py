@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from stiv_deploy.runtime.errors import OutputError, briefly
-from stiv_deploy.runtime.files import check_apart, check_file, write_text
+from stiv_deploy.runtime.files import check_apart, check_file, check_no_bundle, write_text
 from stiv_deploy.runtime.progress import Lines, Progress, unheard
 
 if TYPE_CHECKING:
@@ -88,12 +88,13 @@ def table(
 def check_json(target: Path | None, *inputs: Path | None) -> None:
     """Raise :class:`~stiv_deploy.runtime.errors.OutputError` if ``--json`` names what cannot become a file.
 
-    Nor may it replace one of ``inputs``.
+    Nor may it replace one of ``inputs``, or lie in a bundle.
     """
     if target is None or target == STDOUT:
         return
     check_file(target, "name a file in a folder that exists")
     check_apart([target], inputs)
+    check_no_bundle(target)
 
 
 def json_text(report: "BaseModel", indent: int = 2) -> str:

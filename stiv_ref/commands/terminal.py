@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from stiv_deploy.stiv_ref.errors import StivRefError
-from stiv_deploy.stiv_ref.files import refuse_device, told, write_text
+from stiv_deploy.stiv_ref.files import refuse_bundle, refuse_device, told, write_text
 from stiv_deploy.stiv_ref.progress import Lines, Progress, unheard
 
 STDOUT = Path("-")
@@ -55,13 +55,14 @@ def progress_bar(stage: str, quiet: bool = False) -> Iterator[Progress]:
 
 
 def check_json(target: Path | None) -> None:
-    """:class:`StivRefError` if ``--json`` names what cannot become a file."""
+    """:class:`StivRefError` if ``--json`` names what cannot become a file, or a place in a bundle."""
     if target is None or target == STDOUT:
         return
     if target.is_dir() or not target.absolute().parent.is_dir():
         raise StivRefError(f"{target}: cannot be written; name a file in a folder that exists")
     with told(target, "name a file"):
         refuse_device(target)
+        refuse_bundle(target)
 
 
 def answer(target: Path | None, report: Callable[[], str], show: Callable[[], None]) -> None:

@@ -12,6 +12,7 @@ from stiv_deploy.runtime.files import (
     check_apart,
     check_file,
     check_folder,
+    check_no_bundle,
     draft,
     make_folder,
     read_json,
@@ -205,3 +206,15 @@ def test_what_is_read_is_not_replaced(places: Path) -> None:
     for target, given in (("file", "file"), ("link", "file"), ("file", "link"), ("full", "full/inside")):
         with pytest.raises(OutputError, match=f"{target}: would replace {given}, which is read; choose another"):
             check_apart([Path("new"), Path(target)], [Path("new2"), Path(given)])
+
+
+def test_a_bundle_holds_its_own_files_only(tmp_path: Path) -> None:
+    for name, text in {"bundle": '{"format_version": 8, "graphs": {}}', "other": '{"name": "x"}', "bad": "{"}.items():
+        (tmp_path / name / "onnx").mkdir(parents=True)
+        (tmp_path / name / "manifest.json").write_text(text)
+    (tmp_path / "link").symlink_to(tmp_path / "bundle")
+    for inside in ("bundle/tokenizer.json", "bundle/onnx/new.json", "link/new.json"):
+        with pytest.raises(OutputError, match=f"{inside}: is in the bundle .*bundle, which holds its own files only"):
+            check_no_bundle(tmp_path / inside)
+    for outside in ("bundle.json", "other/a.json", "bad/onnx/a.json", "none/a.json"):
+        check_no_bundle(tmp_path / outside)

@@ -10,6 +10,8 @@ import pytest
 
 from stiv_deploy.runtime import files as runtime_files
 from stiv_deploy.stiv_ref import files as reference_files
+from stiv_deploy.stiv_ref.commands.terminal import check_json
+from stiv_deploy.stiv_ref.errors import OutputError
 
 both = pytest.mark.parametrize("files", [reference_files, runtime_files], ids=["stiv_ref", "runtime"])
 interruptions = pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
@@ -202,3 +204,12 @@ def test_a_name_in_another_spelling_is_the_same_name(tmp_path: Path) -> None:
     composed.touch()
     assert reference_files.same_name(composed) == composed
     assert not reference_files.is_file(tmp_path / ("x" * 300))
+
+
+def test_a_report_goes_into_no_bundle(tmp_path: Path) -> None:
+    for name, text in {"bundle": '{"format_version": 2, "graphs": {}}', "other": "[]"}.items():
+        (tmp_path / name / "onnx").mkdir(parents=True)
+        (tmp_path / name / "manifest.json").write_text(text)
+    with pytest.raises(OutputError, match="new.json: cannot be written .it is in the bundle .*; name a file"):
+        check_json(tmp_path / "bundle" / "onnx" / "new.json")
+    check_json(tmp_path / "other" / "new.json")

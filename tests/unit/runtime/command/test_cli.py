@@ -23,13 +23,16 @@ import pytest
 from PIL import Image
 
 from stiv_deploy.runtime import GenerationPlan, GenerationRequest, StivPipeline
+from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.command import group as group_module
 from stiv_deploy.runtime.command.cli import generate
 from stiv_deploy.runtime.command.generation import FIELDS, parse_frames
 from stiv_deploy.runtime.command.main import main
 from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.pipeline import limits
+from stiv_deploy.runtime.pipeline.grid import grid_sides
 from stiv_deploy.runtime.pipeline.media import SIDES
+from stiv_deploy.runtime.pipeline.plan import RECOMMENDED
 from stiv_deploy.runtime.pipeline.request import NAMES
 
 Run = Callable[..., tuple[int, str, str]]
@@ -226,6 +229,54 @@ def test_generate_writes_a_clip(run: Run, bundle_path: Path, tmp_path: Path) -> 
     assert [file.name for file in tmp_path.iterdir()] == ["clip.webp"]
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "side"),
+    [("a.gif", (), 256), ("a.webp", (), 256), ("a.gif", ("--upscale", 1), 8), ("frames", (), 8)],
+)
+def test_small_clips_are_made_visible_where_they_are_watched(
+    run: Run, bundle_path: Path, tmp_path: Path, name: str, options: tuple[object, ...], side: int
+) -> None:
+    out = tmp_path / name
+    code, _, err = run("generate", bundle_path, "--prompt", "digit", "--steps", 1, "--out", out, *options)
+    assert (code, err) == (0, "")
+    with Image.open(out / "frame_000.png" if out.is_dir() else out) as image:
+        assert image.size == (side, side)
+
+
+def test_a_grid_is_one_file_that_makes_all_its_clips_again(
+    run: Run, bundle_path: Path, tmp_path: Path, planned: list[GenerationRequest]
+) -> None:
+    out, report = tmp_path / "all.webp", tmp_path / "all.json"
+    prompts = ("--prompt", "digit three", "--prompt", "digit four", "--seed", 4)
+    common = ("--steps", 1, "--grid", "--out")
+    code, stdout, err = run("generate", bundle_path, *prompts, "--count", 2, *common, out, "--json", report)
+    assert (code, err) == (0, "")
+    assert stdout.count(f"{out}: 4 frames of 8x8, seed ") == 4
+    assert {path.name for path in tmp_path.iterdir()} == {"all.webp", "all.json"}
+    with Image.open(out) as image:
+        assert (image.n_frames, image.size[::-1]) == (4, grid_sides(4, 256, 256))
+    for source in (out, report):
+        assert run("generate", bundle_path, "--request", source, *common, tmp_path / "again.webp")[0] == 0
+        assert [(each.prompt, each.seed) for each in planned] == [
+            ("digit three", 4),
+            ("digit three", 5),
+            ("digit four", 6),
+            ("digit four", 7),
+        ]
+        assert (tmp_path / "again.webp").read_bytes() == out.read_bytes()
+
+
+def test_a_grid_has_one_frame_rate(
+    run: Run, bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StivPipeline, "run", lambda *_: pytest.fail("something was computed"))
+    (tmp_path / "two.json").write_text('[{"prompt": "a", "fps": 8}, {"prompt": "b", "fps": 12}]')
+    code, out, err = run(
+        "generate", bundle_path, "--request", tmp_path / "two.json", "--grid", "--out", tmp_path / "a.mp4"
+    )
+    assert (code, out, err) == (2, "", "error: the videos have different frame rates, 8 and 12; give all the same\n")
+
+
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[GenerationRequest]:
     """The requests that commands plan."""
@@ -330,6 +381,20 @@ def test_generate_passes_every_option_on(
     assert planned == [GenerationRequest(prompt="digit", seed=11, frames={0: red, -1: red}, **wanted)]
     defaults = dict(GenerationRequest(prompt=""))
     assert all(wanted[field] != defaults[field] for field in wanted)  # so that a lost option shows
+
+
+def test_each_default_of_the_bundle_is_named_in_the_help_and_shown_with_the_bundle(run: Run, bundle_path: Path) -> None:
+    hints = get_type_hints(generate, include_extras=True)
+    helps = {name: hint.__metadata__[0].help for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+    of_bundle = {name for name, field in FIELDS.items() if field in RECOMMENDED}
+    assert {name for name, text in helps.items() if text.endswith("Default: the bundle's.")} == of_bundle
+    code, out, _ = run("inspect", bundle_path)
+    assert code == 0
+    shown = dict(line.split(maxsplit=1) for line in out.splitlines() if line.strip().startswith("--"))
+    sampling = Bundle.open(bundle_path).manifest.sampling
+    assert int(shown["--frames"]) == sampling.frames
+    assert shown["--guidance-mode"].strip() == sampling.guidance_mode
+    assert len(shown) == len(of_bundle)
 
 
 def test_options_that_are_not_given_leave_the_defaults(
@@ -583,12 +648,13 @@ def test_bad_request(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_report_replaces_no_manifest(run: Run, own_bundle: Path, tmp_path: Path) -> None:
-    report = ("--json", own_bundle / "manifest.json")
+@pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json", "onnx/head.onnx", "new.json"])
+def test_a_report_goes_into_no_bundle(run: Run, own_bundle: Path, tmp_path: Path, name: str) -> None:
+    report = ("--json", own_bundle / name)
     for command in (("inspect", own_bundle), ("generate", own_bundle, "--prompt", "a", "--out", tmp_path / "a.png")):
         code, _, err = run(*command, *report)
         assert (code, err.count("\n")) == (2, 1)
-        assert "manifest.json, which is read" in err
+        assert "which holds its own files only" in err or "manifest.json, which is read" in err
     assert run("inspect", own_bundle)[0] == 0
 
 
