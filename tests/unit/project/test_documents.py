@@ -187,7 +187,16 @@ def test_readme_generates(bundle: Path, tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
     written = {path.name for path in tmp_path.iterdir()}
-    assert written == {"bundle", "three.mp4", "clips-0.gif", "clips-1.gif", "frames", "six.webp", "again.mp4"}
+    assert written == {
+        "bundle",
+        "three.mp4",
+        "clips-0.gif",
+        "clips-1.gif",
+        "eight.webp",
+        "frames",
+        "six.webp",
+        "again.mp4",
+    }
 
 
 RULE = re.compile(r"\|[-:| ]+$")

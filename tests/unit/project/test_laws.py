@@ -69,6 +69,10 @@ FOREIGN = {
 }
 """Libraries that a room must work without, and so must all that it imports."""
 
+POSIX = {"crypt", "fcntl", "grp", "nis", "ossaudiodev", "posix", "pty", "pwd", "readline", "resource"}
+POSIX |= {"spwd", "syslog", "termios", "tty"}
+"""Modules of the standard library that Windows has not."""
+
 EXCEPTIONS = (
     # Looks at the package inside a function and works without it.
     ("runtime/command/inspection", "onnx"),
@@ -110,6 +114,17 @@ def strangers(sources: dict[str, str], graph: Graph) -> set[tuple[str, str]]:
     return found
 
 
+def at_import(source: str) -> Iterator[str]:
+    """Names of what ``source`` imports when it is imported: what stands in no function."""
+    waiting: list[ast.AST] = [ast.parse(source)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from imported(ast.unparse(node))
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            waiting += ast.iter_child_nodes(node)
+
+
 def short_names(sources: dict[str, str]) -> Iterator[tuple[str, str]]:
     """Imports by another name than the full one, and of what nothing imports; relative ones begin with a dot."""
     wrong = {*PACKAGES, "tests", "benchmarks", ""}
@@ -136,6 +151,18 @@ def test_nothing_crosses_a_law(graph: Graph) -> None:
 
 def test_no_room_needs_a_library_that_it_must_work_without(sources: dict[str, str], graph: Graph) -> None:
     assert strangers(sources, graph) == set()
+
+
+def test_the_runtime_imports_nothing_that_windows_lacks(sources: dict[str, str]) -> None:
+    runtime = {module: source for module, source in sources.items() if within(module, "runtime")}
+    assert len(runtime) > 50
+    found = {(module, name) for module, source in runtime.items() for name in at_import(source)}
+    assert {(module, name) for module, name in found if name.partition(".")[0] in POSIX} == set()
+
+
+def test_imports_in_functions_are_not_made_at_import() -> None:
+    source = "import a\nif b:\n    import c\ntry:\n    from d import e\nexcept ImportError:\n    pass\n"
+    assert set(at_import(source + "def f():\n    import g\nclass H:\n    import i\n")) == {"a", "c", "d.e", "i"}
 
 
 def test_all_imports_are_by_full_name(sources: dict[str, str]) -> None:

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 PACKAGES = ("calibration", "export", "runtime", "stiv_ref")
+DOOR = "stiv_deploy"
+"""The folder of the package that the others are in, by name; all it has is a version."""
 
 
 def pyproject() -> dict[str, Any]:
@@ -23,7 +25,16 @@ def test_listed_packages_are_the_folders_with_init() -> None:
         for name in PACKAGES
         for file in (ROOT / name).rglob("__init__.py")
     }
-    assert set(pyproject()["tool"]["setuptools"]["packages"]) == {name.replace("/", ".") for name in found}
+    listed = pyproject()["tool"]["setuptools"]["packages"]
+    assert set(listed) == {DOOR, *(name.replace("/", ".") for name in found)}
+    assert [file.name for file in (ROOT / DOOR).iterdir() if file.name != "__pycache__"] == ["__init__.py"]
+
+
+def test_the_version_is_written_once() -> None:
+    import stiv_deploy
+
+    assert "version" in pyproject()["project"]["dynamic"]
+    assert stiv_deploy.__version__ == version("stiv-deploy")
 
 
 UNPACKAGED = {".h", ".cuh", ".cu", ".cpp", ".cmake", ".sh", ".md"}

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+import stiv_deploy
+
 ROOT = Path(__file__).parents[3]
-PACKAGES = ("calibration", "export", "runtime", "stiv_ref")
+PACKAGES = ("calibration", "export", "runtime", "stiv_deploy", "stiv_ref")
 OFFLINE = ("NewConnectionError", "ConnectTimeoutError", "Temporary failure in name resolution", "ProxyError")
 
 pytestmark = pytest.mark.slow
@@ -59,12 +61,18 @@ CHECKOUT_ONLY = {".h", ".cuh", ".cu", ".cpp", ".cmake", ".sh", ".md"}
 def test_wheel_holds_every_python_file_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     sources = {
-        f"stiv_deploy/{file.relative_to(ROOT).as_posix()}"
+        f"stiv_deploy/{file.relative_to(ROOT / 'stiv_deploy' if package == 'stiv_deploy' else ROOT).as_posix()}"
         for package in PACKAGES
         for file in (ROOT / package).rglob("*")
         if file.is_file() and file.suffix not in CHECKOUT_ONLY and not {"__pycache__", "_lib"} & {*file.parts}
     }
     assert names == sources
+
+
+def test_it_knows_its_version(bare: Path) -> None:
+    done = call(bare / "python", "-I", "-c", "import stiv_deploy as it; print(it.__version__, it.__file__)")
+    assert done.stdout.split()[0] == stiv_deploy.__version__
+    assert Path(done.stdout.split()[1]).is_relative_to(bare.parent)
 
 
 def test_torch_is_not_importable_there(bare: Path) -> None:
