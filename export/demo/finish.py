@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
+
 from stiv_deploy.export.demo.machine import machine
 from stiv_deploy.export.demo.report import DemoReport, ShownClip, ShownStage, report_page
 from stiv_deploy.export.demo.shared import BACKEND, Demo, Done
@@ -45,6 +47,7 @@ def demo_report(demo: Demo, title: str) -> DemoReport:
 
 def shown_clip(report: ClipsReport) -> ShownClip:
     """The one clip of ``report``."""
+    assert isinstance(report.output.frames, np.ndarray)
     (request,), (frames,) = report.output.requests, report.output.frames
     steps, guidance = f"{request.num_inference_steps} {request.solver} steps", f"guidance {request.guidance_mode}"
     return ShownClip(

@@ -39,8 +39,7 @@ def audited(report: "AuditReport") -> str:
 
 def compared(report: "ParityReport") -> str:
     """Gates, and how many were missed."""
-    gates = [*report.rows, *report.video]
-    missed = sum(not gate.passed for gate in gates)
+    missed = sum(not row.passed for row in report.rows) + sum(not gate.passed for gate in report.video)
     return f"{len(report.rows)} errors and {len(report.video)} properties of videos, {missed or 'none'} missed its gate"
 
 

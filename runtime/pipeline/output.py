@@ -80,17 +80,16 @@ class StivOutput:
             return [self._write_grid(Path(path), upscale)]
         targets = check_output(path, len(self.requests))
         for target, clip, record in zip(targets, self._arrays(), self.records, strict=True):
-            factor = upscale_for(target, *clip.shape[1:3], upscale)
+            _, height, width, _ = clip.shape
+            factor = upscale_for(target, height, width, upscale)
             write_video(target, clip, record.request.fps or 0, factor, record.embedded())
         return targets
 
     def _write_grid(self, path: Path, upscale: int | None) -> Path:
         clips, records = self._arrays(), self.records
-        sheet = grid_of(
-            clips,
-            [record.request.prompt for record in records],
-            grid_upscale(len(clips), *clips[0].shape[1:3], upscale),
-        )
+        _, height, width, _ = clips[0].shape
+        factor = grid_upscale(len(clips), height, width, upscale)
+        sheet = grid_of(clips, [record.request.prompt for record in records], factor)
         return write_video(path, sheet, self.fps, comment=embedded_together(records))
 
     def _arrays(self) -> Sequence[np.ndarray]:

@@ -61,7 +61,7 @@ class GenerationRecord:
 
 
 def embedded_together(records: Sequence[GenerationRecord]) -> str:
-    """The :meth:`~GenerationRecord.embedded` records of one file, as a list; each has its share of the limit."""
+    """The :meth:`GenerationRecord.embedded` records of one file, as a list; each has its share of the limit."""
     return f"[{','.join(record.embedded(EMBEDDED_LIMIT // len(records)) for record in records)}]"
 
 
