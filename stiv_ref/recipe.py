@@ -33,7 +33,7 @@ from stiv_deploy.stiv_ref.objective import Objective
 from stiv_deploy.stiv_ref.tasks import MIX
 from stiv_deploy.stiv_ref.text import Pooling
 from stiv_deploy.stiv_ref.vae import VaeConfig
-from stiv_deploy.stiv_ref.world_settings import SIDE, WorldData
+from stiv_deploy.stiv_ref.world_settings import SIDE, ViewsData, WorldData
 
 NAME = r"^[A-Za-z0-9._-]+$"
 WHOLE_SHARE = 0.15
@@ -118,7 +118,7 @@ class ShardData(FrozenConfig):
     max_broken: float = Field(default=0.5, ge=0, le=1)
 
 
-Data = Annotated[DigitsData | WorldData | VideoData | ShardData, Field(discriminator="kind")]
+Data = Annotated[DigitsData | WorldData | ViewsData | VideoData | ShardData, Field(discriminator="kind")]
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -256,7 +256,7 @@ class Recipe(FrozenConfig):
             stage["data"] = next(iter(data))
         if stage.get("resolution") is None and not stage.get("buckets"):
             there = data.get(str(stage.get("data")))
-            side = SIDE if isinstance(there, dict) and there.get("kind") == "world" else SIZE
+            side = SIDE if isinstance(there, dict) and there.get("kind") in ("world", "views") else SIZE
             stage["resolution"] = (side, side)
         return stage
 
@@ -310,13 +310,13 @@ class Recipe(FrozenConfig):
         data = self.data[stage.data]
         if stage.task == "keyframes" and not isinstance(data, ShardData) and max(getattr(data, "strides", (1,))) == 1:
             raise ValueError(f"stage {stage.name}: keyframes lie far apart; give [data.{stage.data}] a stride above 1")
-        if isinstance(data, DigitsData | WorldData):
+        if isinstance(data, DigitsData | WorldData | ViewsData):
             self._check_drawn(stage, data)
 
     @staticmethod
-    def _check_drawn(stage: Stage, data: DigitsData | WorldData) -> None:
+    def _check_drawn(stage: Stage, data: DigitsData | WorldData | ViewsData) -> None:
         """What is drawn has one square size, on which all frames can be drawn."""
-        what = "moving digits are" if isinstance(data, DigitsData) else "the world is"
+        what = {"digits": "moving digits are", "world": "the world is", "views": "views are"}[data.kind]
         for height, width in stage.sizes:
             if height != width:
                 raise ValueError(f"stage {stage.name}: {what} square, resolution is {height}x{width}")

@@ -60,6 +60,25 @@ def world(
 
 
 @data.command()
+def views(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="PNG file to write.")],
+    count: Annotated[int, typer.Option(min=1, max=1024, help="Sets of views.")] = 14,
+    frames: Annotated[int, typer.Option(min=1, max=361, help="Views of a set, with the given one.")] = 7,
+    size: Annotated[int, typer.Option(min=1, max=1024, help="Height and width, a multiple of 16.")] = 64,
+    split: Annotated[Literal["train", "test"], typer.Option(help="Sets trained on, or those held out.")] = "test",
+) -> None:
+    """Draw a contact sheet of the shaded solids, seen from all around, that recipes train on.
+
+    stiv data views views.png --count 21
+    """
+    from stiv_deploy.stiv_ref.data.views.sheet import views_sheet
+    from stiv_deploy.stiv_ref.world_settings import ViewsData
+
+    views_sheet(ViewsData(kind="views"), out, count=count, frames=frames, side=size, split=split)
+    typer.echo(out)
+
+
+@data.command()
 def cut(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of videos; folders inside count too.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the index, the report and the pictures.")],

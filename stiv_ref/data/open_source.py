@@ -8,10 +8,11 @@ from stiv_deploy.stiv_ref.data.shards import list_video_shards
 from stiv_deploy.stiv_ref.data.source import DigitsSource, Source
 from stiv_deploy.stiv_ref.data.tars import shard_paths
 from stiv_deploy.stiv_ref.data.videos import Listing, VideoDataset, list_videos_of
-from stiv_deploy.stiv_ref.data.world.source import WorldSource
+from stiv_deploy.stiv_ref.data.views.source import views_source
+from stiv_deploy.stiv_ref.data.world.source import world_source
 from stiv_deploy.stiv_ref.errors import DataError
 from stiv_deploy.stiv_ref.recipe import DigitsData, Recipe, ShardData, Stage, VideoData
-from stiv_deploy.stiv_ref.world_settings import WorldData
+from stiv_deploy.stiv_ref.world_settings import ViewsData, WorldData
 
 
 def open_source(recipe: Recipe, stage: Stage, number: int) -> Source:
@@ -25,7 +26,9 @@ def open_source(recipe: Recipe, stage: Stage, number: int) -> Source:
     if isinstance(data, DigitsData):
         return DigitsSource(seed=recipe.seed, stage=number, frames=stage.frames, size=stage.sizes[0][0])
     if isinstance(data, WorldData):
-        return WorldSource(data, seed=recipe.seed, stage=number, frames=stage.frames, side=stage.sizes[0][0])
+        return world_source(data, seed=recipe.seed, stage=number, frames=stage.frames, side=stage.sizes[0][0])
+    if isinstance(data, ViewsData):
+        return views_source(data, seed=recipe.seed, stage=number, frames=stage.frames, side=stage.sizes[0][0])
     return DatasetSource(
         _open_dataset(recipe, stage, data),
         seed=recipe.seed,

@@ -71,6 +71,11 @@ def _times(start: int, count: int, stride: int) -> list[float]:
     return [float(start + number * stride) for number in range(count)]
 
 
+def scene_number(index: int, split: Split) -> int:
+    """The number, among all scenes, of number ``index`` of a split."""
+    return index * HELD_OUT if split == "test" else index + index // (HELD_OUT - 1) + 1
+
+
 class World:
     """The clips of one split: ``frames`` frames of ``side`` x ``side`` pixels each, or stills if that is one.
 
@@ -92,8 +97,7 @@ class World:
 
     def clip(self, index: int) -> WorldClip:
         """Clip number ``index`` of the split, from 0 on without end."""
-        number = index * HELD_OUT if self.split == "test" else index + index // (HELD_OUT - 1) + 1
-        draws = Draws(self.seed, number)
+        draws = Draws(self.seed, scene_number(index, self.split))
         stride = draws.choice(self.settings.strides) if self.frames > 1 else 1
         last = (self.frames - 1) * stride
         span = (self.settings.scene_frames or last + 1) - 1 or int(STILL_SPAN)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from stiv_deploy.stiv_ref.config import parse_config
+from stiv_deploy.stiv_ref.data.drawn import DrawnSource
 from stiv_deploy.stiv_ref.data.open_source import open_source
 from stiv_deploy.stiv_ref.data.world.captions import words
-from stiv_deploy.stiv_ref.data.world.source import WorldSource
 from stiv_deploy.stiv_ref.errors import ConfigError
 from stiv_deploy.stiv_ref.recipe import Recipe
 
@@ -20,9 +20,9 @@ def recipe_of(data: dict[str, Any] | None = None, **stage: Any) -> Recipe:
     return parse_config(Recipe, values | {"data": {"world": world}, "stages": [base | stage]}, "recipe")
 
 
-def source_of(recipe: Recipe) -> WorldSource:
+def source_of(recipe: Recipe) -> DrawnSource:
     source = open_source(recipe, recipe.stages[0], 1)
-    assert isinstance(source, WorldSource)
+    assert isinstance(source, DrawnSource)
     return source
 
 
