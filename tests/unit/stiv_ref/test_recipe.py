@@ -30,7 +30,8 @@ FAULTS = {
     "unknown task": (
         'task = "t2i"',
         'task = "v2v"',
-        "stages.0.task: Input should be 't2i', 't2v', 'ti2v', 'predict', 'interpolate', 'keyframes', 'views', 'all' or 'mix'",
+        "stages.0.task: Input should be 't2i', 't2v', 'ti2v', 'predict', 'interpolate', 'keyframes', 'views', 'all' "
+        "or 'mix'",
     ),
     "image with frames": ('task = "t2i"', 'task = "t2i"\nframes = 2', "task t2i trains on one frame, not 2"),
     "video of one frame": ('task = "t2i"', 'task = "t2v"', "task t2v needs at least 2 frames, got 1"),
