@@ -19,7 +19,15 @@ from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.bundle.bundle import file_record, manifest_text
 from stiv_deploy.runtime.bundle.card import README, readme
 from stiv_deploy.runtime.bundle.contract import Frozen, ModelFacts
-from stiv_deploy.runtime.bundle.manifest import MANIFEST, Bucket, FileRecord, Manifest, Range, SamplingDefaults
+from stiv_deploy.runtime.bundle.manifest import (
+    MANIFEST,
+    Bucket,
+    FileRecord,
+    Manifest,
+    Range,
+    SamplingDefaults,
+    TrainedOn,
+)
 from stiv_deploy.runtime.errors import OutputError
 from stiv_deploy.runtime.files import check_apart, check_folder, read_json, replaced_folder
 from stiv_deploy.runtime.pipeline.limits import GIB, memory_bytes
@@ -105,6 +113,7 @@ def _write(
         graphs=writer.write_all(buckets, request.check, progress),
         tokenizer=_copy_tokenizer(checkpoint.path, folder),
         checkpoint=checkpoint.sha256,
+        trained=trained_facts(checkpoint.config),
         quantization=None if quantization is None else quantization.record(),
         tools=tool_versions(),
     )
@@ -225,11 +234,16 @@ def validate_plugins(buckets: Sequence[Bucket], facts: ModelFacts) -> None:
 
 def sampling_defaults(sampling: CheckpointDefaults, buckets: Sequence[Bucket]) -> SamplingDefaults:
     """The checkpoint's recommendations; the first bucket's typical size where no bucket holds its own size."""
-    values = sampling.model_dump()
+    values = sampling.model_dump() | {"stride": sampling.stride or 1}
     size = {name: values[name] for name in ("frames", "height", "width")}
     if not any(bucket.holds(batch=bucket.batch.min, **size) for bucket in buckets):
         size = {name: getattr(buckets[0], name).typical for name in size}
     return SamplingDefaults(**values | size)
+
+
+def trained_facts(config: CheckpointConfig) -> TrainedOn | None:
+    """What the checkpoint says that it was trained on, for the manifest; None if it does not."""
+    return None if config.trained is None else TrainedOn(**config.trained.model_dump())
 
 
 def _copy_tokenizer(checkpoint_path: Path, folder: Path) -> FileRecord:

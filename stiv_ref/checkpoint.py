@@ -17,13 +17,15 @@ from pydantic import Discriminator, Field, Tag
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from stiv_deploy.stiv_ref.bounds import Scale, Size, Steps, TimeShift
+from stiv_deploy.stiv_ref.bounds import Scale, Size, Steps, Strides, TimeShift
 from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig, read_config
 from stiv_deploy.stiv_ref.errors import CheckpointError, ConfigError
 from stiv_deploy.stiv_ref.files import is_file, replaced_folder, sha256, told
+from stiv_deploy.stiv_ref.givings import GivingName
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.pretrained.text import PretrainedTextConfig, PretrainedTextEncoder, read_text_encoder
 from stiv_deploy.stiv_ref.pretrained.vae import PretrainedVae, PretrainedVaeConfig, read_vae
+from stiv_deploy.stiv_ref.tasks import TaskName
 from stiv_deploy.stiv_ref.text import TextConfig, TextEncoder, load_tokenizer
 from stiv_deploy.stiv_ref.vae import Vae, VaeConfig
 from stiv_deploy.stiv_ref.weights import check_finite, check_fit, fill, load_tensors, save_tensors
@@ -52,20 +54,38 @@ AnyVae = Vae | PretrainedVae
 
 
 class SamplingDefaults(FrozenConfig):
-    """What this checkpoint was trained for, and the sampling settings that suit it best."""
+    """What this checkpoint was trained for, and the sampling settings that suit it best.
+
+    ``stride`` is the frame stride of clips; ``None``, in a recipe, is the one that its last stage has most often, and,
+    in a checkpoint, 1.
+    """
 
     frames: Size = 8
     height: Size = 32
     width: Size = 32
     frames_per_second: int = Field(default=8, gt=0, le=1_000)
+    stride: Size | None = None
     steps: Steps = 30
     guidance_scale: Scale = 4.0
     image_scale: Scale = 1.5
     time_shift: TimeShift = 1.0
 
 
+class TrainedOn(FrozenConfig):
+    """What a model has seen, as video, or as stills if it has no temporal attention; each without repetition.
+
+    ``tasks`` and their ``givings``, frame ``strides``, ``sizes`` (height, width) in pixels and numbers of ``frames``.
+    """
+
+    tasks: Annotated[tuple[TaskName, ...], Field(min_length=1, max_length=100)]
+    givings: Annotated[tuple[GivingName, ...], Field(min_length=1, max_length=1_000)]
+    strides: Strides
+    sizes: Annotated[tuple[tuple[Size, Size], ...], Field(min_length=1, max_length=1_000)]
+    frames: Strides
+
+
 class CheckpointConfig(FrozenConfig):
-    """Contents of ``config.json``."""
+    """Contents of ``config.json``. Checkpoints of before this was kept have no ``trained``."""
 
     format: Literal["stiv-checkpoint"] = "stiv-checkpoint"
     format_version: Literal[1] = 1
@@ -73,6 +93,7 @@ class CheckpointConfig(FrozenConfig):
     text: AnyTextConfig
     vae: AnyVaeConfig
     sampling: SamplingDefaults
+    trained: TrainedOn | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

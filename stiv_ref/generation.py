@@ -54,7 +54,7 @@ def sampling_inputs(
     frame_mask = torch.zeros(noise.shape[:2], dtype=torch.bool, device=weight.device)
     if first_frames is not None:
         clean[:, :1], frame_mask[:, 0] = vae.encode(first_frames.unsqueeze(1).to(weight.device)), True
-    micro = noise.new_tensor([[defaults.height, defaults.width, 0, 0, 1, frames]])
+    micro = noise.new_tensor([[defaults.height, defaults.width, 0, 0, defaults.stride or 1, frames]])
 
     def encoded(texts: Sequence[str]) -> TextStates:
         tokens = (tensor.to(weight.device) for tensor in tokenize(checkpoint.tokenizer, texts))

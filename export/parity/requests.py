@@ -112,7 +112,8 @@ def parity_requests(manifest: Manifest, checkpoint: Checkpoint, steps: int) -> l
     clean = checkpoint.vae.encode(video)
     generator = torch.Generator().manual_seed(0)
     nothing = TextStates(torch.empty(0), torch.empty(0), torch.empty(0))
-    micro = torch.tensor([[defaults.height, defaults.width, 0, 0, 1, defaults.frames]], dtype=torch.float32)
+    conditions = [defaults.height, defaults.width, 0, 0, defaults.stride, defaults.frames]
+    micro = torch.tensor([conditions], dtype=torch.float32)
     settings = SamplingSettings(
         steps=steps,
         guidance_scale=defaults.guidance_scale,

@@ -56,6 +56,8 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
         f"{sampling.frames} frames of {sampling.width}x{sampling.height} at {sampling.frames_per_second} a second, "
         f"{sampling.steps} {sampling.solver} steps, guidance {sampling.guidance_mode} {sampling.guidance_scale:g}",
     )
+    if manifest.trained is not None:
+        yield "trained for", f"{', '.join(manifest.trained.tasks)}; given: {', '.join(manifest.trained.givings)}"
     yield "checkpoint", f"SHA-256 `{manifest.checkpoint}`"
     yield "made with", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())
 

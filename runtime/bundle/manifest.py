@@ -130,6 +130,7 @@ class SamplingDefaults(Frozen):
     height: Size
     width: Size
     frames_per_second: int = Field(ge=1, le=RATE_LIMIT)
+    stride: Size = 1
     steps: int = Field(ge=1, le=STEP_LIMIT)
     guidance_mode: Literal["none", "jit", "sit"] = "jit"
     guidance_scale: Scale
@@ -137,6 +138,19 @@ class SamplingDefaults(Frozen):
     renorm: bool = True
     solver: Literal["euler", "heun"] = "euler"
     time_shift: float = Field(ge=SHIFT_LIMITS[0], le=SHIFT_LIMITS[1])
+
+
+Sizes = Annotated[tuple[Size, ...], Field(min_length=1, max_length=1_000)]
+
+
+class TrainedOn(Frozen):
+    """What the checkpoint's model has seen in training: tasks and givings by name, strides, sizes, frames."""
+
+    tasks: tuple[Name, ...] = Field(min_length=1, max_length=100)
+    givings: tuple[Name, ...] = Field(min_length=1, max_length=1_000)
+    strides: Sizes
+    sizes: tuple[tuple[Size, Size], ...] = Field(min_length=1, max_length=1_000)
+    frames: Sizes
 
 
 class EngineRecord(Frozen):
@@ -202,6 +216,8 @@ class Manifest(Frozen):
     tokenizer: FileRecord
     checkpoint: Digest
     """SHA-256 over the checkpoint's files."""
+    trained: TrainedOn | None = None
+    """What the model has seen; None where its checkpoint does not tell."""
     quantization: QuantizationRecord | None = None
     """Which layers run in 8 bits; None where none does."""
     tools: dict[Name, Name] = Field(max_length=1_000)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from stiv_deploy.runtime.bundle.contract import ModelFacts
-    from stiv_deploy.runtime.bundle.manifest import Bucket, Range
+    from stiv_deploy.runtime.bundle.manifest import Bucket, Range, TrainedOn
     from stiv_deploy.runtime.command.doctor import Report as DoctorReport
     from stiv_deploy.runtime.command.inspection import BundleReport, EngineReport, OnnxReport
     from stiv_deploy.runtime.pipeline.stage import ClipsReport
@@ -72,7 +72,7 @@ def generate(
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(help="Sampling stride: source frames from one frame to the next. Default: 1."),
+        typer.Option(help="Sampling stride: source frames from one frame to the next. Default: the bundle's."),
     ] = None,
     original_height: Annotated[
         int | None, typer.Option(help="Height of the source that the video is to look like. Default: its own.")
@@ -259,6 +259,7 @@ def print_bundle(report: "BundleReport", console: "Console") -> None:
         f"{_size(report.bytes)}\n"
         f"{model.blocks} blocks of width {model.width}, {model.heads} heads, patch {model.patch[0]}x{model.patch[1]}, "
         f"VAE {vae_text(model)}\n"
+        f"trained on: {trained_text(manifest.trained)}\n"
         f"checkpoint {manifest.checkpoint[:12]}; made with {tools}\n",
         markup=False,
     )
@@ -295,6 +296,16 @@ def print_bundle(report: "BundleReport", console: "Console") -> None:
         print_table(console, title, ("layer", "layers", "precision"), plan_rows(manifest.quantization))
     print_engine_records(report, console)
     print_parity(report, console)
+
+
+def trained_text(trained: "TrainedOn | None") -> str:
+    """What the model has seen, in words."""
+    if trained is None:
+        return "the checkpoint does not tell"
+    sizes = [f"{width}x{height}" for height, width in trained.sizes]
+    lists = (trained.tasks, trained.givings, trained.strides, sizes, trained.frames)
+    tasks, givings, strides, shown, frames = (", ".join(map(str, each)) for each in lists)
+    return f"{tasks} (given: {givings}), stride {strides}, {frames} frames of {shown}"
 
 
 def vae_text(model: "ModelFacts") -> str:

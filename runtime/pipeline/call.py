@@ -31,7 +31,7 @@ class CallOptions(TypedDict, total=False):
     height: int | None
     width: int | None
     fps: float | None
-    stride: int
+    stride: int | None
     original_height: int | None
     original_width: int | None
     num_inference_steps: int | None

@@ -93,16 +93,22 @@ def check_given_frames(images: Collection[int], frames: int, model: ModelFacts) 
         )
 
 
+def latent_groups(images: Collection[int], model: ModelFacts) -> list[int]:
+    """Latent frames that ``images``, by video frame, give; those of a causal VAE are the first few."""
+    if model.causal_vae:
+        return list(range(model.latent_frames(len(images)))) if images else []
+    return sorted({index // model.temporal_factor for index in images})
+
+
 def clip_from_images(images: Mapping[int, np.ndarray], model: ModelFacts) -> tuple[list[int], np.ndarray]:
     """Latent frames that ``images`` (by video frame) give, and the clip fp32 [N, 3, H, W] in [-1, 1] of them.
 
     A causal VAE gets the images as they are, see :func:`check_given_frames`. One that codes several frames as one
     latent frame, each such group on its own, gets for every frame of a group its nearest given image.
     """
+    factor, groups = model.temporal_factor, latent_groups(images, model)
     if model.causal_vae:
-        return list(range(model.latent_frames(len(images)))), _clip([images[index] for index in sorted(images)])
-    factor = model.temporal_factor
-    groups = sorted({index // factor for index in images})
+        return groups, _clip([images[index] for index in sorted(images)])
     frames = [group * factor + offset for group in groups for offset in range(factor)]
     nearest = [
         min((i for i in images if i // factor == frame // factor), key=lambda i: abs(i - frame)) for frame in frames

@@ -39,6 +39,7 @@ class StivOutput:
     a warning has said why).
 
     ``lost`` says by prompt what the model did not hear of it: words that it does not know, tokens that were cut.
+    ``warnings`` say of each video what the model was not trained for: its stride, size, frames, what it is given.
     """
 
     frames: "np.ndarray | list[list[Image]] | Any"
@@ -48,6 +49,7 @@ class StivOutput:
     backend: str
     timings: dict[str, float]
     lost: dict[str, str] = field(default_factory=dict)
+    warnings: list[tuple[str, ...]] = field(default_factory=list)
 
     @property
     def seeds(self) -> list[int]:
@@ -57,12 +59,13 @@ class StivOutput:
     @property
     def records(self) -> list[GenerationRecord]:
         """How each video was made, as it is written into its file."""
-        return [self._record(each) for each in self.requests]
+        warnings = self.warnings or [()] * len(self.requests)
+        return [self._record(*each) for each in zip(self.requests, warnings, strict=True)]
 
-    def _record(self, request: GenerationRequest) -> GenerationRecord:
+    def _record(self, request: GenerationRequest, warnings: tuple[str, ...]) -> GenerationRecord:
         prompts = (request.prompt, request.negative_prompt)
         lost = {each: self.lost[each] for each in prompts if each in self.lost}
-        return GenerationRecord(bundle=self.bundle, backend=self.backend, request=request, lost=lost)
+        return GenerationRecord(bundle=self.bundle, backend=self.backend, request=request, lost=lost, warnings=warnings)
 
     @property
     def fps(self) -> float:

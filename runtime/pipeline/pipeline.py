@@ -1,5 +1,6 @@
 """Text, and images if given, to video: the public face of the runtime."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from stiv_deploy.runtime.pipeline.timing import PhaseClock
 from stiv_deploy.runtime.sampling.hooks import GraphClock
 from stiv_deploy.runtime.sampling.replay import REPLAY
 
+log = logging.getLogger(__name__)
 AGAIN = "open one with StivPipeline.from_bundle"
 CPU = "onnxruntime"
 """The backend on the CPU."""
@@ -218,6 +220,8 @@ class StivPipeline:
         self, plan: GenerationPlan, callback: StepCallback | None, cancel: Event | None, output_type: OutputType
     ) -> StivOutput:
         lost = self._loop.lost(plan)
+        for line in dict.fromkeys(line for video in plan.videos for line in video.warnings):
+            log.warning(line)
         phases, graphs = PhaseClock(self.backend.synchronize), self._graph_seconds()
         with phases("encode"):
             clean = self._coder.clean_latents(plan)
@@ -238,6 +242,7 @@ class StivPipeline:
             backend=self.backend.name,
             timings=timings,
             lost=lost,
+            warnings=[video.warnings for video in plan.videos],
         )
 
     def _graph_seconds(self) -> dict[str, float]:

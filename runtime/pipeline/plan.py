@@ -9,10 +9,11 @@ import numpy as np
 
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import ModelFacts
-from stiv_deploy.runtime.bundle.manifest import SamplingDefaults
+from stiv_deploy.runtime.bundle.manifest import Manifest, SamplingDefaults
 from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.pipeline.experience import beyond_training
 from stiv_deploy.runtime.pipeline.given import Latents
-from stiv_deploy.runtime.pipeline.images import check_given_frames, fitted_image
+from stiv_deploy.runtime.pipeline.images import check_given_frames, fitted_image, latent_groups
 from stiv_deploy.runtime.pipeline.limits import check_memory
 from stiv_deploy.runtime.pipeline.pictures import rgb_of
 from stiv_deploy.runtime.pipeline.request import GenerationRequest, new_seed
@@ -26,6 +27,7 @@ RECOMMENDED = {
     "height": "height",
     "width": "width",
     "fps": "frames_per_second",
+    "stride": "stride",
     "num_inference_steps": "steps",
     "guidance_mode": "guidance_mode",
     "guidance_scale": "guidance_scale",
@@ -66,7 +68,7 @@ class PlannedVideo:
 
     ``request`` is its own: one video, its seed and every default filled in, pictures with the SHA-256 of their files;
     it makes this video again. It comes from number ``origin`` of the planned requests. ``micro`` fp32 [6] are its
-    micro-conditions.
+    micro-conditions. ``warnings`` say what of it the model was not trained for, a line each.
     """
 
     request: GenerationRequest
@@ -74,6 +76,7 @@ class PlannedVideo:
     settings: SamplingSettings
     given: Given
     micro: np.ndarray
+    warnings: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> str:
@@ -133,7 +136,7 @@ def plan_generation(bundle: Bundle, requests: GenerationRequest | Sequence[Gener
     for count in counts:
         bucket = bundle.bucket_for(count, size.frames, size.height, size.width)
         check_tile(model, bucket, tile)
-    videos = iter(_planned(each, size, model))
+    videos = iter(_planned(each, size, bundle.manifest))
     batches = tuple(tuple(next(videos) for _ in range(count)) for count in counts)
     return GenerationPlan(batches=batches, size=size, decode_tile=tile, bundle=bundle.hash)
 
@@ -187,7 +190,8 @@ def _batches(count: int, largest: int) -> list[int]:
     return [count // batches + (index < count % batches) for index in range(batches)]
 
 
-def _planned(requests: Sequence[GenerationRequest], size: VideoSize, model: ModelFacts) -> Iterable[PlannedVideo]:
+def _planned(requests: Sequence[GenerationRequest], size: VideoSize, manifest: Manifest) -> Iterable[PlannedVideo]:
+    model = manifest.model
     known: dict[Any, tuple[GenerationRequest, Given]] = {}
     for origin, request in enumerate(requests):
         key = (tuple(request.frames.items()), tuple(request.latents.items()), request.fit, request.background)
@@ -195,12 +199,26 @@ def _planned(requests: Sequence[GenerationRequest], size: VideoSize, model: Mode
             known[key] = _given(request, size, model)
         read, given = known[key]
         _check_noise(request, size, model)
-        settings, micro = _settings(request), _micro(request)
+        settings, micro, warnings = _settings(request), _micro(request), _warnings(request, given, size, manifest)
         for index in range(request.count):
             seed = (request.seed or 0) + index
             changes = {"frames": read.frames, "latents": read.latents, "seed": seed, "count": 1}
             own = request.model_copy(update=changes)  # of values that are checked already
-            yield PlannedVideo(request=own, origin=origin, settings=settings, given=given, micro=micro)
+            yield PlannedVideo(
+                request=own, origin=origin, settings=settings, given=given, micro=micro, warnings=warnings
+            )
+
+
+def _warnings(request: GenerationRequest, given: Given, size: VideoSize, manifest: Manifest) -> tuple[str, ...]:
+    model, values = manifest.model, dict(request)
+    return beyond_training(
+        manifest.trained,
+        stride=values["stride"],
+        size=(size.height, size.width),
+        frames=size.frames,
+        given=given.latents or latent_groups(given.images, model),
+        latent_frames=model.latent_frames(size.frames),
+    )
 
 
 def _settings(request: GenerationRequest) -> SamplingSettings:

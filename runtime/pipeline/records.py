@@ -22,7 +22,7 @@ class GenerationRecord:
     """One clip: its own request, the hash of the bundle that made it, and on which backend.
 
     ``omitted`` are fields of the request that were too large for the clip, ``lost`` says what of its prompts the model
-    did not hear.
+    did not hear, ``warnings`` what of it the model was not trained for.
     """
 
     bundle: str
@@ -30,6 +30,7 @@ class GenerationRecord:
     request: GenerationRequest
     omitted: tuple[str, ...] = ()
     lost: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def task(self) -> str:
@@ -40,6 +41,7 @@ class GenerationRecord:
         """As plain JSON values."""
         values = {"bundle": self.bundle, "backend": self.backend, "task": self.task, "request": self.request.to_json()}
         values |= {"lost": dict(self.lost)} if self.lost else {}
+        values |= {"warnings": list(self.warnings)} if self.warnings else {}
         return values | ({"omitted": list(self.omitted)} if self.omitted else {})
 
     def embedded(self, limit: int | None = None) -> str:

@@ -35,9 +35,9 @@ class GenerationRequest(Frozen):
     :func:`plan.plan_generation`. ``frames`` are pictures by video frame (any :data:`given.ImageLike` when it is made
     in Python), ``latents`` fp32 [C, h, w] by latent frame, both with negative indices counted from the end; give
     either. ``noise`` fp32 [T, C, h, w] stands for what the seed would draw. Frame i of a video was, so to say, taken
-    ``stride`` frames of the source after frame i - 1, from a source of ``original_height`` x ``original_width`` pixels
-    (by default the video's own size): conditions of the model, like no crop and the number of frames. JSON is written
-    by :meth:`to_json` and read by :meth:`from_json`.
+    ``stride`` frames of the source after frame i - 1 (by default as most clips that the model was trained on), from a
+    source of ``original_height`` x ``original_width`` pixels (by default the video's own size): conditions of the
+    model, like no crop and the number of frames. JSON is written by :meth:`to_json` and read by :meth:`from_json`.
 
     Raises :class:`RequestError`, one line, for anything else and for keys that are unknown.
     """
@@ -52,7 +52,7 @@ class GenerationRequest(Frozen):
     height: int | None = _number("height", "Height in pixels.")
     width: int | None = _number("width", "Width in pixels.")
     fps: float | None = _number("fps", "Frames per second of what is written.")
-    stride: int = _number("stride", "Sampling stride: source frames from one frame to the next.", 1)
+    stride: int | None = _number("stride", "Sampling stride: source frames from one frame to the next.")
     original_height: int | None = _number("original_height", "Height of the source in pixels.")
     original_width: int | None = _number("original_width", "Width of the source in pixels.")
     num_inference_steps: int | None = _number("num_inference_steps", "Sampling steps.")

@@ -7,6 +7,9 @@ request may be given any frames.
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+RANDOM = "random"
+"""The giving of any frames, as long as one is left."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -36,3 +39,29 @@ def task_of(given: Collection[int], frames: int) -> Task:
     """The task of a video of ``frames`` frames that is given the frames ``given``, from 0 on."""
     ordered = sorted(given)
     return next(task for task in TASKS if task.fits(ordered, frames))
+
+
+def giving_frames(name: str, frames: int) -> list[int] | None:
+    """Latent frames, of ``frames``, that the giving ``name`` of a training gives; ``None`` if it gives no certain ones.
+
+    Names are those of the reference: ``none``, ``first``, ``first K``, ``every N``, ``ends`` and ``random``.
+    """
+    kind, _, number = name.partition(" ")
+    count = int(number) if number.isdecimal() else 1
+    match kind:
+        case "none":
+            return []
+        case "first":
+            return list(range(min(count, frames)))
+        case "every":
+            return list(range(0, frames, count))
+        case "ends":
+            return sorted({0, frames - 1})
+    return None
+
+
+def covers(givings: Collection[str], given: Collection[int], frames: int) -> bool:
+    """Whether a model that was trained for ``givings`` has learnt to be given the latent frames ``given``."""
+    if given and RANDOM in givings:
+        return True
+    return any(giving_frames(name, frames) == sorted(given) for name in givings)

@@ -1,8 +1,11 @@
 """Opens the training data that a stage of a recipe asks for."""
 
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from stiv_deploy.stiv_ref.data.latents import is_latents, open_latents
+from stiv_deploy.stiv_ref.config import read_config
+from stiv_deploy.stiv_ref.data.latents import INDEX, LatentIndex, is_latents, open_latents
 from stiv_deploy.stiv_ref.data.loader import ClipDataset, DatasetSource
 from stiv_deploy.stiv_ref.data.shards import list_video_shards
 from stiv_deploy.stiv_ref.data.source import DigitsSource, Source
@@ -11,7 +14,7 @@ from stiv_deploy.stiv_ref.data.videos import Listing, VideoDataset, list_videos_
 from stiv_deploy.stiv_ref.data.views.source import views_source
 from stiv_deploy.stiv_ref.data.world.source import world_source
 from stiv_deploy.stiv_ref.errors import DataError
-from stiv_deploy.stiv_ref.recipe import DigitsData, Recipe, ShardData, Stage, VideoData
+from stiv_deploy.stiv_ref.recipe import Data, DigitsData, Recipe, ShardData, Stage, VideoData
 from stiv_deploy.stiv_ref.world_settings import ViewsData, WorldData
 
 
@@ -37,6 +40,17 @@ def open_source(recipe: Recipe, stage: Stage, number: int) -> Source:
         workers=recipe.efficiency.workers,
         max_broken=data.max_broken,
     )
+
+
+def strides_of(data: Data) -> Sequence[int]:
+    """Frame strides that clips of ``data`` have: latents, if they are at hand, tell; clips that are drawn have 1."""
+    if isinstance(data, ShardData):
+        with suppress(DataError):
+            shards = shard_paths(data.path)
+            if is_latents(shards):
+                return read_config(LatentIndex, shards[0].parent / INDEX).settings.strides
+    strides: Sequence[int] = getattr(data, "strides", (1,))
+    return strides
 
 
 def list_source(path: Path, captions: Path | None = None) -> Listing:

@@ -77,8 +77,11 @@ def wanted(logging: Logging) -> int:
 
 
 @torch.no_grad()
-def choose(stage: Stage, logging: Logging, batch: Batch, vae: LatentCoder) -> Subjects:
+def choose(stage: Stage, logging: Logging, batch: Batch, vae: LatentCoder, stride: int) -> Subjects:
     """The subjects of ``stage``: the recipe's prompts, or the batch's captions; its sizes, and its givings in turn.
+
+    They are conditioned as a generation of the same is: on a whole picture of this size, on the recommended ``stride``,
+    or, where several frames are given, on the stride that these have.
 
     ``batch`` has :func:`wanted` samples of the stage's data; with fewer, the sheet has fewer.
     """
@@ -90,8 +93,9 @@ def choose(stage: Stage, logging: Logging, batch: Batch, vae: LatentCoder) -> Su
     count = min(wanted(logging), len(latents))
     height, width = (side * vae.config.spatial_factor for side in latents.shape[-2:])
     micro = batch.micro[:count].float().clone()
-    micro[:, :4] = torch.tensor([height, width, 0, 0])  # a whole picture of this size; stride and frames stay
+    micro[:, :4] = torch.tensor([height, width, 0, 0])
     given = torch.stack([stage.kind.shown(number, latents.shape[1]) for number in range(count)])
+    micro[given.sum(1) < 2, 4] = stride
     return Subjects(
         prompts=list(logging.prompts or batch.captions)[:count],
         shape=tuple(latents.shape[1:]),

@@ -10,6 +10,7 @@ from stiv_deploy.stiv_ref.training.log import Log
 from stiv_deploy.stiv_ref.training.parallel import local, sampled
 from stiv_deploy.stiv_ref.training.run import Run
 from stiv_deploy.stiv_ref.training.step import autocast
+from stiv_deploy.stiv_ref.training.trained_on import sampling_of
 
 
 class Sheets:
@@ -60,7 +61,8 @@ class Sheets:
         [[batch]] = list(self.source.batches(behind, [range(count)]))
         if batch.video is not None:
             batch = dataclasses.replace(batch, video=batch.video.to(run.team.device))
-        return pictures.choose(run.current, run.recipe.logging, batch, run.vae)
+        stride = sampling_of(run.recipe, run.stage).stride or 1
+        return pictures.choose(run.current, run.recipe.logging, batch, run.vae, stride)
 
     def _encode(self, captions: Sequence[str]) -> TextStates:
         device = self.run.team.device

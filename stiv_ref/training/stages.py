@@ -32,6 +32,7 @@ from stiv_deploy.stiv_ref.training.optimizer import make_optimizer
 from stiv_deploy.stiv_ref.training.parallel import Team, shard, whole
 from stiv_deploy.stiv_ref.training.run import Run, make_vae
 from stiv_deploy.stiv_ref.training.text_conditions import make_text, word_encoder
+from stiv_deploy.stiv_ref.training.trained_on import sampling_of, trained_on
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 NO_SAMPLE = 2**31
@@ -192,7 +193,13 @@ def averaged_checkpoint(run: Run) -> Checkpoint | None:
         model = Stiv(run.recipe.model_of(run.current))
         trained = TextEncoder(text.config) if isinstance(text, TextEncoder) and run.text.trained else None
     return Checkpoint(
-        config=CheckpointConfig(model=model.config, text=text.config, vae=run.vae.config, sampling=run.recipe.sampling),
+        config=CheckpointConfig(
+            model=model.config,
+            text=text.config,
+            vae=run.vae.config,
+            sampling=sampling_of(run.recipe, run.stage),
+            trained=trained_on(run.recipe, run.stage),
+        ),
         model=_with_averages(model, "model", averages),
         text_encoder=_with_averages(trained, "text_encoder", averages) if trained else _on_cpu(text),
         vae=_on_cpu(run.vae),

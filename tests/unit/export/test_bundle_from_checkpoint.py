@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from stiv_deploy.export.bundle_from_checkpoint import (
     export_bundle,
     refuse_bad_target,
     sampling_defaults,
+    trained_facts,
     validate_bucket,
 )
 from stiv_deploy.export.errors import CheckError, ExportError
@@ -23,14 +25,31 @@ from stiv_deploy.export.graphs import writer as graph_writer
 from stiv_deploy.export.graphs.modules import model_facts
 from stiv_deploy.export.graphs.onnx_from_module import structure_faults
 from stiv_deploy.export.request import ExportRequest
+from stiv_deploy.runtime.bundle import manifest as manifest_module
+from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import graph_specs
 from stiv_deploy.runtime.bundle.manifest import MANIFEST, Bucket, Manifest, Range
 from stiv_deploy.runtime.errors import OutputError
-from stiv_deploy.stiv_ref.checkpoint import Checkpoint, checkpoint_hash, load_checkpoint, save_checkpoint
+from stiv_deploy.runtime.pipeline.plan import plan_generation
+from stiv_deploy.runtime.pipeline.request import GenerationRequest
+from stiv_deploy.runtime.sampling.conditioning import frame_mask, scatter_frames
+from stiv_deploy.runtime.sampling.noise import draw_noise
+from stiv_deploy.stiv_ref.checkpoint import (
+    Checkpoint,
+    CheckpointConfig,
+    TrainedOn,
+    checkpoint_hash,
+    load_checkpoint,
+    save_checkpoint,
+)
 from stiv_deploy.stiv_ref.checkpoint import SamplingDefaults as CheckpointDefaults
 from stiv_deploy.stiv_ref.config import CONFIGS, StivConfig
+from stiv_deploy.stiv_ref.data.source import Batch
 from stiv_deploy.stiv_ref.errors import CheckpointError
+from stiv_deploy.stiv_ref.generation import seeded_noise
+from stiv_deploy.stiv_ref.recipe import Logging, Stage
 from stiv_deploy.stiv_ref.text import word_tokenizer
+from stiv_deploy.stiv_ref.training import pictures
 from stiv_deploy.stiv_ref.vae import VaeConfig
 
 
@@ -186,6 +205,62 @@ def test_sampling_defaults_lie_in_a_bucket(micro: Checkpoint) -> None:
     small = bucket.model_copy(update={"frames": Range(min=1, typical=2, max=3)})
     assert sampling_defaults(micro.config.sampling, [small]).frames == 2
     assert sampling_defaults(micro.config.sampling, [small, bucket]).frames == 4
+
+
+@pytest.fixture
+def taught(micro: Checkpoint) -> CheckpointConfig:
+    """The small checkpoint's config, of a model that was trained at stride 3 and on two givings."""
+    trained = TrainedOn(
+        tasks=("t2v", "mix"), givings=("none", "first", "ends"), strides=(3, 5), sizes=((32, 32),), frames=(4,)
+    )
+    sampling = micro.config.sampling.model_copy(update={"stride": 3})
+    return micro.config.model_copy(update={"sampling": sampling, "trained": trained})
+
+
+def test_what_a_checkpoint_was_trained_on_goes_into_the_manifest(micro: Checkpoint, taught: CheckpointConfig) -> None:
+    assert trained_facts(micro.config) is None
+    assert trained_facts(taught) == manifest_module.TrainedOn(**taught.trained.model_dump())
+    bucket = default_bucket(taught.sampling, model_facts(taught))
+    assert [sampling_defaults(each.sampling, [bucket]).stride for each in (micro.config, taught)] == [1, 3]
+
+
+@pytest.mark.parametrize("clip_stride", [3, 5])
+def test_a_sheet_of_training_and_a_clip_of_the_bundle_are_conditioned_alike(
+    micro: Checkpoint, taught: CheckpointConfig, clip_stride: int
+) -> None:
+    """Bit by bit: noise, micro-conditions, frame mask and clean latents. The clip's own stride counts with its ends."""
+    stage = Stage(
+        name="mixed", givings=dict.fromkeys(("none", "first", "ends"), 1 / 3), steps=1, batch=3, frames=4,
+        learning_rate=1e-3, resolution=(32, 32),
+    )  # fmt: skip
+    video = torch.rand(3, 4, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    seen = torch.tensor([[480.0, 854.0, 7.0, 9.0, clip_stride, 4.0]]).repeat(3, 1)
+    batch = Batch(video=video, captions=["digit one", "digit two", "digit six"], micro=seen, names=["a", "b", "c"])
+    stride = taught.sampling.stride or 1
+    subjects = pictures.choose(stage, Logging(sample_count=3), batch, micro.vae, stride)
+    sheet_noise = seeded_noise(range(3), subjects.shape)
+    for number, prompt in enumerate(subjects.prompts):
+        frames = subjects.given[number].nonzero().flatten().tolist()
+        latents = {frame: subjects.clean[number, frame].numpy() for frame in frames}
+        own = {"stride": clip_stride} if len(frames) > 1 else {}
+        request = GenerationRequest(prompt=prompt, seed=number, latents=latents, **own)
+        (planned,) = plan_generation(bundle_of(taught), request).videos
+        assert np.array_equal(planned.micro, subjects.micro[number].numpy())
+        assert np.array_equal(frame_mask(4, planned.given.latents), subjects.given[number].numpy())
+        assert np.array_equal(scatter_frames(planned.given.latents, subjects.shape), subjects.clean[number].numpy())
+        assert np.array_equal(draw_noise([planned.seed], subjects.shape)[0], sheet_noise[number].numpy())
+        assert planned.warnings == ()
+
+
+def bundle_of(config: CheckpointConfig) -> Bundle:
+    """As much of the bundle of ``config`` as a plan looks at."""
+    facts, nothing = model_facts(config), manifest_module.FileRecord(path="none", sha256="0" * 64, bytes=0)
+    bucket = default_bucket(config.sampling, facts)
+    manifest = Manifest(
+        precision="float32", opset=23, model=facts, sampling=sampling_defaults(config.sampling, [bucket]),
+        buckets=(bucket,), graphs={}, tokenizer=nothing, checkpoint="0" * 64, trained=trained_facts(config), tools={},
+    )  # fmt: skip
+    return Bundle(Path("none"), manifest)
 
 
 def test_checkpoint_hash_sees_every_file(micro_path: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.card import readme
-from stiv_deploy.runtime.bundle.manifest import QuantizationRecord
+from stiv_deploy.runtime.bundle.manifest import QuantizationRecord, TrainedOn
 
 
 def test_the_facts_of_the_manifest(toy_bundle: Bundle) -> None:
@@ -18,6 +18,13 @@ def test_the_facts_of_the_manifest(toy_bundle: Bundle) -> None:
         assert row in text
     assert "FP8" not in text
     assert "\n\n\n" not in text
+
+
+def test_what_the_model_was_trained_for(toy_bundle: Bundle) -> None:
+    trained = TrainedOn(tasks=("t2v", "ti2v"), givings=("none", "first"), strides=(3,), sizes=((8, 8),), frames=(4,))
+    text = readme(toy_bundle.manifest.model_copy(update={"trained": trained}))
+    assert "| trained for | t2v, ti2v; given: none, first |" in text
+    assert "trained for" not in readme(toy_bundle.manifest)
 
 
 def test_fp8_says_how_other_sessions_load_it(toy_bundle: Bundle) -> None:

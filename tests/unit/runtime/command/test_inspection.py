@@ -13,7 +13,14 @@ from typer.testing import CliRunner
 
 from stiv_deploy.runtime.bundle.bundle import file_record, read_manifest, write_manifest
 from stiv_deploy.runtime.bundle.engine_files import graph_hash
-from stiv_deploy.runtime.bundle.manifest import EngineRecord, FileRecord, ParityRow, PluginForm, QuantizationRecord
+from stiv_deploy.runtime.bundle.manifest import (
+    EngineRecord,
+    FileRecord,
+    ParityRow,
+    PluginForm,
+    QuantizationRecord,
+    TrainedOn,
+)
 from stiv_deploy.runtime.command.cli import inspect as inspect_command
 from stiv_deploy.runtime.command.inspection import EngineReport, inspect_path, plan_rows, precision_text
 from stiv_deploy.runtime.command.terminal import Command
@@ -56,6 +63,13 @@ def engine(own_bundle: Path) -> Path:
     return path
 
 
+def test_what_the_model_was_trained_on(own_bundle: Path) -> None:
+    assert "trained on: the checkpoint does not tell" in show(own_bundle)
+    trained = TrainedOn(tasks=("t2v", "mix"), givings=("none", "ends"), strides=(1, 3), sizes=((4, 8),), frames=(4,))
+    write_manifest(own_bundle, read_manifest(own_bundle).model_copy(update={"trained": trained}))
+    assert "trained on: t2v, mix (given: none, ends), stride 1, 3, 4 frames of 8x4" in show(own_bundle)
+
+
 def test_what_is_neither_folder_nor_file(tmp_path: Path) -> None:
     """Nobody waits for a pipe that has no other end."""
     for name in ("a.onnx", "a.engine", "a"):
@@ -80,7 +94,15 @@ def test_onnx_of_types_that_there_are_not(tmp_path: Path, damage: str) -> None:
 
 def test_bundle_as_text(bundle_path: Path) -> None:
     text = show(bundle_path)
-    for expected in ("model toy", "float32", "opset 20", "block_01", "text_k, text_v", "small", "4 frames of 8x8"):
+    for expected in (
+        "model toy",
+        "float32",
+        "opset 20",
+        "block_01",
+        "text_k, text_v",
+        "small",
+        "Defaults of 'stiv generate'",
+    ):
         assert expected in text
     assert "No engines; 'stiv build" in text
     assert "No parity results; 'stiv parity" in text

@@ -56,7 +56,7 @@ def test_only_the_prompt_is_needed_and_json_has_no_more_than_is_set() -> None:
     request = GenerationRequest(prompt="")
     assert GenerationRequest.from_json({"prompt": ""}) == request
     assert GenerationRequest.from_json(b'{"prompt": "", "seed": null}') == request
-    assert set(request.to_json()) == {"prompt", "negative_prompt", "fit", "background", "stride", "count"}
+    assert set(request.to_json()) == {"prompt", "negative_prompt", "fit", "background", "count"}
 
 
 def test_a_request_is_frozen_and_keeps_its_own_values() -> None:
@@ -108,7 +108,7 @@ def test_both_ends_of_every_number(name: str) -> None:
         ({"prompt": "\ud800"}, r"a prompt must be Unicode text, got '\\ud800'"),
         ({"prompt": "", "negative_prompt": None}, "a negative prompt must be a string, got None"),
         ({"prompt": "", "promt": 1}, "a request has no 'promt'; there are: prompt, negative_prompt, frames, "),
-        ({"prompt": "", "stride": None}, "stride must be a whole number, got None"),
+        ({"prompt": "", "count": None}, "count must be a whole number, got None"),
         ({"prompt": "", "guidance_mode": "cfg"}, "unknown guidance_mode 'cfg'; there are: none, jit, sit"),
         ({"prompt": "", "solver": 3}, "unknown solver 3; there are: euler, heun"),
         ({"prompt": "", "fit": None}, "unknown fit None; there are: exact, stretch, crop, pad"),

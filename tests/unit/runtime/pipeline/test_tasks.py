@@ -1,11 +1,13 @@
 """Tasks: every set of given frames has a name, and the reference's patterns have their own."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stiv_deploy.runtime.pipeline.tasks import TASKS, task_of
+from stiv_deploy.runtime.pipeline.tasks import TASKS, giving_frames, task_of
 from stiv_deploy.stiv_ref import tasks as reference
+from stiv_deploy.stiv_ref.givings import giving
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,14 @@ def test_what_the_reference_trains_for_has_the_same_name(name: str) -> None:
     task = reference.TASKS[name]
     frames = 9 if task.video else 1
     assert task_of(task.shown(0, frames).nonzero().flatten().tolist(), frames).name == name
+
+
+@given(frames=st.integers(1, 12), number=st.integers(2, 14))
+def test_givings_give_what_the_reference_gives(frames: int, number: int) -> None:
+    unused = torch.Generator()
+    for name in ("none", "first", "ends", f"first {number}", f"every {number}"):
+        assert giving_frames(name, frames) == giving(name).frames(frames, unused)
+    assert giving_frames("random", frames) is None
 
 
 def test_names_differ_and_the_last_fits_everything() -> None:

@@ -21,6 +21,7 @@ from stiv_deploy.stiv_ref.training.pictures import averaged, choose, draw_index,
 from stiv_deploy.stiv_ref.vae import Vae, VaeConfig
 
 SAMPLING = SamplingDefaults(steps=2)
+STRIDE = 3
 
 
 def encode(captions: Sequence[str]) -> TextStates:
@@ -62,10 +63,11 @@ def batch(frames: int) -> Batch:
 )
 def test_subjects_are_of_the_data(task: str, frames: int, given: list[int], vae: Vae) -> None:
     data = batch(frames)
-    subjects = choose(stage(task, frames), Logging(sample_count=2), data, vae)
+    subjects = choose(stage(task, frames), Logging(sample_count=2), data, vae, STRIDE)
     assert subjects.prompts == ["one", "two three"]
     assert subjects.shape == (frames, 4, 2, 4)
-    assert subjects.micro.tolist() == [[8, 16, 0, 0, 4, frames]] * 2  # whole pictures, the data's stride and frames
+    stride = 4 if len(given) > 1 else STRIDE  # the data's, or the recommended one
+    assert subjects.micro.tolist() == [[8, 16, 0, 0, stride, frames]] * 2
     assert [mask.nonzero().flatten().tolist() for mask in subjects.given] == [given] * 2
     assert data.video is not None
     with torch.no_grad():
@@ -75,7 +77,7 @@ def test_subjects_are_of_the_data(task: str, frames: int, given: list[int], vae:
 
 def test_a_sheet_shows_the_givings_of_a_mix_in_turn(vae: Vae) -> None:
     mixed = stage("t2v", 4).model_copy(update={"task": "mix", "givings": {"none": 0.4, "ends": 0.6}})
-    subjects = choose(mixed, Logging(sample_count=3), batch(4), vae)
+    subjects = choose(mixed, Logging(sample_count=3), batch(4), vae, STRIDE)
     assert subjects.given.int().tolist() == [[0, 0, 0, 0], [1, 0, 0, 1], [0, 0, 0, 0]]
     assert [pictures._given_words(mask) for mask in subjects.given[:2]] == ["", "frames 0, 3 + "]
     assert pictures._given_words(torch.arange(12) < 1) == "image + "
@@ -87,14 +89,14 @@ def test_prompts_of_the_recipe_and_latents_of_shards(vae: Vae) -> None:
     data = Batch(latents=latents, captions=["a", "b"], micro=torch.ones(2, 6), names=["a", "b"])
     logging = Logging(prompts=("my own",), sample_count=2)
     assert pictures.wanted(logging) == 1
-    subjects = choose(stage("ti2v", 3), logging, data, vae)
+    subjects = choose(stage("ti2v", 3), logging, data, vae, STRIDE)
     assert subjects.prompts == ["my own"]
     assert torch.equal(subjects.clean[:, :1], latents[:1, :1])
 
 
 @pytest.mark.parametrize("task", ["ti2v", "interpolate"])
 def test_given_frames_stay_and_a_sample_does_not_depend_on_its_neighbours(model: Stiv, vae: Vae, task: str) -> None:
-    subjects = choose(stage(task, 4), Logging(sample_count=3), batch(4), vae)
+    subjects = choose(stage(task, 4), Logging(sample_count=3), batch(4), vae, STRIDE)
     one_by_one, together = (
         generate_clips(model, encode, vae, subjects, SamplingSettings(steps=2), at_once) for at_once in (1, 3)
     )
@@ -110,7 +112,7 @@ def test_training_does_not_notice(model: Stiv, vae: Vae, tmp_path: Path) -> None
     torch.manual_seed(5)
     expected = torch.rand(4)
     torch.manual_seed(5)
-    subjects = choose(stage("t2v", 4), Logging(sample_count=2), batch(4), vae)
+    subjects = choose(stage("t2v", 4), Logging(sample_count=2), batch(4), vae, STRIDE)
     draw_samples(model, encode, vae, subjects, SAMPLING, tmp_path, stage=1, name="a", step=3)
     assert torch.equal(torch.rand(4), expected)
     assert model.training
@@ -135,7 +137,7 @@ def test_averages_for_a_block_only() -> None:
 
 def test_sheets_of_one_stage_compare(model: Stiv, vae: Vae, tmp_path: Path) -> None:
     """The same weights give the same pixels at another step, others do not."""
-    subjects = choose(stage("t2v", 4), Logging(sample_count=2), batch(4), vae)
+    subjects = choose(stage("t2v", 4), Logging(sample_count=2), batch(4), vae, STRIDE)
     paths = []
     for step in (10, 20, 30):
         if step == 30:
@@ -151,7 +153,7 @@ def test_sheets_of_one_stage_compare(model: Stiv, vae: Vae, tmp_path: Path) -> N
 def test_other_ranks_sample_and_do_not_write(model: Stiv, vae: Vae, tmp_path: Path) -> None:
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    subjects = choose(stage("t2v", 4), Logging(sample_count=1), batch(4), vae)
+    subjects = choose(stage("t2v", 4), Logging(sample_count=1), batch(4), vae, STRIDE)
     draw_samples(model, encode, vae, subjects, SAMPLING, tmp_path, stage=1, name="a", step=0, write=False)
     assert len(calls) == SAMPLING.steps
     assert list(tmp_path.iterdir()) == []

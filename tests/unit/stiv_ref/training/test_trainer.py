@@ -134,7 +134,7 @@ def test_a_resumed_run_has_no_new_words(
 
 def test_checkpoint_is_half_size_and_loads(runs: Any, recipe: Recipe, whole: Path) -> None:
     checkpoint = load_checkpoint(whole / "checkpoint")
-    assert checkpoint.config.sampling == recipe.sampling
+    assert checkpoint.config.sampling == recipe.sampling.model_copy(update={"stride": 1})
     assert checkpoint.config.model.temporal
     assert {t.dtype for t in load_file(whole / "checkpoint" / "model.safetensors").values()} == {torch.float16}
     [averages] = runs.files(whole, "state").values()
