@@ -34,10 +34,12 @@ def fitted_image(
     fit: Fit = Fit.EXACT,
     name: str = "the image",
     background: tuple[int, int, int] = (0, 0, 0),
+    *,
+    tell: bool = True,
 ) -> np.ndarray:
     """``pixels`` uint8 [h, w, 3] as uint8 [height, width, 3], scaled bicubically; an equal size stays as it is.
 
-    ``background`` (RGB) is what ``Fit.PAD`` pads with. A warning says what ``Fit.CROP`` cuts off.
+    ``background`` (RGB) is what ``Fit.PAD`` pads with. A warning says what ``Fit.CROP`` cuts off, if ``tell``.
 
     Raises :class:`RequestError`, which calls the image ``name``, for another size with ``Fit.EXACT``.
     """
@@ -48,7 +50,8 @@ def fitted_image(
         case Fit.STRETCH:
             return np.asarray(image.resize(size))
         case Fit.CROP:
-            _tell_cut(image, size, name)
+            if tell:
+                _tell_cut(image, size, name)
             return np.asarray(ImageOps.fit(image, size, Image.Resampling.BICUBIC))
         case Fit.PAD:
             return _padded(image, size, background)

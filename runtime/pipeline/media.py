@@ -1,7 +1,8 @@
 """Clips out, by file extension, whole or not at all; and the comment that each carries."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ SUPPORTED = ".mp4, .gif, .webp, .png (all frames in one row), or a name without 
 EXTENSIONS = (".mp4", ".gif", ".webp", ".png", "")
 SIDES = {".mp4": 16_384, ".gif": 65_535, ".webp": 16_383}
 """Pixels that a side may have, by extension: of x264, and of both formats."""
+STREAMED = (".mp4", "")
+"""What is written frame by frame."""
 FRAME_NAME = "frame_{:03d}.png"
 GAP = 2
 """Pixels between the frames of a contact sheet."""
@@ -126,6 +129,27 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, upscale: int =
     return path
 
 
+def write_windows(
+    path: str | Path, windows: Iterable[np.ndarray], fps: float, upscale: int = 1, comment: str | None = None
+) -> Path:
+    """As :func:`write_video`, of frames uint8 [N, height, width, 3] that come in ``windows`` of one size.
+
+    An mp4 and a folder are written as they come; what becomes a GIF, WebP or PNG is in memory whole.
+    """
+    (path,) = check_output(path)
+    fps = bounded("fps", fps)
+    enlarged = (enlarge(_check_frames(window), upscale) for window in windows)
+    if path.suffix.lower() not in STREAMED:
+        return write_video(path, np.concatenate(list(enlarged)), fps, 1, comment)
+    frames = (frame for window in enlarged for frame in window)
+    with replaced_file(path) if path.suffix else replaced_folder(path) as temporary:
+        if path.suffix:
+            _write_mp4(temporary, frames, fps, comment)
+        else:
+            _write_folder(temporary, frames, comment)
+    return path
+
+
 def is_clip(path: Path) -> bool:
     """Whether ``path`` is called like what :func:`write_video` writes."""
     return path.is_dir() or (path.suffix != "" and path.suffix.lower() in EXTENSIONS)
@@ -165,10 +189,16 @@ def _picture_comment(path: Path) -> str | None:
     return found.decode("utf-8", "replace") if isinstance(found, bytes) else found
 
 
-def _write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str | None) -> None:
+def _even(frame: np.ndarray) -> np.ndarray:
+    """``frame`` [height, width, 3] with a row and a column more where there is an odd number of them."""
+    return np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
+
+
+def _write_mp4(path: Path, frames: Iterable[np.ndarray], fps: float, comment: str | None) -> None:
     import av
 
-    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    even = map(_even, frames)
+    first = next(even)
     rate = Fraction(fps).limit_denominator(1001)
     try:
         # file: is what keeps a name with a colon from being taken for a protocol
@@ -176,10 +206,10 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str | None) 
             if comment is not None:
                 container.metadata["comment"] = comment
             stream = container.add_stream("libx264", rate=rate, options=X264_OPTIONS)
-            stream.height, stream.width = frames.shape[1:3]
+            stream.height, stream.width = first.shape[:2]
             stream.pix_fmt = "yuv420p"
             _tag_bt709(stream.codec_context)
-            for frame in frames:
+            for frame in chain([first], even):
                 container.mux(stream.encode(_bt709(frame)))
             container.mux(stream.encode())
     except OSError as error:  # PyAV's own name the unfinished file
@@ -207,7 +237,7 @@ def _bt709(pixels: np.ndarray) -> "VideoFrame":
     return frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
 
 
-def _write_folder(path: Path, frames: np.ndarray, comment: str | None) -> None:
+def _write_folder(path: Path, frames: Iterable[np.ndarray], comment: str | None) -> None:
     for index, frame in enumerate(frames):
         _write_png(path / FRAME_NAME.format(index), Image.fromarray(frame), None if index else comment)
 

@@ -14,12 +14,15 @@ from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.errors import BackendError, Cancelled, RequestError, briefly
 from stiv_deploy.runtime.pipeline.call import CallOptions, requests_of_call
-from stiv_deploy.runtime.pipeline.coding import Coder
+from stiv_deploy.runtime.pipeline.coding import Clean, Coder
+from stiv_deploy.runtime.pipeline.long_videos import LongVideos
 from stiv_deploy.runtime.pipeline.output import OutputType, StivOutput, as_output, check_output_type
 from stiv_deploy.runtime.pipeline.plan import GenerationPlan, plan_generation
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
 from stiv_deploy.runtime.pipeline.sampling_loop import Observer, SamplingLoop, Step
 from stiv_deploy.runtime.pipeline.timing import PhaseClock
+from stiv_deploy.runtime.pipeline.tokenization import lost_line
+from stiv_deploy.runtime.progress import Progress, unheard
 from stiv_deploy.runtime.sampling.hooks import GraphClock
 from stiv_deploy.runtime.sampling.replay import REPLAY
 
@@ -62,7 +65,7 @@ StepCallback = Callable[["StivPipeline", int, float, StepValues], object]
 latents if it sets those of the values and returns them, or returns ``{"latents": ...}``; given frames stay."""
 
 
-class StivPipeline:
+class StivPipeline(LongVideos):
     """Generates videos from a bundle. Close it, or use it with ``with``, to free the device.
 
     Threads may share it: their calls run one after another. ``profile`` waits for the device after every graph, so that
@@ -179,7 +182,44 @@ class StivPipeline:
             self._check_open()
             if cancel is not None and cancel.is_set():
                 raise Cancelled("cancelled before the first step")
-            return self._generate(plan, observer, cancel, output_type)
+            lost = self._told(plan)
+            return self._generate(plan, observer, cancel, output_type, lost)
+
+    def lost(self, plan: GenerationPlan) -> dict[str, str]:
+        """As :class:`Maker` says."""
+        return self._loop.lost(plan)
+
+    def sample(self, plan: GenerationPlan, progress: Progress = unheard, cancel: Event | None = None) -> np.ndarray:
+        """As :class:`Maker` says."""
+
+        def heard(_pipe: Self, step: int, _time: float, values: StepValues) -> None:
+            progress("", step + 1, values["total"])
+
+        with self._alone():
+            self._check_open()
+            return self._generate(plan, heard, cancel, "latent", {}).latents
+
+    def encode(self, plan: GenerationPlan) -> list[Clean]:
+        """As :class:`Maker` says."""
+        with self._alone():
+            self._check_open()
+            clean = self._coder.clean_latents(plan)
+        return [clean[video.given] for video in plan.videos]
+
+    def decode(self, plan: GenerationPlan, latents: np.ndarray) -> np.ndarray:
+        """As :class:`Maker` says."""
+        with self._alone():
+            self._check_open()
+            return self._coder.decoder(plan, len(latents))(latents)
+
+    def _told(self, plan: GenerationPlan) -> dict[str, str]:
+        """What is lost of the prompts, by prompt, after a warning of it, and one for each that the plan has."""
+        lost = self._loop.lost(plan)
+        if lost:
+            log.warning(lost_line(lost))
+        for line in dict.fromkeys(line for video in plan.videos for line in video.warnings):
+            log.warning(line)
+        return lost
 
     def close(self) -> None:
         """Free buffers, sessions and engines, once a run that is on has ended."""
@@ -217,11 +257,13 @@ class StivPipeline:
                 self._user = None
 
     def _generate(
-        self, plan: GenerationPlan, callback: StepCallback | None, cancel: Event | None, output_type: OutputType
+        self,
+        plan: GenerationPlan,
+        callback: StepCallback | None,
+        cancel: Event | None,
+        output_type: OutputType,
+        lost: dict[str, str],
     ) -> StivOutput:
-        lost = self._loop.lost(plan)
-        for line in dict.fromkeys(line for video in plan.videos for line in video.warnings):
-            log.warning(line)
         phases, graphs = PhaseClock(self.backend.synchronize), self._graph_seconds()
         with phases("encode"):
             clean = self._coder.clean_latents(plan)

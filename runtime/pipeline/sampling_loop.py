@@ -1,6 +1,5 @@
 """From planned videos to latents: the videos of a batch go through one engine together."""
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ from stiv_deploy.runtime.pipeline.given import as_array
 from stiv_deploy.runtime.pipeline.plan import GenerationPlan, PlannedVideo, VideoSize
 from stiv_deploy.runtime.pipeline.recent import Recent
 from stiv_deploy.runtime.pipeline.timing import PhaseClock
-from stiv_deploy.runtime.pipeline.tokenization import PromptTokenizer, lost_line
+from stiv_deploy.runtime.pipeline.tokenization import PromptTokenizer
 from stiv_deploy.runtime.sampling.conditioning import frame_mask, scatter_frames
 from stiv_deploy.runtime.sampling.engine import StepEngine
 from stiv_deploy.runtime.sampling.hooks import Hook
@@ -26,7 +25,6 @@ from stiv_deploy.runtime.sampling.sample import Sample
 from stiv_deploy.runtime.sampling.solvers import evaluations
 from stiv_deploy.runtime.sampling.text_stage import TextStage, Tokens
 
-log = logging.getLogger(__name__)
 KEPT_SIZES = 2
 """Sizes whose buffers are kept; two serve a plan whose last batch is smaller than the others."""
 
@@ -62,11 +60,8 @@ class SamplingLoop:
         self._engines: Recent[StepEngine] = Recent(KEPT_SIZES)
 
     def lost(self, plan: GenerationPlan) -> dict[str, str]:
-        """What the model will not hear of the prompts of ``plan``, by prompt; a warning says so."""
-        lost = self._tokenizer.lost(each for video in plan.videos for each in (video.prompt, video.negative_prompt))
-        if lost:
-            log.warning(lost_line(lost))
-        return lost
+        """What the model will not hear of the prompts of ``plan``, by prompt."""
+        return self._tokenizer.lost(each for video in plan.videos for each in (video.prompt, video.negative_prompt))
 
     def steps(self, batch: Sequence[PlannedVideo]) -> int:
         """How many steps an observer sees of ``batch``: evaluations of the model that complete a step of a video."""

@@ -1,0 +1,172 @@
+"""``stiv extend``, ``interpolate`` and ``long``: options, files, what is refused, and how they stop."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stiv_deploy.runtime import StivPipeline
+from stiv_deploy.runtime.bundle.bundle import read_manifest, write_manifest
+from stiv_deploy.runtime.bundle.manifest import TrainedOn
+from stiv_deploy.runtime.command.main import main
+from stiv_deploy.runtime.pipeline.films import open_film
+from stiv_deploy.runtime.pipeline.media import write_video
+
+Run = Callable[..., tuple[int, str, str]]
+CLIP = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+FEW = ("--steps", 1, "--seed", 3)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Run ``stiv`` in this process: exit code, stdout, stderr."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["stiv", *map(str, arguments)])
+        code = main()
+        return code, *capsys.readouterr()
+
+    yield call
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    return write_video(tmp_path / "clip.webp", CLIP, 8)
+
+
+@pytest.mark.parametrize(
+    ("command", "frames"),
+    [
+        (["extend", "--frames", 9, "--overlap", 2], 9),
+        (["interpolate"], 9),
+        (["interpolate", "--factor", 4], 17),
+        (["long", "--prompt", "digit three", "--frames", 7], 7),
+    ],
+)
+def test_a_video_is_written_and_told(
+    run: Run, bundle_path: Path, clip: Path, tmp_path: Path, command: list[Any], frames: int
+) -> None:
+    name, *rest = command
+    video = [] if name == "long" else [clip]
+    out, report = tmp_path / "out.webp", tmp_path / "report.json"
+    code, told, err = run(name, bundle_path, *video, *rest, *FEW, "--upscale", 2, "--out", out, "--json", report)
+    assert (code, err) == (0, "")
+    assert told.startswith(f"{out}: {frames} frames of 8x8 at ")
+    assert "seams (step there by the usual step, 1 is none): " in told
+    film = open_film(out)
+    assert film.frames == frames
+    assert next(film.windows(1, 16, 16)).shape == (1, 16, 16, 3)
+    values = json.loads(report.read_text())
+    assert (values["task"], values["frames"], values["file"]) == (name, frames, str(out))
+    assert values["seams"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.webp", "out.webp", "report.json"]
+
+
+def test_every_option_reaches_the_clips(
+    run: Run, bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    sample = StivPipeline.sample
+
+    def heard(pipe: StivPipeline, plan: Any, *rest: Any) -> np.ndarray:
+        asked.append(plan.videos[0].request)
+        return sample(pipe, plan, *rest)
+
+    monkeypatch.setattr(StivPipeline, "sample", heard)
+    clip = write_video(tmp_path / "clip.webp", CLIP[:, :, :4].repeat(2, axis=1), 8)
+    options = {
+        "--prompt": "digit", "--negative-prompt": "left", "--clip": 3, "--fit": "crop", "--height": 12, "--width": 6,
+        "--fps": 5, "--stride": 2, "--seed": 9, "--steps": 2, "--guidance": 2.5, "--backend": "onnxruntime",
+        "--threads": 1, "--device": 0, "--overlap": 1, "--chunks": tmp_path / "kept",
+    }  # fmt: skip
+    flat = [word for option in options.items() for word in option]
+    code, _, err = run("extend", bundle_path, clip, "--frames", 7, *flat, "--out", tmp_path / "out.gif")
+    assert code == 0, err
+    request = asked[0]
+    assert (request.prompt, request.negative_prompt, request.num_frames) == ("digit", "left", 3)
+    assert (request.height, request.width, request.fps, request.stride) == (12, 6, 5, 2)
+    assert (request.seed, request.num_inference_steps, request.guidance_scale) == (9, 2, 2.5)
+    assert (tmp_path / "kept" / "chunks.json").is_file()
+
+
+def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(
+    run: Run, bundle_path: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = (
+        "extend",
+        bundle_path,
+        clip,
+        "--frames",
+        12,
+        "--overlap",
+        1,
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "out.webp",
+    )
+    asked: list[int] = []
+    sample = StivPipeline.sample
+
+    def interrupted(pipe: StivPipeline, plan: Any, *rest: Any) -> np.ndarray:
+        asked.append(plan.videos[0].seed)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return sample(pipe, plan, *rest)
+
+    monkeypatch.setattr(StivPipeline, "sample", interrupted)
+    code, _, err = run(*command)
+    folder = tmp_path / "out.webp.chunks"
+    assert (code, err) == (130, f"1 finished clips are kept in {folder}; the same command goes on\ninterrupted\n")
+    assert folder.is_dir()
+    code, told, _ = run(*command)
+    assert code == 0
+    assert "3 clips (2 made now)" in told
+    assert asked[2:] == [asked[1], asked[1] + 1]  # its own seed, though none was given
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["extend", "CLIP", "--frames", 5], "the video has 5 frames, and 5 are wanted; ask for more than it has"),
+        (["extend", "CLIP", "--frames", 9, "--overlap", 9], "overlap is 9; a clip has 4 frames, take 1 to 3"),
+        (["extend", "missing.mp4", "--frames", 9], "missing.mp4: no such clip"),
+        (["extend", "CLIP", "--frames", 9, "--height", 12], "the video is 8x12; give it that size, or choose a fit"),
+        (["interpolate", "CLIP", "--factor", 3], "factor must be 2 or 4, got 3"),
+        (["interpolate", "CLIP", "--clip", 9], "frames is 9; this bundle takes 1 to 6"),
+        (["long", "--prompt", "a", "--frames", 8], "nearest number is 7 or 10"),
+        (["long", "--prompt", "a", "--frames", 7, "--image", "no.png"], "no.png: no such image file"),
+        (["long", "--frames", 7], "Missing option '--prompt'"),
+        (["extend", "CLIP", "--frames", 9, "--out", "clip.avi"], "cannot write '.avi'; choose"),
+        (["extend", "CLIP", "--frames", 9, "--out", "CLIP"], "would replace"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    run: Run, bundle_path: Path, clip: Path, tmp_path: Path, command: list[Any], message: str
+) -> None:
+    name, *words = [str(clip) if word == "CLIP" else word for word in command]
+    out = [] if "--out" in words else ["--out", tmp_path / "out.webp"]
+    code, _, err = run(name, bundle_path, *words, *FEW, *out)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.webp"]
+
+
+def test_a_task_that_the_model_was_not_trained_for(run: Run, own_bundle: Path, clip: Path, tmp_path: Path) -> None:
+    trained = TrainedOn(tasks=("t2v",), givings=("none",), strides=(1,), sizes=((8, 8),), frames=(4,))
+    write_manifest(own_bundle, read_manifest(own_bundle).model_copy(update={"trained": trained}))
+    for words in (("extend", own_bundle, clip, "--frames", 9), ("interpolate", own_bundle, clip)):
+        code, _, err = run(*words, "--out", tmp_path / "out.webp")
+        assert code == 2
+        assert "this model was not trained to be given" in err
+        assert "its givings are none" in err
