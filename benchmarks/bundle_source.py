@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from clip_source import Settings, Video, digest
+from clip_source import Given, Settings, Video, digest
 
 from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 
@@ -25,6 +25,7 @@ class BundleSource:
     def __init__(self, path: Path, backend: str, threads: int) -> None:
         self.path, self.pipeline = path, StivPipeline.from_bundle(path, backend, threads)
         self.frames = self.pipeline.bundle.manifest.sampling.frames
+        self.side = self.pipeline.bundle.manifest.sampling.height
 
     def describe(self) -> dict[str, str]:
         """Runtime, backend and bundle."""
@@ -36,15 +37,15 @@ class BundleSource:
             "manifest_sha256": digest(self.path / "manifest.json"),
         }
 
-    def generate(
-        self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, first_frames: Video | None
-    ) -> Video:
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, given: Given | None) -> Video:
         """One call for a batch of text-to-video; one a clip for image-to-video, whose images differ."""
 
-        def call(texts: Sequence[str], seed: int, image: np.ndarray | None) -> Video:
+        def call(texts: Sequence[str], seed: int, image: dict[int, np.ndarray] | None) -> Video:
             output = self.pipeline(
                 list(texts),
                 image=image,
+                num_frames=settings.frames,
+                stride=settings.stride,
                 num_inference_steps=settings.steps,
                 guidance_scale=settings.scale,
                 image_guidance_scale=settings.image_scale,
@@ -56,9 +57,9 @@ class BundleSource:
             )
             return as_video(np.asarray(output.frames))
 
-        if first_frames is None:
+        if not given:
             return call(prompts, seeds[0], None)
-        images = [as_image(picture) for picture in first_frames]
+        images = [{number: as_image(each[clip]) for number, each in given.items()} for clip in range(len(prompts))]
         parts = [call([text], seed, image) for text, seed, image in zip(prompts, seeds, images, strict=True)]
         return np.concatenate(parts)
 

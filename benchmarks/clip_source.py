@@ -1,6 +1,6 @@
 """What generates clips, for a measurement of them: settings in, video out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 Video = NDArray[np.float32]
 """[B, F, 3, H, W] in [-1, 1]."""
+Given = Mapping[int, Video]
+"""Pictures [B, 3, H, W] in [-1, 1] of given frames, by their number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """One sampling setting, for either kind of source; ``time_shift`` ``None`` is the checkpoint's own."""
+    """One sampling setting, for either kind of source; ``None`` is the checkpoint's own."""
 
     steps: int
     scale: float
@@ -23,21 +25,23 @@ class Settings:
     renorm: bool = True
     image_scale: float = 1.5
     time_shift: float | None = None
+    frames: int | None = None
+    stride: int = 1
 
 
 class Source(Protocol):
     """Generates clips and says what it is."""
 
     frames: int
+    side: int
+    """Height of the clips in pixels."""
 
     def describe(self) -> dict[str, str]:
         """What was measured, for the result file."""
         ...
 
-    def generate(
-        self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, first_frames: Video | None
-    ) -> Video:
-        """One clip for each prompt and seed; ``first_frames`` [B, 3, H, W] makes it image-to-video."""
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, given: Given | None) -> Video:
+        """One clip for each prompt and seed; ``given`` frame 0 makes it image-to-video."""
         ...
 
     def reconstruct(self, video: Video) -> Video | None:

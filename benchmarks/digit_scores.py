@@ -71,8 +71,8 @@ class Experiment:
         for start in range(0, len(self.requests), self.batch):
             chosen = slice(start, start + self.batch)
             prompts = self.requests.prompts[chosen]
-            first = None if real is None else np.ascontiguousarray(real[chosen, 0])
-            parts.append(self.source.generate(prompts, range(start, start + len(prompts)), settings, first))
+            given = None if real is None else {0: real[chosen, 0]}
+            parts.append(self.source.generate(prompts, range(start, start + len(prompts)), settings, given))
         video = np.concatenate(parts)
         judgements = judge(brightness(video), self.requests.digits, self.requests.directions)
         row: Result = {"task": task, "mode": settings.mode, "scale": settings.scale, "renorm": settings.renorm}

@@ -101,8 +101,8 @@ class Experiment:
         for start in range(0, len(self.requests), self.batch):
             prompts = self.requests.prompts[start : start + self.batch]
             stop = start + len(prompts)
-            first = np.ascontiguousarray(self.real[start:stop, 0]) if task == "ti2v" else None
-            video.append(source.generate(prompts, range(FIRST_SEED + start, FIRST_SEED + stop), settings, first))
+            given = {0: self.real[start:stop, 0]} if task == "ti2v" else None
+            video.append(source.generate(prompts, range(FIRST_SEED + start, FIRST_SEED + stop), settings, given))
         clips = np.concatenate(video)
         finite = np.isfinite(clips).reshape(len(clips), -1).all(axis=1)
         found = judge(brightness(np.nan_to_num(clips)), self.requests.digits, self.requests.directions)

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
-from clip_source import Settings, Source, Video, digest
+from clip_source import Given, Settings, Source, Video, digest
 
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, load_checkpoint
+from stiv_deploy.stiv_ref.generation import sampling_inputs
 from stiv_deploy.stiv_ref.guidance import GuidanceMode
-from stiv_deploy.stiv_ref.sampler import SamplingSettings
+from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, sample
 from stiv_deploy.stiv_ref.training.state import find_state
 
 
@@ -19,17 +21,14 @@ class ReferenceSource:
     def __init__(self, checkpoint: Checkpoint, what: dict[str, str]) -> None:
         self.checkpoint, self.what = checkpoint, what
         self.frames = checkpoint.config.sampling.frames if checkpoint.config.model.temporal else 1
+        self.side = checkpoint.config.sampling.height
 
     def describe(self) -> dict[str, str]:
         """Sampler and checkpoint or training state."""
         return {"sampler": "stiv_ref (PyTorch fp32)", **self.what}
 
-    def generate(
-        self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, first_frames: Video | None
-    ) -> Video:
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, given: Given | None) -> Video:
         """As :class:`Source` says, with the reference sampler."""
-        from stiv_deploy.stiv_ref.generation import generate
-
         own_shift = self.checkpoint.config.sampling.time_shift
         chosen = SamplingSettings(
             steps=settings.steps,
@@ -39,8 +38,21 @@ class ReferenceSource:
             renorm=settings.renorm,
             time_shift=own_shift if settings.time_shift is None else settings.time_shift,
         )
-        first = None if first_frames is None else torch.from_numpy(first_frames)
-        return generate(self.checkpoint, prompts, seeds, chosen, frames=self.frames, first_frames=first).numpy()
+        inputs = self._inputs(prompts, seeds, settings, given or {})
+        with torch.no_grad():
+            return self.checkpoint.vae.decode(sample(self.checkpoint.model, inputs, chosen)).numpy()
+
+    @torch.no_grad()
+    def _inputs(self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, given: Given) -> SamplingInputs:
+        """Inputs with the given frames; a frame of this VAE is a latent frame."""
+        frames = settings.frames or self.frames
+        inputs = sampling_inputs(self.checkpoint, prompts, seeds, None, frames=frames)
+        clean, mask, micro = inputs.clean.clone(), inputs.frame_mask.clone(), inputs.micro.clone()
+        micro[:, 4] = settings.stride
+        for number, pictures in given.items():
+            coded = self.checkpoint.vae.encode(torch.from_numpy(np.ascontiguousarray(pictures)).unsqueeze(1))
+            clean[:, number : number + 1], mask[:, number] = coded, True
+        return inputs._replace(clean=clean, frame_mask=mask, micro=micro)
 
     @torch.no_grad()
     def reconstruct(self, video: Video) -> Video | None:

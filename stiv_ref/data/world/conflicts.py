@@ -1,5 +1,6 @@
 """Prompts that contradict the frame given with them: does the clip follow the picture, or the words?"""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -31,12 +32,12 @@ class Conflict:
         return "words" if seen is not None and seen == getattr(self.caption.told, self.about) else "neither"
 
 
-def conflicts(world: World, count: int) -> list[Conflict]:
-    """``count`` conflicts with the first clips of ``world``, about colour, shape and motion in turn.
+def conflicts(world: World, count: int, about: Sequence[About] = ABOUT) -> list[Conflict]:
+    """``count`` conflicts with the first clips of ``world``, ``about`` one thing after the other.
 
     A single frame shows no motion: a caption about another motion is in conflict only where more frames are given.
     """
-    return [_conflict(world.clip(index), ABOUT[index % len(ABOUT)]) for index in range(count)]
+    return [_conflict(world.clip(index), about[index % len(about)]) for index in range(count)]
 
 
 def _conflict(clip: WorldClip, about: About) -> Conflict:

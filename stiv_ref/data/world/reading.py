@@ -24,8 +24,8 @@ LEAST_MATCH = 0.62
 """Soft IoU from which on a frame shows a shape at all."""
 DARK, BRIGHT = BRIGHTEST + 0.08, 0.88
 """Brightest channel of what is surely background, and of what is surely the object."""
-LEAST_AREA = 12.0
-"""Bright pixels of a picture of :data:`SIDE` that are an object."""
+AREA = (12.0, 900.0)
+"""Bright pixels of a picture of :data:`SIDE` that can be an object: the largest is a square of 550."""
 FARTHEST_COLOUR = 0.3
 """Distance in red, green and blue up to which a colour has a name."""
 
@@ -84,7 +84,7 @@ def read(frames: NDArray[np.generic]) -> Reading:
     scale = side / SIDE
     bright = np.clip((pixels.max(-1) - np.float32(DARK)) * np.float32(1 / (BRIGHT - DARK)), 0, 1)
     mass = bright.sum((1, 2), dtype=np.float64)
-    found = mass >= LEAST_AREA * scale**2
+    found = (mass >= AREA[0] * scale**2) & (mass <= AREA[1] * scale**2)
     window = min(side, 2 * int(np.ceil(REACH * (LARGEST + 1) * scale)) + 3)
     corners = _corners(bright, mass, window)
     inside, near = _windows(pixels, corners, window), _windows(bright, corners, window)

@@ -30,13 +30,13 @@ class KnownSource:
     def __init__(self, requests: DigitRequests, good: float, frames: int = 4) -> None:
         self.frames, self.good = frames, good
         self.prompts, self.clips = requests.prompts, real_clips(requests, frames).numpy()
-        self.calls: list[tuple[Any, np.ndarray | None]] = []
+        self.calls: list[tuple[Any, dict[int, np.ndarray] | None]] = []
 
     def describe(self) -> dict[str, str]:
         return {"sampler": "known"}
 
-    def generate(self, prompts: Sequence[str], seeds: range, settings: Any, first: np.ndarray | None) -> np.ndarray:
-        self.calls.append((settings, first))
+    def generate(self, prompts: Sequence[str], seeds: range, settings: Any, given: Any) -> np.ndarray:
+        self.calls.append((settings, given))
         chosen = self.clips[seeds.start : seeds.start + len(prompts)]
         assert list(prompts) == self.prompts[seeds.start : seeds.start + len(prompts)]
         return chosen if settings.scale == self.good else chosen[:, ::-1]
@@ -66,7 +66,7 @@ def test_every_setting_gets_the_same_requests_and_ti2v_the_first_frames(scores: 
     source = KnownSource(REQUESTS, good=3.0)
     experiment, _ = scores.measure(source, REQUESTS, [3.0], scores.Settings(steps=1, scale=1.0), batch=5)
     assert len(source.calls) == 3 * len(experiment.rows)  # 12 requests in batches of 5
-    given = [first for settings, first in source.calls if first is not None]
+    given = [pictures[0] for _, pictures in source.calls if pictures is not None]
     np.testing.assert_array_equal(np.concatenate(given[:3]), source.clips[:, 0])
     image_row = next(row for row in experiment.rows if row["task"] == "ti2v")
     assert image_row["first_frame_psnr_db"] > 100  # the very clip: no error

@@ -77,7 +77,7 @@ def test_a_little_noise_and_blur_as_of_a_vae_do_not_matter(clips: list[WorldClip
 def test_blank_frames_show_nothing(value: float) -> None:
     scores = score(np.full((6, 64, 64, 3), value), Wanted(colour="red", shape="ring", motion="stay"))
     assert scores.seen is None
-    assert (scores.colour, scores.shape, scores.identity, scores.kept) == (False,) * 4
+    assert (scores.colour, scores.shape, scores.motion, scores.identity, scores.kept) == (False,) * 5
     assert scores.frames == 0
 
 
