@@ -1,6 +1,6 @@
 """Model configurations: the architecture facts of STIV, checked, frozen, and by name.
 
-The three large sizes are the paper's (arXiv 2412.07730, table of model variants); ``tiny`` is the one that
+The three large sizes are the paper's (arXiv 2412.07730, table of model variants), all with heads of 64; ``tiny`` is the one that
 trains on two CPU cores and ships with the repository.
 """
 
@@ -111,7 +111,7 @@ CONFIGS = {
         StivConfig(
             name="tiny", blocks=6, width=160, heads=5, text_width=96, base_frames=8, base_grid=(4, 4), rope_theta=100.0
         ),
-        StivConfig(name="XL", blocks=28, width=1152, heads=16),
+        StivConfig(name="XL", blocks=28, width=1152, heads=18),
         StivConfig(name="XXL", blocks=38, width=1536, heads=24),
         StivConfig(name="M", blocks=46, width=3072, heads=48),
     )

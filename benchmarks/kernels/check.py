@@ -22,7 +22,7 @@ from stiv_deploy.runtime.plugins.spec import HEAD_DIMS
 
 FRAMES = (1, 2, 7, 16, 17, 20, 21, 32, 40, 64)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MODEL_SIZES = ((20, 256, 16, 72), (20, 256, 48, 64), (40, 64, 24, 64))
+MODEL_SIZES = ((20, 256, 18, 64), (20, 256, 48, 64), (40, 64, 24, 64))
 """T, S, H, Dh of XL, M and XXL."""
 MOST_FAULTS = 10
 """Faults of a group that are kept."""

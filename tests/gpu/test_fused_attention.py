@@ -30,7 +30,7 @@ from stiv_deploy.stiv_ref.text import TextStates
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-CONFIG = StivConfig(name="x", blocks=2, width=288, heads=4, text_width=32, frequency_width=32)  # Dh 72, as XL
+CONFIG = StivConfig(name="x", blocks=2, width=288, heads=4, text_width=32, frequency_width=32)  # Dh 72, no power of 2
 
 
 @pytest.fixture(scope="module", autouse=True)

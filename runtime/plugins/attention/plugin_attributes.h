@@ -21,7 +21,7 @@ public:
     // Fields that point into this object.
     std::array<nvinfer1::PluginField, kMaximumAttributes> fields() const;
 
-    // "heads=16,epsilon=9.99999997e-07": exact, so equal text means equal attributes.
+    // "heads=18,epsilon=9.99999997e-07": exact, so equal text means equal attributes.
     std::string text() const;
 
 private:

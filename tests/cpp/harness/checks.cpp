@@ -29,7 +29,7 @@ DataType type_of(char letter, DataType first, bool quantized) {
     return letter == 'f' ? DataType::kFLOAT : letter == 'o' && quantized ? DataType::kFP8 : first;
 }
 
-const Shape kShapes[] = {{{2, 5}, 3, 3, 32}, {{1, 1}, 1, 1, 72}, {{4, 64}, 7, 2, 128}, {{3, 20}, 1024, 16, 72}};
+const Shape kShapes[] = {{{2, 5}, 3, 3, 32}, {{1, 1}, 1, 1, 72}, {{4, 64}, 7, 2, 128}, {{3, 20}, 1024, 18, 64}};
 
 Shape for_table(const Table& table, Shape shape) {
     if (!table.temporal) shape.lead = {shape.lead[0] * shape.lead[1]};

@@ -233,7 +233,7 @@ def test_to_fp8_replaces_what_the_forward_pass_runs(part: Callable[[str], Module
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x72", "attention"),
         ("triton_tem_fused_flex_attention_0", "attention"),
         ("void (anonymous namespace)::softmax_warp_forward<c10::BFloat16, c10::BFloat16, float, 5>(...)", "attention"),
-        ("void stiv::(anonymous namespace)::temporal_attention<stiv::BFloat16, 72, 2>(...)", "attention"),
+        ("void stiv::(anonymous namespace)::temporal_attention<stiv::BFloat16, 64, 2>(...)", "attention"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
         ("void stiv::(anonymous namespace)::spatial_qkv<stiv::BFloat16, 64>(...)", "rest"),
         ("triton_poi_fused__scaled_mm_addmm_gelu_3", "rest"),

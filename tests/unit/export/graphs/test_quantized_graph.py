@@ -291,7 +291,7 @@ def test_activation_outliers_stay_finite(
 
     Their squares do not fit float16 (65504), nor does the sum of 1152 of them.
     """
-    config = micro.config.model.model_copy(update={"width": 1152, "heads": 16, "blocks": 1})
+    config = micro.config.model.model_copy(update={"width": 1152, "heads": 18, "blocks": 1})
     checkpoint = make_checkpoint(config)
     writer = GraphWriter(checkpoint, tmp_path, "float16")
     writer.write("block_00")
