@@ -29,8 +29,9 @@ def draw_dropout(
 ) -> tuple[Tensor, Tensor]:
     """Draw which samples lose their text and their image, two bool [B].
 
-    ``text`` and ``image`` are the total rates; ``joint`` is the share of the dropped *images* that lose the text too
-    (the joint unconditional case of JIT-CFG), so ``joint * image`` must not exceed ``text``.
+    ``text`` and ``image`` are the total rates. ``joint`` of the dropped *images* lose the text in any case (for more of
+    the unconditional branch of JIT-CFG), so ``joint * image`` must not exceed ``text``; the texts that are left to
+    drop do not look at the image. With 0 both are independent, as in the paper.
     """
     both = joint * image
     if not (0 <= text <= 1 and 0 <= image <= 1 and both <= text):

@@ -1,7 +1,7 @@
 """Model configurations: the architecture facts of STIV, checked, frozen, and by name.
 
-The three large sizes are the paper's (arXiv 2412.07730, table of model variants), all with heads of 64; ``tiny`` is the one that
-trains on two CPU cores and ships with the repository.
+The three large sizes are the paper's (arXiv 2412.07730, table of model variants), all with heads of 64; ``tiny`` is the
+one that trains on two CPU cores and ships with the repository.
 """
 
 from pathlib import Path

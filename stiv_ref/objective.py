@@ -27,16 +27,16 @@ class Objective(FrozenConfig):
     """How a stage draws its training samples.
 
     ``task`` is the name of a mix of given frames; ``givings`` is a mix of the stage's own, and its task is ``mix``.
-    ``image_dropout`` is the share of clips without their given frames; ``joint_dropout`` the share of those that lose
-    their text too. ``mask_ratio`` of the spatial tokens skip the main blocks (MaskDiT, arXiv 2306.09305); their loss
-    counts ``masked_loss_weight`` times.
+    ``text_dropout`` is the share of clips without their caption, ``image_dropout`` of those without their given frames:
+    independent of each other, unless ``joint_dropout`` of the latter lose their text in any case. ``mask_ratio`` of the
+    spatial tokens skip the main blocks (MaskDiT, arXiv 2306.09305); their loss counts ``masked_loss_weight`` times.
     """
 
     task: TaskName = MIX
     givings: Mix | None = None
     text_dropout: float = Field(default=0.1, ge=0, le=1)
-    image_dropout: float = Field(default=0.1, ge=0, le=1)
-    joint_dropout: float = Field(default=0.5, ge=0, le=1)
+    image_dropout: float = Field(default=0.08, ge=0, le=1)
+    joint_dropout: float = Field(default=0.0, ge=0, le=1)
     logit_normal: bool = True
     time_shift: TimeShift = 1.0
     mask_ratio: float = Field(default=0.0, ge=0, lt=1)

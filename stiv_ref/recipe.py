@@ -169,7 +169,8 @@ class Stage(Objective):
     from the low-resolution video stage. Both are the stage before unless said; ``spatial_from = "scratch"`` starts
     anew. ``text_from`` says which of the two origins gives what reads the text (cross-attention, projections of the
     text, a trained text encoder). ``patch_frames`` changes the temporal patch size (patch inflation). Learning rate:
-    linear warm-up, then cosine to a tenth. ``batch`` is that of all processes together.
+    linear over ``warmup`` steps, then constant, as in the paper, or a cosine to a tenth. ``batch`` is that of all
+    processes together.
     """
 
     name: Name = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")
@@ -185,6 +186,7 @@ class Stage(Objective):
     text_from: Literal["spatial", "temporal"] = "spatial"
     learning_rate: Rate
     warmup: int = Field(default=100, ge=0, le=COUNT_LIMIT)
+    schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(default=0.0, ge=0, le=1_000)
 
     @model_validator(mode="after")

@@ -14,9 +14,9 @@ Parameters = Mapping[str, nn.Parameter]
 
 
 def learning_rate(stage: Stage, step: int) -> float:
-    """Linear warm-up over ``stage.warmup`` steps, then cosine from the full rate to a tenth of it."""
+    """Linear warm-up over ``stage.warmup`` steps, then constant, or a cosine from the full rate to a tenth of it."""
     warm = min(1.0, (step + 1) / max(1, stage.warmup))
-    progress = step / max(1, stage.steps)
+    progress = 0.0 if stage.schedule == "constant" else step / max(1, stage.steps)
     return stage.learning_rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 

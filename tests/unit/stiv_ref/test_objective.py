@@ -74,6 +74,16 @@ def test_image_to_video_is_given_the_first_frame_and_loses_images_and_texts_at_t
     assert (lost & draws.drop_text).float().mean().item() > 0.15 - four_sigma
 
 
+def test_by_default_image_and_text_are_dropped_independently_at_the_papers_rates() -> None:
+    objective = Objective(task="ti2v")
+    assert (objective.text_dropout, objective.image_dropout) == (0.1, 0.08)
+    draws = draws_of(objective.model_copy(update={"text_dropout": 0.4, "image_dropout": 0.3}), range(4000))
+    lost = ~draws.given[:, 0]
+    for images in (lost, ~lost):
+        share = draws.drop_text[images].float().mean().item()
+        assert share == pytest.approx(0.4, abs=5 * (0.24 / images.sum().item()) ** 0.5)
+
+
 @pytest.mark.parametrize(("task", "shown"), [("predict", [1, 1, 1]), ("interpolate", [1, 0, 1])])
 def test_other_tasks_are_given_their_frames_together(task: str, shown: list[int]) -> None:
     draws = draws_of(Objective(task=task, text_dropout=0.2, image_dropout=0.3), range(50))

@@ -20,6 +20,28 @@ def test_the_shipped_recipe_is_the_papers_order() -> None:
     assert recipe.sampling.frames >= 8
 
 
+def test_the_large_recipe_is_the_papers() -> None:
+    """arXiv 2412.07730, sections 3.1, B and D."""
+    recipe = load_recipe(SHIPPED.with_name("xl.toml"))
+    model = recipe.model
+    assert (model.heads, model.patch, model.latent_channels, model.text_width) == (18, (2, 2), 8, 1280)
+    assert (model.blocks - model.full_blocks, model.full_blocks, model.cross_qk_norm) == (28, 2, True)
+    assert (recipe.ema, recipe.gradient_clip, recipe.optimizer.name) == (0.9999, 1.0, "adafactor")
+    steps = {(stage.kind.video, bool(stage.mask_ratio)): stage.steps for stage in recipe.stages}
+    assert steps == {
+        (False, True): 400_000,
+        (False, False): 50_000,
+        (True, True): 400_000,
+        (True, False): 100_000,
+    }
+    for stage in recipe.stages:
+        assert (stage.learning_rate, stage.warmup, stage.schedule) == (2e-4, 1000, "constant")
+        assert (stage.batch, stage.frames) == ((1024, 20) if stage.kind.video else (4096, 1))
+        assert (stage.text_dropout, stage.image_dropout, stage.joint_dropout) == (0.1, 0.08, 0.0)
+        assert not stage.kind.video or recipe.data[stage.data].strides == (3,)
+        assert recipe.patch_of(stage) == (2 if stage.kind.video else 1, 2)
+
+
 FAULTS = {
     "unknown key": ('name = "short"', 'name = "short"\ncolour = 1', "colour: Extra inputs"),
     "unknown stage key": ("warmup = 2", "warmups = 2", "stages.0.warmups: Extra inputs"),
@@ -42,7 +64,7 @@ FAULTS = {
     ),
     "dropout of given frames": (
         'task = "ti2v"',
-        'task = "interpolate"\nimage_dropout = 0.5',
+        'task = "interpolate"\nimage_dropout = 0.5\njoint_dropout = 0.5',
         "must not exceed text_dropout",
     ),
     "no task": ('task = "ti2v"', "", "stages.1: give a task (t2i, t2v, "),
@@ -60,7 +82,12 @@ FAULTS = {
         "stage 2-keyframes: keyframes lie far apart; give [data.digits] a stride above 1",
     ),
     "too many frames": ('task = "ti2v"\nframes = 3', 'task = "ti2v"\nframes = 10', "there can be 1 to 9"),
-    "dropout": ('task = "ti2v"', 'task = "ti2v"\nimage_dropout = 0.5', "must not exceed text_dropout"),
+    "dropout": (
+        'task = "ti2v"',
+        'task = "ti2v"\nimage_dropout = 0.5\njoint_dropout = 0.5',
+        "must not exceed text_dropout",
+    ),
+    "schedule": ("warmup = 2", 'schedule = "linear"', "stages.0.schedule: Input should be 'cosine' or 'constant'"),
     "ema": ("threads = 1", "threads = 1\nema = 1.0", "ema: Input should be less than 1"),
     "latent channels": (
         "channels = [4, 4]",

@@ -37,6 +37,14 @@ def test_learning_rate_warms_up_then_falls_to_a_tenth(recipe: Recipe) -> None:
     assert all(later < sooner for sooner, later in zip(rates[10:], rates[11:], strict=False))
 
 
+def test_a_constant_learning_rate_warms_up_and_stays(recipe: Recipe) -> None:
+    changes = {"steps": 1000, "warmup": 10, "learning_rate": 2e-4, "schedule": "constant"}
+    stage = recipe.stages[0].model_copy(update=changes)
+    rates = [learning_rate(stage, step) for step in range(1000)]
+    assert rates[:10] == pytest.approx([2e-5 * (step + 1) for step in range(10)])
+    assert rates[10:] == pytest.approx([2e-4] * 990)
+
+
 @pytest.mark.parametrize("where", ["model", "cpu"])
 def test_averages_ramp_up_then_decay(where: str) -> None:
     parameters = {"weight": nn.Parameter(torch.ones(1))}
