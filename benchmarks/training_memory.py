@@ -84,7 +84,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:
-    """Bytes of a GPU's share: weights with padding, AdamW's moments, Adafactor's (whole, unsharded), averages."""
+    """Bytes of a GPU's share: weights with padding, moments of AdamW and of Adafactor, averages."""
 
     weights: int
     adamw: int
@@ -192,33 +192,21 @@ def block_saves(config: StivConfig, batch: int, frames: int, size: int) -> int:
     return saved[1] - saved[0]
 
 
-def adamw_bytes(parameters: dict[str, nn.Parameter]) -> int:
-    """Bytes of the moments that the trainer's AdamW makes for ``parameters``, of sharded ones the local share."""
+def moment_bytes(optimizer: str, parameters: dict[str, nn.Parameter]) -> int:
+    """Bytes of the moments that ``optimizer`` makes for ``parameters``, of sharded ones the local share."""
     stage = Stage(task="t2v", steps=1, batch=1, frames=2, learning_rate=1e-4)
-    state = make_optimizer(Optimizer(name="adamw"), stage, parameters).state
+    settings = Optimizer.model_validate({"name": optimizer})
+    state = make_optimizer(settings, stage, parameters).state
     return bytes_of([each for moments in state.values() for each in moments.values() if each.dim()])
-
-
-def adafactor_bytes(parameters: list[nn.Parameter]) -> int:
-    """Bytes of Adafactor's moments: fp32 sums over the last and over the second-to-last axis, of vectors all.
-
-    By the rule (arXiv 1804.04235, section 3), since torch's asks for values, which fake tensors do not have.
-    """
-    values = 0
-    for each in parameters:
-        shape = tuple(each.shape)
-        values += each.numel() // shape[-1] + each.numel() // shape[-2] if len(shape) > 1 else each.numel()
-    return 4 * values
 
 
 def share(config: StivConfig, world: int) -> Shards:
     """What each of ``world`` GPUs holds all the time."""
     with fake_team(world) as team:
         parameters = dict(sharded_model(config, team, False).named_parameters())
-        weights, adamw = bytes_of(list(parameters.values())), adamw_bytes(parameters)
+        weights = bytes_of(list(parameters.values()))
+        adamw, adafactor = (moment_bytes(name, parameters) for name in ("adamw", "adafactor"))
         averages = bytes_of([parameter.detach().clone() for parameter in parameters.values()])
-    with torch.device("meta"):
-        adafactor = adafactor_bytes(list(Stiv(config).parameters()))
     return Shards(weights=weights, adamw=adamw, adafactor=adafactor, averages=averages)
 
 
@@ -285,7 +273,7 @@ def gib(number: float) -> str:
 def shard_table(models: dict[str, Any]) -> str:
     """What each GPU holds all the time, as Markdown."""
     lines = [
-        "| model | parameters | GPUs | weights fp32 | gradients fp32 | AdamW | Adafactor, whole | EMA fp32 |",
+        "| model | parameters | GPUs | weights fp32 | gradients fp32 | AdamW | Adafactor | EMA fp32 |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in models.items():
@@ -338,7 +326,7 @@ byte alive counted. Micro-batch {result["batch"]} per GPU, {result["frames"]} fr
 {shard_table(result["models"])}
 
 Weights, gradients and averages are fp32 shards, padding included. Blocks are gathered in bf16 when they are used, which
-is in the peaks below. torch's Adafactor cannot be sharded, its state is given whole. `ema_device = "cpu"` takes the
+is in the peaks below. Adafactor has the paper's first moment, as large as the weights. `ema_device = "cpu"` takes the
 averages off the GPU.
 
 ## One step, and all together with AdamW and EMA on the GPU

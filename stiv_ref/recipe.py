@@ -125,11 +125,16 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(FrozenConfig):
-    """AdamW, or Adafactor as the paper has it. ``eps`` is that of AdamW."""
+    """AdamW, or Adafactor as the paper has it. ``betas`` are 0.9 and 0.99, or the paper's; ``eps`` is that of AdamW."""
 
     name: Literal["adamw", "adafactor"] = "adamw"
-    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] | None = None
     eps: float = Field(default=1e-8, gt=0, le=1)
+
+    @property
+    def decays(self) -> tuple[float, float]:
+        """``betas``, or what they are if not given."""
+        return self.betas or ((0.9, 0.99) if self.name == "adamw" else (0.9, 0.999))
 
 
 class Efficiency(FrozenConfig):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from stiv_deploy.stiv_ref.block import StivBlock
 from stiv_deploy.stiv_ref.errors import ConfigError
@@ -180,12 +180,3 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor, device: torch.device) -> Tensor:
     """All of ``tensor``, in every process; all processes must call it together."""
     return cast("Any", tensor.to(device)).full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def keep_part(target: Tensor, value: Tensor) -> None:
-    """Write to the sharded ``target`` this process's part of the whole ``value``, which all processes have."""
-    if isinstance(target, DTensor):
-        part = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-        local(target.detach()).copy_(local(part))
-    else:
-        target.copy_(value)

@@ -17,6 +17,7 @@ from stiv_deploy.stiv_ref.data.source import Batch
 from stiv_deploy.stiv_ref.errors import ConfigError
 from stiv_deploy.stiv_ref.recipe import Optimizer, Recipe
 from stiv_deploy.stiv_ref.text import TextConfig, TextEncoder, TextStates, word_tokenizer
+from stiv_deploy.stiv_ref.training.adafactor import Adafactor
 from stiv_deploy.stiv_ref.training.averages import start_averages, update_averages
 from stiv_deploy.stiv_ref.training.interruption import Interruption
 from stiv_deploy.stiv_ref.training.optimizer import learning_rate, make_optimizer, moments, set_rate
@@ -78,7 +79,7 @@ def test_an_optimizer_begins_with_all_its_moments_at_zero(recipe: Recipe, name: 
     if name == "adamw":
         wanted = torch.optim.AdamW(theirs.values(), lr=0.3, betas=(0.8, 0.95), eps=1e-5, weight_decay=0.1)
     else:
-        wanted = torch.optim.Adafactor(theirs.values(), lr=0.3, weight_decay=0.1)
+        wanted = Adafactor(theirs.values(), lr=0.3, betas=(0.8, 0.95), weight_decay=0.1)
     for _ in range(3):
         for group in (ours, theirs):
             for parameter in group.values():
@@ -91,6 +92,12 @@ def test_an_optimizer_begins_with_all_its_moments_at_zero(recipe: Recipe, name: 
     assert optimizer.state[ours["a"]]["step"] == 7
     set_rate(optimizer, 0.25)
     assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_moments_decay_as_the_paper_says_unless_the_recipe_does() -> None:
+    assert Optimizer(name="adamw").decays == (0.9, 0.99)
+    assert Optimizer(name="adafactor").decays == (0.9, 0.999)
+    assert Optimizer(name="adafactor", betas=(0.5, 0.6)).decays == (0.5, 0.6)
 
 
 @given(st.integers(1, 4), st.integers(1, 6), st.none() | st.integers(1, 7))

@@ -180,7 +180,7 @@ def test_two_processes_compute_the_losses_of_one(one: Callable[[str], Path], two
 
 
 def test_two_processes_with_all_that_saves_memory(one: Callable[[str], Path], two: Path, runs: Any) -> None:
-    """Adafactor on gathered matrices, micro-batches, recomputed activations, averages on the CPU: as one process."""
+    """Adafactor on sharded matrices, micro-batches, recomputed activations, averages on the CPU: as one process."""
     alone, together = one("adafactor"), two / "all"
     allowed = 4 * (drift(runs, alone, one("all")) + 8 * EPSILON)
     assert allowed < 1e-3
