@@ -63,7 +63,8 @@ class Setting:
 VARIANTS: dict[str, dict[str, Any]] = {
     "baseline": {},
     "bf16 autocast": {"precision": "bfloat16"},
-    "activation checkpointing": {"activation_checkpointing": True},
+    "checkpointing of blocks": {"activation_checkpointing": "blocks"},
+    "checkpointing but attention": {"activation_checkpointing": "attention"},
     "torch.compile": {"compile": True},
     "MaskDiT": {"mask_ratio": 0.5},
     "gradient accumulation": {"micro_batch": True},

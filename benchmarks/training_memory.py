@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -38,9 +38,9 @@ from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.objective import Draws, kept_tokens, training_loss
 from stiv_deploy.stiv_ref.recipe import Efficiency, Optimizer, Stage
 from stiv_deploy.stiv_ref.text import TextStates
+from stiv_deploy.stiv_ref.training.efficiency import make_efficient
 from stiv_deploy.stiv_ref.training.optimizer import make_optimizer
 from stiv_deploy.stiv_ref.training.parallel import Team, shard
-from stiv_deploy.stiv_ref.training.stages import make_efficient
 
 GIB = 2**30
 WORLDS = (8, 64, 256)
@@ -54,20 +54,28 @@ RESERVE, SLACK = 3 * GIB, 1.05
 """Set aside on a GPU: bytes for the CUDA context and communication, and the share that allocators waste."""
 
 
+Checkpointing = Literal[False, "blocks", "attention"]
+WORDS: dict[Checkpointing, str] = {
+    False: "",
+    "blocks": ", checkpointing of blocks",
+    "attention": ", of all but self-attention",
+}
+
+
 @dataclass(frozen=True)
 class Variant:
-    """A way to train: masked or not, with recomputed activations or not."""
+    """A way to train: masked or not, and what is computed again in the backward pass."""
 
     masked: bool
-    checkpointing: bool
+    checkpointing: Checkpointing
 
     @property
     def name(self) -> str:
         """In words."""
-        return ("MaskDiT" if self.masked else "all tokens") + (", checkpointing" if self.checkpointing else "")
+        return ("MaskDiT" if self.masked else "all tokens") + WORDS[self.checkpointing]
 
 
-VARIANTS = [Variant(masked, checkpointing) for masked in (False, True) for checkpointing in (False, True)]
+VARIANTS = [Variant(masked, checkpointing) for masked in (False, True) for checkpointing in WORDS]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +128,7 @@ def masked_config(config: StivConfig, masked: bool) -> StivConfig:
     )
 
 
-def sharded_model(config: StivConfig, team: Team, checkpointing: bool) -> Stiv:
+def sharded_model(config: StivConfig, team: Team, checkpointing: Checkpointing) -> Stiv:
     """The model as the trainer places it."""
     make_efficient(model := Stiv(config), Efficiency(activation_checkpointing=checkpointing))
     shard(model, team, "bfloat16")

@@ -140,13 +140,15 @@ class Optimizer(FrozenConfig):
 class Efficiency(FrozenConfig):
     """Switches that change speed and memory. Each is off unless it is asked for.
 
-    ``micro_batch`` samples go through the model at a time in each process; the rest is gradient accumulation.
+    ``activation_checkpointing`` computes each block again in the backward pass, "blocks" all of it, "attention" all but
+    the results of self-attention, as in the paper. ``micro_batch`` samples go through the model at a time in each
+    process; the rest is gradient accumulation.
     ``ema_device``: where the averages live, beside the (sharded) weights or in CPU memory. ``workers`` decode data.
     """
 
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal[False, "blocks", "attention"] = False
     micro_batch: bounds.Size | None = None
     ema_device: Literal["model", "cpu"] = "model"
     workers: Processes = 0

@@ -19,8 +19,8 @@ from stiv_deploy.stiv_ref.vae import Vae, VaeConfig
 
 FLOAT = 4
 """Bytes of a value: weights, pixels and moments are fp32."""
-COPIES = 3
-"""Weights, gradients and averages; AdamW has two moments more, Adafactor next to none."""
+COPIES = 4
+"""Weights, gradients, averages and one moment; AdamW has another one, Adafactor little more."""
 LATENTS = 2**10
 """Shards may hold latents: one value for at most so many of pixels."""
 GIB = 2**30

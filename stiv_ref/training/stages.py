@@ -2,14 +2,12 @@
 
 import copy
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.utils.checkpoint import checkpoint as recomputed
 
 from stiv_deploy.stiv_ref.checkpoint import (
     AnyTextEncoder,
@@ -25,9 +23,10 @@ from stiv_deploy.stiv_ref.errors import CheckpointError
 from stiv_deploy.stiv_ref.initialization import check_fits, initialize_from
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.objective import sample_generator
-from stiv_deploy.stiv_ref.recipe import SCRATCH, Efficiency, Recipe, WordText
+from stiv_deploy.stiv_ref.recipe import SCRATCH, Recipe, WordText
 from stiv_deploy.stiv_ref.text import TextEncoder
 from stiv_deploy.stiv_ref.training.averages import start_averages
+from stiv_deploy.stiv_ref.training.efficiency import make_efficient
 from stiv_deploy.stiv_ref.training.optimizer import make_optimizer
 from stiv_deploy.stiv_ref.training.parallel import Team, shard, whole
 from stiv_deploy.stiv_ref.training.run import Run, make_vae
@@ -101,18 +100,6 @@ def _take_text(encoder: TextEncoder, origin: Path) -> None:
             f"there, {encoder.config} here); use it frozen: [text] kind = 'checkpoint'"
         )
     encoder.load_state_dict(there.state_dict())
-
-
-def make_efficient(model: Stiv, settings: Efficiency) -> None:
-    """Recompute the activations of each block in the backward pass, and compile each block, if asked for.
-
-    What is recomputed is the compiled block: the other way round torch would compile nothing, and not say so.
-    """
-    for block in model.blocks:
-        if settings.compile:
-            block.forward = torch.compile(block.forward)
-        if settings.activation_checkpointing:
-            block.forward = partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def _place(module: nn.Module, run: Run) -> None:

@@ -193,16 +193,19 @@ def test_kept_is_what_autograd_says(plan: ModuleType, live: ModuleType) -> None:
 @pytest.mark.slow
 def test_every_block_adds_the_same(plan: ModuleType) -> None:
     config = NARROW.model_copy(update={"blocks": 8})
-    plain, recomputed = plan.Variant(False, False), plan.Variant(False, True)
+    plain, recomputed = plan.Variant(False, False), plan.Variant(False, "blocks")
     assert plan.extrapolate(config, plain, 8, 1, 4, 64) == plan.simulate(config, plain, 8, 1, 4, 64)
     assert plan.extrapolate(NARROW, recomputed, 8, 1, 4, 64) == plan.simulate(NARROW, recomputed, 8, 1, 4, 64)
 
 
 @pytest.mark.slow
 def test_switches_save_memory(plan: ModuleType) -> None:
-    peaks = {each.name: plan.simulate(NARROW, each, 8, 2, 4, 128) for each in plan.VARIANTS[:3]}
-    assert peaks["all tokens, checkpointing"].kept < 0.5 * peaks["all tokens"].kept
-    assert peaks["all tokens, checkpointing"].peak < peaks["all tokens"].peak
+    peaks = {each.name: plan.simulate(NARROW, each, 8, 2, 4, 128) for each in plan.VARIANTS[:4]}
+    plain, attention, blocks = (
+        peaks[f"all tokens{which}"] for which in ("", ", of all but self-attention", ", checkpointing of blocks")
+    )
+    assert blocks.kept < attention.kept < 0.5 * plain.kept
+    assert max(blocks.peak, attention.peak) < plain.peak
     assert peaks["MaskDiT"].gradients > peaks["all tokens"].gradients  # two more blocks
 
 
@@ -227,10 +230,10 @@ def test_the_whole_plan_of_a_narrow_model(
     plan: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(CONFIGS, "narrow", NARROW)
-    monkeypatch.setattr(plan, "VARIANTS", plan.VARIANTS[2:])
+    monkeypatch.setattr(plan, "VARIANTS", plan.VARIANTS[4:])
     plan.main(out=tmp_path / "plan", model=["narrow"], micro_batch=1, frames=4, size=[32], jobs=1)
     result = json.loads((tmp_path / "plan.json").read_text())
-    assert set(result["models"]["narrow"]["totals"]["32"]["MaskDiT, checkpointing"]) == {"8", "64", "256"}
+    assert set(result["models"]["narrow"]["totals"]["32"]["MaskDiT, checkpointing of blocks"]) == {"8", "64", "256"}
     page = (tmp_path / "plan.md").read_text()
     assert page.strip() == capsys.readouterr().out.strip()
     assert page.count("| narrow |") == 3 + 2

@@ -70,7 +70,7 @@ CHANGES = {
     "plain": "",
     "cut": "[efficiency]\nmicro_batch = 1\n",
     "adafactor": '[optimizer]\nname = "adafactor"\n',
-    "all": '[optimizer]\nname = "adafactor"\n[efficiency]\nmicro_batch = 1\nactivation_checkpointing = true\n'
+    "all": '[optimizer]\nname = "adafactor"\n[efficiency]\nmicro_batch = 1\nactivation_checkpointing = "attention"\n'
     'ema_device = "cpu"\n',
     "bf16": '[efficiency]\nprecision = "bfloat16"\n',
 }

@@ -73,8 +73,9 @@ def assert_equal_steps(one: list[StepResult], other: list[StepResult]) -> None:
         assert torch.equal(first.losses, second.losses)
 
 
-def test_activation_checkpointing_is_bit_equal(started: Started) -> None:
-    plain, recomputing = started(), started({"activation_checkpointing": True})
+@pytest.mark.parametrize("kept", ["blocks", "attention"])
+def test_activation_checkpointing_is_bit_equal(started: Started, kept: str) -> None:
+    plain, recomputing = started(), started({"activation_checkpointing": kept})
     assert_equal_steps(steps(plain, 3), steps(recomputing, 3))
     assert all(torch.equal(plain.parameters[name], each) for name, each in recomputing.parameters.items())
 
@@ -138,7 +139,8 @@ def steps_losses(run: Run) -> Tensor:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_losses(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kept", ["blocks", "attention"])
+def test_compiled_blocks_give_the_same_losses(started: Started, monkeypatch: pytest.MonkeyPatch, kept: str) -> None:
     """Blocks are traced whole, also under checkpointing, and decomposed; code for a device is not generated here.
 
     Decompositions round elsewhere: relative differences of some eps, over a hundred operations in a row.
@@ -150,7 +152,7 @@ def test_compiled_blocks_give_the_same_losses(started: Started, monkeypatch: pyt
     torch.compiler.reset()
     plain = steps(started(), 1)[0]
     counters.clear()
-    compiled = steps(started({"compile": True, "activation_checkpointing": True}), 1)[0]
+    compiled = steps(started({"compile": True, "activation_checkpointing": kept}), 1)[0]
     assert counters["stats"]["unique_graphs"] > 0  # recomputation around it does not switch it off
     torch.testing.assert_close(compiled.losses, plain.losses, rtol=200 * EPSILON, atol=0)
     assert compiled.values["gradient_norm"] == pytest.approx(plain.values["gradient_norm"], rel=1e-4)
