@@ -126,7 +126,7 @@ def main(smallest: Smallest = False, seeds: Seeds = "0,1,2", out: Out = None, wo
             f"{trial.clips} test clips a seed; *mini*: the T2V bases of the other studies ({'; '.join(bases)}) with "
             f"{mini_trial.clips}. Every setting gets the same clips and noise."
         ),
-        paper="CFG-Renorm is reported as one of the largest gains.",
+        paper="One of the largest gains of the image model: FID 24.96 without, 21.16 with CFG-Renorm.",
         tables=table(head, lines(rows, asked)),
         comparisons=comparisons(rows, scales),
         data={"bases": bases, "rows": rows},

@@ -219,7 +219,7 @@ def main(smallest: Smallest = False, seeds: Seeds = "0,1,2", out: Out = None, wo
             f"{MINI_SAYS}, TI2V for {steps} steps at batch {batch} from the T2V base of the seed ({'; '.join(bases)}), "
             f"image dropout 0.1. Test clips: {trial.clips} a seed, {trial.steps} Euler steps. PSNR against the true "
             "continuation: image and caption fix it. The image of cross-attention is the 16 patches of the clean first "
-            "latent through a linear, or an MLP 4x as wide (*large projection*); the paper's image encoder is larger."
+            "latent through a linear, or an MLP 4x as wide (*large projection*); the paper's large one is a ResNet."
         ),
         paper=(
             "VBench I2V average / total / dynamic degree: cross-attention 68.2 / 73.0 / 42.4; with large projection "

@@ -185,7 +185,10 @@ def main(smallest: Smallest = False, seeds: Seeds = "0,1,2", out: Out = None, wo
             f"({'; '.join(bases)}). Test clips: {trial.clips} a seed, {trial.steps} Euler steps. *Image only*: the "
             "caption is empty, so that any direction would do. 32 pixels, 8 frames."
         ),
-        paper="Image dropout cures the motion staleness of *high-resolution* models.",
+        paper=(
+            "Seen at 512 pixels and 8 B parameters, not below: dynamic degree 10.2 without image dropout, 24.0 with it "
+            "(8 % of the images, and JIT-CFG)."
+        ),
         tables=[
             *table(head, [*lines(rows), ["*real clips through the VAE*", *lines({"": {"": real}})[0][1:]]]),
             "",
