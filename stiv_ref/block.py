@@ -1,9 +1,9 @@
 """One STIV block, the unit that is exported, quantized and compiled.
 
 Shapes: B batch, T token frames, S tokens of a frame, D width, H heads, Dh head size, L text tokens.
-Order (arXiv 2412.07730, section 3): spatial attention -> temporal attention -> cross-attention -> FFN, each as a
-sandwich ``x + gate * LN(f(modulate(LN(x))))`` with stateless norms. All attention has QK-norm (section 2.2, figure 3),
-that in space and time RoPE.
+Order (arXiv 2412.07730, section 2.2): spatial attention -> temporal attention -> cross-attention -> FFN, each as a
+sandwich ``x + gate * LN(f(modulate(LN(x))))`` with stateless norms. All attention has QK-norm (figure 3), that in space
+and time RoPE. Where cross-attention stands, and that it is a sandwich too, is ours, as in PixArt-alpha.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Frame replacement: how STIV is given images (arXiv 2412.07730, section 3).
+"""Frame replacement: how STIV is given images (arXiv 2412.07730, section 2.3.1).
 
 Frames of the model's input are the clean latents where a boolean frame mask [B, T] says so; which, is drawn by the
 task (:mod:`~stiv_deploy.stiv_ref.tasks`), or is the request's.

@@ -1,6 +1,6 @@
 """Flow matching: the path from noise to data, its velocity, and how timesteps are drawn and laid out.
 
-``x_t = t * x1 + (1 - t) * noise`` and ``v = x1 - noise`` (arXiv 2412.07730, section 3; Lipman et al., arXiv
+``x_t = t * x1 + (1 - t) * noise`` and ``v = x1 - noise`` (arXiv 2412.07730, section 2.1; Lipman et al., arXiv
 2210.02747): t = 0 is noise, t = 1 is data.
 """
 

@@ -1,4 +1,4 @@
-"""Classifier-free guidance with two conditions, and its renormalization (arXiv 2412.07730, section 3).
+"""Classifier-free guidance with two conditions, and its renormalization (arXiv 2412.07730, sections 2.3.2, 3.4.2, A).
 
 Branches are ordered from most to least conditioned. Every rule is a weighted sum of the branches' velocities.
 """

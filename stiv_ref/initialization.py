@@ -1,4 +1,4 @@
-"""Progressive initialization: a model that starts from others of the recipe (arXiv 2412.07730, section 3).
+"""Progressive initialization: a model that starts from others of the recipe (arXiv 2412.07730, section 3.3).
 
 A high-resolution video model takes its spatial weights from the high-resolution image model and its temporal weights
 from the low-resolution video model. Grids and lengths need no new weights, RoPE positions are interpolated. When the

@@ -1,7 +1,7 @@
 """The STIV transformer: latents, timestep and text in, velocity out.
 
 Shapes: B batch, T latent frames, C channels, h, w latent size; T', S, D token frames, tokens of a frame, width;
-L text tokens, Dt text width. Source: arXiv 2412.07730, section 3 (PixArt-alpha base, arXiv 2310.00426).
+L text tokens, Dt text width. Source: arXiv 2412.07730, section 2 (PixArt-alpha base, arXiv 2310.00426).
 
 The forward pass is split where the deployment splits it: :meth:`Stiv.text_kv` once a request, then
 :meth:`Stiv.embed`, the blocks and :meth:`Stiv.head` at every step.

@@ -1,6 +1,6 @@
 """Training recipes: a TOML file that says what is trained on what, in which stages, checked before the first step.
 
-The progressive recipe of STIV (arXiv 2412.07730, section 3) is a list of stages, each of which says from which
+The progressive recipe of STIV (arXiv 2412.07730, section 3.3) is a list of stages, each of which says from which
 earlier stages it takes its spatial and its temporal weights.
 """
 

@@ -1,7 +1,7 @@
 """The shortest correct sampling loop: the golden answer for every shipped form of it.
 
 Integrates the flow from t = 0 (noise) to t = 1 (data) with frame replacement at every evaluation and any of the
-guidance modes, all branches in one batched call (arXiv 2412.07730, section 3).
+guidance modes, all branches in one batched call (arXiv 2412.07730, section 2.3).
 """
 
 from collections.abc import Callable

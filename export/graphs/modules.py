@@ -189,7 +189,7 @@ class HeadGraph(nn.Module):
 class StepGraph(nn.Module):
     """``step``: guidance, renormalization, solver update, frame replacement and the next model input.
 
-    The shipped form of ``stiv_ref.guidance``, ``sampler`` and ``conditioning`` (arXiv 2412.07730, section 3): every
+    The shipped form of ``stiv_ref.guidance``, ``sampler`` and ``conditioning`` (arXiv 2412.07730, section 2): every
     guidance rule is a weighted sum over a sample's rows of the model, every solver a weighted sum of two velocities,
     and all weights are the sample's own, so that samples of all modes, scales, masks and solvers share one call.
     A weight of 0 takes nothing (it is no product, which NaN would survive). All float32.

@@ -11,9 +11,10 @@ would clip lose a little less. Weights keep to -127.
 What the 8 bits do not reach stays in the bundle's type. Float32 in bundles of every precision are: the statistics of
 LayerNormalization and RMSNormalization (``stash_type`` 1), as squares of activations beyond 256 do not fit float16;
 sinusoids of timestep and micro-conditions, whose angles reach 1000; and everything in image encoder, step and decoder.
-Softmax needs no more than that: QK-norm keeps the scores of self-attention below Dh ** 0.5 times the norms' weights,
-and fused kernels add in float32. No other island is needed: blocks of width 1152 with activations of 20000 stay
-within the error of torch in the same precision (tests/unit/export/graphs/test_quantized_graph.py).
+Softmax needs no more than that: QK-norm keeps the scores of attention below Dh ** 0.5 times the norms' weights (of
+cross-attention, where the model has it there), and fused kernels add in float32. No other island is needed: blocks of
+width 1152 with activations of 20000 stay within the error of torch in the same precision
+(tests/unit/export/graphs/test_quantized_graph.py).
 """
 
 import onnx_ir as ir

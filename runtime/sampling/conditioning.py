@@ -1,7 +1,7 @@
 """Frame replacement, the host's half: which frames are given, which rows see them, and the clean latents.
 
 A boolean frame mask [T] marks the latent frames of a sample that are given; the ``step`` graph puts their clean latents
-into the model input and the result (arXiv 2412.07730, section 3).
+into the model input and the result (arXiv 2412.07730, section 2.3.1).
 """
 
 from collections.abc import Iterable, Mapping

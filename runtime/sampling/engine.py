@@ -3,7 +3,7 @@
 A *slot* holds a clip that is being made, a *row* of the model one of its guidance branches. Clips in one engine have
 the same size; prompts, seeds, steps, guidance, given frames and solvers are each clip's own. Frame replacement,
 guidance, renormalization and the solver's update are the ``step`` graph; the same loop in plain PyTorch, for one batch,
-is ``stiv_ref/sampler.py`` (arXiv 2412.07730, section 3).
+is ``stiv_ref/sampler.py`` (arXiv 2412.07730, section 2).
 
 Everything is allocated and bound when the engine is made, for each of its *rungs*: how many rows a call of the model
 has. A tick takes the smallest rung that holds the rows in use, writes a few numbers to the device and runs graphs.

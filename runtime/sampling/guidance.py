@@ -1,7 +1,7 @@
 """Guidance as data: which branches, each a row of the model, a sample has, and how ``step`` weighs their velocities.
 
 Branches are ordered from most to least conditioned, so that the first is the conditional one that CFG-Renorm takes
-its norm from. Source: arXiv 2412.07730, section 3.
+its norm from. Source: arXiv 2412.07730, sections 2.3.2, 3.4.2 and A.
 """
 
 import math

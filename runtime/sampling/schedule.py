@@ -1,4 +1,4 @@
-"""Sampling times of the flow: t = 0 is noise, t = 1 is data (arXiv 2412.07730, section 3)."""
+"""Sampling times of the flow: t = 0 is noise, t = 1 is data (arXiv 2412.07730, section 2.1)."""
 
 import math
 

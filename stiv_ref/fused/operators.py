@@ -4,8 +4,8 @@ On CUDA tensors they launch the kernel library through its C ABI (ctypes: nothin
 elsewhere they are the plain chain of operators, which is also their definition. Fake kernels let ``torch.compile`` and
 ``torch.export`` see through them. There is no backward.
 
-Shapes: B batch, T token frames, S tokens of a frame, H heads, Dh head size, N = B * T. Source of the maths: STIV (arXiv
-2412.07730, section 3); of the layouts: ``runtime/plugins/attention/kernels.h``. All tensors are of the type of ``qkv``
+Shapes: B batch, T token frames, S tokens of a frame, H heads, Dh head size, N = B * T. Maths: STIV (arXiv
+2412.07730, section 2.2); layouts: ``runtime/plugins/attention/kernels.h``. All tensors are of the type of ``qkv``
 but the scales, fp32 numbers; a scale makes the output FP8 E4M3: x / scale, to nearest even, saturated at +-448.
 
 Both raise :class:`AttentionError`, at tracing and at run time, on tensors that do not fit each other or a ``qkv`` that

@@ -1,6 +1,6 @@
 """Pretrained text encoders of transformers, frozen, called like :class:`~stiv_deploy.stiv_ref.text.TextEncoder`.
 
-STIV takes token states of a pretrained encoder and pools the last text token (arXiv 2412.07730, section 3). T5 (arXiv
+STIV takes token states of a pretrained encoder and pools the last text token (arXiv 2412.07730, section 2.2). T5 (arXiv
 1910.10683), CLIP (2103.00020) and BERT (1810.04805; MiniLM and other sentence encoders are of its form) are read from a
 local folder of config.json, safetensors and tokenizer.json, as their ``save_pretrained`` writes it. Nothing is fetched,
 no code of the folder is run.
