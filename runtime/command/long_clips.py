@@ -42,7 +42,10 @@ Seed = Annotated[int | None, typer.Option(help="Seed of the first clip's noise. 
 Steps = Annotated[int | None, typer.Option(help="Sampling steps of each clip.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale.")]
 Upscale = Annotated[
-    int, typer.Option(min=1, max=UPSCALE_LIMIT, help="Enlarge each pixel of the written video this many times.")
+    int | None,
+    typer.Option(
+        min=1, max=UPSCALE_LIMIT, help="Repeat each pixel this many times, both ways. Default: as 'stiv generate' does."
+    ),
 ]
 Chunks = Annotated[
     Path | None,
@@ -75,7 +78,7 @@ def extend(
     seed: Seed = None,
     steps: Steps = None,
     guidance: Guidance = None,
-    upscale: Upscale = 1,
+    upscale: Upscale = None,
     chunks: Chunks = None,
     backend: BackendName = None,
     device: Device = 0,
@@ -109,7 +112,7 @@ def interpolate(
     seed: Seed = None,
     steps: Steps = None,
     guidance: Guidance = None,
-    upscale: Upscale = 1,
+    upscale: Upscale = None,
     chunks: Chunks = None,
     backend: BackendName = None,
     device: Device = 0,
@@ -144,7 +147,7 @@ def long(
     seed: Seed = None,
     steps: Steps = None,
     guidance: Guidance = None,
-    upscale: Upscale = 1,
+    upscale: Upscale = None,
     chunks: Chunks = None,
     backend: BackendName = None,
     device: Device = 0,

@@ -30,6 +30,7 @@ from stiv_deploy.runtime.pipeline.request import GenerationRequest
 from stiv_deploy.runtime.pipeline.seams import Seam, measured
 from stiv_deploy.runtime.pipeline.timeline import Piece, Timeline, open_folder
 from stiv_deploy.runtime.pipeline.tokenization import lost_line
+from stiv_deploy.runtime.pipeline.visible import upscale_for
 from stiv_deploy.runtime.progress import Progress, unheard
 
 log = logging.getLogger(__name__)
@@ -147,15 +148,16 @@ class ChainOutput:
             padded = np.concatenate([latents, np.repeat(latents[-1:], clip - len(latents), axis=0)])
             yield self.maker.decode(plan, padded[None])[0, : len(latents)]
 
-    def write(self, path: str | Path, upscale: int = 1) -> Path:
+    def write(self, path: str | Path, upscale: int | None = None) -> Path:
         """Write the video, with how it was made, to ``path``, frame by frame where the format lets it.
 
-        Formats and ``upscale`` are those of :func:`~stiv_deploy.runtime.pipeline.media.write_video`. Raises
+        Formats and ``upscale`` are those of :meth:`~stiv_deploy.runtime.pipeline.output.StivOutput.write`. Raises
         :class:`~stiv_deploy.runtime.errors.OutputError`.
         """
         record = self.to_json()
         comment = json.dumps(record | {"seams": len(self.seams)}, separators=(",", ":"))
-        return write_windows(path, self.frames(), self.fps, upscale, comment)
+        factor = upscale_for(path, self.chain.template.height or 1, self.chain.template.width or 1, upscale)
+        return write_windows(path, self.frames(), self.fps, factor, comment)
 
     @property
     def fps(self) -> float:

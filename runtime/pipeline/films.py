@@ -14,8 +14,9 @@ from PIL import Image
 
 from stiv_deploy.runtime.bundle.bounds import SIZE_LIMIT
 from stiv_deploy.runtime.errors import RequestError, one_line
-from stiv_deploy.runtime.files import sha256
+from stiv_deploy.runtime.files import parse_json, sha256
 from stiv_deploy.runtime.pipeline.images import Fit, fitted_image
+from stiv_deploy.runtime.pipeline.media import read_comment
 from stiv_deploy.runtime.pipeline.pictures import image_pixels, on_background, read_picture, rgb_of, unwarned
 
 ANIMATIONS = (".gif", ".webp")
@@ -25,11 +26,15 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif")
 
 @dataclass(frozen=True)
 class Film:
-    """A clip that can be read: ``frames`` of it, and the SHA-256 (hex) of its file, or of all files of a folder."""
+    """A clip that can be read: ``frames`` of it, and the SHA-256 (hex) of its file, or of all files of a folder.
+
+    ``made`` is the height and width that it was made at, if it is one of ours: what it was enlarged by is undone.
+    """
 
     path: Path
     frames: int
     sha256: str
+    made: tuple[int, int] | None = None
 
     def windows(
         self, most: int, height: int, width: int, fit: Fit = Fit.EXACT, background: str = "black"
@@ -42,7 +47,7 @@ class Film:
         for number, pixels in enumerate(_frames(self.path, background)):
             name = f"{self.path}: frame {number}"
             behind = rgb_of(background)
-            held.append(fitted_image(pixels, height, width, fit, name, behind, tell=number == 0))
+            held.append(fitted_image(_as_made(pixels, self.made), height, width, fit, name, behind, tell=number == 0))
             if len(held) == most:
                 yield np.stack(held)
                 held = []
@@ -59,7 +64,28 @@ def open_film(path: str | Path) -> Film:
             raise RequestError(f"{path}: has more than {SIZE_LIMIT} frames; cut it")
     if not frames:
         raise RequestError(f"{path}: has no frames; give a clip")
-    return Film(path, frames, _digest(path))
+    return Film(path, frames, _digest(path), _made(path))
+
+
+def _made(path: Path) -> tuple[int, int] | None:
+    """Height and width in the record that a clip of ours carries."""
+    try:
+        record = parse_json(read_comment(path))
+        request = record.get("request") or record["template"]
+        height, width = request["height"], request["width"]
+    except (RequestError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return (height, width) if all(isinstance(side, int) and side > 0 for side in (height, width)) else None
+
+
+def _as_made(pixels: np.ndarray, made: tuple[int, int] | None) -> np.ndarray:
+    """``pixels`` with each square of equal ones as one again, and without what makes an mp4's sides even."""
+    height, width = made or pixels.shape[:2]
+    factor = pixels.shape[0] // height
+    if factor < 1 or pixels.shape[1] // width != factor or made is None:
+        return pixels
+    squares = pixels[: height * factor, : width * factor].reshape(height, factor, width, factor, 3)
+    return np.rint(squares.mean(axis=(1, 3))).astype(np.uint8)
 
 
 def _digest(path: Path) -> str:

@@ -12,6 +12,7 @@ from stiv_deploy.runtime.pipeline.chained import Chain, ChainOutput
 from stiv_deploy.runtime.pipeline.limits import check_memory
 from stiv_deploy.runtime.pipeline.media import STREAMED, check_output, check_sides
 from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
+from stiv_deploy.runtime.pipeline.visible import upscale_for
 from stiv_deploy.runtime.progress import Progress, unheard
 
 LongTask = Literal["extend", "interpolate", "long"]
@@ -19,10 +20,10 @@ LongTask = Literal["extend", "interpolate", "long"]
 
 @dataclass(frozen=True, kw_only=True)
 class LongRequest:
-    """A long video by the bundle in the folder ``bundle``, to be written to ``out``, pixels enlarged.
+    """A long video by the bundle in the folder ``bundle``, to be written to ``out``.
 
     ``arguments`` are those of the pipeline's method ``task``. Finished clips are kept in ``chunks``, by default beside
-    ``out`` and until that is written. ``backend``, ``device`` and ``threads`` are those of
+    ``out`` and until that is written. ``upscale``, ``backend``, ``device`` and ``threads`` are those of
     :class:`~stiv_deploy.runtime.pipeline.stage.ClipsRequest`.
     """
 
@@ -31,7 +32,7 @@ class LongRequest:
     arguments: Mapping[str, Any]
     out: Path
     chunks: Path | None = None
-    upscale: int = 1
+    upscale: int | None = None
     backend: str | None = None
     device: int = 0
     threads: int | None = None
@@ -78,7 +79,9 @@ def make_long(request: LongRequest, progress: Progress = unheard) -> LongReport:
 
 def _check(request: LongRequest, chain: Chain) -> None:
     """:class:`~stiv_deploy.runtime.errors.StivError` if ``out`` cannot take the frames of ``chain``."""
-    height, width = ((each or 0) * request.upscale for each in (chain.template.height, chain.template.width))
+    height, width = chain.template.height or 1, chain.template.width or 1
+    factor = upscale_for(request.out, height, width, request.upscale)
+    height, width = height * factor, width * factor
     check_sides(request.out, height, width)
     if request.out.suffix.lower() not in STREAMED:
         needed, what = 6 * chain.frames * height * width, f"{chain.frames} frames of {width}x{height}"

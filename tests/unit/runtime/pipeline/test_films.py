@@ -1,5 +1,6 @@
 """Clips in: every format that is written is read back, in windows, fitted; what is no clip is one line."""
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -39,6 +40,24 @@ def test_frames_are_fitted_and_a_cut_is_told_once(tmp_path: Path, caplog: pytest
     assert (padded[:, 0] == 255).all()
     with pytest.raises(RequestError, match=r"frame 0 is 12x8 \(width x height\), the video is 8x8; .* choose a fit"):
         list(film.windows(9, 8, 8))
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.mp4", "folder"])
+def test_a_clip_of_ours_is_read_as_it_was_made(tmp_path: Path, name: str) -> None:
+    """Enlarged to be seen, and of odd sides, it says what it was."""
+    small = FRAMES[:, :7, :9]
+    record = json.dumps({"bundle": "0", "request": {"prompt": "", "height": 7, "width": 9}})
+    film = open_film(write_video(tmp_path / name, small, 8, 5, record))
+    (read,) = film.windows(9, 7, 9)
+    assert np.abs(read.astype(int) - small.astype(int)).max() <= (6 if name == "a.mp4" else 0)
+    with pytest.raises(RequestError, match="frame 0 is 9x7"):
+        list(film.windows(9, 35, 45))
+
+
+@pytest.mark.parametrize("record", ["{}", "[]", "x", '{"request": {"height": "7", "width": 9}}', '{"request": 3}'])
+def test_a_foreign_comment_says_nothing(tmp_path: Path, record: str) -> None:
+    (read,) = open_film(write_video(tmp_path / "a.webp", FRAMES, 8, 1, record)).windows(9, 8, 12)
+    assert np.array_equal(read, FRAMES)
 
 
 def test_a_folder_of_pictures_goes_by_name(tmp_path: Path) -> None:
