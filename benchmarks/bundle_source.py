@@ -24,8 +24,8 @@ class BundleSource:
 
     def __init__(self, path: Path, backend: str, threads: int) -> None:
         self.path, self.pipeline = path, StivPipeline.from_bundle(path, backend, threads)
-        self.frames = self.pipeline.bundle.manifest.sampling.frames
-        self.side = self.pipeline.bundle.manifest.sampling.height
+        sampling = self.pipeline.bundle.manifest.sampling
+        self.frames, self.side, self.stride = sampling.frames, sampling.height, sampling.stride
 
     def describe(self) -> dict[str, str]:
         """Runtime, backend and bundle."""

@@ -26,7 +26,7 @@ class Settings:
     image_scale: float = 1.5
     time_shift: float | None = None
     frames: int | None = None
-    stride: int = 1
+    stride: int | None = None
 
 
 class Source(Protocol):
@@ -35,6 +35,8 @@ class Source(Protocol):
     frames: int
     side: int
     """Height of the clips in pixels."""
+    stride: int
+    """Frame stride that clips have unless another is asked for."""
 
     def describe(self) -> dict[str, str]:
         """What was measured, for the result file."""

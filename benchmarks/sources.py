@@ -21,7 +21,7 @@ class ReferenceSource:
     def __init__(self, checkpoint: Checkpoint, what: dict[str, str]) -> None:
         self.checkpoint, self.what = checkpoint, what
         self.frames = checkpoint.config.sampling.frames if checkpoint.config.model.temporal else 1
-        self.side = checkpoint.config.sampling.height
+        self.side, self.stride = checkpoint.config.sampling.height, checkpoint.config.sampling.stride or 1
 
     def describe(self) -> dict[str, str]:
         """Sampler and checkpoint or training state."""
@@ -48,7 +48,7 @@ class ReferenceSource:
         frames = settings.frames or self.frames
         inputs = sampling_inputs(self.checkpoint, prompts, seeds, None, frames=frames)
         clean, mask, micro = inputs.clean.clone(), inputs.frame_mask.clone(), inputs.micro.clone()
-        micro[:, 4] = settings.stride
+        micro[:, 4] = settings.stride or self.stride
         for number, pictures in given.items():
             coded = self.checkpoint.vae.encode(torch.from_numpy(np.ascontiguousarray(pictures)).unsqueeze(1))
             clean[:, number : number + 1], mask[:, number] = coded, True

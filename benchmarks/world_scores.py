@@ -95,7 +95,7 @@ class Experiment:
         self.rows: dict[str, Result] = {}
         self.sheet: list[Row] = []
 
-    def generate(self, ask: Asked, stride: int = 1) -> Video:
+    def generate(self, ask: Asked, stride: int) -> Video:
         """All clips, ``batch`` at a time; clip i has seed i."""
         settings, parts = replace(self.settings, frames=ask.truth.shape[1], stride=stride), []
         for start in range(0, len(ask.prompts), self.batch):
@@ -142,7 +142,7 @@ class Experiment:
         started = time.perf_counter()
         truth = as_video(np.stack([each.clip.frames for each in found]))
         ask = Asked(prompts=[each.caption.text for each in found], truth=truth, given=[0])
-        video = self.generate(ask)
+        video = self.generate(ask, found[0].clip.stride)
         scores = [score(frames, asked(each.caption.told)) for frames, each in zip(as_frames(video), found, strict=True)]
         followed = Counter(each.followed(one) for each, one in zip(found, scores, strict=True))
         row = {name: round(100 * followed[name] / len(found), 1) for name in ("picture", "words", "neither")}
@@ -153,7 +153,7 @@ class Experiment:
         started = time.perf_counter()
         truth = as_video(np.stack([each.frames for each in sets]))
         ask = Asked(prompts=[""] * len(sets), truth=truth, given=[0])
-        video = self.generate(ask)
+        video = self.generate(ask, 1)
         scores = [score_views(frames, each) for frames, each in zip(as_frames(video), sets, strict=True)]
         clips = [
             (one, each.look.solid, all(found.placed)) for one, each, found in zip(video, sets, scores, strict=True)
@@ -259,7 +259,9 @@ def main(
     samples: Annotated[int, typer.Option(min=1, help="Held-out clips of each task.")] = 200,
     scale: Annotated[float, typer.Option(help="Guidance scale.")] = 3.0,
     steps: Annotated[int, typer.Option(min=1)] = 20,
-    stride: Annotated[int, typer.Option(min=1, help="Frame stride of the clips.")] = 1,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Frame stride of the clips.", show_default="the checkpoint's")
+    ] = None,
     view_frames: Annotated[int, typer.Option(min=2, help="Views of a set.")] = 7,
     batch: Annotated[int, typer.Option(min=1, help="Clips generated at once.")] = 20,
     backend: Annotated[str, typer.Option(help="Runtime backend, for a bundle.")] = "onnxruntime",
@@ -272,7 +274,12 @@ def main(
     names = chosen_tasks(tasks, opened.frames)
     settings, views = world_of(source, recipe)
     side = opened.side
-    world = World(settings.model_copy(update={"strides": (stride,)}), frames=opened.frames, side=side, split="test")
+    world = World(
+        settings.model_copy(update={"strides": (stride or opened.stride,)}),
+        frames=opened.frames,
+        side=side,
+        split="test",
+    )
     scorers = validate(opened, [world.clip(index) for index in range(VALIDATION_CLIPS)])
     typer.echo(json.dumps(scorers), err=True)
     experiment = Experiment(opened, Settings(steps=steps, scale=scale, time_shift=time_shift), batch)

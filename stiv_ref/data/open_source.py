@@ -43,7 +43,7 @@ def open_source(recipe: Recipe, stage: Stage, number: int) -> Source:
 
 
 def strides_of(data: Data) -> Sequence[int]:
-    """Frame strides that clips of ``data`` have: latents, if they are at hand, tell; clips that are drawn have 1."""
+    """Frame strides that clips of ``data`` have: latents, if they are at hand, tell; digits and views have 1."""
     if isinstance(data, ShardData):
         with suppress(DataError):
             shards = shard_paths(data.path)

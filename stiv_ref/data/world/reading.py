@@ -84,7 +84,7 @@ def read(frames: NDArray[np.generic]) -> Reading:
     scale = side / SIDE
     bright = np.clip((pixels.max(-1) - np.float32(DARK)) * np.float32(1 / (BRIGHT - DARK)), 0, 1)
     mass = bright.sum((1, 2), dtype=np.float64)
-    found = (mass >= AREA[0] * scale**2) & (mass <= AREA[1] * scale**2)
+    found = (mass >= AREA[0] * scale**2) & (mass <= AREA[1] * scale**2) & (bright.max((1, 2)) >= 0.5)
     window = min(side, 2 * int(np.ceil(REACH * (LARGEST + 1) * scale)) + 3)
     corners = _corners(bright, mass, window)
     inside, near = _windows(pixels, corners, window), _windows(bright, corners, window)

@@ -30,7 +30,9 @@ RESIDUAL, FLICKER = 0.03, 0.04
 """Most that the background may differ from its median over time, and the clip from frame to frame; of full brightness.
 """
 SEAM = 3.0
-"""How many times the usual change between frames a change at a seam may be."""
+"""How many times the usual change between frames a change at a seam may be, of the background."""
+LEAST_CHANGE = 1 / 128
+"""Of full brightness: a usual change below counts as so much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +66,9 @@ class Scores:
     ``frames`` is the share of frames that show the wanted shape and colour, ``identity`` whether all do; ``kept``
     whether all show the same shape, colour and, unless it grows or shrinks, size, whatever was wanted; ``smooth``
     whether no step is much longer than the usual one. ``residual``: of the background over time; ``flicker``: from
-    frame to frame; both are root mean squares of full brightness. ``seam``: the largest change at a seam, relative to
-    the usual change between frames. ``match`` is the median soft IoU with the shape.
+    frame to frame; both are root mean squares of full brightness. ``seam``: the background's largest change at a seam,
+    relative to the usual one; what the object does there is ``smooth`` and ``kept``. ``match`` is the median soft IoU
+    with the shape.
     """
 
     seen: Told | None
@@ -111,7 +114,7 @@ def score(frames: NDArray[np.generic], wanted: Wanted) -> Scores:
     seen = _seen(reading, side, moved.motion if moved else None)
     right = _right_frames(reading, wanted)
     residual, flicker = _unrest(pixels, reading) if count > 1 else (0.0, 0.0)
-    seam = _seam(pixels, wanted.seams)
+    seam = _seam(pixels, reading, wanted.seams)
     return Scores(
         seen=seen,
         match=float(np.median(reading.match)),
@@ -176,11 +179,16 @@ def _pace(wanted: Wanted, speed: float, side: int) -> bool | None:
     return abs(speed - wanted.speed) <= SPEED_SHARE * wanted.speed + pixels * side / SIDE
 
 
+def _behind(pixels: NDArray[np.float32], reading: Reading) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Some of the pixels [F, h, w, 3], and which of them the object is not in [F, h, w]: the background is soft."""
+    every = max(1, pixels.shape[1] // 32)
+    some = np.s_[:, every // 2 :: every, every // 2 :: every]
+    return pixels[some], ~_around(reading, pixels.shape[1])[some]
+
+
 def _unrest(pixels: NDArray[np.float32], reading: Reading) -> tuple[float, float]:
     """Residual of the background; flicker: of its pixels, or of the object's colour if that is more."""
-    every = max(1, pixels.shape[1] // 32)
-    grid = pixels[:, every // 2 :: every, every // 2 :: every]  # the background is soft: some of it is enough
-    free = ~_around(reading, pixels.shape[1])[:, every // 2 :: every, every // 2 :: every]
+    grid, free = _behind(pixels, reading)
     always = free.all(0)
     values = grid[:, always] if always.any() else grid[:, :1, :1].reshape(len(grid), 1, 3)
     residual = _rms(values - np.median(values, axis=0))
@@ -207,16 +215,19 @@ def _rms(values: NDArray[np.floating]) -> float:
     return math.sqrt(float(np.square(values).mean()))
 
 
-def _seam(pixels: NDArray[np.float32], seams: Sequence[int]) -> float | None:
-    """The largest change at a seam, relative to the median of all other changes from frame to frame."""
+def _seam(pixels: NDArray[np.float32], reading: Reading, seams: Sequence[int]) -> float | None:
+    """The background's largest change at a seam, relative to the median of all other changes from frame to frame."""
     if bad := [seam for seam in seams if not 0 < seam < len(pixels)]:
         raise ValueError(f"{bad[0]} is no seam of {len(pixels)} frames; a chunk begins at 1 to {len(pixels) - 1}")
     if not seams:
         return None
-    changes = np.abs(np.diff(pixels, axis=0)).mean((1, 2, 3))
+    grid, free = _behind(pixels, reading)
+    both = free[1:] & free[:-1]
+    steps = np.abs(np.diff(grid, axis=0)).mean(-1)
+    changes = (steps * both).sum((1, 2)) / np.maximum(both.sum((1, 2)), 1)
     others = np.delete(changes, np.array(seams) - 1)
     usual = float(np.median(others)) if len(others) else 0.0
-    return float(max(changes[seam - 1] for seam in seams)) / max(usual, 1 / 1024)
+    return float(max(changes[seam - 1] for seam in seams)) / max(usual, LEAST_CHANGE)
 
 
 Table = dict[str, float]

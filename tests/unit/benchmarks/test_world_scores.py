@@ -32,7 +32,7 @@ def scores() -> ModuleType:
 class KnownSource:
     """Answers with the true clips, or, ``stuck``, with the first given frame again and again (or black)."""
 
-    frames, side = 6, 32
+    frames, side, stride = 6, 32, 1
 
     def __init__(self, *, stuck: bool = False) -> None:
         self.stuck = stuck

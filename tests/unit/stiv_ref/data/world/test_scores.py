@@ -48,8 +48,7 @@ def test_true_clips_are_right(clips: list[WorldClip]) -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_caught(clips: list[WorldClip], fault: str) -> None:
     moving = [clip for clip in clips if fault not in OF_MOTION or clip.scene.track.motion != "stay"]
-    # The two that some true clips could be: an orbit that comes round, a seam that few pixels cross.
-    some = moving[:45] if fault in ("halves swapped", "brighter behind a seam") else moving[:20]
+    some = moving[:45] if fault == "halves swapped" else moving[:20]  # an orbit that comes round has no halves
     caught = [catches(fault, scored(clip, FAULTS[fault][1](clip))) for clip in some]
     assert np.mean(caught) >= 0.95
 
@@ -73,7 +72,7 @@ def test_a_little_noise_and_blur_as_of_a_vae_do_not_matter(clips: list[WorldClip
         assert scored(clip, np.clip(soft + noise, 0, 1)).right
 
 
-@pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("value", [0.0, 0.3, 0.53, 1.0])
 def test_blank_frames_show_nothing(value: float) -> None:
     scores = score(np.full((6, 64, 64, 3), value), Wanted(colour="red", shape="ring", motion="stay"))
     assert scores.seen is None
