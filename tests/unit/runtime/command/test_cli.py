@@ -390,7 +390,8 @@ def test_each_default_of_the_bundle_is_named_in_the_help_and_shown_with_the_bund
     assert {name for name, text in helps.items() if text.endswith("Default: the bundle's.")} == of_bundle
     code, out, _ = run("inspect", bundle_path)
     assert code == 0
-    shown = dict(line.split(maxsplit=1) for line in out.splitlines() if line.strip().startswith("--"))
+    table = out[out.index("Defaults of 'stiv generate'") : out.index("Buckets")]
+    shown = dict(line.split(maxsplit=1) for line in table.splitlines() if line.strip().startswith("--"))
     sampling = Bundle.open(bundle_path).manifest.sampling
     assert int(shown["--frames"]) == sampling.frames
     assert shown["--guidance-mode"].strip() == sampling.guidance_mode

@@ -71,7 +71,7 @@ def taught(_taught: Path, recipe: Recipe) -> Path:
         quick = {"learning_rate": 1e-2, "warmup": 5, "logit_normal": False}
         made = staged(
             recipe.model_copy(update={"save_every": 10_000}),
-            {"task": "t2i", "name": "i-low", "steps": 90, "batch": 16, **quick},
+            {"task": "t2i", "name": "i-low", "steps": 150, "batch": 16, **quick},
             {"task": "t2i", "name": "i-high", "resolution": (64, 64), "steps": 30, "batch": 8, **quick},
             {"task": "t2v", "name": "v-low", "spatial_from": "i-low", "steps": 30, "batch": 8, **quick},
         )
