@@ -38,20 +38,6 @@ from stiv_deploy.runtime.pipeline.request import NAMES
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """Run ``stiv`` in this process: exit code, stdout, stderr."""
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["stiv", *map(str, arguments)])
-        code = main()
-        return code, *capsys.readouterr()
-
-    yield call
-    signal.signal(signal.SIGTERM, handler)
-
-
 COMMANDS = """
 import typer
 from stiv_deploy.runtime.errors import Cancelled, OutputError

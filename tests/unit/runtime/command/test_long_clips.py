@@ -1,9 +1,7 @@
 """``stiv extend``, ``interpolate`` and ``long``: options, files, what is refused, and how they stop."""
 
 import json
-import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +12,12 @@ from PIL import Image
 from stiv_deploy.runtime import StivPipeline
 from stiv_deploy.runtime.bundle.bundle import read_manifest, write_manifest
 from stiv_deploy.runtime.bundle.manifest import TrainedOn
-from stiv_deploy.runtime.command.main import main
 from stiv_deploy.runtime.pipeline.films import open_film
 from stiv_deploy.runtime.pipeline.media import write_video
 
 Run = Callable[..., tuple[int, str, str]]
 CLIP = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
 FEW = ("--steps", 1, "--seed", 3)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """Run ``stiv`` in this process: exit code, stdout, stderr."""
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["stiv", *map(str, arguments)])
-        code = main()
-        return code, *capsys.readouterr()
-
-    yield call
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture

@@ -1,0 +1,25 @@
+"""The command, run in this process."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from stiv_deploy.runtime.command.main import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Run ``stiv`` in this process: exit code, stdout, stderr."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["stiv", *map(str, arguments)])
+        code = main()
+        return code, *capsys.readouterr()
+
+    yield call
+    signal.signal(signal.SIGTERM, handler)
