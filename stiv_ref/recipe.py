@@ -63,7 +63,7 @@ class FrozenText(FrozenConfig):
 
 
 class TrainedVae(VaeConfig):
-    """The small VAE, trained before the first stage on single frames of the first stage's data.
+    """The small VAE, trained before the first stage on single frames of ``data``, or of what the first stage has.
 
     ``crop``: it sees square crops of so many pixels, the busiest of a few of each frame, and whole frames in the last
     :data:`WHOLE_SHARE` of the steps: most of a frame is background, which is learnt in no time.
@@ -75,6 +75,7 @@ class TrainedVae(VaeConfig):
     learning_rate: Rate
     kl_weight: float = Field(default=1e-4, ge=0, le=1e6)
     crop: bounds.Size | None = None
+    data: Name = ""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -118,23 +119,33 @@ class ShardData(FrozenConfig):
     max_broken: float = Field(default=0.5, ge=0, le=1)
 
 
-Data = Annotated[DigitsData | WorldData | ViewsData | VideoData | ShardData, Field(discriminator="kind")]
+class MixedData(FrozenConfig):
+    """Samples of several of the recipe's drawn data: ``shares`` has their names and how much there is of each."""
+
+    kind: Literal["mixed"]
+    shares: dict[Name, Annotated[float, Field(gt=0, le=COUNT_LIMIT)]] = Field(min_length=1, max_length=1_000)
+
+
+Data = Annotated[DigitsData | WorldData | ViewsData | MixedData | VideoData | ShardData, Field(discriminator="kind")]
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(FrozenConfig):
-    """AdamW, or Adafactor as the paper has it. ``betas`` are 0.9 and 0.99, or the paper's; ``eps`` is that of AdamW."""
+    """AdamW, Adafactor as the paper has it, or Muon for the matrices of the blocks with AdamW for the rest.
 
-    name: Literal["adamw", "adafactor"] = "adamw"
+    ``betas`` are 0.9 and 0.99, or the paper's for Adafactor; ``eps`` is that of AdamW.
+    """
+
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
     betas: tuple[Beta, Beta] | None = None
     eps: float = Field(default=1e-8, gt=0, le=1)
 
     @property
     def decays(self) -> tuple[float, float]:
         """``betas``, or what they are if not given."""
-        return self.betas or ((0.9, 0.99) if self.name == "adamw" else (0.9, 0.999))
+        return self.betas or ((0.9, 0.999) if self.name == "adafactor" else (0.9, 0.99))
 
 
 class Efficiency(FrozenConfig):
@@ -265,7 +276,7 @@ class Recipe(FrozenConfig):
             stage["data"] = next(iter(data))
         if stage.get("resolution") is None and not stage.get("buckets"):
             there = data.get(str(stage.get("data")))
-            side = SIDE if isinstance(there, dict) and there.get("kind") in ("world", "views") else SIZE
+            side = SIDE if isinstance(there, dict) and there.get("kind") in ("world", "views", "mixed") else SIZE
             stage["resolution"] = (side, side)
         return stage
 
@@ -292,6 +303,8 @@ class Recipe(FrozenConfig):
             self._check_origins(number, stage)
             self._check_data(stage)
             self._check_sizes(stage)
+        if isinstance(self.vae, TrainedVae):
+            self._check_data(self.vae_stage(self.vae))
         self._check_crop(self.stages[0])
         self._check_sampling()
         return self
@@ -316,11 +329,20 @@ class Recipe(FrozenConfig):
         if stage.data not in self.data:
             there = ", ".join(self.data)
             raise ValueError(f"stage {stage.name}: data is {stage.data or 'not given'!r}; [data] has: {there}")
-        data = self.data[stage.data]
-        if stage.task == "keyframes" and not isinstance(data, ShardData) and max(getattr(data, "strides", (1,))) == 1:
+        self._check_mixed(stage.data)
+        parts = self.parts_of(stage.data).values()
+        far = [isinstance(each, ShardData) or max(getattr(each, "strides", (1,))) > 1 for each in parts]
+        if stage.task == "keyframes" and not any(far):
             raise ValueError(f"stage {stage.name}: keyframes lie far apart; give [data.{stage.data}] a stride above 1")
-        if isinstance(data, DigitsData | WorldData | ViewsData):
-            self._check_drawn(stage, data)
+        for each in parts:
+            if isinstance(each, DigitsData | WorldData | ViewsData):
+                self._check_drawn(stage, each)
+
+    def _check_mixed(self, name: str) -> None:
+        data = self.data[name]
+        shares = data.shares if isinstance(data, MixedData) else {}
+        if bad := [each for each in shares if not isinstance(self.data.get(each), WorldData | ViewsData)]:
+            raise ValueError(f"data.{name} mixes {bad[0]!r}; it can mix what [data] has of the kinds world and views")
 
     @staticmethod
     def _check_drawn(stage: Stage, data: DigitsData | WorldData | ViewsData) -> None:
@@ -385,6 +407,17 @@ class Recipe(FrozenConfig):
         if isinstance(self.vae, TrainedVae):
             changes["vae"] = self.vae.model_copy(update={"steps": min(steps, self.vae.steps)})
         return self.model_copy(update=changes)
+
+    def vae_stage(self, settings: TrainedVae) -> Stage:
+        """The stage whose data is what the VAE is trained on, frame by frame."""
+        still = {"task": "t2i", "givings": None, "frames": 1, "batch": settings.batch, "name": "vae"}
+        first = self.stages[0]
+        return first.model_copy(update={**still, "data": settings.data or first.data})
+
+    def parts_of(self, name: str) -> dict[str, Data]:
+        """The data called ``name`` by that name, or what is mixed in it, each by its own."""
+        data = self.data[name]
+        return {each: self.data[each] for each in data.shares} if isinstance(data, MixedData) else {name: data}
 
     def patch_of(self, stage: Stage) -> tuple[int, int]:
         """The patch (pt, ps) of ``stage``: 1 frame for images, ``patch_frames`` if given, else the model's."""

@@ -73,6 +73,20 @@ class DrawnSource:
         return []
 
 
+def mixed_source(sources: Sequence[DrawnSource], shares: Sequence[float], *, seed: int, stage: int) -> DrawnSource:
+    """A source whose samples are of ``sources``, as much of each as its share says; they have one shape."""
+    ends = np.cumsum(shares) / np.sum(shares)
+
+    def of(index: int) -> DrawnSource:
+        place = np.random.SeedSequence((index, len(ends))).generate_state(1, np.uint64)[0] * 2.0**-64
+        return sources[min(int(np.searchsorted(ends, place, side="right")), len(ends) - 1)]
+
+    words = dict.fromkeys(word for source in sources for word in source.words())
+    return DrawnSource(
+        lambda index: of(index).clip(index), lambda index: of(index).still(index), tuple(words), seed=seed, stage=stage
+    )
+
+
 def _micro(clip: Drawn) -> Tensor:
     frames, height, width, _ = clip.frames.shape
     return micro_conditions((height, width), (0, 0), clip.stride, frames)

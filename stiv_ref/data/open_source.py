@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from stiv_deploy.stiv_ref.config import read_config
+from stiv_deploy.stiv_ref.data.drawn import DrawnSource, mixed_source
 from stiv_deploy.stiv_ref.data.latents import INDEX, LatentIndex, is_latents, open_latents
 from stiv_deploy.stiv_ref.data.loader import ClipDataset, DatasetSource
 from stiv_deploy.stiv_ref.data.shards import list_video_shards
@@ -14,7 +15,7 @@ from stiv_deploy.stiv_ref.data.videos import Listing, VideoDataset, list_videos_
 from stiv_deploy.stiv_ref.data.views.source import views_source
 from stiv_deploy.stiv_ref.data.world.source import world_source
 from stiv_deploy.stiv_ref.errors import DataError
-from stiv_deploy.stiv_ref.recipe import Data, DigitsData, Recipe, ShardData, Stage, VideoData
+from stiv_deploy.stiv_ref.recipe import Data, DigitsData, MixedData, Recipe, ShardData, Stage, VideoData
 from stiv_deploy.stiv_ref.world_settings import ViewsData, WorldData
 
 
@@ -32,6 +33,10 @@ def open_source(recipe: Recipe, stage: Stage, number: int) -> Source:
         return world_source(data, seed=recipe.seed, stage=number, frames=stage.frames, side=stage.sizes[0][0])
     if isinstance(data, ViewsData):
         return views_source(data, seed=recipe.seed, stage=number, frames=stage.frames, side=stage.sizes[0][0])
+    if isinstance(data, MixedData):
+        parts = [open_source(recipe, stage.model_copy(update={"data": name}), number) for name in data.shares]
+        drawn = [part for part in parts if isinstance(part, DrawnSource)]
+        return mixed_source(drawn, list(data.shares.values()), seed=recipe.seed, stage=number)
     return DatasetSource(
         _open_dataset(recipe, stage, data),
         seed=recipe.seed,

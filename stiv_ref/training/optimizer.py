@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from stiv_deploy.stiv_ref.recipe import Optimizer, Stage
 from stiv_deploy.stiv_ref.training.adafactor import Adafactor
+from stiv_deploy.stiv_ref.training.muon import Muon
 
 Parameters = Mapping[str, nn.Parameter]
 
@@ -19,11 +20,26 @@ def learning_rate(stage: Stage, step: int) -> float:
     return stage.learning_rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
+def is_inner(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon turns the steps of ``parameter``: of matrices of the blocks, not of their tables."""
+    return ".blocks." in name and name.endswith(".weight") and parameter.dim() == 2
+
+
 def make_optimizer(settings: Optimizer, stage: Stage, parameters: Parameters) -> torch.optim.Optimizer:
     """The optimizer of a stage, with all its moments allocated and zero."""
     optimizer: torch.optim.Optimizer
     if settings.name == "adafactor":
         optimizer = Adafactor(parameters.values(), stage.learning_rate, settings.decays, stage.weight_decay)
+    elif settings.name == "muon":
+        inner = {name: each for name, each in parameters.items() if is_inner(name, each)}
+        optimizer = Muon(
+            inner.values(),
+            [each for name, each in parameters.items() if name not in inner],
+            stage.learning_rate,
+            betas=settings.decays,
+            eps=settings.eps,
+            weight_decay=stage.weight_decay,
+        )
     else:
         optimizer = torch.optim.AdamW(
             parameters.values(),

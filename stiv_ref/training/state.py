@@ -163,8 +163,10 @@ FREE = ("threads", "save_every", "logging", "efficiency", "sampling")
 def _maths(recipe: Recipe, begun: int) -> dict[str, Any]:
     """``recipe`` without what may change when it goes on from its stage ``begun``, counted from 1; 0 is the VAE's."""
     kept = recipe.model_dump(mode="json", exclude=set(FREE))
-    stages = kept["stages"][: max(1, begun)]  # the VAE is trained on the data of the first
-    return {**kept, "stages": stages, "precision": recipe.efficiency.precision}
+    stages = kept["stages"][: max(1, begun)]  # the VAE is trained on the data of the first, or on its own
+    named = [stage["data"] for stage in stages] + [kept["vae"].get("data") or stages[0]["data"]]
+    data = {part: kept["data"][part] for name in named for part in (name, *recipe.parts_of(name))}
+    return {**kept, "data": data, "stages": stages, "precision": recipe.efficiency.precision}
 
 
 def _first_difference(there: Any, here: Any, where: str = "") -> str:

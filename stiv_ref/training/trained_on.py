@@ -10,7 +10,9 @@ from stiv_deploy.stiv_ref.recipe import Recipe, Stage
 
 def stage_strides(recipe: Recipe, stage: Stage) -> Sequence[int]:
     """Frame strides of ``stage``'s clips; stills have 1."""
-    return strides_of(recipe.data[stage.data]) if stage.frames > 1 else (1,)
+    if stage.frames == 1:
+        return (1,)
+    return _each(stride for part in recipe.parts_of(stage.data).values() for stride in strides_of(part))
 
 
 def trained_on(recipe: Recipe, number: int) -> TrainedOn:

@@ -35,7 +35,7 @@ from stiv_deploy.stiv_ref.training.state import (
     save_state,
 )
 from stiv_deploy.stiv_ref.training.step import training_step
-from stiv_deploy.stiv_ref.training.vae_stage import begin_vae, finish_vae, vae_data, vae_step
+from stiv_deploy.stiv_ref.training.vae_stage import begin_vae, finish_vae, vae_step
 
 SHOWN = 4
 """So many unknown words are told."""
@@ -210,7 +210,7 @@ class Trainer:
     def _train_vae(self) -> None:
         run, settings = self.run, self.run.recipe.vae
         assert isinstance(settings, TrainedVae)
-        source = open_source(run.recipe, vae_data(settings, run.recipe.stages[0]), VAE_STAGE)
+        source = open_source(run.recipe, run.recipe.vae_stage(settings), VAE_STAGE)
         parts = run.team.parts(settings.batch, None)
         steps = range(run.step, settings.steps)
         for step, batches in zip(self.log.steps("vae", steps), source.batches(steps, parts), strict=True):

@@ -1,4 +1,4 @@
-"""Stage 0: the small VAE, trained on single frames of the first stage's data, then frozen.
+"""Stage 0: the small VAE, trained on single frames, then frozen.
 
 It is small enough for every process to hold it whole; the batch is dealt out and gradients are averaged.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from stiv_deploy.stiv_ref.data.source import Batch, Source
 from stiv_deploy.stiv_ref.errors import ConfigError, DivergedError
 from stiv_deploy.stiv_ref.objective import sample_generator
-from stiv_deploy.stiv_ref.recipe import WHOLE_SHARE, Stage, TrainedVae
+from stiv_deploy.stiv_ref.recipe import WHOLE_SHARE, TrainedVae
 from stiv_deploy.stiv_ref.training.optimizer import allocate, set_rate
 from stiv_deploy.stiv_ref.training.run import VAE_STAGE, Run
 from stiv_deploy.stiv_ref.vae import Vae, vae_loss
@@ -21,12 +21,6 @@ MEASURED = 256
 """Single frames that standardize the latents."""
 TRIES = 4
 """Crops of a frame, of which the VAE sees the busiest."""
-
-
-def vae_data(settings: TrainedVae, stage: Stage) -> Stage:
-    """The stage whose data is what the VAE is trained on: ``stage``, frame by frame."""
-    still = {"task": "t2i", "givings": None, "frames": 1}
-    return stage.model_copy(update={**still, "batch": settings.batch, "name": "vae"})
 
 
 def begin_vae(run: Run) -> None:
