@@ -270,7 +270,7 @@ PROGRESSIVE_FAULTS = {
     "twice": ('name = "t2i-high"', 'name = "t2i-low"', "stage names must differ, 't2i-low' stands twice"),
     "unknown data": ('data = "clips"', 'data = "films"', "stage t2v-low: data is 'films'; [data] has: digits, clips"),
     "no data named": ('data = "clips"', "", "stage t2v-low: data is 'not given'; [data] has: digits, clips"),
-    "unknown kind": ('kind = "videos"', 'kind = "film"', "'digits', 'world', 'views', 'videos', 'shards'"),
+    "unknown kind": ('kind = "videos"', 'kind = "film"', "'digits', 'world', 'views', 'mixed', 'videos', 'shards'"),
     "two sizes": ("buckets = ", "resolution = [16, 16]\nbuckets = ", "give resolution or buckets, not both"),
     "wide digits": ("resolution = [16, 16]", "resolution = [16, 32]", "moving digits are square, resolution is 16x32"),
     "odd digits": ("resolution = [16, 16]", "resolution = [24, 24]", "must be a multiple of 16 pixels, got 24"),

@@ -96,6 +96,7 @@ def test_an_optimizer_begins_with_all_its_moments_at_zero(recipe: Recipe, name: 
 
 def test_moments_decay_as_the_paper_says_unless_the_recipe_does() -> None:
     assert Optimizer(name="adamw").decays == (0.9, 0.99)
+    assert Optimizer(name="muon").decays == (0.9, 0.99)
     assert Optimizer(name="adafactor").decays == (0.9, 0.999)
     assert Optimizer(name="adafactor", betas=(0.5, 0.6)).decays == (0.5, 0.6)
 

@@ -170,8 +170,9 @@ def test_masked_tokens_train_fewer_but_all_are_counted(started: Started, recipe:
     )
 
 
-def test_adafactor_learns_too(started: Started, recipe: Recipe) -> None:
-    optimizer = recipe.optimizer.model_copy(update={"name": "adafactor"})
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_other_optimizers_learn_too(started: Started, recipe: Recipe, name: str) -> None:
+    optimizer = recipe.optimizer.model_copy(update={"name": name})
     run = started(stage={"batch": 2, "warmup": 0, "learning_rate": 0.02}, optimizer=optimizer)
     assert run.model is not None
     source = open_source(run.recipe, run.current, 1)

@@ -21,6 +21,7 @@ from stiv_deploy.stiv_ref.training import trainer as trainer_module
 from stiv_deploy.stiv_ref.training.parallel import Team
 from stiv_deploy.stiv_ref.training.trainer import TrainReport, TrainRequest, check, check_vae, train
 from stiv_deploy.stiv_ref.training.vae_stage import frames_of
+from stiv_deploy.stiv_ref.world_settings import ViewsData
 
 At = tuple[int, int]
 BeforeStep = Callable[[At, Callable[[], None]], None]
@@ -113,10 +114,11 @@ def test_what_does_not_change_the_maths_may_change_on_resume(
     assert runs.losses(tmp_path) == runs.losses(whole)
 
 
-def test_stages_that_have_not_begun_may_change_and_be_added(
+def test_stages_that_have_not_begun_and_their_data_may_change_and_be_added(
     runs: Any, recipe: Recipe, whole: Path, tmp_path: Path
 ) -> None:
-    trained(recipe.model_copy(update={"stages": recipe.stages[:1]}), tmp_path)
+    other_data = {**recipe.data, "other": ViewsData(kind="views")}
+    trained(recipe.model_copy(update={"stages": recipe.stages[:1], "data": other_data}), tmp_path)
     trained(recipe, tmp_path)
     runs.assert_same(tmp_path, whole)
 

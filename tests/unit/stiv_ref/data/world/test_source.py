@@ -10,7 +10,8 @@ from stiv_deploy.stiv_ref.data.drawn import DrawnSource
 from stiv_deploy.stiv_ref.data.open_source import open_source
 from stiv_deploy.stiv_ref.data.world.captions import words
 from stiv_deploy.stiv_ref.errors import ConfigError
-from stiv_deploy.stiv_ref.recipe import Recipe
+from stiv_deploy.stiv_ref.recipe import Recipe, TrainedVae
+from stiv_deploy.stiv_ref.training.trained_on import trained_on
 
 
 def recipe_of(data: dict[str, Any] | None = None, **stage: Any) -> Recipe:
@@ -75,3 +76,57 @@ def test_impossible_worlds_are_one_clear_line(fault: str) -> None:
         recipe_of(data, **stage)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+MIXED: dict[str, Any] = {
+    "slow": {"kind": "world", "strides": [1, 2]},
+    "fast": {"kind": "world", "strides": [2, 5]},
+    "solids": {"kind": "views"},
+    "all": {"kind": "mixed", "shares": {"slow": 1, "fast": 1, "solids": 2}},
+}
+
+
+def mixed_recipe(there: dict[str, Any] = MIXED, *, vae: str = "", **stage: Any) -> Recipe:
+    values: dict[str, Any] = {"name": "x", "model": "tiny", "seed": 3, "data": there}
+    values["vae"] = {"steps": 1, "batch": 1, "learning_rate": 1.0, "data": vae}
+    base = {"task": "t2v", "data": "all", "steps": 4, "batch": 16, "frames": 4, "learning_rate": 1.0}
+    return parse_config(Recipe, values | {"stages": [base | stage]}, "recipe")
+
+
+def test_drawn_data_can_be_mixed() -> None:
+    recipe = mixed_recipe()
+    ((batch,),) = source_of(recipe).batches(range(1), [range(16)])
+    assert {name.split()[0] for name in batch.names} == {"clip", "view"}
+    assert set(source_of(recipe).words()) == set(words())
+    assert set(trained_on(recipe, 1).strides) == {1, 2, 5}
+    assert mixed_recipe(task="keyframes").stages[0].task == "keyframes"
+
+
+def test_the_vae_can_be_trained_on_data_of_its_own() -> None:
+    recipe = mixed_recipe(vae="solids", data="slow")
+    assert isinstance(recipe.vae, TrainedVae)
+    stage = recipe.vae_stage(recipe.vae)
+    assert (stage.data, stage.frames, stage.task, stage.batch) == ("solids", 1, "t2i", 1)
+    other = mixed_recipe(data="slow")
+    assert isinstance(other.vae, TrainedVae)
+    assert other.vae_stage(other.vae).data == "slow"
+
+
+@pytest.mark.parametrize(
+    ("there", "vae", "said"),
+    [
+        ({"all": {"kind": "mixed", "shares": {"none": 1}}}, "", "mixes 'none'; it can mix what"),
+        ({"d": {"kind": "digits"}, "all": {"kind": "mixed", "shares": {"d": 1}}}, "", "mixes 'd'; it can mix what"),
+        ({"all": {"kind": "mixed", "shares": {"all": 1}}}, "", "mixes 'all'; it can mix what"),
+        ({"all": {"kind": "mixed", "shares": {}}}, "", "shares"),
+        (MIXED, "nothing", "stage vae: data is 'nothing'"),
+    ],
+)
+def test_what_cannot_be_mixed_is_said(there: dict[str, Any], vae: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        mixed_recipe(there, vae=vae)
+
+
+def test_mixed_data_is_checked_as_its_parts_are() -> None:
+    with pytest.raises(ConfigError, match="views are square, resolution is 64x128"):
+        mixed_recipe(MIXED | {"all": {"kind": "mixed", "shares": {"solids": 1}}}, resolution=[64, 128])
