@@ -22,6 +22,15 @@ class GuidanceMode(StrEnum):
     """Separate image-text guidance: text + image, image only, neither. Three passes, two scales."""
 
 
+class Unseen(StrEnum):
+    """What a branch that does not see the image gets at the given frames."""
+
+    NOISED = "noised"
+    """The point of the flow path between the run's noise and the given latents."""
+    ZERO = "zero"
+    """Zero latents at every step, as STIV's multi-view model (arXiv 2412.07730, section 3.6)."""
+
+
 def jit_cfg(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """JIT-CFG: ``F(x, 0, 0) + s * (F(x, text, image) - F(x, 0, 0))``."""
     return unconditional + scale * (conditional - unconditional)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stiv_deploy.stiv_ref.conditioning import noise_frames, replace_frames
 from stiv_deploy.stiv_ref.flow import schedule
-from stiv_deploy.stiv_ref.guidance import GuidanceMode, cfg_renorm, jit_cfg, sit_cfg
+from stiv_deploy.stiv_ref.guidance import GuidanceMode, Unseen, cfg_renorm, jit_cfg, sit_cfg
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.text import TextStates
 
@@ -37,6 +37,7 @@ class SamplingSettings:
     renorm: bool = True
     solver: Solver = Solver.EULER
     time_shift: float = 1.0
+    unseen: Unseen = Unseen.NOISED
 
 
 class SamplingInputs(NamedTuple):
@@ -101,7 +102,10 @@ def guided_velocity(
     @torch.no_grad()
     def velocity(latents: Tensor, time: float) -> Tensor:
         timestep = latents.new_full((len(latents),), time)
-        hidden = noise_frames(latents, clean, noise, timestep, frame_mask)
+        if settings.unseen is Unseen.ZERO:
+            hidden = replace_frames(latents, torch.zeros_like(clean), frame_mask)
+        else:
+            hidden = noise_frames(latents, clean, noise, timestep, frame_mask)
         model_input = torch.cat([latents if sees else hidden for sees in branches.sees_image])
         output = model(model_input, timestep.repeat(count), micro, *branches.text, text_kv=text_kv)
         return _guide(output.chunk(count), frame_mask, settings)

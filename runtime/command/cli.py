@@ -95,6 +95,10 @@ def generate(
         bool | None,
         typer.Option("--renorm/--no-renorm", help="Keep the norm of the conditional velocity. Default: the bundle's."),
     ] = None,
+    unseen: Annotated[
+        Literal["noised", "zero"] | None,
+        typer.Option(help="What the branch without pictures gets at given frames. Default: noised."),
+    ] = None,
     solver: Annotated[
         Literal["euler", "heun"] | None, typer.Option(help="Solver of the sampling ODE. Default: the bundle's.")
     ] = None,

@@ -30,6 +30,7 @@ FIELDS = {
     "image_guidance": "image_guidance_scale",
     "guidance_mode": "guidance_mode",
     "renorm": "guidance_renorm",
+    "unseen": "unseen",
     "solver": "solver",
     "time_shift": "time_shift",
     "count": "count",

@@ -39,6 +39,7 @@ class CallOptions(TypedDict, total=False):
     guidance_scale: float | None
     image_guidance_scale: float | None
     guidance_renorm: bool | None
+    unseen: str | None
     solver: str | None
     time_shift: float | None
     seed: int | None

@@ -15,6 +15,7 @@ from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.errors import BackendError, Cancelled, RequestError, briefly
 from stiv_deploy.runtime.pipeline.call import CallOptions, requests_of_call
 from stiv_deploy.runtime.pipeline.coding import Clean, Coder
+from stiv_deploy.runtime.pipeline.given import ImageLike
 from stiv_deploy.runtime.pipeline.long_videos import LongVideos
 from stiv_deploy.runtime.pipeline.output import OutputType, StivOutput, as_output, check_output_type
 from stiv_deploy.runtime.pipeline.plan import GenerationPlan, plan_generation
@@ -22,6 +23,7 @@ from stiv_deploy.runtime.pipeline.request import GenerationRequest
 from stiv_deploy.runtime.pipeline.sampling_loop import Observer, SamplingLoop, Step
 from stiv_deploy.runtime.pipeline.timing import PhaseClock
 from stiv_deploy.runtime.pipeline.tokenization import lost_line
+from stiv_deploy.runtime.pipeline.views import ViewsOutput, chosen_cameras, views_request
 from stiv_deploy.runtime.progress import Progress, unheard
 from stiv_deploy.runtime.sampling.hooks import GraphClock
 from stiv_deploy.runtime.sampling.replay import REPLAY
@@ -149,6 +151,27 @@ class StivPipeline(LongVideos):
         """
         plan = self.plan(requests_of_call(prompt, options))
         return self.run(plan, callback_on_step_end, cancel, output_type)
+
+    def views(
+        self,
+        image: ImageLike,
+        *,
+        azimuths: Sequence[float] | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        cancel: Event | None = None,
+        **options: Unpack[CallOptions],
+    ) -> ViewsOutput:
+        """Views of the object in the picture ``image`` from all around it, those at ``azimuths`` degrees or all.
+
+        The model must have been trained for views; the cameras are those of that training
+        (:func:`~stiv_deploy.runtime.pipeline.views.cameras`). ``options`` are those of a call, with the paper's
+        guidance scale 3.5 and zero latents for the given view in the unconditional branch by default.
+
+        Raises :class:`RequestError` before anything is computed if this is not possible; else see :meth:`run`.
+        """
+        plan = self.plan(views_request(self.bundle, image, options))
+        chosen = chosen_cameras(plan.size.frames, azimuths)
+        return ViewsOutput(output=self.run(plan, callback_on_step_end, cancel), cameras=chosen)
 
     def plan(self, requests: GenerationRequest | Sequence[GenerationRequest]) -> GenerationPlan:
         """The plan of one request, or of several of one size; no device is touched.

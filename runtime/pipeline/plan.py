@@ -19,6 +19,7 @@ from stiv_deploy.runtime.pipeline.pictures import rgb_of
 from stiv_deploy.runtime.pipeline.request import GenerationRequest, new_seed
 from stiv_deploy.runtime.pipeline.tiling import check_tile
 from stiv_deploy.runtime.sampling.conditioning import frame_indices, micro_conditions
+from stiv_deploy.runtime.sampling.guidance import Unseen
 from stiv_deploy.runtime.sampling.settings import SamplingSettings
 
 Item = TypeVar("Item")
@@ -231,6 +232,7 @@ def _settings(request: GenerationRequest) -> SamplingSettings:
         renorm=values["guidance_renorm"],
         solver=values["solver"],
         time_shift=values["time_shift"],
+        unseen=values["unseen"] or Unseen.NOISED,
     )
 
 

@@ -15,10 +15,10 @@ from stiv_deploy.runtime.pipeline.given import Latents, Noise, Picture
 from stiv_deploy.runtime.pipeline.images import Fit
 from stiv_deploy.runtime.pipeline.limits import BOUNDS, SEED_LIMIT, TEXT_LIMIT, bounded, named, switch, text
 from stiv_deploy.runtime.pipeline.pictures import rgb_of
-from stiv_deploy.runtime.sampling.guidance import GuidanceMode
+from stiv_deploy.runtime.sampling.guidance import GuidanceMode, Unseen
 from stiv_deploy.runtime.sampling.settings import Solver
 
-NAMES = {"guidance_mode": GuidanceMode, "solver": Solver, "fit": Fit}
+NAMES = {"guidance_mode": GuidanceMode, "solver": Solver, "fit": Fit, "unseen": Unseen}
 """Fields that choose one of several names."""
 
 
@@ -60,6 +60,9 @@ class GenerationRequest(Frozen):
     guidance_scale: float | None = _number("guidance_scale", "Guidance scale (of the text, in mode sit).")
     image_guidance_scale: float | None = _number("image_guidance_scale", "Guidance scale of the image, in mode sit.")
     guidance_renorm: bool | None = Field(default=None, description="Keep the norm of the conditional velocity.")
+    unseen: Unseen | None = Field(
+        default=None, description="What the branch without the image gets at given frames; None: noised."
+    )
     solver: Solver | None = Field(default=None, description="Solver of the sampling ODE.")
     time_shift: float | None = _number("time_shift", "Above 1 spends more steps near the noise.")
     seed: int | None = _number("seed", "Seed of the first video's noise; video i takes seed + i. None: a new one.")

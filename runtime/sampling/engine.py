@@ -9,7 +9,7 @@ Everything is allocated and bound when the engine is made, for each of its *rung
 has. A tick takes the smallest rung that holds the rows in use, writes a few numbers to the device and runs graphs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -84,6 +84,8 @@ class StepEngine:
         self._inputs = StepInputs(self.denoiser)
         self._forward = {rows: self._replay(rows, hook, capture=capture) for rows in self.rungs}
         self._advance = {rows: [hook("step", call) for call in self._inputs.both_ways(rows)] for rows in self.rungs}
+        self._zeroed: dict[int, list[int]] = {}
+        self._zeros = backend.upload(np.zeros(self.denoiser.model_input.shape[2:], np.float32))
         self._side = 0
         self._running: dict[int, _Running] = {}
 
@@ -131,8 +133,11 @@ class StepEngine:
         text = sample.text if guidance.branch.text else sample.negative
         seen = row_mask(guidance.branch, sample.frame_mask)
         self.denoiser.set_row(row, self._text(text), sample.micro)
-        self.backend.write(self.denoiser.model_input[row], sample.start(seen))
+        zeroed = sample.zeroed(guidance.branch)
+        start = np.where(zeroed[:, None, None, None], np.float32(0), sample.start(seen))
+        self.backend.write(self.denoiser.model_input[row], start)
         self._inputs.see(row, slot, seen)
+        self._zeroed[row] = [int(frame) for frame in np.flatnonzero(zeroed)]
 
     def tick(self) -> Tick:
         """One evaluation of the model for every running clip, each at its own time; at least one must be running."""
@@ -144,7 +149,14 @@ class StepEngine:
         self._forward[rung]()
         self._advance[rung][self._side]()
         self._side = 1 - self._side
+        self._zero(range(used))
         return self._count()
+
+    def _zero(self, rows: Iterable[int]) -> None:
+        """Take out of the next input of ``rows`` what they are not to see at all: ``step`` has put it there noised."""
+        for row in rows:
+            for frame in self._zeroed.get(row, ()):
+                self.backend.copy(self.denoiser.model_input[row][frame], self._zeros)
 
     def _count(self) -> Tick:
         """Count the evaluation, and take out what has finished."""
@@ -201,6 +213,7 @@ class StepEngine:
         rows[rows.index(source)] = target
         self.denoiser.move_row(target, source)
         self._inputs.move_row(target, source)
+        self._zeroed[target] = self._zeroed.pop(source)
         self._inputs.gather(slot, rows)
 
     @property

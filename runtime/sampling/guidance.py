@@ -24,6 +24,15 @@ class GuidanceMode(StrEnum):
     """Separate image-text guidance: text + image, image only, neither. Three branches, two scales."""
 
 
+class Unseen(StrEnum):
+    """What a branch that does not see the image gets at the given frames."""
+
+    NOISED = "noised"
+    """The point of the flow path between the noise and the given latents."""
+    ZERO = "zero"
+    """Zero latents at every step, as STIV's multi-view model (arXiv 2412.07730, section 3.6)."""
+
+
 class Branch(NamedTuple):
     """What one branch is conditioned on; without text it gets the negative (by default empty) prompt."""
 

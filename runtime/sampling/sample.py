@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stiv_deploy.runtime.sampling.guidance import Branch, Unseen
 from stiv_deploy.runtime.sampling.settings import SamplingSettings
 from stiv_deploy.runtime.sampling.text_stage import Tokens
 
@@ -27,3 +28,8 @@ class Sample:
     def start(self, mask: np.ndarray) -> np.ndarray:
         """Where the flow starts: noise, with the frames of ``mask``, bool [T], clean."""
         return np.where(mask[:, None, None, None], self.clean, self.noise)
+
+    def zeroed(self, branch: Branch) -> np.ndarray:
+        """Frames bool [T] that are zero in the model input of ``branch``, whatever the time is."""
+        zero = self.settings.unseen is Unseen.ZERO and not branch.image
+        return self.frame_mask if zero else np.zeros_like(self.frame_mask)

@@ -6,7 +6,7 @@ from enum import StrEnum
 import numpy as np
 
 from stiv_deploy.runtime.errors import RequestError
-from stiv_deploy.runtime.sampling.guidance import GuidanceMode, GuidanceRow, branch_weights, guidance_rows
+from stiv_deploy.runtime.sampling.guidance import GuidanceMode, GuidanceRow, Unseen, branch_weights, guidance_rows
 from stiv_deploy.runtime.sampling.schedule import schedule
 
 
@@ -31,6 +31,7 @@ class SamplingSettings:
     renorm: bool = True
     solver: Solver = Solver.EULER
     time_shift: float = 1.0
+    unseen: Unseen = Unseen.NOISED
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int | np.integer) or isinstance(self.steps, bool):

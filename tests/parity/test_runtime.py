@@ -26,7 +26,7 @@ from stiv_deploy.stiv_ref.checkpoint import (
     save_checkpoint,
 )
 from stiv_deploy.stiv_ref.config import StivConfig
-from stiv_deploy.stiv_ref.guidance import GuidanceMode
+from stiv_deploy.stiv_ref.guidance import GuidanceMode, Unseen
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, Solver, sample
 from stiv_deploy.stiv_ref.text import TextConfig, TextEncoder, tokenize, word_tokenizer
@@ -128,6 +128,7 @@ def generate(pair: Pair, images: dict[int, np.ndarray], settings: SamplingSettin
         guidance_renorm=settings.renorm,
         solver=settings.solver,
         time_shift=settings.time_shift,
+        unseen=settings.unseen,
     )
 
 
@@ -146,8 +147,16 @@ def allowed(exact: np.ndarray, plain: np.ndarray) -> float:
 @pytest.mark.parametrize("solver", list(Solver))
 @pytest.mark.parametrize("renorm", [False, True], ids=["plain", "renorm"])
 def test_free_run(pair: Pair, given: tuple[int, ...], mode: GuidanceMode, solver: Solver, renorm: bool) -> None:
+    check_free_run(pair, given, settings_of(guidance_mode=mode, solver=solver, renorm=renorm))
+
+
+@pytest.mark.parametrize(("mode", "solver"), [(GuidanceMode.JIT, Solver.EULER), (GuidanceMode.SIT, Solver.HEUN)])
+def test_free_run_with_zero_latents_in_the_unconditional_branch(pair: Pair, mode: GuidanceMode, solver: Solver) -> None:
+    check_free_run(pair, (0,), settings_of(guidance_mode=mode, solver=solver, unseen=Unseen.ZERO))
+
+
+def check_free_run(pair: Pair, given: tuple[int, ...], settings: SamplingSettings) -> None:
     images = {index: image_of(index) for index in given}
-    settings = settings_of(guidance_mode=mode, solver=solver, renorm=renorm)
     exact, video = oracle(pair.double, images, settings)
     plain, _ = oracle(pair.single, images, settings)
     out = generate(pair, images, settings)
@@ -166,6 +175,7 @@ def test_the_settings_make_a_difference_that_the_gate_would_see(pair: Pair) -> N
         {"renorm": False},
         {"solver": Solver.HEUN},
         {"time_shift": 1.0},
+        {"unseen": Unseen.ZERO},
     ):
         other, _ = oracle(pair.single, images, settings_of(**change))
         assert np.linalg.norm(other - base) > 1e-3 * np.linalg.norm(base), change

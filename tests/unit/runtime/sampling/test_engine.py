@@ -20,7 +20,7 @@ from stiv_deploy.runtime.errors import RequestError, StivError
 from stiv_deploy.runtime.sampling import rope
 from stiv_deploy.runtime.sampling.conditioning import frame_mask
 from stiv_deploy.runtime.sampling.engine import StepEngine
-from stiv_deploy.runtime.sampling.guidance import GuidanceMode
+from stiv_deploy.runtime.sampling.guidance import GuidanceMode, Unseen
 from stiv_deploy.runtime.sampling.host_tables import ALIGNMENT
 from stiv_deploy.runtime.sampling.sample import Sample
 from stiv_deploy.runtime.sampling.settings import SamplingSettings, Solver
@@ -28,6 +28,7 @@ from stiv_deploy.runtime.sampling.solvers import evaluations
 from stiv_deploy.runtime.sampling.text_stage import TextStage, Tokens
 from stiv_deploy.stiv_ref import sampler as reference
 from stiv_deploy.stiv_ref.guidance import GuidanceMode as ReferenceMode
+from stiv_deploy.stiv_ref.guidance import Unseen as ReferenceUnseen
 from stiv_deploy.stiv_ref.text import TextStates
 
 EPS = float(np.finfo(np.float32).eps)
@@ -136,6 +137,7 @@ def reference_latents(toy_bundle: Bundle, toy: Any, sample: Sample) -> np.ndarra
     )
     values = dataclasses.asdict(sample.settings)
     values |= {"guidance_mode": ReferenceMode(values["guidance_mode"]), "solver": reference.Solver(values["solver"])}
+    values |= {"unseen": ReferenceUnseen(values["unseen"])}
     return reference.sample(model, inputs, reference.SamplingSettings(**values)).numpy()[0]  # type: ignore[arg-type]
 
 
@@ -159,6 +161,30 @@ def test_loop_is_the_reference_loop(
         latents = run(engine, sample)
         np.testing.assert_array_equal(latents[frames], sample.clean[frames])
         np.testing.assert_allclose(latents, wanted, rtol=0, atol=tolerance(5))
+
+
+@pytest.mark.parametrize("mode", [GuidanceMode.JIT, GuidanceMode.SIT])
+@pytest.mark.parametrize("solver", list(Solver))
+def test_the_branch_without_the_image_gets_zero_latents(toy_bundle: Bundle, mode: GuidanceMode, solver: Solver) -> None:
+    """At every evaluation, and in whichever row it is once a clip before it has ended."""
+    engine = make_engine(toy_bundle, slots=2)
+    engine.admit(sample_of(settings_of(mode, steps=2)))
+    sample = sample_of(settings_of(mode, solver=solver, unseen=Unseen.ZERO), [0, 2], seed=5)
+    slot = engine.admit(sample)
+    made: dict[int, np.ndarray] = {}
+    while engine.running:
+        *seeing, blind = engine._running[slot].rows
+        for row in seeing:
+            np.testing.assert_array_equal(
+                engine.backend.read(engine.denoiser.model_input[row])[[0, 2]], sample.clean[[0, 2]]
+            )
+        unseen = engine.backend.read(engine.denoiser.model_input[blind])
+        assert not unseen[[0, 2]].any()
+        assert unseen[1].all()
+        made |= engine.tick().finished
+    np.testing.assert_array_equal(made[slot][[0, 2]], sample.clean[[0, 2]])
+    later = sample_of(settings_of(mode), [0])
+    np.testing.assert_array_equal(run(engine, later), run(make_engine(toy_bundle, slots=2), later))
 
 
 def exponential(bundle_of: Callable[[float], Path], slope: float) -> Bundle:
