@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from stiv_deploy.runtime.command.generation import check_places, default_rows, requests_from_options
+from stiv_deploy.runtime.command.generation import check_places, default_rows, requests_from_options, upsampled_request
+from stiv_deploy.runtime.command.long_clips import UPSCALE_LIMIT, Upsample, run_long
 from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, json_text, progress_bar, table
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from stiv_deploy.runtime.pipeline.stage import ClipsReport
 
 MIB = 2**20
-UPSCALE_LIMIT = 2**14
 
 
 def generate(
@@ -129,6 +129,7 @@ def generate(
             "pixels get at least 256, but for PNG, whose frames may be given again.",
         ),
     ] = None,
+    upsample: Upsample = None,
     grid: Annotated[
         bool, typer.Option("--grid", help="Write all videos into one, side by side, each above its prompt.")
     ] = False,
@@ -151,6 +152,10 @@ def generate(
 
     check_json(json)
     requests, made_with = requests_from_options(context.params)
+    if upsample is not None:
+        check_places(context.params, check_output(out))
+        run_long(upsampled_request(requests, context.params), json)
+        return
     asked = ClipsRequest(
         bundle=bundle,
         requests=tuple(requests),

@@ -9,6 +9,7 @@ from stiv_deploy.runtime.files import check_apart, read_text
 
 if TYPE_CHECKING:
     from stiv_deploy.runtime.bundle.manifest import SamplingDefaults
+    from stiv_deploy.runtime.pipeline.long_stage import LongRequest
     from stiv_deploy.runtime.pipeline.records import Recorded
     from stiv_deploy.runtime.pipeline.request import GenerationRequest
 
@@ -134,6 +135,22 @@ def parse_frames(image: Path | None, frames: Sequence[str]) -> dict[int, Path]:
             raise RequestError(f"frame {int(index)} is given twice; --image is frame 0")
         given[int(index)] = Path(file)
     return given
+
+
+def upsampled_request(requests: "Sequence[GenerationRequest]", options: Mapping[str, Any]) -> "LongRequest":
+    """The one of ``requests`` at a higher frame rate, as ``options`` say; :class:`RequestError` if there are more."""
+    from stiv_deploy.runtime.pipeline.long_stage import LongRequest
+
+    if len(requests) != 1 or requests[0].count != 1 or options["grid"]:
+        raise RequestError("--upsample is of one clip; give one prompt, and neither --count nor --grid")
+    values = {name: value for name, value in requests[0] if value is not None and value != {}}
+    if options["seed"] is None and options["request"] is None:
+        del values["seed"]  # so that it goes on where an interrupted run of the same command began
+    return LongRequest(
+        task="upsampled",
+        arguments=values | {"upsample": options["upsample"]},
+        **{name: options[name] for name in ("bundle", "out", "upscale", "backend", "device", "threads")},
+    )
 
 
 def check_places(options: Mapping[str, Any], clips: Sequence[Path]) -> None:

@@ -9,7 +9,7 @@ from stiv_deploy.runtime.command.generation import FIELDS
 from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, progress_bar
 
 if TYPE_CHECKING:
-    from stiv_deploy.runtime.pipeline.long_stage import LongReport, LongTask
+    from stiv_deploy.runtime.pipeline.long_stage import LongReport, LongRequest, LongTask
 
 UPSCALE_LIMIT = 2**14
 SHOWN_SEAMS = 3
@@ -25,6 +25,10 @@ Out = Annotated[
     Path, typer.Option(help="Output: .mp4, .gif, .webp, .png (one row of frames), or a folder of PNG frames.")
 ]
 Prompt = Annotated[str, typer.Option(help="What to show.")]
+OwnPrompt = Annotated[
+    str | None,
+    typer.Option("--prompt", help="What to show. Default: what the record says that VIDEO carries, or nothing."),
+]
 Negative = Annotated[str | None, typer.Option(help="What to steer away from.")]
 Fit = Annotated[
     Literal["exact", "stretch", "crop", "pad"] | None,
@@ -37,6 +41,9 @@ Stride = Annotated[int | None, typer.Option(help="Sampling stride: source frames
 Clip = Annotated[int | None, typer.Option(metavar="FRAMES", help="Frames of each clip that is made.")]
 Overlap = Annotated[
     int | None, typer.Option(help="Frames that each clip is given of what is there. Default: as trained.")
+]
+Upsample = Annotated[
+    int | None, typer.Option(metavar="FACTOR", help="Then make the frames between, for 2 or 4 times the frame rate.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the first clip's noise. Default: a new one.")]
 Steps = Annotated[int | None, typer.Option(help="Sampling steps of each clip.")]
@@ -66,9 +73,10 @@ def extend(
     video: Video,
     out: Out,
     frames: Annotated[int, typer.Option(help="Frames of the whole, those of VIDEO among them.")],
-    prompt: Prompt = "",
+    prompt: OwnPrompt = None,
     negative_prompt: Negative = None,
     overlap: Overlap = None,
+    upsample: Upsample = None,
     clip: Clip = None,
     fit: Fit = None,
     height: Height = None,
@@ -92,7 +100,7 @@ def extend(
 
     stiv extend bundle three.mp4 --frames 24 --prompt "digit three moving left" --out longer.mp4
     """
-    _run("extend", context, {"video": video, "frames": frames, "overlap": overlap})
+    _run("extend", context, {"video": video, "frames": frames, "overlap": overlap, "upsample": upsample})
 
 
 def interpolate(
@@ -101,7 +109,7 @@ def interpolate(
     video: Video,
     out: Out,
     factor: Annotated[int, typer.Option(help="How many times the frames: 2 or 4.")] = 2,
-    prompt: Prompt = "",
+    prompt: OwnPrompt = None,
     negative_prompt: Negative = None,
     clip: Clip = None,
     fit: Fit = None,
@@ -138,6 +146,7 @@ def long(
         int | None, typer.Option(help="Frames from key frame to key frame. Default: by the strides that were trained.")
     ] = None,
     overlap: Overlap = None,
+    upsample: Upsample = None,
     clip: Clip = None,
     fit: Fit = None,
     height: Height = None,
@@ -160,21 +169,25 @@ def long(
 
     stiv long bundle --frames 57 --prompt "digit three moving left" --out long.mp4
     """
-    _run("long", context, {"frames": frames, "spacing": spacing, "overlap": overlap, "image": image})
+    _run(
+        "long",
+        context,
+        {"frames": frames, "spacing": spacing, "overlap": overlap, "upsample": upsample, "image": image},
+    )
 
 
 def _run(task: "LongTask", context: typer.Context, arguments: dict[str, Any]) -> None:
     """Carry out a command: its own ``arguments``, and what all have alike from its parameters."""
     from stiv_deploy.runtime.bundle.manifest import MANIFEST
     from stiv_deploy.runtime.files import check_apart
-    from stiv_deploy.runtime.pipeline.long_stage import LongRequest, kept_clips, make_long
+    from stiv_deploy.runtime.pipeline.long_stage import LongRequest
     from stiv_deploy.runtime.pipeline.media import check_output
 
     given = context.params
     check_json(given["json"])
     alike = {name: given[name] for name in FIELDS if given.get(name) is not None and name != "frames"}
-    options = {FIELDS[name]: value for name, value in alike.items()} | {"prompt": given["prompt"]}
-    options |= {name: given[name] for name in ("seed",) if given[name] is not None}
+    options = {FIELDS[name]: value for name, value in alike.items()}
+    options |= {name: given[name] for name in ("prompt", "seed") if given[name] is not None}
     if given["clip"] is not None:
         options["num_frames"] = given["clip"]
     request = LongRequest(
@@ -186,6 +199,13 @@ def _run(task: "LongTask", context: typer.Context, arguments: dict[str, Any]) ->
     )
     check_output(request.out)
     check_apart([request.out, given["json"]], [given.get("video"), given.get("image"), given["bundle"] / MANIFEST])
+    run_long(request, given["json"])
+
+
+def run_long(request: "LongRequest", json: Path | None) -> None:
+    """Make the video of ``request`` and tell of it, or, when it is interrupted, what is kept."""
+    from stiv_deploy.runtime.pipeline.long_stage import kept_clips, make_long
+
     try:
         with progress_bar("step") as progress:
             report = make_long(request, progress)
@@ -193,7 +213,7 @@ def _run(task: "LongTask", context: typer.Context, arguments: dict[str, Any]) ->
         if kept := kept_clips(request):
             typer.echo(f"{kept} finished clips are kept in {request.folder}; the same command goes on", err=True)
         raise
-    answer(given["json"], report.to_json, lambda: _print(report))
+    answer(json, report.to_json, lambda: _print(report))
 
 
 def _print(report: "LongReport") -> None:

@@ -28,7 +28,7 @@ from stiv_deploy.runtime.pipeline.media import write_windows
 from stiv_deploy.runtime.pipeline.plan import GenerationPlan
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
 from stiv_deploy.runtime.pipeline.seams import Seam, measured
-from stiv_deploy.runtime.pipeline.timeline import Piece, Timeline, open_folder
+from stiv_deploy.runtime.pipeline.timeline import Piece, Timeline, locked, open_folder
 from stiv_deploy.runtime.pipeline.tokenization import lost_line
 from stiv_deploy.runtime.pipeline.visible import upscale_for
 from stiv_deploy.runtime.progress import Progress, unheard
@@ -202,10 +202,12 @@ def run_chain(
     """
     warnings, lost = _remarks(maker, chain)
     keeper = tempfile.TemporaryDirectory(prefix="stiv-") if folder is None else None
-    work = _Work(maker, chain, Path(keeper.name) if keeper else Path(folder or ""), progress, cancel)
-    timeline = work.begun(source)
-    for one in chain.passes:
-        timeline = work.made(one, timeline)
+    place = Path(keeper.name) if keeper else Path(folder or "")
+    work = _Work(maker, chain, place, progress, cancel)
+    with locked(place):
+        timeline = work.begun(source)
+        for one in chain.passes:
+            timeline = work.made(one, timeline)
     return ChainOutput(
         chain=chain,
         timeline=timeline,
@@ -255,15 +257,15 @@ class _Work:
         self.maker, self.chain, self.folder = maker, chain, folder
         self._progress, self._cancel = progress, cancel
         self.count, self._number = 0, 0
+        self._new = not folder.exists()
 
     def begun(self, source: Iterable[np.ndarray]) -> Timeline:
         """The folder opened, with the timeline of ``source`` in it; a new folder goes if ``source`` cannot be read."""
-        new = not self.folder.exists()
         open_folder(self.folder, self.chain.to_json())
         try:
             return self._taken(source)
         except BaseException:
-            if new:
+            if self._new:
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
 

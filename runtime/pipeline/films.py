@@ -4,10 +4,11 @@ A file is read once to count its frames, and again for the frames, so that no cl
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -28,13 +29,15 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif")
 class Film:
     """A clip that can be read: ``frames`` of it, and the SHA-256 (hex) of its file, or of all files of a folder.
 
-    ``made`` is the height and width that it was made at, if it is one of ours: what it was enlarged by is undone.
+    If it is one of ours, ``made`` is the height and width that it was made at (what it was enlarged by is undone), and
+    ``prompt`` that of its record; the empty one else.
     """
 
     path: Path
     frames: int
     sha256: str
     made: tuple[int, int] | None = None
+    prompt: str = ""
 
     def windows(
         self, most: int, height: int, width: int, fit: Fit = Fit.EXACT, background: str = "black"
@@ -64,18 +67,29 @@ def open_film(path: str | Path) -> Film:
             raise RequestError(f"{path}: has more than {SIZE_LIMIT} frames; cut it")
     if not frames:
         raise RequestError(f"{path}: has no frames; give a clip")
-    return Film(path, frames, _digest(path), _made(path))
+    record = _record(path)
+    return Film(path, frames, _digest(path), _made(record), _prompt(record))
 
 
-def _made(path: Path) -> tuple[int, int] | None:
-    """Height and width in the record that a clip of ours carries."""
+def _record(path: Path) -> Mapping[str, Any]:
+    """The request, or that of all its clips, in the record that a clip of ours carries; else nothing."""
     try:
         record = parse_json(read_comment(path))
         request = record.get("request") or record["template"]
-        height, width = request["height"], request["width"]
     except (RequestError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return (height, width) if all(isinstance(side, int) and side > 0 for side in (height, width)) else None
+        return {}
+    return request if isinstance(request, dict) else {}
+
+
+def _made(record: Mapping[str, Any]) -> tuple[int, int] | None:
+    height, width = record.get("height"), record.get("width")
+    known = isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0
+    return (height, width) if known else None
+
+
+def _prompt(record: Mapping[str, Any]) -> str:
+    prompt = record.get("prompt")
+    return prompt if isinstance(prompt, str) else ""
 
 
 def _as_made(pixels: np.ndarray, made: tuple[int, int] | None) -> np.ndarray:

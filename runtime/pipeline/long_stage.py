@@ -15,7 +15,7 @@ from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 from stiv_deploy.runtime.pipeline.visible import upscale_for
 from stiv_deploy.runtime.progress import Progress, unheard
 
-LongTask = Literal["extend", "interpolate", "long"]
+LongTask = Literal["extend", "interpolate", "long", "upsampled"]
 
 
 @dataclass(frozen=True, kw_only=True)

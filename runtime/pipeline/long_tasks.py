@@ -7,7 +7,7 @@ from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.manifest import TrainedOn
 from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.pipeline.chained import Chain, Pass, check_frame_by_frame
-from stiv_deploy.runtime.pipeline.chunks import filled_in, filled_total, key_frames, rolled_on
+from stiv_deploy.runtime.pipeline.chunks import Chunk, filled_in, filled_total, key_frames, rolled_on
 from stiv_deploy.runtime.pipeline.limits import Bounds, bounded
 from stiv_deploy.runtime.pipeline.plan import plan_generation
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
@@ -21,11 +21,18 @@ OVERLAP = 4
 
 
 def extend_chain(
-    bundle: Bundle, request: GenerationRequest, known: int, frames: int, overlap: int | None, source: str
+    bundle: Bundle,
+    request: GenerationRequest,
+    known: int,
+    frames: int,
+    overlap: int | None,
+    source: str,
+    upsample: int | None = None,
 ) -> Chain:
     """From ``known`` frames to ``frames``, each clip given the last ``overlap`` frames before it.
 
-    Without ``overlap`` as many as the model was trained to be given. Raises :class:`RequestError`.
+    Without ``overlap`` as many as the model was trained to be given. Then the frames between for ``upsample`` times the
+    frame rate. Raises :class:`RequestError`.
     """
     clips = _Clips(bundle, request, "extend")
     frames = int(bounded("num_frames", frames))
@@ -33,27 +40,45 @@ def extend_chain(
         raise RequestError(f"the video has {known} frames, and {frames} are wanted; ask for more than it has")
     lap = clips.overlap(overlap, known)
     chunks = tuple(rolled_on(known, frames, clips.frames, lap))
-    return clips.chain([Pass(name="more", chunks=chunks, stride=clips.stride)], known, frames, source)
+    return clips.upsampled([Pass(name="more", chunks=chunks, stride=clips.stride)], known, frames, source, upsample)
+
+
+def upsampled_chain(bundle: Bundle, request: GenerationRequest, factor: int) -> Chain:
+    """One clip, and the frames between for ``factor`` times the frame rate; :class:`RequestError`."""
+    clips = _Clips(bundle, request, "generate --upsample")
+    whole = Chunk(start=0, frames=clips.frames, given=(), kept=tuple(range(clips.frames)))
+    return clips.upsampled([Pass(name="clip", chunks=(whole,), stride=clips.stride)], 0, clips.frames, None, factor)
 
 
 def interpolate_chain(bundle: Bundle, request: GenerationRequest, known: int, factor: int, source: str | None) -> Chain:
     """``factor`` times the frame rate of ``known`` frames, all of which stay; :class:`RequestError`."""
     clips = _Clips(bundle, request, "interpolate")
-    if factor not in FACTORS:
-        raise RequestError(f"factor must be {' or '.join(map(str, FACTORS))}, got {factor}")
-    if known < 2:
-        raise RequestError(f"the video has {known} frame, and there is nothing between; give 2 or more")
+    _check_factor("factor", factor, known)
     passes, total = clips.between(known, factor)
     return clips.chain(passes, known, total, source, faster=factor)
 
 
+def _check_factor(name: str, factor: int, frames: int) -> None:
+    """:class:`RequestError` if ``frames`` frames cannot become ``factor`` times as many."""
+    if factor not in FACTORS:
+        raise RequestError(f"{name} must be {' or '.join(map(str, FACTORS))}, got {factor}")
+    if frames < 2:
+        raise RequestError(f"the video has {frames} frame, and there is nothing between; give 2 or more")
+
+
 def long_chain(
-    bundle: Bundle, request: GenerationRequest, frames: int, spacing: int | None, overlap: int | None
+    bundle: Bundle,
+    request: GenerationRequest,
+    frames: int,
+    spacing: int | None,
+    overlap: int | None,
+    upsample: int | None = None,
 ) -> Chain:
     """A video of ``frames`` frames: key frames ``spacing`` apart at a large stride, then what is between neighbours.
 
     Key frames are one clip, and roll on with ``overlap`` where one does not suffice. ``spacing`` is that of the strides
-    that the model was trained at. Raises :class:`RequestError`, which names the nearest numbers of frames that can be.
+    that the model was trained at. ``upsample`` is as in :func:`extend_chain`. Raises :class:`RequestError`, which names
+    the nearest numbers of frames that can be.
     """
     clips = _Clips(bundle, request, "long")
     spacing = clips.spacing(spacing)
@@ -62,7 +87,7 @@ def long_chain(
     chunks = tuple(rolled_on(0, keys, clips.frames, lap))
     first = Pass(name="key-frames", chunks=chunks, stride=clips.near(clips.stride * spacing))
     between, _ = clips.between(keys, spacing)
-    return clips.chain([first, *between], 0, frames, None)
+    return clips.upsampled([first, *between], 0, frames, None, upsample)
 
 
 class _Clips:
@@ -92,6 +117,16 @@ class _Clips:
             bundle=self.bundle.hash,
             source=source,
         )
+
+    def upsampled(
+        self, passes: Sequence[Pass], known: int, frames: int, source: str | None, factor: int | None
+    ) -> Chain:
+        """:meth:`chain` for ``factor`` times the frame rate, if that is given: then it ends with what is between."""
+        if factor is None:
+            return self.chain(passes, known, frames, source)
+        _check_factor("upsample", factor, frames)
+        between, total = self.between(frames, factor, "upsampled")
+        return self.chain([*passes, *between], known, total, source, faster=factor)
 
     def overlap(self, asked: int | None, known: int) -> int:
         """Frames that a roll-out is given; :class:`RequestError` for too many, or none that were trained for."""
@@ -138,14 +173,14 @@ class _Clips:
         """The stride that the model was trained at which is nearest to ``stride``."""
         return min(self.trained.strides, key=lambda each: abs(each - stride)) if self.trained else stride
 
-    def between(self, known: int, spacing: int) -> tuple[list[Pass], int]:
-        """Passes that fill in between ``known`` frames, and the number of frames then."""
+    def between(self, known: int, spacing: int, name: str = "between") -> tuple[list[Pass], int]:
+        """Passes called ``name`` that fill in between ``known`` frames, and the number of frames then."""
         passes, total, left = [], known, spacing
         for number, (step, frames) in enumerate(self._steps(spacing)):
             total, left = filled_total(total, step), left // step
             chunks = tuple(filled_in(total, step, min(frames, self._allowed(total))))
             stride = self.near(self.stride * left)
-            passes.append(Pass(name=f"between-{number}", chunks=chunks, stride=stride, spacing=step))
+            passes.append(Pass(name=f"{name}-{number}", chunks=chunks, stride=stride, spacing=step))
         return passes, total
 
     def _steps(self, spacing: int) -> list[tuple[int, int]]:

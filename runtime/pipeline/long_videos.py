@@ -16,7 +16,7 @@ from stiv_deploy.runtime.pipeline.chained import Chain, ChainOutput, Maker, run_
 from stiv_deploy.runtime.pipeline.films import Film, open_film
 from stiv_deploy.runtime.pipeline.given import as_array
 from stiv_deploy.runtime.pipeline.images import Fit, fitted_image
-from stiv_deploy.runtime.pipeline.long_tasks import extend_chain, interpolate_chain, long_chain
+from stiv_deploy.runtime.pipeline.long_tasks import extend_chain, interpolate_chain, long_chain, upsampled_chain
 from stiv_deploy.runtime.pipeline.pictures import rgb_of
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
 from stiv_deploy.runtime.pipeline.timeline import begun_seed
@@ -33,6 +33,7 @@ class _Held:
     """A clip in memory: frames uint8 [F, H, W, 3], or latents fp32 [T, C, h, w], which go through as they are."""
 
     array: np.ndarray
+    prompt = ""
 
     @property
     def frames(self) -> int:
@@ -81,7 +82,9 @@ def unplanned(_chain: Chain) -> None:
 class LongVideos(Maker):
     """Videos longer than a clip, in latents from end to end. ``options`` are those of a call, and are each clip's.
 
-    So ``num_frames`` are the frames of a clip, by default as the bundle recommends; ``frames`` are all.
+    So ``num_frames`` are the frames of a clip, by default as the bundle recommends; ``frames`` are all. The default
+    ``prompt`` is that of the record that the file of a video of ours carries, or empty. ``upsample``, 2 or 4, ends with
+    what :meth:`interpolate` does with that factor.
 
     All of them keep finished chunks in ``folder`` if it is given: a run that was stopped or killed goes on there when
     it is called again in the same way. ``progress`` hears of sampling steps of the whole; ``cancel`` stops between two.
@@ -93,8 +96,9 @@ class LongVideos(Maker):
         video: Video,
         frames: int,
         *,
-        prompt: str = "",
+        prompt: str | None = None,
         overlap: int | None = None,
+        upsample: int | None = None,
         folder: str | PathLike[str] | None = None,
         progress: Progress = unheard,
         cancel: Event | None = None,
@@ -103,8 +107,8 @@ class LongVideos(Maker):
     ) -> ChainOutput:
         """``video`` and what comes after it, ``frames`` frames in all; each clip is given ``overlap`` frames."""
         source = _source(video)
-        request = self._request(prompt, options, folder, source)
-        chain = extend_chain(self.bundle, request, source.frames, frames, overlap, source.sha256)
+        request = self._request(source.prompt if prompt is None else prompt, options, folder, source)
+        chain = extend_chain(self.bundle, request, source.frames, frames, overlap, source.sha256, upsample)
         planned(chain)
         return self._chained(chain, source, folder, progress, cancel)
 
@@ -113,7 +117,7 @@ class LongVideos(Maker):
         video: Video,
         factor: int = 2,
         *,
-        prompt: str = "",
+        prompt: str | None = None,
         folder: str | PathLike[str] | None = None,
         progress: Progress = unheard,
         cancel: Event | None = None,
@@ -122,7 +126,7 @@ class LongVideos(Maker):
     ) -> ChainOutput:
         """``video`` with ``factor`` - 1 new frames, of 2 or 4, between each two, and that much faster."""
         source = _source(video)
-        request = self._request(prompt, options, folder, source)
+        request = self._request(source.prompt if prompt is None else prompt, options, folder, source)
         chain = interpolate_chain(self.bundle, request, source.frames, factor, source.sha256)
         planned(chain)
         return self._chained(chain, source, folder, progress, cancel)
@@ -134,6 +138,7 @@ class LongVideos(Maker):
         *,
         spacing: int | None = None,
         overlap: int | None = None,
+        upsample: int | None = None,
         folder: str | PathLike[str] | None = None,
         progress: Progress = unheard,
         cancel: Event | None = None,
@@ -146,7 +151,23 @@ class LongVideos(Maker):
         ``overlap`` of them.
         """
         request = self._request(prompt, options, folder)
-        chain = long_chain(self.bundle, request, frames, spacing, overlap)
+        chain = long_chain(self.bundle, request, frames, spacing, overlap, upsample)
+        planned(chain)
+        return self._chained(chain, None, folder, progress, cancel)
+
+    def upsampled(
+        self,
+        prompt: str,
+        upsample: int = 2,
+        *,
+        folder: str | PathLike[str] | None = None,
+        progress: Progress = unheard,
+        cancel: Event | None = None,
+        planned: Planned = unplanned,
+        **options: Unpack[CallOptions],
+    ) -> ChainOutput:
+        """A clip of ``prompt``, as a call makes it, and the frames between: ``upsample`` times the frame rate."""
+        chain = upsampled_chain(self.bundle, self._request(prompt, options, folder), upsample)
         planned(chain)
         return self._chained(chain, None, folder, progress, cancel)
 

@@ -2,17 +2,20 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.files import make_folder, read_json, replaced_file, write_text
 from stiv_deploy.runtime.pipeline.recent import Recent
 
 WHAT = "chunks.json"
+LOCK = "chunks.lock"
 KEPT_FILES = 4
 """Files of chunks that stay in memory."""
 
@@ -104,10 +107,27 @@ def open_folder(folder: Path, what: Mapping[str, Any]) -> None:
         if _read(made) != json.loads(json.dumps(what)):
             raise RequestError(f"{folder}: holds finished chunks of another video; remove it, or choose another")
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(each.name != LOCK for each in folder.iterdir()):
         raise RequestError(f"{folder}: is not empty, and holds no chunks of a video; choose another folder")
     make_folder(folder)
     write_text(made, json.dumps(what, indent=2) + "\n")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Have ``folder``, which is made, for this run alone; :class:`RequestError` if another makes a video there."""
+    make_folder(folder)
+    try:
+        lock = FileLock(folder / LOCK).acquire(blocking=False)
+    except Timeout:
+        raise RequestError(
+            f"{folder}: another run makes a video there; wait for its end, stop it, or choose another folder"
+        ) from None
+    with lock:
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)  # while it is held: one that is gone is taken by nobody
 
 
 def begun_seed(folder: Path, seed: int | None) -> int | None:

@@ -14,6 +14,7 @@ from stiv_deploy.runtime.bundle.bundle import read_manifest, write_manifest
 from stiv_deploy.runtime.bundle.manifest import TrainedOn
 from stiv_deploy.runtime.pipeline.films import open_film
 from stiv_deploy.runtime.pipeline.media import write_video
+from stiv_deploy.runtime.pipeline.timeline import locked
 
 Run = Callable[..., tuple[int, str, str]]
 CLIP = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
@@ -32,6 +33,8 @@ def clip(tmp_path: Path) -> Path:
         (["interpolate"], 9),
         (["interpolate", "--factor", 4], 17),
         (["long", "--prompt", "digit three", "--frames", 7], 7),
+        (["long", "--prompt", "digit three", "--frames", 7, "--upsample", 2], 13),
+        (["extend", "--frames", 6, "--overlap", 2, "--upsample", 4], 21),
     ],
 )
 def test_a_video_is_written_and_told(
@@ -131,6 +134,10 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(
         (["long", "--prompt", "a", "--frames", 8], "nearest number is 7 or 10"),
         (["long", "--prompt", "a", "--frames", 7, "--image", "no.png"], "no.png: no such image file"),
         (["long", "--frames", 7], "Missing option '--prompt'"),
+        (["long", "--prompt", "a", "--frames", 7, "--upsample", 3], "upsample must be 2 or 4, got 3"),
+        (["generate", "--prompt", "a", "--upsample", 3], "upsample must be 2 or 4, got 3"),
+        (["generate", "--prompt", "a", "--frames", 1, "--upsample", 2], "there is nothing between"),
+        (["generate", "--prompt", "a", "--prompt", "b", "--upsample", 2], "--upsample is of one clip"),
         (["extend", "CLIP", "--frames", 9, "--out", "clip.avi"], "cannot write '.avi'; choose"),
         (["extend", "CLIP", "--frames", 9, "--out", "CLIP"], "would replace"),
     ],
@@ -156,3 +163,41 @@ def test_a_task_that_the_model_was_not_trained_for(run: Run, own_bundle: Path, c
         assert code == 2
         assert "this model was not trained to be given" in err
         assert "its givings are none" in err
+
+
+def test_a_generated_clip_is_upsampled_in_latents(run: Run, bundle_path: Path, tmp_path: Path) -> None:
+    picture, out, report = tmp_path / "first.png", tmp_path / "out.webp", tmp_path / "report.json"
+    Image.fromarray(CLIP[0]).save(picture)
+    words = ("generate", bundle_path, "--prompt", "digit", "--image", picture, *FEW)
+    assert run(*words, "--out", tmp_path / "plain")[0] == 0
+    code, told, err = run(*words, "--upsample", 2, "--out", out, "--json", report)
+    assert (code, err) == (0, "")
+    assert told.startswith(f"{out}: 7 frames of 8x8 at 16 a second")
+    values = json.loads(report.read_text())
+    assert [each["name"] for each in values["passes"]] == ["clip", "upsampled-0"]
+    plain = [frame for window in open_film(tmp_path / "plain").windows(9, 8, 8) for frame in window]
+    assert run(*words, "--upsample", 2, "--out", tmp_path / "faster")[0] == 0
+    faster = [frame for window in open_film(tmp_path / "faster").windows(9, 8, 8) for frame in window]
+    assert np.array_equal(np.stack(faster[::2]), np.stack(plain))
+
+
+@pytest.mark.parametrize(("words", "prompt"), [((), "digit four"), (("--prompt", ""), "")])
+def test_a_clip_of_ours_has_its_own_prompt(
+    run: Run, bundle_path: Path, tmp_path: Path, words: tuple[str, ...], prompt: str
+) -> None:
+    made, out = tmp_path / "made.webp", tmp_path / "out.webp"
+    assert run("generate", bundle_path, "--prompt", "digit four", *FEW, "--out", made)[0] == 0
+    assert run("interpolate", bundle_path, made, *FEW, *words, "--out", out)[0] == 0
+    assert open_film(made).prompt == "digit four"
+    assert open_film(out).prompt == prompt
+
+
+def test_a_second_run_in_one_folder_is_one_line(run: Run, bundle_path: Path, clip: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    words = ("interpolate", bundle_path, clip, *FEW, "--chunks", kept, "--out", tmp_path / "out.webp")
+    with locked(kept):
+        code, _, err = run(*words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{kept}: another run makes a video there; wait for its end, stop it, or choose another folder" in err
+    assert run(*words)[0] == 0
+    assert not (kept / "chunks.lock").exists()
