@@ -294,6 +294,7 @@ OPTIONS: dict[str, Any] = {
     "--image-guidance": 1.25,
     "--guidance-mode": "sit",
     "--no-renorm": False,
+    "--unseen": "zero",
     "--solver": "heun",
     "--time-shift": 2.0,
     "--decode-tile": 4,
