@@ -12,17 +12,16 @@ from stiv_deploy.runtime.pipeline.limits import SEED_LIMIT, bounded, switch, who
 from stiv_deploy.runtime.pipeline.request import GenerationRequest, in_a_row, new_seed
 
 
-class CallOptions(TypedDict, total=False):
-    """Keywords of :class:`pipeline.StivPipeline`'s call: fields of :class:`GenerationRequest`, and short forms.
+class ClipOptions(TypedDict, total=False):
+    """Keywords of every method that makes clips: fields of :class:`GenerationRequest`, and short forms.
 
-    ``image`` is the picture of frame 0 or pictures by frame (the field ``frames``), ``num_videos_per_prompt`` the field
-    ``count``, ``resize`` the fit ``crop``. A NumPy ``generator`` draws the seed, a torch one is asked for its initial
-    seed. ``latents`` of given frames are a dictionary; an array or tensor fp32 [B, T, C, h, w] is the initial noise
-    (the field ``noise``). ``negative_prompt`` may be a list, one for each prompt. What is ``None`` is left out.
+    ``num_videos_per_prompt`` is the field ``count``, ``resize`` the fit ``crop``. A NumPy ``generator`` draws the seed,
+    a torch one is asked for its initial seed. ``latents`` of given frames are a dictionary; an array or tensor fp32
+    [B, T, C, h, w] is the initial noise (the field ``noise``). ``negative_prompt`` may be a list, one for each prompt.
+    What is ``None`` is left out.
     """
 
     negative_prompt: str | Sequence[str] | None
-    image: ImageLike | Mapping[int, ImageLike] | None
     latents: Mapping[int, np.ndarray] | np.ndarray | None
     fit: str
     background: str
@@ -46,6 +45,15 @@ class CallOptions(TypedDict, total=False):
     generator: Any
     num_videos_per_prompt: int
     decode_tile: int | None
+
+
+class CallOptions(ClipOptions, total=False):
+    """Keywords of :class:`pipeline.StivPipeline`'s call: those of all clips, and pictures.
+
+    ``image`` is the picture of frame 0 or pictures by frame (the field ``frames``).
+    """
+
+    image: ImageLike | Mapping[int, ImageLike] | None
 
 
 def requests_of_call(prompt: str | Sequence[str], options: Mapping[str, Any]) -> list[GenerationRequest]:

@@ -83,8 +83,9 @@ def _record(path: Path) -> Mapping[str, Any]:
 
 def _made(record: Mapping[str, Any]) -> tuple[int, int] | None:
     height, width = record.get("height"), record.get("width")
-    known = isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0
-    return (height, width) if known else None
+    if isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0:
+        return height, width
+    return None
 
 
 def _prompt(record: Mapping[str, Any]) -> str:

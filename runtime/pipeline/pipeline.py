@@ -13,7 +13,7 @@ from stiv_deploy.runtime.backends import open_backend
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.errors import BackendError, Cancelled, RequestError, briefly
-from stiv_deploy.runtime.pipeline.call import CallOptions, requests_of_call
+from stiv_deploy.runtime.pipeline.call import CallOptions, ClipOptions, requests_of_call
 from stiv_deploy.runtime.pipeline.coding import Clean, Coder
 from stiv_deploy.runtime.pipeline.given import ImageLike
 from stiv_deploy.runtime.pipeline.long_videos import LongVideos
@@ -159,7 +159,7 @@ class StivPipeline(LongVideos):
         azimuths: Sequence[float] | None = None,
         callback_on_step_end: StepCallback | None = None,
         cancel: Event | None = None,
-        **options: Unpack[CallOptions],
+        **options: Unpack[ClipOptions],
     ) -> ViewsOutput:
         """Views of the object in the picture ``image`` from all around it, those at ``azimuths`` degrees or all.
 

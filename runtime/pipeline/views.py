@@ -142,6 +142,6 @@ class ViewsOutput:
         frames, (record,) = self.frames, self.output.records
         count, height, width, _ = frames.shape
         if Path(path).suffix.lower() == SHEET:
-            sheet = grid(frames[:, None], self.labels, grid_upscale(count, height, width, upscale))
+            sheet = grid(list(frames[:, None]), self.labels, grid_upscale(count, height, width, upscale))
             return write_video(path, sheet, self.output.fps, comment=record.embedded())
         return write_video(path, frames, self.output.fps, upscale_for(path, height, width, upscale), record.embedded())
