@@ -21,7 +21,8 @@ KEPT, DROPPED = "#107c10", "#c50f1f"
 SHOWN = 96  # clips on a sheet: each costs a seek and a frame
 COLUMNS = 6
 TILE = (200, 120)  # pixels: width, height
-TEXT = 28
+LINE = 14
+TEXT = 2 * LINE + 6  # the second line of text ends above the frame around the tile
 
 
 def plot_scores(clips: Sequence[Clip], thresholds: Thresholds, out: Path) -> None:
@@ -84,7 +85,7 @@ def clip_sheet(folder: Path, clips: Sequence[Clip], out: Path) -> None:
         x, y = number % COLUMNS * cell[0] + 4, number // COLUMNS * cell[1] + 20
         colour = KEPT if clip.kept else DROPPED
         draw.text((x, y), _title(clip), fill="black")
-        draw.text((x, y + TEXT // 2), ", ".join(clip.dropped)[:34] or _scores(clip), fill=colour)
+        draw.text((x, y + LINE), ", ".join(clip.dropped)[:34] or _scores(clip), fill=colour)
         sheet.paste(_tile(folder, clip), (x, y + TEXT))
         draw.rectangle((x - 2, y + TEXT - 2, x + TILE[0] + 1, y + TEXT + TILE[1] + 1), outline=colour, width=3)
     with replaced_file(out) as temporary:
