@@ -31,7 +31,7 @@ def one_block_checkpoint(name: str, frames: int, size: int, seed: int = 0) -> Ch
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        parts = (Stiv(model).initialize(generator), TextEncoder(text), Vae(vae))
+        parts = (Stiv(model).initialize(generator), TextEncoder(text).initialize(generator), Vae(vae))
     return Checkpoint(
         config=CheckpointConfig(model=model, text=text, vae=vae, sampling=sampling),
         model=shaken(parts[0], generator),

@@ -34,6 +34,18 @@ def test_every_parameter_has_a_range(make: Callable[..., Checkpoint]) -> None:
             assert parameter.abs().max() > 0, name
 
 
+def test_nothing_is_left_as_it_was_in_memory(make: Callable[..., Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch fills what is allocated empty with NaN where algorithms are deterministic."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        checkpoint = make("narrow", frames=4, size=32)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for module in (checkpoint.model, checkpoint.text_encoder, checkpoint.vae):
+        assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
 def test_seeded(make: Callable[..., Checkpoint]) -> None:
     torch.manual_seed(7)
     first = make("narrow", frames=4, size=32).model.state_dict()
