@@ -51,6 +51,7 @@ class BundleSource:
                 image_guidance_scale=settings.image_scale,
                 guidance_mode=settings.mode,
                 guidance_renorm=settings.renorm,
+                unseen=settings.unseen,
                 time_shift=settings.time_shift,
                 solver="euler",
                 seed=seed,

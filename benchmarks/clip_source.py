@@ -27,6 +27,7 @@ class Settings:
     time_shift: float | None = None
     frames: int | None = None
     stride: int | None = None
+    unseen: str = "noised"
 
 
 class Source(Protocol):

@@ -150,6 +150,7 @@ def loss_of(model: Stiv, batch: int, frames: int, size: int, masked: bool) -> Te
         timestep=torch.zeros(batch),
         noise=torch.zeros_like(latents),
         given=torch.zeros(batch, frames, dtype=torch.bool),
+        zeroed=torch.zeros(batch, frames, dtype=torch.bool),
         drop_text=torch.zeros(batch, dtype=torch.bool),
         keep=torch.zeros(batch, kept_tokens(tokens, 0.5), dtype=torch.int64) if masked else None,
     )

@@ -90,14 +90,15 @@ class Asked:
 class Experiment:
     """Runs tasks on one source, and keeps a table row and some clips of each."""
 
-    def __init__(self, source: Source, settings: Settings, batch: int) -> None:
+    def __init__(self, source: Source, settings: Settings, batch: int, views_scale: float) -> None:
         self.source, self.settings, self.batch = source, settings, batch
+        self.of_views = replace(settings, scale=views_scale, unseen="zero", stride=1)
         self.rows: dict[str, Result] = {}
         self.sheet: list[Row] = []
 
-    def generate(self, ask: Asked, stride: int) -> Video:
+    def generate(self, ask: Asked, settings: Settings) -> Video:
         """All clips, ``batch`` at a time; clip i has seed i."""
-        settings, parts = replace(self.settings, frames=ask.truth.shape[1], stride=stride), []
+        settings, parts = replace(settings, frames=ask.truth.shape[1]), []
         for start in range(0, len(ask.prompts), self.batch):
             chosen = slice(start, start + self.batch)
             given: Given = {number: ask.truth[chosen, number] for number in ask.given}
@@ -116,10 +117,10 @@ class Experiment:
 
     def world(self, task: str, clips: Sequence[WorldClip]) -> None:
         """A task on clips of the world, all of one stride."""
-        started, stride = time.perf_counter(), clips[0].stride
+        started, settings = time.perf_counter(), replace(self.settings, stride=clips[0].stride)
         truth = as_video(np.stack([clip.frames for clip in clips]))
         ask = Asked(prompts=[clip.caption.text for clip in clips], truth=truth, given=GIVEN[task](truth.shape[1]))
-        video = self.generate(ask, stride)
+        video = self.generate(ask, settings)
         scores = [
             score(frames, wanted(clip, len(ask.given))) for frames, clip in zip(as_frames(video), clips, strict=True)
         ]
@@ -142,18 +143,18 @@ class Experiment:
         started = time.perf_counter()
         truth = as_video(np.stack([each.clip.frames for each in found]))
         ask = Asked(prompts=[each.caption.text for each in found], truth=truth, given=[0])
-        video = self.generate(ask, found[0].clip.stride)
+        video = self.generate(ask, replace(self.settings, stride=found[0].clip.stride))
         scores = [score(frames, asked(each.caption.told)) for frames, each in zip(as_frames(video), found, strict=True)]
         followed = Counter(each.followed(one) for each, one in zip(found, scores, strict=True))
         row = {name: round(100 * followed[name] / len(found), 1) for name in ("picture", "words", "neither")}
         self.keep("conflicts", {"clips": len(found), **row}, _captioned(video, ask.prompts, scores), started)
 
     def views(self, sets: Sequence[ViewSet]) -> None:
-        """Views from all around a solid, of which the first is given."""
+        """Views from all around a solid, of which the first is given, sampled as ``stiv views`` does."""
         started = time.perf_counter()
         truth = as_video(np.stack([each.frames for each in sets]))
         ask = Asked(prompts=[""] * len(sets), truth=truth, given=[0])
-        video = self.generate(ask, 1)
+        video = self.generate(ask, self.of_views)
         scores = [score_views(frames, each) for frames, each in zip(as_frames(video), sets, strict=True)]
         clips = [
             (one, each.look.solid, all(found.placed)) for one, each, found in zip(video, sets, scores, strict=True)
@@ -232,7 +233,8 @@ def table(report: Result) -> str:
     faults = "".join(f"| {name} | {share:g} |\n" for name, share in scorers["faults_caught"].items())
     return (
         f"# Scores in the world, {report['date']}\n\n`{report['command']}`\n\n{about}; {report['samples']} held-out "
-        f"clips a task, {report['steps']} Euler steps, guidance {report['scale']:g}; {report['cpu']}.\n\n"
+        f"clips a task, {report['steps']} Euler steps, guidance {report['scale']:g}, of views "
+        f"{report['views_scale']:g}; {report['cpu']}.\n\n"
         f"{markdown(rows)}{others}\nPercent, but for means, PSNR (dB) and seconds.\n"
         + (f"\n| planted fault | caught % |\n|---|---|\n{faults}" if faults else "")
     )
@@ -258,6 +260,7 @@ def main(
     recipe: Annotated[Path | None, typer.Option(help="Recipe whose world it is.", show_default="beside SOURCE")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Held-out clips of each task.")] = 200,
     scale: Annotated[float, typer.Option(help="Guidance scale.")] = 3.0,
+    views_scale: Annotated[float, typer.Option(help="Guidance scale of views; the default is the paper's.")] = 3.5,
     steps: Annotated[int, typer.Option(min=1)] = 20,
     stride: Annotated[
         int | None, typer.Option(min=1, help="Frame stride of the clips.", show_default="the checkpoint's")
@@ -282,7 +285,7 @@ def main(
     )
     scorers = validate(opened, [world.clip(index) for index in range(VALIDATION_CLIPS)])
     typer.echo(json.dumps(scorers), err=True)
-    experiment = Experiment(opened, Settings(steps=steps, scale=scale, time_shift=time_shift), batch)
+    experiment = Experiment(opened, Settings(steps=steps, scale=scale, time_shift=time_shift), batch, views_scale)
     measure(experiment, names, world, Views(views, frames=view_frames, side=side, split="test"), samples)
     report: Result = {
         "command": f"python {shlex.join(sys.argv)}",
@@ -294,6 +297,7 @@ def main(
         "samples": samples,
         "steps": steps,
         "scale": scale,
+        "views_scale": views_scale,
         "scorers": scorers,
         "tasks": experiment.rows,
     }

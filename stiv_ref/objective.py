@@ -18,6 +18,7 @@ from stiv_deploy.stiv_ref.conditioning import draw_dropout, replace_frames
 from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.flow import flow_loss, interpolate, sample_timesteps, velocity_target
 from stiv_deploy.stiv_ref.givings import Mix
+from stiv_deploy.stiv_ref.guidance import Unseen
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.tasks import MIX, TASKS, Task, TaskName
 from stiv_deploy.stiv_ref.text import TextStates
@@ -61,12 +62,14 @@ class Draws:
     """The random choices of one batch.
 
     ``timestep`` fp32 [B]; ``noise`` fp32 [B, T, C, h, w]; ``given`` bool [B, T], frames that the model gets clean;
-    ``drop_text`` bool [B]; ``keep`` int64 [B, S'], sorted tokens that pass the main blocks, or ``None`` for all.
+    ``zeroed`` bool [B, T], those that it would, had the sample not lost its image, and gets as zeros, of tasks that say
+    so; ``drop_text`` bool [B]; ``keep`` int64 [B, S'], sorted tokens that pass the main blocks, or ``None`` for all.
     """
 
     timestep: Tensor
     noise: Tensor
     given: Tensor
+    zeroed: Tensor
     drop_text: Tensor
     keep: Tensor | None
 
@@ -77,6 +80,7 @@ class Draws:
             timestep=self.timestep.to(device),
             noise=self.noise.to(device),
             given=self.given.to(device),
+            zeroed=self.zeroed.to(device),
             drop_text=self.drop_text.to(device),
             keep=keep,
         )
@@ -99,7 +103,7 @@ def draw(
     """Make the choices for latents ``latents_shape`` (T, C, h, w) with ``tokens`` a frame, one sample per generator."""
     image_dropout = objective.image_dropout if objective.kind.conditioned else 1.0
     joint = objective.joint_dropout if objective.kind.conditioned else objective.text_dropout
-    timesteps, noises, texts, givens, keeps = [], [], [], [], []
+    timesteps, noises, texts, givens, lost, keeps = [], [], [], [], [], []
     for generator in generators:
         drop_text, drop_image = draw_dropout(
             1, text=objective.text_dropout, image=image_dropout, joint=joint, generator=generator
@@ -112,11 +116,14 @@ def draw(
         if objective.mask_ratio:
             order = torch.randperm(tokens, generator=generator)
             keeps.append(order[: kept_tokens(tokens, objective.mask_ratio)].sort().values)
-        givens.append(objective.kind.draw(latents_shape[0], generator) & ~drop_image)
+        chosen = objective.kind.draw(latents_shape[0], generator)
+        givens.append(chosen & ~drop_image)
+        lost.append(chosen & drop_image)
     return Draws(
         timestep=torch.cat(timesteps),
         noise=torch.stack(noises),
         given=torch.stack(givens),
+        zeroed=torch.stack(lost) & (objective.kind.unseen is Unseen.ZERO),
         drop_text=torch.cat(texts),
         keep=torch.stack(keeps) if keeps else None,
     )
@@ -142,10 +149,11 @@ def training_loss(
 ) -> Tensor:
     """Flow-matching loss per sample, fp32 [B], with frame replacement and, if drawn, masked tokens.
 
-    ``latents`` [B, T, C, h, w] are the data; ``text`` has lost what ``draws.drop_text`` says already (with
-    :func:`drop_text`, or by encoding empty captions).
+    It is that of the frames that are noised to the model. ``latents`` [B, T, C, h, w] are the data; ``text`` lost what
+    ``draws.drop_text`` says already (with :func:`drop_text`, or by encoding empty captions).
     """
-    model_input = replace_frames(interpolate(latents, draws.noise, draws.timestep), latents, draws.given)
+    noised = interpolate(latents, draws.noise, draws.timestep)
+    model_input = replace_frames(replace_frames(noised, latents, draws.given), torch.zeros_like(noised), draws.zeroed)
     prediction = model(model_input, draws.timestep, micro, *text, keep=draws.keep)
     weight = None
     if draws.keep is not None:
@@ -153,4 +161,4 @@ def training_loss(
         size = model.config.patch[1]
         weight = token_weights(draws.keep, rows * columns, masked_loss_weight).unflatten(1, (rows, columns))
         weight = weight.repeat_interleave(size, 1).repeat_interleave(size, 2)  # (B, h, w)
-    return flow_loss(prediction, velocity_target(latents, draws.noise), draws.given, weight)
+    return flow_loss(prediction, velocity_target(latents, draws.noise), draws.given | draws.zeroed, weight)

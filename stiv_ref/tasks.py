@@ -12,15 +12,21 @@ import torch
 from torch import Tensor
 
 from stiv_deploy.stiv_ref.givings import NONE, Giving, drawn, frame_mask, giving
+from stiv_deploy.stiv_ref.guidance import Unseen
 
 TaskName = Literal["t2i", "t2v", "ti2v", "predict", "interpolate", "keyframes", "views", "all", "mix"]
 
 
 class Task(NamedTuple):
-    """``mix`` has the givings and the share of the samples that each has. Without ``video`` a sample is a still."""
+    """``mix`` has the givings and the share of the samples that each has. Without ``video`` a sample is a still.
+
+    ``unseen`` is what a sample that loses its image gets at the given frames, in training and, in the unconditional
+    branch of guidance, in sampling.
+    """
 
     video: bool = True
     mix: Mapping[str, float] = MappingProxyType({NONE: 1.0})
+    unseen: Unseen = Unseen.NOISED
 
     @property
     def conditioned(self) -> bool:
@@ -56,7 +62,7 @@ TASKS: Mapping[str, Task] = {
     "predict": Task(mix={"first 4": 1.0}),
     "interpolate": Task(mix={"every 2": 1.0}),
     "keyframes": Task(mix={"first": 0.5, "ends": 0.5}),
-    "views": Task(mix={"first": 1.0}),
+    "views": Task(mix={"first": 1.0}, unseen=Unseen.ZERO),
     "all": Task(mix={NONE: 0.2, "first": 0.2, "first 4": 0.15, "every 2": 0.15, "ends": 0.15, "random": 0.15}),
 }
 """All tasks but ``mix``. Video prediction is given the first four frames, interpolation every second one, and views the

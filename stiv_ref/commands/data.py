@@ -51,11 +51,11 @@ def world(
     stiv data world world.png --count 24
     """
     from stiv_deploy.stiv_ref.config import parse_config
-    from stiv_deploy.stiv_ref.data.world.sheet import world_sheet
+    from stiv_deploy.stiv_ref.data.sheet import drawn_sheet
     from stiv_deploy.stiv_ref.world_settings import WorldData
 
     settings = parse_config(WorldData, {"kind": "world", "strides": stride or [1]}, "world")
-    world_sheet(settings, out, count=count, frames=frames, side=size, split=split)
+    drawn_sheet(settings, out, count=count, frames=frames, side=size, split=split)
     typer.echo(out)
 
 
@@ -71,10 +71,10 @@ def views(
 
     stiv data views views.png --count 21
     """
-    from stiv_deploy.stiv_ref.data.views.sheet import views_sheet
+    from stiv_deploy.stiv_ref.data.sheet import drawn_sheet
     from stiv_deploy.stiv_ref.world_settings import ViewsData
 
-    views_sheet(ViewsData(kind="views"), out, count=count, frames=frames, side=size, split=split)
+    drawn_sheet(ViewsData(kind="views"), out, count=count, frames=frames, side=size, split=split)
     typer.echo(out)
 
 

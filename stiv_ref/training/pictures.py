@@ -7,7 +7,7 @@ Drawing leaves the training as it was: its weights, its random numbers, its mode
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ from stiv_deploy.stiv_ref.checkpoint import SamplingDefaults
 from stiv_deploy.stiv_ref.data.source import Batch
 from stiv_deploy.stiv_ref.files import replaced_file
 from stiv_deploy.stiv_ref.generation import seeded_noise, settings_of
+from stiv_deploy.stiv_ref.guidance import Unseen
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.plots import STRIP_GAP, Row, contact_sheet, label_font
 from stiv_deploy.stiv_ref.recipe import Logging, Stage
@@ -58,7 +59,7 @@ class Subjects:
     """What all sheets of a stage show: ``prompts`` N; ``shape`` (T, C, h, w) of their latents; ``micro`` fp32 [N, 6].
 
     ``given`` bool [N, T] says which latent frames are given, ``clean`` fp32 [N, T, C, h, w] what they are; it is 0 at
-    the others.
+    the others. ``unseen`` is what the unconditional branch gets there, as the stage's task has it.
     """
 
     prompts: list[str]
@@ -66,6 +67,7 @@ class Subjects:
     given: Tensor
     clean: Tensor
     micro: Tensor
+    unseen: Unseen = Unseen.NOISED
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -102,6 +104,7 @@ def choose(stage: Stage, logging: Logging, batch: Batch, vae: LatentCoder, strid
         given=given,
         clean=latents[:count].float() * given[:, :, None, None, None].to(latents.device),
         micro=micro,
+        unseen=stage.kind.unseen,
     )
 
 
@@ -200,7 +203,8 @@ def draw_samples(
     should ``write``.
     """
     out = run / FOLDER / f"{name}-{step:07d}.png"
-    clips = generate_clips(model, encode, vae, subjects, settings_of(sampling), at_once or len(subjects))
+    settings = replace(settings_of(sampling), unseen=subjects.unseen)
+    clips = generate_clips(model, encode, vae, subjects, settings, at_once or len(subjects))
     if write:
         rows = [
             Row(video=_for_sheet(clip).numpy(), caption=_given_words(given) + prompt)

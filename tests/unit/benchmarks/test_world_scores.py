@@ -59,7 +59,7 @@ TASKS = ["t2v", "ti2v", "predict", "interpolate", "ends", "conflicts", "views"]
 
 
 def measured(scores: ModuleType, source: KnownSource) -> Any:
-    experiment = scores.Experiment(source, scores.Settings(steps=1, scale=1.0), batch=3)
+    experiment = scores.Experiment(source, scores.Settings(steps=1, scale=1.0), batch=3, views_scale=2.0)
     return scores.measure(experiment, TASKS, WORLD, VIEWS, SAMPLES)
 
 
@@ -75,7 +75,8 @@ def test_true_clips_are_right_in_every_task(scores: ModuleType) -> None:
     assert rows["interpolate"]["psnr_blended"] > rows["interpolate"]["psnr_nearest"] > 10
     given = {len(each) for _, each in source.calls}
     assert given == {0, 1, 2, 3, 4}
-    assert {settings.frames for settings, _ in source.calls} == {3, 6}
+    asked = {(each.frames, each.scale, each.unseen, each.stride) for each, _ in source.calls}
+    assert asked == {(3, 2.0, "zero", 1), (6, 1.0, "noised", 1)}
 
 
 def test_a_source_that_repeats_what_it_is_given_is_found_out(scores: ModuleType) -> None:
@@ -103,6 +104,7 @@ def test_scorers_are_validated_beside_and_all_is_in_the_table(scores: ModuleType
         "samples": SAMPLES,
         "steps": 7,
         "scale": 3.0,
+        "views_scale": 3.5,
         "scorers": checked,
         "tasks": experiment.rows,
     }

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from stiv_deploy.stiv_ref.conditioning import replace_frames
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.objective import (
     Draws,
@@ -22,6 +23,7 @@ from stiv_deploy.stiv_ref.objective import (
     token_weights,
     training_loss,
 )
+from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, guided_velocity
 from stiv_deploy.stiv_ref.text import TextStates
 
 ModelFactory = Callable[..., Stiv]
@@ -45,7 +47,7 @@ def test_draws_do_not_depend_on_how_the_batch_is_cut(mask_ratio: float) -> None:
     objective = Objective(task="ti2v", mask_ratio=mask_ratio)
     whole = draws_of(objective, range(8))
     parts = [draws_of(objective, range(0, 3)), draws_of(objective, range(3, 8))]
-    for name in ("timestep", "noise", "given", "drop_text", *(["keep"] if mask_ratio else [])):
+    for name in ("timestep", "noise", "given", "zeroed", "drop_text", *(["keep"] if mask_ratio else [])):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts])), name
     assert (whole.keep is None) == (mask_ratio == 0)
 
@@ -140,6 +142,52 @@ def test_loss_leaves_out_what_is_given_of_each_sample(
     error = (velocity - (latents - draws.noise.double())).square()
     wanted = [error[sample][~draws.given[sample]].mean() for sample in range(2)]
     torch.testing.assert_close(loss_of(model, latents, draws), torch.stack(wanted).float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("task", ["ti2v", "predict", "interpolate", "views"])
+def test_what_dropout_shows_is_what_the_unconditional_branch_of_generation_sees(
+    latents: torch.Tensor, task: Any
+) -> None:
+    """At the given frames of the same clip, noise and time."""
+    objective = Objective(task=task, image_dropout=1)
+    draws = draws_of(objective, range(2))
+    draws = replace(draws, timestep=torch.full((2,), 0.25).double(), noise=draws.noise.double())
+    model = Seeing()
+    training_loss(model, latents, text_of(2), torch.ones(2, 6), draws)  # type: ignore[arg-type]
+    mask = objective.kind.shown(0, SHAPE[0]).repeat(2, 1)
+    inputs = SamplingInputs(draws.noise, latents, mask, text_of(2), text_of(2), torch.ones(2, 6))
+    settings = SamplingSettings(unseen=objective.kind.unseen)
+    guided_velocity(model, inputs, settings)(replace_frames(draws.noise, latents, mask), 0.25)  # type: ignore[arg-type]
+    trained, sampled = model.seen[0], model.seen[1].chunk(2)
+    (blind,) = [each for each in sampled if not torch.equal(each[mask], latents[mask])]
+    assert torch.equal(trained[mask], blind[mask])
+    assert bool(trained[mask].any()) == (task != "views")
+
+
+class Seeing:
+    """A model that keeps what it is shown, and answers with it."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def text_kv(self, states: torch.Tensor) -> torch.Tensor:
+        return states
+
+    def __call__(self, latents: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        self.seen.append(latents)
+        return latents
+
+
+def test_a_view_that_is_dropped_is_out_of_the_loss(random_model: ModelFactory, latents: torch.Tensor) -> None:
+    draws = draws_of(Objective(task="views", image_dropout=0.5), range(16))
+    assert torch.equal(draws.given[:, 0], ~draws.zeroed[:, 0])
+    assert 0 < draws.zeroed[:, 0].sum() < 16
+    assert not (draws.given | draws.zeroed)[:, 1:].any()
+    lost = draws_of(Objective(task="views", image_dropout=1), range(2))
+    other = latents.clone()
+    other[:, 0] += 1
+    model = random_model()
+    assert torch.equal(loss_of(model, latents, lost), loss_of(model, other, lost))
 
 
 @given(tokens=st.integers(1, 64), ratio=st.floats(0, 0.99))

@@ -182,12 +182,14 @@ def test_a_generated_clip_is_upsampled_in_latents(run: Run, bundle_path: Path, t
 
 
 @pytest.mark.parametrize(("words", "prompt"), [((), "digit four"), (("--prompt", ""), "")])
+@pytest.mark.parametrize("command", [("interpolate",), ("extend", "--frames", 6)], ids=lambda words: words[0])
 def test_a_clip_of_ours_has_its_own_prompt(
-    run: Run, bundle_path: Path, tmp_path: Path, words: tuple[str, ...], prompt: str
+    run: Run, bundle_path: Path, tmp_path: Path, command: tuple[object, ...], words: tuple[str, ...], prompt: str
 ) -> None:
     made, out = tmp_path / "made.webp", tmp_path / "out.webp"
     assert run("generate", bundle_path, "--prompt", "digit four", *FEW, "--out", made)[0] == 0
-    assert run("interpolate", bundle_path, made, *FEW, *words, "--out", out)[0] == 0
+    name, *own = command
+    assert run(name, bundle_path, made, *own, *FEW, *words, "--out", out)[0] == 0
     assert open_film(made).prompt == "digit four"
     assert open_film(out).prompt == prompt
 

@@ -15,8 +15,9 @@ from stiv_deploy.runtime.bundle.manifest import TrainedOn
 from stiv_deploy.runtime.pipeline.films import open_film
 from stiv_deploy.runtime.pipeline.grid import grid_sides
 from stiv_deploy.runtime.pipeline.records import read_requests
-from stiv_deploy.runtime.pipeline.views import cameras, chosen_cameras
+from stiv_deploy.runtime.pipeline.views import DEFAULTS, TASK, cameras, chosen_cameras
 from stiv_deploy.stiv_ref.data.views.sets import layout
+from stiv_deploy.stiv_ref.tasks import TASKS
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
 FEW: dict[str, Any] = {"num_inference_steps": 1, "seed": 3}
@@ -95,3 +96,7 @@ def test_bad_input(pipe: StivPipeline, options: dict[str, Any], message: str) ->
 def test_a_model_that_was_not_trained_for_views(bundle_path: Path) -> None:
     with opened(bundle_path, tasks=("ti2v", "all")) as pipe, pytest.raises(RequestError, match="tasks are ti2v, all"):
         pipe.views(PICTURE, **FEW)
+
+
+def test_the_unconditional_branch_sees_what_training_showed() -> None:
+    assert DEFAULTS["unseen"] == TASKS[TASK].unseen.value

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,6 +74,22 @@ def test_subjects_are_of_the_data(task: str, frames: int, given: list[int], vae:
     with torch.no_grad():
         torch.testing.assert_close(subjects.clean[:, given], vae.encode(data.video[:2])[:, given])
     assert not subjects.clean[~subjects.given].any()
+    assert subjects.unseen == "noised"
+
+
+def test_sheets_of_views_are_sampled_as_views_are(model: Stiv, vae: Vae, tmp_path: Path, recorder: list[Any]) -> None:
+    subjects = choose(stage("views", 4), Logging(sample_count=1), batch(4), vae, STRIDE)
+    draw_samples(model, encode, vae, subjects, SAMPLING, tmp_path, stage=1, name="a", step=3)
+    assert [settings.unseen for settings in recorder] == ["zero"]
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The settings of every sampling."""
+    found: list[Any] = []
+    whole = pictures.sample
+    monkeypatch.setattr(pictures, "sample", lambda *them: (found.append(them[2]), whole(*them))[1])
+    return found
 
 
 def test_a_sheet_shows_the_givings_of_a_mix_in_turn(vae: Vae) -> None:
