@@ -137,13 +137,27 @@ def parse_frames(image: Path | None, frames: Sequence[str]) -> dict[int, Path]:
     return given
 
 
+def recorded_options(path: Path | None, *, pictures: bool) -> dict[str, Any]:
+    """Keywords of a call for the one request in ``path``, if that is given, with or without the ``pictures`` it has.
+
+    Raises :class:`RequestError`.
+    """
+    from stiv_deploy.runtime.pipeline.call import options_of
+    from stiv_deploy.runtime.pipeline.records import read_template
+
+    options = {} if path is None else options_of(read_template(path))
+    given = () if pictures else ("image", "latents")
+    return {name: value for name, value in options.items() if name not in given}
+
+
 def upsampled_request(requests: "Sequence[GenerationRequest]", options: Mapping[str, Any]) -> "LongRequest":
     """The one of ``requests`` at a higher frame rate, as ``options`` say; :class:`RequestError` if there are more."""
+    from stiv_deploy.runtime.pipeline.call import options_of
     from stiv_deploy.runtime.pipeline.long_stage import LongRequest
 
     if len(requests) != 1 or requests[0].count != 1 or options["grid"]:
         raise RequestError("--upsample is of one clip; give one prompt, and neither --count nor --grid")
-    values = {name: value for name, value in requests[0] if value is not None and value != {}}
+    values = options_of(requests[0])
     if options["seed"] is None and options["request"] is None:
         del values["seed"]  # so that it goes on where an interrupted run of the same command began
     return LongRequest(

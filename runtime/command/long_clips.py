@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from stiv_deploy.runtime.command.generation import FIELDS
+from stiv_deploy.runtime.command.generation import FIELDS, recorded_options
 from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, progress_bar
+from stiv_deploy.runtime.errors import RequestError
 
 if TYPE_CHECKING:
     from stiv_deploy.runtime.pipeline.long_stage import LongReport, LongRequest, LongTask
@@ -24,10 +25,18 @@ Video = Annotated[
 Out = Annotated[
     Path, typer.Option(help="Output: .mp4, .gif, .webp, .png (one row of frames), or a folder of PNG frames.")
 ]
-Prompt = Annotated[str, typer.Option(help="What to show.")]
+Prompt = Annotated[str | None, typer.Option(help="What to show.")]
 OwnPrompt = Annotated[
     str | None,
     typer.Option("--prompt", help="What to show. Default: what the record says that VIDEO carries, or nothing."),
+]
+Request = Annotated[
+    Path | None,
+    typer.Option(
+        "--request",
+        metavar="FILE",
+        help="Sample as the request in FILE says: JSON, or a clip made here. What is given as an option replaces it.",
+    ),
 ]
 Negative = Annotated[str | None, typer.Option(help="What to steer away from.")]
 Fit = Annotated[
@@ -74,6 +83,7 @@ def extend(
     out: Out,
     frames: Annotated[int, typer.Option(help="Frames of the whole, those of VIDEO among them.")],
     prompt: OwnPrompt = None,
+    request: Request = None,
     negative_prompt: Negative = None,
     overlap: Overlap = None,
     upsample: Upsample = None,
@@ -110,6 +120,7 @@ def interpolate(
     out: Out,
     factor: Annotated[int, typer.Option(help="How many times the frames: 2 or 4.")] = 2,
     prompt: OwnPrompt = None,
+    request: Request = None,
     negative_prompt: Negative = None,
     clip: Clip = None,
     fit: Fit = None,
@@ -139,7 +150,8 @@ def long(
     bundle: Bundle,
     out: Out,
     frames: Annotated[int, typer.Option(help="Frames of the whole.")],
-    prompt: Prompt,
+    prompt: Prompt = None,
+    request: Request = None,
     negative_prompt: Negative = None,
     image: Annotated[Path | None, typer.Option(help="Picture to start from, the first frame.")] = None,
     spacing: Annotated[
@@ -186,8 +198,11 @@ def _run(task: "LongTask", context: typer.Context, arguments: dict[str, Any]) ->
     given = context.params
     check_json(given["json"])
     alike = {name: given[name] for name in FIELDS if given.get(name) is not None and name != "frames"}
-    options = {FIELDS[name]: value for name, value in alike.items()}
+    options = recorded_options(given["request"], pictures=task == "long" and given["image"] is None)
+    options |= {FIELDS[name]: value for name, value in alike.items()}
     options |= {name: given[name] for name in ("prompt", "seed") if given[name] is not None}
+    if task == "long" and "prompt" not in options:
+        raise RequestError("no prompt given; give --prompt, or --request with a file that has one")
     if given["clip"] is not None:
         options["num_frames"] = given["clip"]
     request = LongRequest(
@@ -198,7 +213,8 @@ def _run(task: "LongTask", context: typer.Context, arguments: dict[str, Any]) ->
         **{name: given[name] for name in ("chunks", "upscale", "backend", "device", "threads")},
     )
     check_output(request.out)
-    check_apart([request.out, given["json"]], [given.get("video"), given.get("image"), given["bundle"] / MANIFEST])
+    read = [*(given.get(name) for name in ("video", "image", "request")), given["bundle"] / MANIFEST]
+    check_apart([request.out, given["json"]], read)
     run_long(request, given["json"])
 
 

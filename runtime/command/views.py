@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stiv_deploy.runtime.command.generation import FIELDS
+from stiv_deploy.runtime.command.generation import FIELDS, recorded_options
 from stiv_deploy.runtime.command.long_clips import (
     BackendName,
     Bundle,
@@ -13,6 +13,7 @@ from stiv_deploy.runtime.command.long_clips import (
     Fit,
     Fps,
     Height,
+    Request,
     Steps,
     Threads,
     Upscale,
@@ -44,6 +45,7 @@ def views(
     frames: Annotated[
         int | None, typer.Option(help="Frames of the clip, the given view among them. Default: as trained.")
     ] = None,
+    request: Request = None,
     fit: Fit = None,
     background: Annotated[
         str | None, typer.Option(metavar="COLOR", help="Behind a transparent or padded picture. Default: black.")
@@ -74,8 +76,10 @@ def views(
 
     check_json(json)
     given = {name: value for name, value in context.params.items() if value is not None}
-    options = {field: given[name] for name, field in FIELDS.items() if name in given}
-    request = ViewsRequest(
+    options = recorded_options(request, pictures=False)
+    options.pop("prompt", None)
+    options |= {field: given[name] for name, field in FIELDS.items() if name in given}
+    asked = ViewsRequest(
         bundle=bundle,
         image=image,
         out=out,
@@ -87,9 +91,9 @@ def views(
         threads=threads,
     )
     check_output(out)
-    check_apart([out, json], [image, bundle / MANIFEST])
+    check_apart([out, json], [image, request, bundle / MANIFEST])
     with progress_bar("step") as progress:
-        report = make_views(request, progress)
+        report = make_views(asked, progress)
     answer(json, report.to_json, lambda: _print(report))
 
 

@@ -56,6 +56,12 @@ class CallOptions(ClipOptions, total=False):
     image: ImageLike | Mapping[int, ImageLike] | None
 
 
+def options_of(request: GenerationRequest) -> dict[str, Any]:
+    """Keywords of a call that asks for ``request``, its prompt among them; its pictures are ``image``."""
+    options = {name: value for name, value in request if value is not None and value != {}}
+    return options | ({"image": options.pop("frames")} if "frames" in options else {})
+
+
 def requests_of_call(prompt: str | Sequence[str], options: Mapping[str, Any]) -> list[GenerationRequest]:
     """One request for each prompt, with ``options`` (see :class:`CallOptions`); seeds count on over all videos.
 

@@ -1,7 +1,7 @@
 """How a clip was made: the record that its file carries, the report of a generation, and both read back."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
@@ -93,15 +93,38 @@ def read_requests(path: str | Path) -> list[Recorded]:
 
     Paths of pictures in it are looked up from the working folder. Raises a :class:`RequestError` that names ``path``.
     """
-    path = Path(path)
+    return _read(Path(path), _recorded)
+
+
+def _read(path: Path, found: Callable[[Any], Iterator[Recorded]]) -> list[Recorded]:
+    """What ``found`` finds in the JSON of ``path``; :class:`RequestError`."""
     try:
         text = read_comment(path) if is_clip(path) else read_text(path)
-        return list(_recorded(parse_json(text)))
+        return list(found(parse_json(text)))
     except (OSError, ValueError, RecursionError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or one_line(str(error), 200)
         raise RequestError(f"{path}: no request can be read from it ({reason})") from None
     except RequestError as error:
         raise RequestError(f"{path}: {error}") from None
+
+
+def read_template(path: str | Path) -> GenerationRequest:
+    """The one request in ``path``: as :func:`read_requests` reads it, or that of the clips of a long video.
+
+    Raises a :class:`RequestError` that names ``path``, also if there are several.
+    """
+    requests = _read(Path(path), _templates)
+    if len(requests) != 1:
+        raise RequestError(f"{path}: has {len(requests)} requests, and one is wanted; give a file of one clip")
+    return requests[0].request
+
+
+def _templates(values: Any) -> Iterator[Recorded]:
+    match values:
+        case {"template": template, "passes": _, "bundle": str(bundle)}:
+            yield Recorded(GenerationRequest.from_json(template), bundle)
+        case _:
+            yield from _recorded(values)
 
 
 def _recorded(values: Any) -> Iterator[Recorded]:

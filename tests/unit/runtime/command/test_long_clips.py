@@ -133,7 +133,8 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(
         (["interpolate", "CLIP", "--clip", 9], "frames is 9; this bundle takes 1 to 6"),
         (["long", "--prompt", "a", "--frames", 8], "nearest number is 7 or 10"),
         (["long", "--prompt", "a", "--frames", 7, "--image", "no.png"], "no.png: no such image file"),
-        (["long", "--frames", 7], "Missing option '--prompt'"),
+        (["long", "--frames", 7], "no prompt given; give --prompt, or --request with a file that has one"),
+        (["long", "--frames", 7, "--request", "no.json"], "no.json: no request can be read from it"),
         (["long", "--prompt", "a", "--frames", 7, "--upsample", 3], "upsample must be 2 or 4, got 3"),
         (["generate", "--prompt", "a", "--upsample", 3], "upsample must be 2 or 4, got 3"),
         (["generate", "--prompt", "a", "--frames", 1, "--upsample", 2], "there is nothing between"),
@@ -203,3 +204,26 @@ def test_a_second_run_in_one_folder_is_one_line(run: Run, bundle_path: Path, cli
     assert f"{kept}: another run makes a video there; wait for its end, stop it, or choose another folder" in err
     assert run(*words)[0] == 0
     assert not (kept / "chunks.lock").exists()
+
+
+def test_a_request_says_how_to_sample(run: Run, bundle_path: Path, clip: Path, tmp_path: Path) -> None:
+    """That of a clip, or that of a long video's clips; options replace what it says."""
+    made, asked = tmp_path / "made.webp", tmp_path / "made.json"
+    first, report = tmp_path / "first.webp", tmp_path / "report.json"
+    picture = tmp_path / "picture.png"
+    Image.fromarray(CLIP[0]).save(picture)
+    words = ("--prompt", "digit four", "--image", picture, "--guidance", 2.5, "--frames", 4)
+    assert run("generate", bundle_path, *words, *FEW, "--out", made, "--json", asked)[::2] == (0, "")
+    assert run("extend", bundle_path, clip, "--frames", 9, "--request", made, "--out", first, "--json", report)[0] == 0
+    template = json.loads(report.read_text())["template"]
+    assert (template["prompt"], template["guidance_scale"], template["num_frames"]) == ("digit four", 2.5, 4)
+    assert template["seed"] == 3
+    for source in (first, report):
+        again = tmp_path / f"again-{source.suffix[1:]}"
+        assert run("extend", bundle_path, clip, "--frames", 9, "--request", source, "--out", again)[0] == 0
+        ((frames,), (wanted,)) = (list(open_film(path).windows(9, 8, 8)) for path in (again, first))
+        assert np.array_equal(frames, wanted)
+    words = ("long", bundle_path, "--frames", 7, "--request", asked, "--seed", 9, "--out", tmp_path / "long.webp")
+    assert run(*words, "--json", report)[::2] == (0, "")
+    template = json.loads(report.read_text())["template"]
+    assert (template["prompt"], template["seed"], list(template["frames"])) == ("digit four", 9, ["0"])

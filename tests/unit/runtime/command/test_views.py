@@ -39,6 +39,10 @@ def test_views_are_written_and_told(run: Run, own_bundle: Path, picture: Path, t
     assert values["clips"][0]["request"]["unseen"] == "zero"
     again = tmp_path / "again.webp"
     assert run("generate", bundle, "--request", report, "--out", again)[0] == 0
+    turned = ["--request", again, "--steps", 2, "--out", tmp_path / "turned.gif", "--json", report]
+    assert run("views", bundle, picture, *turned)[0] == 0
+    request = json.loads(report.read_text())["clips"][0]["request"]
+    assert (request["seed"], request["num_inference_steps"], request["guidance_scale"]) == (3, 2, 3.5)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stiv_deploy.runtime.errors import RequestError
-from stiv_deploy.runtime.pipeline.call import CallOptions, requests_of_call
+from stiv_deploy.runtime.pipeline.call import CallOptions, options_of, requests_of_call
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
 
 PICTURE = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
@@ -108,3 +108,9 @@ def test_pictures_are_shared_by_the_requests() -> None:
 def test_refused(prompt: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         requests_of_call(prompt, options)
+
+
+def test_options_of_a_request_ask_for_it_again() -> None:
+    (request,) = requests_of_call("a", {"seed": 3, "guidance_renorm": False, "image": "a.png"})
+    options = options_of(request)
+    assert requests_of_call(options.pop("prompt"), options) == [request]
