@@ -68,21 +68,23 @@ def read_picture(path: str | Path, background: str = "black") -> np.ndarray:
     return on_background(decode_picture(read_content(Path(path)), str(path)), background)
 
 
-def decode_picture(content: bytes, name: str) -> np.ndarray:
-    """As :func:`image_pixels`, of a picture file's ``content``."""
+def decode_picture(
+    content: bytes, name: str, formats: tuple[str, ...] = FORMATS, pixels: int = PIXEL_LIMIT
+) -> np.ndarray:
+    """As :func:`image_pixels`, of a picture file's ``content``, which has one of ``formats``."""
     with _told(name):
-        image = Image.open(io.BytesIO(_within_bytes(content, name)), formats=FORMATS)
-    return image_pixels(image, name)
+        image = Image.open(io.BytesIO(_within_bytes(content, name)), formats=formats)
+    return image_pixels(image, name, pixels)
 
 
-def image_pixels(image: Image.Image, name: str) -> np.ndarray:
+def image_pixels(image: Image.Image, name: str, limit: int = PIXEL_LIMIT) -> np.ndarray:
     """``image`` as uint8 [height, width, 3] sRGB, or [height, width, 4] if it is not opaque; of several its first.
 
     16 bits and floats from 0 to 1 are scaled, an embedded profile is applied, the EXIF orientation too; a profile or
     EXIF that is damaged is not. Raises :class:`RequestError`, which calls the picture ``name``, if it cannot be read,
-    is larger than ``PIXEL_LIMIT``, or has numbers whose range nobody knows.
+    has more pixels than ``limit``, or has numbers whose range nobody knows.
     """
-    _check_size(image.width, image.height, name)
+    _check_size(image.width, image.height, name, limit)
     with _told(name):
         image.load()
         colours, alpha = _parts(_eight_bit_image(image, name))
@@ -154,13 +156,13 @@ def _told(name: str) -> Iterator[None]:
         raise RequestError(f"{name}: the image cannot be read ({reason}); give a whole {WANTED}") from None
 
 
-def _check_size(width: int, height: int, name: str) -> None:
-    if width * height > PIXEL_LIMIT:
-        raise RequestError(_too_large(name, f"{width}x{height} = {width * height / 1e6:.1f} million pixels"))
+def _check_size(width: int, height: int, name: str, limit: int = PIXEL_LIMIT) -> None:
+    if width * height > limit:
+        raise RequestError(_too_large(name, f"{width}x{height} = {width * height / 1e6:.1f} million pixels", limit))
 
 
-def _too_large(name: str, found: str) -> str:
-    return f"{name}: has {found}; a picture has at most {PIXEL_LIMIT // 10**6} million, save a smaller one"
+def _too_large(name: str, found: str, limit: int = PIXEL_LIMIT) -> str:
+    return f"{name}: has {found}; a picture has at most {limit // 10**6} million, save a smaller one"
 
 
 def _eight_bits(values: np.ndarray, name: str) -> np.ndarray:

@@ -15,15 +15,13 @@ from stiv_deploy.runtime.errors import Cancelled, RequestError
 from stiv_deploy.runtime.pipeline.given import as_array
 from stiv_deploy.runtime.pipeline.plan import GenerationPlan, PlannedVideo, VideoSize
 from stiv_deploy.runtime.pipeline.recent import Recent
+from stiv_deploy.runtime.pipeline.samples import SampleMaker
 from stiv_deploy.runtime.pipeline.timing import PhaseClock
-from stiv_deploy.runtime.pipeline.tokenization import PromptTokenizer
-from stiv_deploy.runtime.sampling.conditioning import frame_mask, scatter_frames
 from stiv_deploy.runtime.sampling.engine import StepEngine
 from stiv_deploy.runtime.sampling.hooks import Hook
-from stiv_deploy.runtime.sampling.noise import draw_noise
 from stiv_deploy.runtime.sampling.sample import Sample
 from stiv_deploy.runtime.sampling.solvers import evaluations
-from stiv_deploy.runtime.sampling.text_stage import TextStage, Tokens
+from stiv_deploy.runtime.sampling.text_stage import TextStage
 
 KEPT_SIZES = 2
 """Sizes whose buffers are kept; two serve a plan whose last batch is smaller than the others."""
@@ -56,12 +54,12 @@ class SamplingLoop:
         self._bundle = bundle
         self._hook = hook
         self._capture, self._debug = capture, debug
-        self._tokenizer = PromptTokenizer(bundle)
+        self._samples = SampleMaker(bundle)
         self._engines: Recent[StepEngine] = Recent(KEPT_SIZES)
 
     def lost(self, plan: GenerationPlan) -> dict[str, str]:
         """What the model will not hear of the prompts of ``plan``, by prompt."""
-        return self._tokenizer.lost(each for video in plan.videos for each in (video.prompt, video.negative_prompt))
+        return self._samples.lost(plan.videos)
 
     def steps(self, batch: Sequence[PlannedVideo]) -> int:
         """How many steps an observer sees of ``batch``: evaluations of the model that complete a step of a video."""
@@ -84,7 +82,7 @@ class SamplingLoop:
         """
         least = self._bundle.bucket_for(len(batch), size.frames, size.height, size.width).batch.min
         dims = self._dims(batch, size, least)
-        samples = [self._sample(video, given, dims) for video, given in zip(batch, clean, strict=True)]
+        samples = [self._samples(video, given, size) for video, given in zip(batch, clean, strict=True)]
         with phases("load"):
             engine = self._engine(samples, dims, least)
         try:
@@ -139,21 +137,6 @@ class SamplingLoop:
             )
 
         return self._engines.get((*dims.values(), rungs), make)
-
-    def _sample(self, video: PlannedVideo, given: Mapping[int, np.ndarray], dims: dict[str, int]) -> Sample:
-        channels = self._bundle.manifest.model.latent_channels
-        shape = (dims["frames"], channels, dims["latent_height"], dims["latent_width"])
-        encoded = self._tokenizer([video.prompt, video.negative_prompt])
-        text, negative = (Tokens(*each) for each in zip(*encoded, strict=True))
-        return Sample(
-            noise=draw_noise([video.seed], shape)[0] if video.noise is None else video.noise,
-            clean=scatter_frames(given, shape),
-            frame_mask=frame_mask(shape[0], given),
-            micro=video.micro,
-            text=text,
-            negative=negative,
-            settings=video.settings,
-        )
 
 
 def _rungs(samples: Sequence[Sample], least: int, most: int) -> tuple[int, ...]:

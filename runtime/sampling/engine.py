@@ -41,6 +41,19 @@ class Tick(NamedTuple):
     failed: dict[int, StivError]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pause:
+    """A clip between two steps, on the host: all that its next evaluations need besides its :class:`Sample`.
+
+    ``position`` evaluations are done; ``latents`` fp32 [T, C, h, w], and ``inputs`` fp32 [rows, T, C, h, w] are what
+    the model sees next in its rows, the conditional one first.
+    """
+
+    position: int
+    latents: np.ndarray
+    inputs: np.ndarray
+
+
 @dataclass
 class _Running:
     """A clip in its slot: what is left of its evaluations, and its rows of the model, the conditional one first."""
@@ -52,6 +65,10 @@ class _Running:
     @property
     def done(self) -> bool:
         return self.position == len(self.planned)
+
+    @property
+    def between(self) -> bool:
+        return self.position == 0 or not self.planned[self.position - 1].hold
 
 
 class StepEngine:
@@ -103,14 +120,20 @@ class StepEngine:
         """Rows of the model in use."""
         return sum(len(running.rows) for running in self._running.values())
 
+    @property
+    def rung(self) -> int:
+        """Rows of the next tick's call: the smallest rung that holds those in use."""
+        return next(rows for rows in self.rungs if rows >= self.used_rows)
+
     def fits(self, sample: Sample) -> bool:
         """Whether there is a slot and rows for ``sample`` now."""
         return len(self._running) < self.slots and self.used_rows + len(sample.settings.rows()) <= self.rows
 
-    def admit(self, sample: Sample) -> int:
+    def admit(self, sample: Sample, pause: Pause | None = None) -> int:
         """Put ``sample`` into a free slot, to take part from the next tick on; it must fit, see :meth:`fits`.
 
-        Encodes its texts, unless they are kept, and queues copies; does not wait for the device.
+        It begins, or goes on from ``pause`` bit by bit as if it had never paused (at the same rungs). Encodes its
+        texts, unless they are kept, and queues copies; does not wait for the device.
         """
         assert self.fits(sample)
         slot = next(slot for slot in range(self.slots) if slot not in self._running)
@@ -122,7 +145,28 @@ class StepEngine:
         rows = [*range(used, used + len(guidance))]
         self._inputs.gather(slot, rows)
         self._running[slot] = _Running(evaluations(sample.settings), rows)
+        if pause is not None:
+            self._go_on(slot, pause)
         return slot
+
+    def _go_on(self, slot: int, pause: Pause) -> None:
+        running = self._running[slot]
+        running.position = pause.position
+        self.backend.write(self._latents[slot], pause.latents)
+        for row, seen in zip(running.rows, pause.inputs, strict=True):
+            self.backend.write(self.denoiser.model_input[row], seen)
+
+    def between_steps(self, slot: int) -> bool:
+        """Whether the clip in ``slot`` is between two steps, not within one of several evaluations."""
+        return self._running[slot].between
+
+    def pause(self, slot: int) -> Pause:
+        """The clip in ``slot``, which must be between two steps and stays in; waits for the device."""
+        running = self._running[slot]
+        assert running.between
+        inputs = [self.backend.read(self.denoiser.model_input[row]) for row in running.rows]
+        latents = self.backend.read(self._latents[slot])
+        return Pause(position=running.position, latents=latents, inputs=np.stack(inputs))
 
     def _fill_slot(self, slot: int, sample: Sample) -> None:
         self.backend.write(self._inputs.noise[slot], sample.noise)
@@ -141,15 +185,15 @@ class StepEngine:
 
     def tick(self) -> Tick:
         """One evaluation of the model for every running clip, each at its own time; at least one must be running."""
-        used = self.used_rows
-        rung = next(rows for rows in self.rungs if rows >= used > 0)
+        assert self._running
+        rung = self.rung
         for slot, running in self._running.items():
             self._inputs.schedule(slot, running.rows, running.planned[running.position])
         self._inputs.flush()
         self._forward[rung]()
         self._advance[rung][self._side]()
         self._side = 1 - self._side
-        self._zero(range(used))
+        self._zero(range(self.used_rows))
         return self._count()
 
     def _zero(self, rows: Iterable[int]) -> None:
@@ -157,6 +201,13 @@ class StepEngine:
         for row in rows:
             for frame in self._zeroed.get(row, ()):
                 self.backend.copy(self.denoiser.model_input[row][frame], self._zeros)
+
+    def idle(self, rung: int) -> None:
+        """One evaluation over the rows of ``rung`` for nobody, to load and to time it; no clip may be running."""
+        assert not self._running
+        self._inputs.flush()
+        self._forward[rung]()
+        self._advance[rung][self._side]()
 
     def _count(self) -> Tick:
         """Count the evaluation, and take out what has finished."""

@@ -474,3 +474,38 @@ def test_debug_names_the_step(exploding: Bundle) -> None:
 def test_settings_are_checked_when_made(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         settings_of("jit", **changes)
+
+
+@pytest.mark.parametrize("mode", ["none", "jit", "sit"])
+@pytest.mark.parametrize(("solver", "ticks"), [(Solver.EULER, 3), (Solver.HEUN, 4)])
+def test_a_clip_goes_on_from_a_pause_bit_by_bit(toy_bundle: Bundle, mode: str, solver: Solver, ticks: int) -> None:
+    """In another engine, as another process would, and in another slot and other rows."""
+    sample = sample_of(settings_of(mode, solver=solver), [0])
+    whole = run(make_engine(toy_bundle), sample)
+    first, second = make_engine(toy_bundle), make_engine(toy_bundle, slots=2)
+    slot = first.admit(sample)
+    for _ in range(ticks):
+        first.tick()
+    pause = first.pause(slot)
+    np.testing.assert_array_equal(finish(first)[slot], whole)  # looking changes nothing
+    second.admit(sample_of(settings_of("jit"), seed=7))
+    slot = second.admit(sample, pause)
+    np.testing.assert_array_equal(finish(second)[slot], whole)
+
+
+def test_within_a_step_there_is_no_pause(toy_bundle: Bundle) -> None:
+    engine = make_engine(toy_bundle)
+    slot = engine.admit(sample_of(settings_of(solver=Solver.HEUN)))
+    between = []
+    for _ in range(4):
+        between.append(engine.between_steps(slot))
+        engine.tick()
+    assert between == [True, False, True, False]
+
+
+def test_an_idle_call_changes_nobody(toy_bundle: Bundle) -> None:
+    engine, sample = make_engine(toy_bundle, slots=2, rungs=(2, 6)), sample_of(settings_of())
+    before = run(engine, sample)
+    for rung in engine.rungs:
+        engine.idle(rung)
+    np.testing.assert_array_equal(run(engine, sample), before)
