@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 PLUGIN_BUILD ?= build/plugins
 PLUGIN_FOLDER ?= runtime/plugins/_lib
 # rtx is empty where TensorRT-RTX has no wheels (pyproject.toml); `stiv build` then says what is missing.
-EXTRAS := calibration,data,encoders,export,tensorboard,rtx,dev
+EXTRAS := calibration,data,encoders,export,serve,tensorboard,rtx,dev
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,7 +30,7 @@ INSTALL = { $(PIP) install $(1); echo "exit $$?"; } | awk ' \
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -rs
 PARALLEL := --numprocesses auto --dist worksteal
 TORCH := $(shell grep '^torch==' constraints.txt)
-LINTED := calibration export runtime stiv_deploy stiv_ref tests $(wildcard benchmarks)
+LINTED := calibration export runtime serving stiv_deploy stiv_ref tests $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-fp8 plugins test test-fast lint layout wheel clean
@@ -87,7 +87,7 @@ layout: ## Who imports whom: packages and their rooms, by layers
 # mypy finds stiv_deploy.X under this folder, see [tool.mypy].
 build/typing: pyproject.toml
 	@mkdir -p $@/stiv_deploy
-	@for name in calibration export runtime stiv_ref; do ln -sfn ../../../$$name $@/stiv_deploy/$$name; done
+	@for name in calibration export runtime serving stiv_ref; do ln -sfn ../../../$$name $@/stiv_deploy/$$name; done
 	@ln -sfn ../../../stiv_deploy/__init__.py $@/stiv_deploy/__init__.py
 	@touch $@
 
@@ -97,4 +97,4 @@ wheel: $(STAMP) ## Build dist/*.whl
 
 clean: ## Remove what was built; keeps .venv, runs and out
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find calibration export runtime stiv_deploy stiv_ref tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find calibration export runtime serving stiv_deploy stiv_ref tests -name __pycache__ -type d -prune -exec rm -rf {} +

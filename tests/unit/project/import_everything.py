@@ -1,4 +1,4 @@
-"""Import every module that an installation must be able to import: ``python -I import_everything.py base|ref|export``.
+"""Import all modules that an installation must be able to: ``python -I import_everything.py base|ref|export|serve``.
 
 Libraries that the installation lacks are blocked, so that the answer is the same where they happen to be installed.
 """
@@ -17,12 +17,19 @@ EXPORT = {"onnx", "onnxscript", "onnx_ir"}
 GPU = {"tensorrt", "tensorrt_bindings", "tensorrt_rtx", "tensorrt_rtx_bindings", "cuda"}
 DATA = {"cv2", "scenedetect", "webdataset", "skvideo"}
 ENCODERS = {"diffusers", "transformers"}
-TOOLS = {"pytest", "hypothesis", "psutil", "modelopt", "tensorboard"} | DATA | ENCODERS
-BLOCKED = {"base": REF | EXPORT | GPU | TOOLS, "ref": EXPORT | GPU | TOOLS, "export": GPU | TOOLS}
+SERVE = {"fastapi", "starlette", "uvicorn", "python_multipart", "prometheus_client"}
+TOOLS = {"pytest", "hypothesis", "psutil", "modelopt", "tensorboard", "openai"} | DATA | ENCODERS
+BLOCKED = {
+    "base": REF | EXPORT | GPU | SERVE | TOOLS,
+    "ref": EXPORT | GPU | SERVE | TOOLS,
+    "export": GPU | SERVE | TOOLS,
+    "serve": REF | EXPORT | GPU | TOOLS,
+}
 PACKAGES = {
     "base": ["runtime"],
     "ref": ["runtime", "stiv_ref"],
     "export": ["runtime", "stiv_ref", "calibration", "export"],
+    "serve": ["runtime", "serving"],
 }
 
 

@@ -12,7 +12,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
-PACKAGES = ("calibration", "export", "runtime", "stiv_ref")
+PACKAGES = ("calibration", "export", "runtime", "serving", "stiv_ref")
 FOLDERS = (*PACKAGES, "benchmarks")
 DOOR = "__init__"
 """The file of a folder that is the folder itself, so no room of it."""

@@ -51,6 +51,9 @@ LAWS = {
         "runtime/tensorrt_library",
     },
     "runtime/pipeline/pictures": {"runtime/errors"},
+    "serving": {"runtime", "serving"},
+    "serving/store": {"runtime/errors", "runtime/files", "serving/errors"},
+    "serving/work": {"runtime", "serving/costs", "serving/errors", "serving/settings", "serving/store"},
     "stiv_ref": {"stiv_ref"},
     "stiv_ref/fused": {"stiv_ref", "runtime/errors", "runtime/plugins"},
     "calibration": {"calibration", "stiv_ref", "runtime/errors", "runtime/pipeline/pictures"},
@@ -66,6 +69,8 @@ FOREIGN = {
     "runtime": {*TENSORS, "onnx", "onnxscript"},
     "export/engines": TENSORS,
     "export/audit": TENSORS,
+    "serving": {*TENSORS, "onnx", "onnxscript"},
+    "serving/work": {"fastapi", "starlette", "uvicorn"},
 }
 """Libraries that a room must work without, and so must all that it imports."""
 
@@ -256,6 +261,10 @@ def planted(graph: Graph, module: str, target: str) -> Graph:
         ("export/engines/build", "export/audit/audit"),
         ("export/audit/audit", "export/parity/ladder"),
         ("export/cli", "benchmarks/command"),
+        ("runtime/command/cli", "serving/cli"),
+        ("serving/work/scheduler", "serving/api/service"),
+        ("serving/store/jobs", "serving/work/order"),
+        ("serving/api/app", "export/errors"),
     ],
 )
 def test_law_sees(graph: Graph, module: str, target: str) -> None:

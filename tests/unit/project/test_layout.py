@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[3]
-PACKAGES = ("calibration", "export", "runtime", "stiv_ref")
+PACKAGES = ("calibration", "export", "runtime", "serving", "stiv_ref")
 DOOR = "stiv_deploy"
 """The folder of the package that the others are in, by name; all it has is a version."""
 
@@ -61,7 +61,7 @@ def test_entry_points_resolve_to_documented_functions() -> None:
 
 @pytest.mark.parametrize(
     "profile",
-    ["base", pytest.param("ref", marks=pytest.mark.slow), pytest.param("export", marks=pytest.mark.slow)],
+    ["base", "serve", pytest.param("ref", marks=pytest.mark.slow), pytest.param("export", marks=pytest.mark.slow)],
 )
 def test_everything_imports_with_only(profile: str) -> None:
     command = [sys.executable, "-I", str(Path(__file__).with_name("import_everything.py")), profile]

@@ -12,7 +12,7 @@ import pytest
 import stiv_deploy
 
 ROOT = Path(__file__).parents[3]
-PACKAGES = ("calibration", "export", "runtime", "stiv_deploy", "stiv_ref")
+PACKAGES = ("calibration", "export", "runtime", "serving", "stiv_deploy", "stiv_ref")
 OFFLINE = ("NewConnectionError", "ConnectTimeoutError", "Temporary failure in name resolution", "ProxyError")
 
 pytestmark = pytest.mark.slow

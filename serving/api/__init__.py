@@ -1,0 +1,1 @@
+"""The HTTP API: the wire format of OpenAI's videos API, its guards, and the answers."""

@@ -1,0 +1,231 @@
+"""The routes: OpenAI's videos API, and what is ours beside it."""
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, FastAPI, Header, Query, Request
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+
+from stiv_deploy.runtime.errors import StivError, one_line
+from stiv_deploy.serving.api.answers import error_answer, poll_after
+from stiv_deploy.serving.api.body import read_body
+from stiv_deploy.serving.api.events import changes, stream
+from stiv_deploy.serving.api.guard import OWNER, Guard, Tokens
+from stiv_deploy.serving.api.metrics import exposition, registry
+from stiv_deploy.serving.api.schema import ErrorAnswer, Health, ModelList, VideoDeleted, VideoList, VideoResource
+from stiv_deploy.serving.api.service import Service
+from stiv_deploy.serving.errors import ApiError
+from stiv_deploy.serving.store.jobs import Job, State
+from stiv_deploy.serving.store.results import SPRITESHEET, THUMBNAIL, VIDEO
+
+log = logging.getLogger(__name__)
+VARIANTS = {
+    "video": (VIDEO, "video/mp4"),
+    "thumbnail": (THUMBNAIL, "image/webp"),
+    "spritesheet": (SPRITESHEET, "image/png"),
+}
+KEY_LIMIT = 255
+"""Characters of an idempotency key."""
+WORDS = {404: "not_found", 405: "method_not_allowed"}
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+
+@asynccontextmanager
+async def alone(_app: FastAPI) -> AsyncIterator[None]:
+    """The life of a server that starts nothing else."""
+    yield
+
+
+def create_app(service: Service, tokens: Tokens, lifespan: Lifespan = alone) -> Guard:
+    """The ASGI application of ``service``, whose ``lifespan`` is whatever works for it."""
+    app = FastAPI(title="stiv serve", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.service, app.state.metrics = service, registry(service)
+    app.include_router(router)
+    app.add_exception_handler(StivError, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _fault)
+    return Guard(app, tokens, service.settings.body_bytes)
+
+
+router = APIRouter(responses={400: {"model": ErrorAnswer}})
+
+
+def _service(request: Request) -> Service:
+    found: Service = request.app.state.service
+    return found
+
+
+def _owner(request: Request) -> str:
+    return str(request.scope[OWNER])
+
+
+def _answer(video: VideoResource) -> JSONResponse:
+    return JSONResponse(video.model_dump(mode="json"), headers=poll_after(video))
+
+
+async def _submitted(request: Request, key: str | None) -> Job:
+    if key is not None and not 0 < len(key) <= KEY_LIMIT:
+        raise ApiError(400, "invalid_request", f"an Idempotency-Key has 1 to {KEY_LIMIT} characters")
+    asked = await read_body(request)
+    return await run_in_threadpool(_service(request).submit, _owner(request), asked, key)
+
+
+Key = Annotated[str | None, Header(alias="Idempotency-Key")]
+
+
+@router.post("/v1/videos")
+async def create(request: Request, key: Key = None) -> VideoResource:
+    """Ask for a video."""
+    job = await _submitted(request, key)
+    return _answer(await run_in_threadpool(_service(request).seen, job))  # type: ignore[return-value]
+
+
+@router.post("/v1/videos/sync")
+async def create_and_wait(request: Request) -> Response:
+    """Ask for a video and wait for it: the answer is the file. A client that leaves cancels it."""
+    service, job = _service(request), await _submitted(request, None)
+    finished = False
+    try:
+        async for current in changes(service, job):
+            if current is None:
+                raise ApiError(404, "not_found", "the video was deleted", "video_id")
+            finished = not current.live
+            if finished:
+                job = current
+            elif await request.is_disconnected():
+                break
+    finally:
+        if not finished:
+            service.store.cancel(job.id)  # at once: this task may itself be cancelled
+    if not finished:
+        raise ApiError(499, "cancelled", "the client has left")
+    return _file(service, job, "video")
+
+
+@router.get("/v1/videos")
+def list_videos(
+    request: Request,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=0, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+) -> VideoList:
+    """Your jobs, newest first."""
+    service = _service(request)
+    page = service.store.page(_owner(request), after, limit, ascending=order == "asc")
+    if page is None:
+        raise ApiError(404, "not_found", f"there is no video {str(after)[:80]!r}", "after")
+    data = [service.seen(job) for job in page.jobs]
+    first, last = (data[0].id, data[-1].id) if data else (None, None)
+    return VideoList(data=data, first_id=first, last_id=last, has_more=page.more)
+
+
+@router.get("/v1/videos/{video_id}")
+def retrieve(request: Request, video_id: str) -> VideoResource:
+    """One job."""
+    service = _service(request)
+    return _answer(service.seen(service.job(_owner(request), video_id)))  # type: ignore[return-value]
+
+
+@router.delete("/v1/videos/{video_id}")
+def delete(request: Request, video_id: str) -> VideoDeleted:
+    """Forget a job and its files, whatever its state."""
+    _service(request).delete(_owner(request), video_id)
+    return VideoDeleted(id=video_id)
+
+
+@router.post("/v1/videos/{video_id}/cancel")
+def cancel(request: Request, video_id: str) -> VideoResource:
+    """Cancel a job; one that is done stays as it is."""
+    service = _service(request)
+    return service.seen(service.cancel(_owner(request), video_id))
+
+
+@router.head("/v1/videos/{video_id}/content", include_in_schema=False)
+@router.get("/v1/videos/{video_id}/content")
+def content(
+    request: Request, video_id: str, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
+) -> Response:
+    """The file of a completed job; ranges of it too."""
+    service = _service(request)
+    return _file(service, service.job(_owner(request), video_id), variant)
+
+
+def _file(service: Service, job: Job, variant: str) -> Response:
+    if job.state == State.FAILED:
+        raise ApiError(409, job.error_code or "failed", f"the video failed: {job.error_message}", "video_id")
+    if job.state != State.COMPLETED:
+        raise ApiError(409, "video_not_ready", f"the video is {job.state}", "video_id", 1)
+    name, kind = VARIANTS[variant]
+    path = service.results.place(job.id) / name
+    if not path.is_file():
+        raise ApiError(404, "not_found", "the file of this video is gone", "video_id")
+    headers = {"x-video-id": job.id}
+    return FileResponse(path, 200, headers, kind, filename=f"{job.id}{Path(name).suffix}")
+
+
+@router.get("/v1/videos/{video_id}/events")
+def events(request: Request, video_id: str) -> Response:
+    """Server-sent events: the job whenever it has changed, until it is done."""
+    service = _service(request)
+    job = service.job(_owner(request), video_id)
+    return StreamingResponse(stream(service, job), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+
+
+@router.get("/v1/models")
+def models(request: Request) -> ModelList:
+    """The served model: its sizes, defaults and limits."""
+    return ModelList(data=[_service(request).model()])
+
+
+@router.get("/health")
+def health(request: Request) -> Response:
+    """Whether anybody works."""
+    return _health(_service(request).reasons(ready=False))
+
+
+@router.get("/ready")
+def ready(request: Request) -> Response:
+    """Whether new jobs are made at once."""
+    return _health(_service(request).reasons(ready=True))
+
+
+def _health(reasons: list[str]) -> Response:
+    health = Health(status="unavailable" if reasons else "ok", reasons=reasons)
+    return JSONResponse(health.model_dump(), 503 if reasons else 200)
+
+
+@router.get("/metrics")
+def metrics(request: Request) -> Response:
+    """Metrics for Prometheus."""
+    return Response(exposition(request.app.state.metrics), media_type=CONTENT_TYPE_LATEST)
+
+
+def _refused(_request: Request, error: Exception) -> Response:
+    if not isinstance(error, ApiError):
+        error = ApiError(400, "invalid_request", one_line(str(error)))
+    return error_answer(error)
+
+
+def _invalid(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    fault = error.errors()[0]
+    name = str(fault["loc"][-1])
+    return error_answer(ApiError(400, "invalid_request", one_line(f"{name}: {fault['msg']}"), name[:80]))
+
+
+def _http(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return error_answer(ApiError(error.status_code, WORDS.get(error.status_code, "invalid_request"), str(error.detail)))
+
+
+def _fault(request: Request, error: Exception) -> Response:
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return error_answer(ApiError(500, "internal_error", "a fault of the server; its log has more"))

@@ -1,0 +1,256 @@
+"""What the API does for its clients: jobs are planned, admitted, told of, cancelled, deleted; no device is touched."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.pipeline.images import Fit
+from stiv_deploy.runtime.pipeline.limits import BOUNDS, TEXT_LIMIT
+from stiv_deploy.runtime.pipeline.plan import RECOMMENDED, PlannedVideo, plan_generation
+from stiv_deploy.runtime.pipeline.records import GenerationRecord
+from stiv_deploy.runtime.pipeline.samples import SampleMaker
+from stiv_deploy.runtime.pipeline.tasks import TASKS
+from stiv_deploy.runtime.pipeline.tokenization import lost_line
+from stiv_deploy.runtime.sampling.solvers import evaluations
+from stiv_deploy.serving.api.answers import resource
+from stiv_deploy.serving.api.body import FIELDS, FORMATS, PRIORITY, Asked, Wanted, wanted
+from stiv_deploy.serving.api.guard import Rate
+from stiv_deploy.serving.api.schema import ModelResource, VideoResource
+from stiv_deploy.serving.costs import Costs
+from stiv_deploy.serving.errors import ApiError, IdempotencyError, QueueFullError
+from stiv_deploy.serving.settings import ServeSettings
+from stiv_deploy.serving.store.jobs import LEASE, Job, JobStore, State, new_id
+from stiv_deploy.serving.store.results import Results
+from stiv_deploy.serving.work.order import rank
+
+STALLED = 300.0
+"""Seconds without getting on after which a worker that has work counts as dead."""
+LOOK = 0.2
+"""Seconds that a look at the queue is good for."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """The queue at one moment: waiting jobs in their order, running ones, what they cost, and who works."""
+
+    waiting: tuple[Job, ...]
+    running: tuple[Job, ...]
+    costs: Costs
+    workers: int
+
+    def position(self, job: Job) -> int | None:
+        """How many come before ``job``; ``None`` if it does not wait."""
+        return next((at for at, each in enumerate(self.waiting) if each.id == job.id), None)
+
+    def eta(self, job: Job) -> float | None:
+        """Seconds until ``job``, which may be new, is done; ``None`` if nobody knows."""
+        if not job.live:
+            return None
+        alone = self.costs.alone(job)
+        if job.state == State.IN_PROGRESS or alone is None:
+            return alone
+        at = self.position(job)
+        before = self.waiting if at is None else self.waiting[:at]
+        backlog = self.costs.backlog([*self.running, *before], self.workers)
+        return None if backlog is None else backlog + alone
+
+
+class Service:
+    """The jobs of ``store`` for the bundle of ``settings``; for threads of the server."""
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        bundle: Bundle,
+        store: JobStore,
+        results: Results,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.settings, self.bundle, self.store, self.results = settings, bundle, store, results
+        self.accepting = True
+        self._clock = clock
+        self._started = clock()
+        self._samples = SampleMaker(bundle)
+        self._rate = Rate(settings.rate)
+        self._lock = Lock()
+        self._looked: tuple[float, Outlook] | None = None
+
+    def submit(self, owner: str, asked: Asked, key: str | None) -> Job:
+        """Plan and store what ``asked`` says; the job of the same idempotency ``key``, if there is one.
+
+        Raises :class:`ApiError`, and what planning does.
+        """
+        self._check_open(owner)
+        what = wanted(asked, self.bundle.manifest, self.settings.name)
+        job, request = self._job(owner, what)
+        self._check_deadline(job, what)
+        try:
+            stored, _ = self.store.submit(job, request, most=self.settings.queue, key=key, digest=asked.digest)
+        except QueueFullError as error:
+            raise ApiError(429, "queue_full", str(error), retry_after=self._next_place()) from None
+        except IdempotencyError as error:
+            raise ApiError(409, "idempotency_conflict", str(error)) from None
+        return stored
+
+    def _check_open(self, owner: str) -> None:
+        if not self.accepting:
+            raise ApiError(503, "shutting_down", "this server is stopping; try again later", retry_after=30)
+        wait = self._rate.take(owner)
+        if wait:
+            raise ApiError(429, "rate_limit_exceeded", f"more than {self.settings.rate:g} jobs a minute", None, wait)
+        if self.results.free_bytes() < self.settings.free_bytes:
+            raise ApiError(507, "insufficient_storage", "the disk of this server is full; nothing can be stored")
+
+    def _job(self, owner: str, what: Wanted) -> tuple[Job, str]:
+        """The job, and its request as JSON: pictures as the model sees them, every default filled in."""
+        plan = plan_generation(self.bundle, what.request)
+        (video,) = plan.videos
+        request = video.request
+        if video.given.images:
+            request = request.changed(frames=dict(video.given.images), fit=Fit.EXACT)
+        text = json.dumps(request.to_json(), separators=(",", ":"), sort_keys=True)
+        now, size = self._clock(), plan.size
+        planned = evaluations(video.settings)
+        job = Job(
+            id=new_id(),
+            owner=owner,
+            created=now,
+            frames=size.frames,
+            height=size.height,
+            width=size.width,
+            rows=len(video.settings.rows()),
+            evaluations=len(planned),
+            steps=sum(not each.hold for each in planned),
+            facts=json.dumps(self._facts(video)),
+            twin=hashlib.sha256(f"{plan.bundle} {text}".encode()).hexdigest(),
+            priority=what.priority,
+            due=None if what.deadline is None else now + what.deadline,
+        )
+        return job, text
+
+    def _facts(self, video: PlannedVideo) -> dict[str, Any]:
+        request = video.request
+        lost = self._samples.lost([video])
+        record = GenerationRecord(bundle=self.bundle.hash, backend="", request=request)
+        return {
+            "model": self.settings.name,
+            "prompt": request.prompt,
+            "seed": request.seed,
+            "fps": request.fps,
+            "task": record.task,
+            "warnings": [*video.warnings, *([lost_line(lost)] if lost else [])],
+        }
+
+    def _check_deadline(self, job: Job, what: Wanted) -> None:
+        if what.deadline is None:
+            return
+        eta = self._outlook_of(job).eta(job)
+        if eta is not None and eta > what.deadline:
+            message = f"it cannot be done in {what.deadline:g} s; it would take about {eta:.3g} s"
+            raise ApiError(429, "deadline_cannot_be_met", message, "deadline_s", eta - what.deadline)
+
+    def _outlook_of(self, job: Job) -> Outlook:
+        """The queue, with only those waiting that come before a new ``job``."""
+        look, now = self.outlook(), self._clock()
+        before = tuple(each for each in look.waiting if rank(each, now) < rank(job, now))
+        return Outlook(before, look.running, look.costs, look.workers)
+
+    def _next_place(self) -> float:
+        """Seconds until a waiting job begins, about."""
+        look = self.outlook()
+        costs = [cost for job in look.running if (cost := look.costs.alone(job)) is not None]
+        return min(costs, default=10.0)
+
+    def outlook(self) -> Outlook:
+        """The queue as it is, or was a moment ago."""
+        with self._lock:
+            now = time.monotonic()
+            if self._looked is None or now > self._looked[0] + LOOK:
+                self._looked = (now, self._look())
+            return self._looked[1]
+
+    def _look(self) -> Outlook:
+        now = self._clock()
+        waiting = sorted(self.store.waiting(), key=lambda job: rank(job, now))
+        costs = Costs(self.store.measurements())
+        return Outlook(tuple(waiting), tuple(self.store.running()), costs, len(self.store.workers()))
+
+    def job(self, owner: str, job: str) -> Job:
+        """The owner's job of that id; :class:`ApiError` if there is none."""
+        found = self.store.get(job, owner)
+        if found is None:
+            raise ApiError(404, "not_found", f"there is no video {job[:80]!r}", "video_id")
+        return found
+
+    def seen(self, job: Job) -> VideoResource:
+        """``job`` as clients see it."""
+        if not job.live:
+            return resource(job, None, None)
+        look = self.outlook()
+        return resource(job, look.position(job), look.eta(job))
+
+    def cancel(self, owner: str, job: str) -> Job:
+        """Cancel a live job; one that is done stays as it is."""
+        self.job(owner, job)
+        if self.store.cancel(job):
+            self.results.forget_latents(job)
+        return self.job(owner, job)
+
+    def delete(self, owner: str, job: str) -> None:
+        """Forget a job and its files; a running one leaves its batch at the next step."""
+        self.job(owner, job)
+        self.store.delete(job)
+        self.results.remove(job)
+
+    def tidy(self) -> None:
+        """Remove what has been kept long enough, or is too much."""
+        for job in self.store.outdated(self._clock(), self.settings.keep_bytes):
+            self.store.delete(job)
+            self.results.remove(job)
+        for worker in self.store.workers():
+            if worker.beat < self._clock() - 10 * LEASE:
+                self.store.sign_off(worker.id)
+
+    def reasons(self, *, ready: bool) -> list[str]:
+        """Why the service is not healthy, or not ``ready``; empty if it is."""
+        now, found = self._clock(), []
+        workers = [each for each in self.store.workers() if each.beat > now - LEASE]
+        if not workers:
+            found.append("no worker is alive")
+        if workers and all(each.turned < now - STALLED for each in workers):
+            found.append(f"no worker has got on for {STALLED:g} s")
+        if ready and not any(each.ready for each in workers):
+            found.append("no worker is ready yet")
+        if ready and not self.accepting:
+            found.append("the server is stopping")
+        if ready and self.results.free_bytes() < self.settings.free_bytes:
+            found.append("the disk is full")
+        return found
+
+    def model(self) -> ModelResource:
+        """The served model."""
+        manifest = self.bundle.manifest
+        multiples = {
+            "frame_multiple": manifest.model.frame_multiple,
+            "frame_padding": manifest.model.frame_padding,
+            "pixel_multiple": manifest.model.pixel_multiple,
+        }
+        limits = {name: list(bounds) for name, bounds in BOUNDS.items() if name != "count"}
+        limits |= {"priority": list(PRIORITY), "prompt": [0, TEXT_LIMIT]}
+        sampling = manifest.sampling
+        details = {
+            "bundle": self.bundle.hash,
+            "buckets": [bucket.model_dump(mode="json") for bucket in manifest.buckets],
+            "defaults": {name: getattr(sampling, recommended) for name, recommended in RECOMMENDED.items()},
+            "limits": limits | multiples,
+            "fields": list(FIELDS),
+            "pictures": list(FORMATS),
+            "tasks": [task.name for task in TASKS if task.leading or not manifest.model.causal_vae],
+            "trained": None if manifest.trained is None else manifest.trained.model_dump(mode="json"),
+        }
+        return ModelResource(id=self.settings.name, created=int(self._started), stiv=details)

@@ -1,0 +1,85 @@
+"""``stiv serve``: options in, a running service out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+GIB, HOUR = 2**30, 3600.0
+
+
+def serve(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder, made by 'stiv export'.", show_default=False)],
+    host: Annotated[str, typer.Option(help="Address to listen at; another than this machine's own needs --tokens.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0: any that is free.")] = 8000,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder for jobs and videos, on a local disk. Default: BUNDLE.jobs.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model in the API. Default: the bundle's.")] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Let in only who has a token of this file; see --new-token.")
+    ] = None,
+    new_token: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Make a token for NAME, add it to --tokens, print it, and end.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Processes that make videos, one for each GPU.")] = 1,
+    backend: Annotated[str | None, typer.Option(help="Backend ('stiv doctor' lists them); default: the best.")] = None,
+    device: Annotated[int, typer.Option(metavar="INDEX", min=0, help="First GPU, as CUDA counts them.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a worker; default: all cores.")] = None,
+    slots: Annotated[int, typer.Option(min=1, max=256, help="Most videos in one batch.")] = 8,
+    queue: Annotated[int, typer.Option(min=1, max=100_000, help="Most jobs that wait.")] = 1_000,
+    rate: Annotated[float, typer.Option(min=0.1, help="Most new jobs a minute from one client.")] = 600.0,
+    keep_hours: Annotated[float, typer.Option(min=0.01, help="Hours that finished jobs are kept.")] = 24.0,
+    keep_gib: Annotated[float, typer.Option(min=0.0, help="Most GiB of videos; then the oldest go.")] = 20.0,
+    free_gib: Annotated[float, typer.Option(min=0.0, help="With less free GiB on the disk no job is taken.")] = 0.5,
+    latents_every: Annotated[
+        int, typer.Option(min=0, help="Steps after which a running job is saved, to go on from; 0: never.")
+    ] = 10,
+    grace: Annotated[float, typer.Option(min=0.0, max=600.0, help="Seconds to finish running jobs at the end.")] = 15.0,
+) -> None:
+    """Serve a bundle: an HTTP API in the format of OpenAI's videos, with jobs that outlive the server.
+
+    It stops by Ctrl-C or SIGTERM: running jobs finish or are saved, waiting ones stay for the next time.
+
+    stiv serve bundle --port 8000
+    stiv serve bundle --host 0.0.0.0 --tokens tokens.txt
+    stiv serve bundle --tokens tokens.txt --new-token alice
+    """
+    from stiv_deploy.runtime.bundle.bundle import Bundle
+    from stiv_deploy.serving.api.guard import Tokens, add_token, read_tokens
+    from stiv_deploy.serving.errors import ServeError
+    from stiv_deploy.serving.server import Server, address, listen
+    from stiv_deploy.serving.settings import ServeSettings
+
+    if new_token is not None:
+        if tokens is None:
+            raise ServeError("--new-token is given without --tokens FILE, where it would be written to")
+        typer.echo(add_token(tokens, new_token))
+        return
+    known = Tokens() if tokens is None else read_tokens(tokens)
+    model = Bundle.open(bundle).manifest.model.name
+    settings = ServeSettings(
+        bundle=bundle.absolute(),
+        data=(data or bundle.absolute().with_name(f"{bundle.absolute().name}.jobs")).absolute(),
+        name=name or model,
+        workers=workers,
+        backend=backend,
+        device=device,
+        threads=threads,
+        slots=slots,
+        queue=queue,
+        rate=rate,
+        keep_seconds=keep_hours * HOUR,
+        keep_bytes=int(keep_gib * GIB),
+        free_bytes=int(free_gib * GIB),
+        latents_every=latents_every,
+        grace_seconds=grace,
+    )
+    with listen(host, port, known) as listening:
+        server = Server(settings, known)
+        typer.echo(f"serving {settings.name} at {address(listening)}, jobs in {settings.data}; Ctrl-C stops it")
+        code = server.run(listening)
+    if code:
+        raise typer.Exit(code)

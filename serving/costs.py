@@ -1,0 +1,84 @@
+"""What jobs cost, in seconds of a device, from times that workers measured: for waits, admission and batches."""
+
+from collections.abc import Iterable, Mapping
+
+from stiv_deploy.serving.store.jobs import Job, Measured, Size
+
+WORTH = 1.9
+"""A batch twice as large is worth it while it costs less than this many times as much."""
+SHARED = 4
+"""Clips that may share a batch where no larger one is worth it: they take as long together, and short ones less."""
+
+
+class Costs:
+    """Times that were measured; what was not is told from the nearest that was, in proportion to pixels and rows."""
+
+    def __init__(self, measured: Iterable[Measured] = ()) -> None:
+        self._calls: dict[Size, dict[int, float]] = {}
+        self._decodes: dict[Size, float] = {}
+        for each in measured:
+            if each.rows:
+                self._calls.setdefault(each.size, {})[each.rows] = each.seconds
+            else:
+                self._decodes[each.size] = each.seconds
+
+    def call(self, size: Size, rows: int) -> float | None:
+        """Seconds of one call of the model over at least ``rows`` rows; ``None`` if nothing was measured."""
+        near, factor = _nearest(self._calls, size)
+        if near is None:
+            return None
+        known = self._calls[near]
+        enough = [each for each in known if each >= rows]
+        rung = min(enough) if enough else max(known)
+        return known[rung] * factor * max(1.0, rows / rung)
+
+    def decode(self, size: Size) -> float:
+        """Seconds from latents to frames; 0 if nothing was measured."""
+        near, factor = _nearest(self._decodes, size)
+        return 0.0 if near is None else self._decodes[near] * factor
+
+    def alone(self, job: Job) -> float | None:
+        """Seconds that the rest of ``job`` takes if it runs by itself."""
+        call = self.call(job.size, job.rows)
+        return None if call is None else _left(job) * call + self.decode(job.size)
+
+    def shared(self, job: Job) -> float | None:
+        """Seconds of a device that the rest of ``job`` takes in a full batch."""
+        near, factor = _nearest(self._calls, job.size)
+        if near is None:
+            return None
+        row = min(seconds / rows for rows, seconds in self._calls[near].items())
+        return _left(job) * job.rows * row * factor + self.decode(job.size)
+
+    def backlog(self, jobs: Iterable[Job], workers: int) -> float | None:
+        """Seconds until ``workers`` workers have made ``jobs``; ``None`` if nothing was measured."""
+        costs = [self.shared(job) for job in jobs]
+        known = [cost for cost in costs if cost is not None]
+        return sum(known) / max(1, workers) if len(known) == len(costs) else None
+
+
+def worthwhile_rows(seconds: Mapping[int, float], shared: int) -> int:
+    """The most rows of a batch, from the ``seconds`` of a call by rows: at least ``shared``, if there are so many.
+
+    More rows are taken as long as twice as many cost less than ``WORTH`` times as much.
+    """
+    rungs = sorted(seconds)
+    best = rungs[0]
+    for rung in rungs[1:]:
+        if seconds[rung] >= seconds[best] * WORTH ** ((rung / best) - 1):
+            break
+        best = rung
+    return min(max(best, shared), rungs[-1])
+
+
+def _nearest(known: Mapping[Size, object], size: Size) -> tuple[Size | None, float]:
+    """The size in ``known`` whose volume is nearest to that of ``size``, and how many times larger this is."""
+    if not known:
+        return None, 1.0
+    near = min(known, key=lambda each: abs(each.volume - size.volume))
+    return near, size.volume / near.volume
+
+
+def _left(job: Job) -> float:
+    """Evaluations that are not done."""
+    return job.evaluations * (1 - job.step / job.steps)

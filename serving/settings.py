@@ -1,0 +1,42 @@
+"""Everything about a service that its operator chooses, as one value that processes can be given."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from stiv_deploy.runtime.bundle.contract import Frozen
+
+MIB, GIB, DAY = 2**20, 2**30, 86_400.0
+
+
+class ServeSettings(Frozen):
+    """How the bundle in the folder ``bundle`` is served, with its jobs and their files in the folder ``data``.
+
+    ``workers`` processes make clips, worker i on GPU ``device`` + i; each has up to ``slots`` clips of one size in one
+    batch. Finished jobs go after ``keep_seconds``, and the oldest of them as soon as all files have more than
+    ``keep_bytes``. Nothing is accepted while the disk has less than ``free_bytes``, or ``queue`` jobs are waiting.
+    Latents of running clips are written every ``latents_every`` steps (0: never). A worker that stops has
+    ``grace_seconds`` to finish what runs. ``rate`` new jobs a minute may come from one client.
+    """
+
+    bundle: Path
+    data: Path
+    name: str
+    workers: int = Field(default=1, ge=1, le=64)
+    backend: str | None = None
+    device: int = Field(default=0, ge=0)
+    threads: int | None = None
+    slots: int = Field(default=8, ge=1, le=256)
+    queue: int = Field(default=1_000, ge=1, le=100_000)
+    body_bytes: int = Field(default=64 * MIB, ge=1_024)
+    rate: float = Field(default=600.0, gt=0)
+    keep_seconds: float = Field(default=DAY, gt=0)
+    keep_bytes: int = Field(default=20 * GIB, ge=0)
+    free_bytes: int = Field(default=GIB // 2, ge=0)
+    latents_every: int = Field(default=10, ge=0)
+    grace_seconds: float = Field(default=15.0, ge=0, le=600)
+
+    @property
+    def database(self) -> Path:
+        """The file of the job store."""
+        return self.data / "jobs.sqlite"

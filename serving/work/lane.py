@@ -1,0 +1,98 @@
+"""Clips of one size in one engine: who is in, who has to wait, and what a tick brings."""
+
+from collections.abc import Iterator
+
+from stiv_deploy.runtime.sampling.engine import StepEngine, Tick
+from stiv_deploy.serving.store.jobs import Size
+from stiv_deploy.serving.work.clips import Clip
+
+
+class Lane:
+    """An ``engine`` for clips of ``size``, of which as many run at once as have at most ``rows`` rows together."""
+
+    def __init__(self, size: Size, engine: StepEngine, rows: int) -> None:
+        self.size, self._engine, self._rows = size, engine, rows
+        self._running: dict[int, Clip] = {}
+        self.paused: list[Clip] = []
+        self.closing = False
+        """Whether it lets in no more new clips, so that another size has its turn."""
+
+    @property
+    def running(self) -> list[Clip]:
+        """Clips in the engine."""
+        return list(self._running.values())
+
+    @property
+    def empty(self) -> bool:
+        """Whether nobody is in, nor waits to go on."""
+        return not (self._running or self.paused)
+
+    @property
+    def rung(self) -> int:
+        """Rows of the next call."""
+        return self._engine.rung
+
+    def room(self, rows: int) -> bool:
+        """Whether a clip of so many rows may come in now; one always may."""
+        used = self._engine.used_rows
+        return not self._running or (len(self._running) < self._engine.slots and used + rows <= self._rows)
+
+    def admit(self, clip: Clip) -> None:
+        """Let ``clip`` begin, or go on; there must be room."""
+        self._running[self._engine.admit(clip.sample, clip.pause)] = clip
+        clip.pause = None
+
+    def tick(self) -> tuple[list[Clip], Tick]:
+        """One evaluation of all; the clips that completed a step, and the tick by slot, see :meth:`leave`."""
+        tick = self._engine.tick()
+        moved = [self._running[slot] for slot in tick.moved]
+        for clip in moved:
+            clip.step += 1
+        return moved, tick
+
+    def leave(self, slot: int) -> Clip:
+        """Take note that the engine has let go of ``slot``."""
+        return self._running.pop(slot)
+
+    def lower(self, priority: int) -> Clip | None:
+        """The clip to pause for one of ``priority``: the least important, last come, and between two steps."""
+        found = [
+            clip
+            for slot, clip in self._running.items()
+            if clip.job.priority < priority and self._engine.between_steps(slot)
+        ]
+        return min(found, key=lambda clip: (clip.job.priority, -clip.job.created), default=None)
+
+    def between_steps(self) -> bool:
+        """Whether all clips are between two steps."""
+        return all(self._engine.between_steps(slot) for slot in self._running)
+
+    def keep(self, clip: Clip) -> None:
+        """Note in ``clip`` where it is, if it is between two steps; it runs on."""
+        slot = self._slot(clip)
+        if self._engine.between_steps(slot):
+            clip.pause = self._engine.pause(slot)
+
+    def pause(self, clip: Clip) -> None:
+        """Take ``clip`` out, to go on later; it must be between two steps."""
+        self.keep(clip)
+        self._evict(clip)
+        self.paused.append(clip)
+
+    def drop(self, clip: Clip) -> None:
+        """Give up ``clip``, running or paused."""
+        if clip in self.paused:
+            self.paused.remove(clip)
+        else:
+            self._evict(clip)
+
+    def __iter__(self) -> Iterator[Clip]:
+        yield from (*self.running, *self.paused)
+
+    def _slot(self, clip: Clip) -> int:
+        return next(slot for slot, each in self._running.items() if each is clip)
+
+    def _evict(self, clip: Clip) -> None:
+        slot = self._slot(clip)
+        self._engine.evict(slot)
+        del self._running[slot]

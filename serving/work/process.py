@@ -1,0 +1,100 @@
+"""A worker as a process of its own: ``python -m stiv_deploy.serving.work.process INDEX SETTINGS-AS-JSON``.
+
+It ends by SIGTERM, and when its parent is gone; with 2, and a line on standard error, if it cannot start.
+"""
+
+import logging
+import os
+import secrets
+import signal
+import sys
+import time
+from threading import Event, Thread
+
+from stiv_deploy.runtime.backends import open_backend
+from stiv_deploy.runtime.backends.cuda import count_gpus
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.errors import StivError, one_line
+from stiv_deploy.serving.settings import ServeSettings
+from stiv_deploy.serving.store.jobs import LEASE, WorkerState
+from stiv_deploy.serving.store.results import Results
+from stiv_deploy.serving.store.sqlite import SqliteJobStore
+from stiv_deploy.serving.work.scheduler import Scheduler
+from stiv_deploy.serving.work.workshop import Workshop
+
+CPU = "onnxruntime"
+"""The backend that has no GPU to be told."""
+BEAT = LEASE / 5
+log = logging.getLogger(__name__)
+
+
+def device_of(settings: ServeSettings, index: int) -> int:
+    """The GPU of worker number ``index``; all are on the CPU where that is asked for, or there is nothing else."""
+    return settings.device if settings.backend == CPU or not count_gpus() else settings.device + index
+
+
+class Worker:
+    """Worker number ``index`` of a service: a scheduler, and a thread that tells that it lives."""
+
+    def __init__(self, settings: ServeSettings, index: int = 0, name: str | None = None) -> None:
+        self.name = name or f"worker-{index}-{secrets.token_hex(4)}"
+        self._store = SqliteJobStore(settings.database)
+        bundle = Bundle.open(settings.bundle)
+        backend = open_backend(settings.backend, bundle, settings.threads, device_of(settings, index))
+        self._workshop = Workshop(bundle, backend, settings.slots)
+        self._scheduler = Scheduler(self._store, Results(settings.data), self._workshop, settings, self.name)
+        self._ready = False
+
+    def run(self, stop: Event) -> None:
+        """Work until ``stop`` is set."""
+        ended = Event()
+        pulse = Thread(target=self._live, args=(ended, stop), daemon=True)
+        pulse.start()
+        try:
+            self._scheduler.prepare()
+            self._ready = True
+            self._beat()
+            self._scheduler.run(stop)
+        finally:
+            ended.set()
+            pulse.join()
+            self._store.sign_off(self.name)
+            self._workshop.close()
+            self._store.close()
+
+    def _live(self, ended: Event, stop: Event) -> None:
+        """Tell that we live, and free what others left; an orphan stops."""
+        parent = os.getppid()
+        while not ended.is_set():
+            try:
+                self._beat()
+                self._store.expire_leases()
+            except Exception:  # a busy store is no reason to die
+                log.exception("%s cannot tell that it lives", self.name)
+            if os.getppid() != parent:
+                stop.set()
+            ended.wait(BEAT)
+
+    def _beat(self) -> None:
+        device = self._workshop.backend.device
+        state = WorkerState(self.name, os.getpid(), time.time(), self._scheduler.turned, self._ready, device)
+        self._store.beat(state)
+
+
+def main() -> int:
+    """Run the worker that the arguments describe; its exit code."""
+    stop = Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C reaches the parent, which tells us
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    index, settings, name = int(sys.argv[1]), ServeSettings.model_validate_json(sys.argv[2]), sys.argv[3]
+    try:
+        Worker(settings, index, name).run(stop)
+    except StivError as error:
+        sys.stderr.write(f"error: {one_line(str(error))}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""The scheduler: one thread owns the device, and between two steps clips come, leave, pause and go on.
+
+It knows of the world by the store alone: a job that was cancelled, deleted or given to another worker is no longer its
+own, which it sees before the next evaluation.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event
+
+import numpy as np
+
+from stiv_deploy.runtime.errors import StivError, one_line
+from stiv_deploy.runtime.sampling.engine import Tick
+from stiv_deploy.serving.costs import SHARED, worthwhile_rows
+from stiv_deploy.serving.settings import ServeSettings
+from stiv_deploy.serving.store.jobs import Job, JobStore, Measured, Size
+from stiv_deploy.serving.store.results import Results
+from stiv_deploy.serving.work.clips import Clip, pause_arrays, pause_of, write_files
+from stiv_deploy.serving.work.lane import Lane
+from stiv_deploy.serving.work.order import Turns, rank
+from stiv_deploy.serving.work.workshop import FEWEST, Workshop
+
+SIZES = 2
+"""Sizes that have an engine at a time."""
+QUANTUM = 0.5
+"""Seconds that a size works before the other one has its turn."""
+PATIENCE = 10.0
+"""Seconds that a job of a size without an engine waits before another size has to end."""
+IDLE = 0.02
+"""Seconds between two looks at the store while there is nothing to do."""
+TOLD = 0.25
+"""Seconds between two notes of progress."""
+ENCODING = 8
+"""Clips that may wait to be written; then the device waits too."""
+SMOOTH = 0.2
+"""Weight of the newest time in a mean of times."""
+log = logging.getLogger(__name__)
+
+
+class Scheduler:
+    """Makes the jobs of ``store`` as the worker ``name``, in one thread; see :meth:`run`, or :meth:`turn` for one step.
+
+    Files are written by another thread.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        results: Results,
+        workshop: Workshop,
+        settings: ServeSettings,
+        name: str,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store, self._results, self._workshop, self._settings = store, results, workshop, settings
+        self._name, self._clock = name, clock
+        self._lanes: dict[Size, Lane] = {}
+        self._turns: Turns[Size] = Turns(QUANTUM)
+        self._writer = ThreadPoolExecutor(1, "writer")
+        self._writing: dict[str, Future[None]] = {}
+        self._seen: tuple[int, int] | None = None
+        self._room = True
+        self._told = 0.0
+        self._seconds: dict[tuple[Size, int], float] = {}
+        self.turned = clock()
+
+    def prepare(self) -> None:
+        """Make the engine of the bundle's own size, and time it: the first job waits for nothing."""
+        self._open(self._workshop.default_size)
+        self._tell_costs()
+
+    def run(self, stop: Event) -> None:
+        """Work until ``stop`` is set; then finish what can be finished in time, and give back the rest."""
+        while not stop.is_set():
+            if not self.turn():
+                stop.wait(IDLE)
+        self._end()
+
+    def turn(self) -> bool:
+        """One piece of work; whether there was any."""
+        self.turned = self._clock()
+        self._look()
+        return self._work()
+
+    def _work(self) -> bool:
+        busy = [size for size, lane in self._lanes.items() if lane.running]
+        if not busy:
+            self._tell()
+            return False
+        size = self._turns.next(busy)
+        start = time.perf_counter()
+        self._tick(self._lanes[size])
+        self._turns.spend(size, time.perf_counter() - start)
+        return True
+
+    def _look(self) -> None:
+        """See what has changed in the store, and take what there is room for."""
+        version = self._store.version()
+        if version != self._seen:
+            self._drop_lost()
+        if version != self._seen or self._room:
+            self._seen, self._room = version, False
+            self._take()
+
+    def _clips(self) -> Iterator[tuple[Lane, Clip]]:
+        yield from [(lane, clip) for lane in self._lanes.values() for clip in lane]
+
+    def _drop_lost(self) -> None:
+        """Give up what is no longer ours."""
+        owned = self._store.owned(self._name)
+        for lane, clip in self._clips():
+            if clip.job.id not in owned:
+                lane.drop(clip)
+                self._results.forget_latents(clip.job.id)
+                self._room = True
+
+    def _take(self) -> None:
+        """Let in those who are most urgent, as far as there is room, in place of those of lower priority."""
+        now = self._clock()
+        paused = {clip.job.id: clip for lane in self._lanes.values() for clip in lane.paused}
+        jobs = [*(clip.job for clip in paused.values()), *self._store.waiting()]
+        for job in sorted(jobs, key=lambda each: rank(each, now)):
+            lane = self._lane(job, now)
+            if lane is None or (lane.closing and job.id not in paused) or not self._make_room(lane, job):
+                continue
+            clip = paused.get(job.id)
+            if clip is not None:
+                lane.paused.remove(clip)
+            else:
+                clip = self._claim(job)
+            if clip is not None:
+                lane.admit(clip)
+
+    def _lane(self, job: Job, now: float) -> Lane | None:
+        """The lane of the size of ``job``, in the place of an empty one if need be; ``None`` if there is none."""
+        lane = self._lanes.get(job.size)
+        if lane is not None:
+            lane.closing = lane.closing and not lane.empty
+            return lane
+        if len(self._lanes) >= SIZES:
+            empty = [size for size, lane in self._lanes.items() if lane.empty]
+            if not empty:
+                self._hurry(job, now)
+                return None
+            del self._lanes[empty[0]]
+        self._open(job.size)
+        return self._lanes[job.size]
+
+    def _hurry(self, job: Job, now: float) -> None:
+        """Close the lane that was opened first once ``job`` has waited long for a place."""
+        lanes = list(self._lanes.values())
+        if now > job.created + PATIENCE and not any(lane.closing for lane in lanes):
+            lanes[0].closing = True
+
+    def _open(self, size: Size) -> None:
+        engine = self._workshop.engine(size)
+        seconds = self._workshop.timed(engine)
+        self._seconds |= {(size, rows): each for rows, each in seconds.items()}
+        self._lanes[size] = Lane(size, engine, worthwhile_rows(seconds, SHARED * FEWEST))
+
+    def _make_room(self, lane: Lane, job: Job) -> bool:
+        while not lane.room(job.rows):
+            lower = lane.lower(job.priority)
+            if lower is None:
+                self._room = self._room or any(clip.job.priority < job.priority for clip in lane.running)
+                return False
+            lane.pause(lower)
+        return True
+
+    def _claim(self, job: Job) -> Clip | None:
+        """The clip of ``job``, if we get it and it can be made."""
+        claimed = self._store.claim(job.id, self._name)
+        if claimed is None:
+            return None
+        try:
+            clip = self._workshop.clip(*claimed)
+        except StivError as error:
+            self._fail(job.id, "invalid_request", str(error))
+            return None
+        except Exception as error:  # whatever is wrong with it, others go on
+            log.exception("%s cannot be prepared", job.id)
+            self._fail(job.id, "internal_error", f"it could not be prepared ({type(error).__name__})")
+            return None
+        self._go_on(clip)
+        return clip
+
+    def _go_on(self, clip: Clip) -> None:
+        """Let ``clip`` go on from the latents that another worker kept, if there are any that fit."""
+        arrays = self._results.latents(clip.job.id)
+        clip.pause = None if arrays is None else pause_of(arrays, clip)
+        clip.step = clip.job.step if clip.pause is not None else 0
+
+    def _fail(self, job: str, code: str, message: str) -> None:
+        expires = self._clock() + self._settings.keep_seconds
+        self._store.fail(job, self._name, code, one_line(message), expires)
+        self._results.remove(job)
+
+    def _tick(self, lane: Lane) -> None:
+        rung, start = lane.rung, time.perf_counter()
+        moved, tick = lane.tick()
+        self._workshop.backend.synchronize()
+        self._measure(lane.size, rung, time.perf_counter() - start)
+        self._leave(lane, tick)
+        self._keep(lane, [clip for clip in moved if clip in lane.running])
+        self._tell()
+
+    def _measure(self, size: Size, rows: int, seconds: float) -> None:
+        mean = self._seconds.get((size, rows), seconds)
+        self._seconds[size, rows] = mean + SMOOTH * (seconds - mean)
+
+    def _leave(self, lane: Lane, tick: Tick) -> None:
+        """See off those who are done."""
+        for slot, error in tick.failed.items():
+            self._fail(lane.leave(slot).job.id, "not_finite", str(error))
+        for slot, latents in tick.finished.items():
+            self._finish(lane.leave(slot), latents)
+        self._room = self._room or bool(tick.failed or tick.finished)
+
+    def _finish(self, clip: Clip, latents: np.ndarray) -> None:
+        start = time.perf_counter()
+        frames = self._workshop.decode(clip, latents)
+        self._measure(clip.job.size, 0, time.perf_counter() - start)
+        while len(self._writing) >= ENCODING:
+            next(iter(self._writing.values())).result()
+        future = self._writer.submit(self._write, clip, frames, latents)
+        self._writing[clip.job.id] = future
+        future.add_done_callback(lambda _: self._writing.pop(clip.job.id, None))
+
+    def _write(self, clip: Clip, frames: np.ndarray, latents: np.ndarray) -> None:
+        """Write the files of ``clip``, and then tell that it is done, unless it was cancelled meanwhile."""
+        job = clip.job.id
+        try:
+            with self._results.writing(job) as folder:
+                write_files(clip, frames, latents, self._workshop.backend.name, folder)
+            expires = self._clock() + self._settings.keep_seconds
+            if self._store.complete(job, self._name, self._results.bytes(job), expires):
+                self._results.forget_latents(job)
+            else:
+                self._results.remove(job)
+        except Exception as error:  # whatever is wrong with it, others go on
+            log.exception("%s cannot be written", job)
+            self._fail(job, "storage_error", f"its result could not be written ({type(error).__name__})")
+
+    def _keep(self, lane: Lane, moved: list[Clip]) -> None:
+        """Write the latents of those that have come another ``latents_every`` steps."""
+        every = self._settings.latents_every
+        for clip in moved:
+            if every and clip.step % every == 0:
+                lane.keep(clip)
+                self._save(clip)
+                clip.pause = None
+
+    def _save(self, clip: Clip) -> None:
+        if clip.pause is not None:
+            self._results.save_latents(clip.job.id, **pause_arrays(clip.pause))
+            self._store.advance(self._name, {clip.job.id: clip.step})
+
+    def _tell(self) -> None:
+        """Note progress and times in the store, now and then."""
+        now = time.monotonic()
+        if now < self._told + TOLD:
+            return
+        self._told = now
+        steps = {clip.job.id: clip.step for _, clip in self._clips()}
+        if steps:
+            self._store.advance(self._name, steps)
+            self._tell_costs()
+
+    def _tell_costs(self) -> None:
+        measured = [Measured(size, rows, seconds) for (size, rows), seconds in self._seconds.items()]
+        self._store.measure(f"{self._workshop.bundle.hash} {self._workshop.backend.device}", measured)
+
+    def _end(self) -> None:
+        """Let what runs finish while there is time; then give it back, to go on from here."""
+        until = time.monotonic() + self._settings.grace_seconds
+        while time.monotonic() < until and any(lane.running for lane in self._lanes.values()):
+            self._drop_lost()
+            self._work()
+        for lane in self._lanes.values():
+            self._give_back(lane)
+        self._writer.shutdown()
+
+    def _give_back(self, lane: Lane) -> None:
+        while not lane.between_steps():
+            self._tick(lane)
+        for clip in lane.running:
+            lane.pause(clip)
+        for clip in lane.paused:
+            self._save(clip)
+        self._store.requeue([clip.job.id for clip in lane.paused], self._name)
+        lane.paused.clear()
+
+    def close(self) -> None:
+        """Wait until all files are written."""
+        self._writer.shutdown()

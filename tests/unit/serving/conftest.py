@@ -1,0 +1,122 @@
+"""A service on the toy bundle, in this process: its API by a test client, its worker by turns or in a thread."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+sys.path.append(str(Path(__file__).parents[1]))
+from toys import bundle_path, bundle_with, toy
+
+from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.serving.api.app import create_app
+from stiv_deploy.serving.api.guard import Tokens
+from stiv_deploy.serving.api.service import Service
+from stiv_deploy.serving.settings import ServeSettings
+from stiv_deploy.serving.store.results import Results
+from stiv_deploy.serving.store.sqlite import SqliteJobStore
+from stiv_deploy.serving.work.scheduler import Scheduler
+from stiv_deploy.serving.work.workshop import Workshop
+
+__all__ = ["bundle_path", "bundle_with", "toy"]
+ADDRESS = "http://127.0.0.1:8000"
+
+
+class Clock:
+    """Time that tests let pass."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Place:
+    """All parts of a service of a bundle in one folder; each worker has its own connection to the store."""
+
+    def __init__(self, bundle: Path, folder: Path, tokens: Tokens, **settings: Any) -> None:
+        self.clock = Clock()
+        self.settings = ServeSettings(bundle=bundle, data=folder, name="toy", **({"free_bytes": 0} | settings))
+        self.bundle = Bundle.open(bundle)
+        self.results = Results(folder)
+        self.store = SqliteJobStore(self.settings.database, self.clock)
+        self.service = Service(self.settings, self.bundle, self.store, self.results, self.clock)
+        self.client = TestClient(create_app(self.service, tokens), base_url=ADDRESS)
+        self.stores = [self.store]
+
+    def worker(self, name: str = "w") -> Scheduler:
+        """A new worker."""
+        backend = OnnxRuntimeBackend(self.bundle, threads=1)
+        workshop = Workshop(self.bundle, backend, self.settings.slots)
+        self.stores.append(SqliteJobStore(self.settings.database, self.clock))
+        return Scheduler(self.stores[-1], self.results, workshop, self.settings, name, self.clock)
+
+    def ask(self, **body: Any) -> dict[str, Any]:
+        """The resource of a new job."""
+        answer = self.client.post("/v1/videos", json={"prompt": "digit three moving left", "seed": 1} | body)
+        assert answer.status_code == 200, answer.text
+        found: dict[str, Any] = answer.json()
+        return found
+
+    def look(self, job: str) -> dict[str, Any]:
+        """The resource of a job."""
+        found: dict[str, Any] = self.client.get(f"/v1/videos/{job}").json()
+        return found
+
+    def sheet(self, job: str) -> bytes:
+        """The contact sheet of a completed job: its frames, lossless."""
+        answer = self.client.get(f"/v1/videos/{job}/content?variant=spritesheet")
+        assert answer.status_code == 200, answer.text
+        content: bytes = answer.content
+        return content
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """A worker in a thread."""
+        stop, worker = Event(), self.worker()
+        thread = Thread(target=worker.run, args=(stop,))
+        thread.start()
+        yield
+        stop.set()
+        thread.join()
+
+
+def finish(worker: Scheduler) -> None:
+    """Let ``worker`` work until there is nothing to do, and all is written."""
+    while worker.turn():
+        pass
+    worker.close()
+
+
+@pytest.fixture
+def place_of(tmp_path: Path) -> Iterator[Callable[..., Place]]:
+    """Makes services."""
+    made: list[Place] = []
+
+    def make(bundle: Path, tokens: Tokens | None = None, **settings: Any) -> Place:
+        made.append(Place(bundle, tmp_path / "jobs", tokens or Tokens(), **settings))
+        return made[-1]
+
+    yield make
+    for place in made:
+        for store in place.stores:
+            store.close()
+
+
+@pytest.fixture
+def place(place_of: Callable[..., Place], bundle_path: Path) -> Place:
+    """A service of the toy bundle, without a worker."""
+    return place_of(bundle_path)
+
+
+@pytest.fixture
+def finished() -> Callable[[Scheduler], None]:
+    """See :func:`finish`."""
+    return finish

@@ -1,0 +1,69 @@
+"""Files of jobs: whole or not there, and none without a job."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stiv_deploy.serving.store.jobs import Job, State
+from stiv_deploy.serving.store.results import VIDEO, Results
+from stiv_deploy.serving.store.sqlite import SqliteJobStore
+
+
+def write(results: Results, job: str, error: Exception | None = None) -> None:
+    with results.writing(job) as folder:
+        (folder / VIDEO).write_bytes(b"video")
+        if error is not None:
+            raise error
+
+
+def test_a_result_is_whole_or_not_there(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    with pytest.raises(RuntimeError, match="killed"):
+        write(results, "a", RuntimeError("killed"))
+    assert not results.place("a").exists()
+    write(results, "a")
+    assert results.bytes("a") == 5
+    results.remove("a")
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
+
+
+def test_latents_come_back_bit_by_bit(tmp_path: Path) -> None:
+    results, latents = Results(tmp_path), np.random.default_rng(0).standard_normal((2, 3), dtype=np.float32)
+    assert results.latents("a") is None
+    results.save_latents("a", latents=latents, position=np.array(3))
+    found = results.latents("a")
+    assert found is not None
+    np.testing.assert_array_equal(found["latents"], latents)
+    assert found["position"] == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut off"])
+def test_damaged_latents_are_none(tmp_path: Path, content: bytes) -> None:
+    results = Results(tmp_path)
+    (tmp_path / "latents" / "a.npz").write_bytes(content)
+    assert results.latents("a") is None
+
+
+def test_files_without_a_job_and_jobs_without_a_file_are_swept(tmp_path: Path) -> None:
+    results, store = Results(tmp_path), SqliteJobStore(tmp_path / "jobs.sqlite")
+
+    def add(name: str, state: State) -> None:
+        job = Job(
+            id=name, owner="me", created=1, frames=1, height=2, width=2, rows=1, evaluations=1, steps=1, state=state
+        )
+        store.submit(job, "{}", most=9)
+
+    for name, state in (("done", "completed"), ("lost", "completed"), ("runs", "in_progress"), ("waits", "queued")):
+        add(name, State(state))
+    for name in ("done", "runs", "orphan", "waits"):
+        write(results, name)
+        results.save_latents(name, position=np.array(1))
+    (tmp_path / "results" / ".done.partial").mkdir()
+    (tmp_path / "results" / ".runs.partial").mkdir()
+    assert results.sweep(store) == 5
+    assert {file.name for file in (tmp_path / "results").iterdir()} == {"done", "runs", ".runs.partial"}
+    assert {file.name for file in (tmp_path / "latents").iterdir()} == {"runs.npz", "waits.npz"}
+    assert (store.get("lost").state, store.get("lost").error_code) == (State.FAILED, "result_lost")
+    assert store.get("done").state == State.COMPLETED
+    store.close()

@@ -1,0 +1,51 @@
+"""Costs: told from what was measured, and how large a batch is worth it."""
+
+import dataclasses
+
+import pytest
+
+from stiv_deploy.serving.costs import Costs, worthwhile_rows
+from stiv_deploy.serving.store.jobs import Job, Measured, Size
+
+SIZE = Size(4, 8, 8)
+JOB = Job(id="a", owner="me", created=0.0, frames=4, height=8, width=8, rows=2, evaluations=10, steps=10)
+COSTS = Costs([Measured(SIZE, 2, 1.0), Measured(SIZE, 4, 1.5), Measured(SIZE, 8, 3.0), Measured(SIZE, 0, 0.5)])
+
+
+def test_nothing_is_known_before_anything_was_measured() -> None:
+    empty = Costs()
+    assert empty.alone(JOB) is None
+    assert empty.shared(JOB) is None
+    assert empty.backlog([JOB], 1) is None
+    assert empty.backlog([], 1) == 0
+
+
+@pytest.mark.parametrize(("rows", "seconds"), [(1, 1.0), (2, 1.0), (3, 1.5), (8, 3.0), (16, 6.0)])
+def test_a_call_costs_what_its_rung_costs(rows: int, seconds: float) -> None:
+    assert COSTS.call(SIZE, rows) == seconds
+
+
+def test_other_sizes_cost_by_their_pixels() -> None:
+    assert COSTS.call(Size(8, 16, 8), 2) == 4.0
+    assert COSTS.decode(Size(8, 16, 8)) == 2.0
+
+
+def test_what_is_done_costs_no_more() -> None:
+    assert COSTS.alone(JOB) == 10.5
+    assert COSTS.alone(dataclasses.replace(JOB, step=5)) == 5.5
+    assert COSTS.shared(JOB) == 10 * 2 * 0.375 + 0.5
+    assert COSTS.backlog([JOB, JOB], 2) == 8.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shared", "rows"),
+    [
+        ({2: 1.0, 4: 1.2, 8: 2.0, 12: 2.5}, 2, 12),  # a GPU that idles
+        ({2: 1.0, 4: 1.2, 8: 2.4, 12: 3.6}, 2, 4),  # full at 4 rows
+        ({2: 1.0, 4: 2.0, 8: 4.0, 12: 6.0}, 2, 2),  # full from the start
+        ({2: 1.0, 4: 2.0, 8: 4.0, 12: 6.0}, 8, 8),  # clips share it none the less
+        ({2: 1.0, 3: 1.5}, 8, 3),
+    ],
+)
+def test_a_batch_grows_while_it_is_worth_it(seconds: dict[int, float], shared: int, rows: int) -> None:
+    assert worthwhile_rows(seconds, shared) == rows

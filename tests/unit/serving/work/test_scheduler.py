@@ -1,0 +1,237 @@
+"""The scheduler on a real engine: clips come, leave, pause and go on between steps, and none notices the others."""
+
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stiv_deploy.serving.store.jobs import State
+from stiv_deploy.serving.store.sqlite import SqliteJobStore
+from stiv_deploy.serving.work import scheduler as module
+from stiv_deploy.serving.work.scheduler import Scheduler
+
+KINDS: tuple[dict[str, Any], ...] = (
+    {"num_inference_steps": 6, "guidance_scale": 2.0},
+    {"num_inference_steps": 3, "guidance_mode": "sit", "seed": 2, "time_shift": 2.0},
+    {"num_inference_steps": 4, "guidance_mode": "none", "solver": "heun", "seed": 3},
+    {"num_inference_steps": 5, "guidance_renorm": False, "seed": 4, "prompt": "digit right"},
+)
+
+
+def sheets(place: Any, worker: Scheduler, finished: Callable[..., None], gap: int) -> list[bytes]:
+    """Contact sheets of ``KINDS``, of which one comes every ``gap`` turns."""
+    jobs = []
+    for kind in KINDS:
+        jobs.append(place.ask(**kind)["id"])
+        for _ in range(gap):
+            worker.turn()
+    finished(worker)
+    return [place.sheet(job) for job in jobs]
+
+
+def test_clips_of_every_kind_join_and_leave_between_steps(place: Any, finished: Callable[..., None]) -> None:
+    alone = sheets(place, place.worker(), finished, 40)
+    assert sheets(place, place.worker(), finished, 0) == alone
+    assert sheets(place, place.worker(), finished, 1) == alone
+
+
+def test_a_short_job_does_not_wait_for_a_long_one(place: Any) -> None:
+    worker = place.worker()
+    long = place.ask(num_inference_steps=500)["id"]
+    for _ in range(5):
+        worker.turn()
+    short = place.ask(num_inference_steps=3)["id"]
+    for _ in range(10):
+        worker.turn()
+    worker.close()
+    assert place.look(short)["status"] == "completed"
+    assert place.look(long)["status"] == "in_progress"
+
+
+@pytest.mark.parametrize("how", ["cancel", "delete"])
+def test_a_cancelled_clip_leaves_before_the_next_step(place: Any, how: str) -> None:
+    """DELETE does not leave the device at work."""
+    worker = place.worker()
+    job = place.ask(num_inference_steps=500)["id"]
+    for _ in range(3):
+        worker.turn()
+    address = f"/v1/videos/{job}"
+    answer = place.client.post(f"{address}/cancel") if how == "cancel" else place.client.delete(address)
+    assert answer.status_code == 200
+    assert not worker.turn()  # nothing runs any more
+    worker.close()
+    assert not place.results.place(job).exists()
+    if how == "cancel":
+        found = place.look(job)
+        assert (found["status"], found["error"]["code"]) == ("failed", "cancelled")
+
+
+def test_cancelled_while_it_is_written(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store's word is the last one: a result that nobody may have is not left behind."""
+    write = module.write_files
+
+    def cancelled_meanwhile(clip: Any, *rest: Any) -> None:
+        write(clip, *rest)
+        place.store.cancel(clip.job.id)
+
+    monkeypatch.setattr(module, "write_files", cancelled_meanwhile)
+    worker = place.worker()
+    job = place.ask()["id"]
+    while worker.turn():
+        pass
+    worker.close()
+    assert place.look(job)["error"]["code"] == "cancelled"
+    assert not place.results.place(job).exists()
+
+
+def test_a_result_that_cannot_be_written_fails_its_job_alone(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_files", full)
+    worker = place.worker()
+    job = place.ask()["id"]
+    while worker.turn():
+        pass
+    worker.close()
+    assert place.look(job)["error"]["code"] == "storage_error"
+
+
+def test_urgent_clips_go_first_and_paused_ones_go_on(
+    place_of: Callable[..., Any], bundle_path: Path, finished: Callable[..., None]
+) -> None:
+    place = place_of(bundle_path, slots=1)
+    worker = place.worker()
+    calm = place.ask(num_inference_steps=6)["id"]
+    for _ in range(3):
+        worker.turn()
+    urgent = place.ask(num_inference_steps=2, priority=5, seed=2)["id"]
+    for _ in range(2):
+        worker.turn()
+    assert place.look(calm)["status"] == "in_progress"
+    finished(worker)
+    assert place.look(urgent)["stiv"]["priority"] == 5
+    first = [place.store.get(job).finished for job in (urgent, calm)]
+    assert first == sorted(first)
+    again = place.ask(num_inference_steps=6)["id"]
+    finished(other := place.worker("other"))
+    assert other.turned
+    assert place.sheet(again) == place.sheet(calm)  # as if it had never paused
+
+
+def test_a_killed_workers_clip_goes_on_from_its_latents(
+    place_of: Callable[..., Any], bundle_path: Path, finished: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = place_of(bundle_path, latents_every=4)
+    whole = place.ask(num_inference_steps=10, solver="heun")["id"]
+    finished(place.worker())
+    job = place.ask(num_inference_steps=10, solver="heun")["id"]
+    dead = place.worker("dead")
+    for _ in range(12):  # 6 steps, 4 of them kept
+        dead.turn()
+    place.store.release("dead")  # as after kill -9
+    assert int(place.results.latents(job)["position"]) == 8
+    admitted = []
+    admit = module.Lane.admit
+    monkeypatch.setattr(module.Lane, "admit", lambda lane, clip: (admitted.append(clip.pause), admit(lane, clip)))
+    finished(place.worker())
+    assert [pause.position for pause in admitted] == [8]
+    assert place.sheet(job) == place.sheet(whole)
+    assert place.look(job)["stiv"]["attempts"] == 2
+    assert place.results.latents(job) is None
+
+
+def test_what_does_not_finish_in_time_is_given_back(
+    place_of: Callable[..., Any], bundle_path: Path, finished: Callable[..., None]
+) -> None:
+    place = place_of(bundle_path, grace_seconds=0.0)
+    worker, stop = place.worker(), Event()
+    job = place.ask(num_inference_steps=12, solver="heun")["id"]
+    for _ in range(3):  # within a step
+        worker.turn()
+    stop.set()
+    worker.run(stop)
+    found = place.look(job)
+    assert (found["status"], found["stiv"]["attempts"], found["stiv"]["step"]) == ("queued", 0, 2)
+    finished(place.worker())
+    assert place.look(job)["status"] == "completed"
+
+
+def test_two_workers_share_a_queue(place: Any) -> None:
+    workers = [place.worker(name) for name in ("a", "b")]
+    jobs = [place.ask(seed=seed)["id"] for seed in range(9)]
+    while any([worker.turn() for worker in workers]):
+        pass
+    for worker in workers:
+        worker.close()
+    assert {place.look(job)["status"] for job in jobs} == {"completed"}
+    assert {place.look(job)["stiv"]["attempts"] for job in jobs} == {1}
+
+
+def test_sizes_take_turns_and_a_third_one_gets_its_place(
+    place: Any, finished: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "QUANTUM", 1e-9)
+    worker = place.worker()
+    jobs = [place.ask(num_inference_steps=200, size=size)["id"] for size in ("8x8", "12x4")]
+    for _ in range(20):
+        worker.turn()
+    third = place.ask(num_inference_steps=2, size="4x4")["id"]
+    for _ in range(20):
+        worker.turn()
+    worker._told = 0.0
+    worker.turn()
+    steps = [place.look(job)["stiv"]["step"] for job in jobs]
+    assert min(steps) > 5  # by turns
+    assert place.look(third)["status"] == "queued"
+    place.clock.now += module.PATIENCE + 1
+    place.client.post(f"/v1/videos/{jobs[0]}/cancel")
+    finished(worker)
+    assert place.look(third)["status"] == "completed"
+
+
+def test_a_clip_that_is_not_finite_fails_alone(place: Any, finished: Callable[..., None]) -> None:
+    worker = place.worker()
+    good, bad = place.ask()["id"], place.ask(guidance_scale=1000.0, guidance_renorm=False)["id"]
+    noise = place.bundle.manifest.model
+    assert noise.name == "toy"
+    worker.turn()
+    (lane,) = worker._lanes.values()
+    slot = next(slot for slot, clip in lane._running.items() if clip.job.id == bad)
+    lane._engine.change(slot, np.full(lane._engine.shape, np.nan, np.float32))
+    finished(worker)
+    assert place.look(good)["status"] == "completed"
+    assert place.look(bad)["error"]["code"] == "not_finite"
+
+
+def test_a_request_that_cannot_be_prepared_fails_alone(
+    place: Any, finished: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bad request does not kill the worker."""
+    worker = place.worker()
+    clip = worker._workshop.clip
+
+    def prepared(job: Any, request: str) -> Any:
+        if job.priority == 9:
+            raise RuntimeError("a fault of ours")
+        return clip(job, request)
+
+    monkeypatch.setattr(worker._workshop, "clip", prepared)
+    bad, good = place.ask(priority=9)["id"], place.ask()["id"]
+    finished(worker)
+    assert place.look(bad)["error"]["code"] == "internal_error"
+    assert place.look(good)["status"] == "completed"
+
+
+def test_the_store_outlives_its_users(place: Any, finished: Callable[..., None]) -> None:
+    """Jobs are there after a restart, waiting ones and finished ones."""
+    done = place.ask()["id"]
+    finished(place.worker())
+    waiting = place.ask()["id"]
+    again = SqliteJobStore(place.settings.database)
+    assert again.get(done).state == State.COMPLETED
+    assert [job.id for job in again.waiting()] == [waiting]
+    again.close()

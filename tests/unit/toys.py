@@ -1,0 +1,357 @@
+"""A complete bundle in miniature, made of hand-written graphs whose velocity is also known in numpy.
+
+No checkpoint and no torch: the toy model is affine in its input, so that solvers can be checked against analytic
+answers, and uses every input of every graph, so that a wrong binding shows.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import parser
+
+from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, write_manifest
+from stiv_deploy.runtime.bundle.contract import ModelFacts, graph_specs
+from stiv_deploy.runtime.bundle.manifest import Bucket, GraphRecord, Manifest, Range, SamplingDefaults
+
+WORDS = ("digit", "three", "moving", "left", "right")
+EMBEDDING = np.array([0.05, -0.02, 0.03, 0.01], dtype=np.float32)
+HEADER = '<ir_version: 10, opset_import: ["": 20]>'
+
+FACTS = ModelFacts(
+    name="toy",
+    blocks=2,
+    width=4,
+    heads=1,
+    patch=(1, 1),
+    latent_channels=4,
+    text_width=4,
+    max_text_tokens=5,
+    base_frames=2,
+    base_grid=(2, 2),
+    rope_theta=100.0,
+    temporal=True,
+    spatial_factor=2,
+    temporal_factor=1,
+)
+BUCKET = Bucket(
+    name="small",
+    batch=Range(min=1, typical=1, max=3),
+    frames=Range(min=1, typical=4, max=6),
+    height=Range(min=4, typical=8, max=12),
+    width=Range(min=4, typical=8, max=12),
+)
+SAMPLING = SamplingDefaults(
+    frames=4, height=8, width=8, frames_per_second=8, steps=4, guidance_scale=3.0, image_scale=1.5, time_shift=1.0
+)
+
+TEXT_ENCODER = """g (int64[M,L] token_ids, int64[M,L] token_mask) => (float[M,L,4] text_states, float[M,4] pooled)
+{
+    ids = Cast <to=1> (token_ids)
+    mask = Cast <to=1> (token_mask)
+    real = Mul (ids, mask)
+    last = Constant <value_ints=[-1]> ()
+    column = Unsqueeze (real, last)
+    text_states = Mul (column, embedding)
+    one = Constant <value_ints=[1]> ()
+    pooled = ReduceSum <keepdims=0> (text_states, one)
+}"""
+TEXT_KV = """g (float[M,L,4] text_states) => (float[2,M,1,L,4] text_k, float[2,M,1,L,4] text_v)
+{
+    axes = Constant <value_ints=[0, 2]> ()
+    first = Unsqueeze (text_states, axes)
+    two = Constant <value_float=2.0> ()
+    second = Mul (first, two)
+    text_k = Concat <axis=0> (first, second)
+    text_v = Neg (text_k)
+}"""
+IMAGE_ENCODER = """g (float[B,F,3,H,W] video) => (float[B,F,4,h,w] latents)
+{
+    size = Shape <start=2, end=5> (video)
+    any = Constant <value_ints=[-1]> ()
+    flat = Concat <axis=0> (any, size)
+    images = Reshape (video, flat)
+    pooled = AveragePool <kernel_shape=[2, 2], strides=[2, 2]> (images)
+    one = Constant <value_ints=[1]> ()
+    grey = ReduceMean <keepdims=1> (pooled, one)
+    four = Concat <axis=1> (pooled, grey)
+    rows = Shape <start=0, end=2> (video)
+    rest = Shape <start=1, end=4> (four)
+    shape = Concat <axis=0> (rows, rest)
+    latents = Reshape (four, shape)
+}"""
+EMBED = """g (float[M,T,4,h,w] model_input, float[M] timestep, float[M,6] micro, float[M,4] pooled,
+    float[S,2] spatial_cos, float[S,2] spatial_sin, float[T,2] temporal_cos, float[T,2] temporal_sin) =>
+    (float[M,T,S,4] x, float[M,6,4] modulation, float[M,4] condition)
+{
+    last = Transpose <perm=[0, 1, 3, 4, 2]> (model_input)
+    shape = Constant <value_ints=[0, 0, -1, 4]> ()
+    x = Reshape (last, shape)
+    one = Constant <value_ints=[1]> ()
+    column = Unsqueeze (timestep, one)
+    size = ReduceMean <keepdims=1> (micro, one)
+    small = Constant <value_float=0.001> ()
+    scaled = Mul (size, small)
+    sum = Add (pooled, column)
+    condition = Add (sum, scaled)
+    wide = Unsqueeze (condition, one)
+    modulation = Mul (wide, six)
+}"""
+BLOCK = """g (float[M,T,S,4] x, float[M,6,4] modulation, float[M,1,L,4] text_k, float[M,1,L,4] text_v,
+    float[M,1,1,L] text_mask, float[S,2] spatial_cos, float[S,2] spatial_sin, float[T,2] temporal_cos,
+    float[T,2] temporal_sin) => (float[M,T,S,4] x_out)
+{
+    scaled = Mul (x, slope)
+    weight = Exp (text_mask)
+    keys = MatMul (weight, text_k)
+    values = MatMul (weight, text_v)
+    half = Constant <value_float=0.5> ()
+    halved = Mul (values, half)
+    text = Add (keys, halved)
+    one = Constant <value_ints=[1]> ()
+    both = Concat <axis=1> (spatial_cos, spatial_sin)
+    space = ReduceSum <keepdims=1> (both, one)
+    all = Concat <axis=1> (temporal_cos, temporal_sin)
+    frame = ReduceSum <keepdims=1> (all, one)
+    time = Unsqueeze (frame, one)
+    place = Add (space, time)
+    little = Constant <value_float=0.01> ()
+    shift = Mul (place, little)
+    mean = ReduceMean <keepdims=1> (modulation, one)
+    wide = Unsqueeze (mean, one)
+    tenth = Constant <value_float=0.1> ()
+    gate = Mul (wide, tenth)
+    a = Add (scaled, text)
+    b = Add (a, shift)
+    x_out = Add (b, gate)
+}"""
+HEAD = """g (float[M,T,S,4] x, float[M,4] condition, float[M,T,4,h,w] model_input) => (float[M,T,4,h,w] velocity)
+{
+    channels = Transpose <perm=[0, 1, 3, 2]> (x)
+    shape = Shape (model_input)
+    image = Reshape (channels, shape)
+    axes = Constant <value_ints=[1, 3, 4]> ()
+    wide = Unsqueeze (condition, axes)
+    velocity = Add (image, wide)
+}"""
+STEP = """g (float[M,T,4,h,w] velocity, float[B,T,4,h,w] latents, float[B,T,4,h,w] clean, float[B,T,4,h,w] noise,
+    bool[B,T] frame_mask, int64[B,3] sample_rows, float[B,3] row_weights, int64[M] row_sample, bool[M,T] row_mask,
+    float[B,T,4,h,w] previous_velocity, float[B,2] solver_weights, float[B] dt, float[B] next_timestep,
+    float[B] renorm, bool[B] hold)
+    => (float[B,T,4,h,w] next_latents, float[B,T,4,h,w] guided_velocity, float[M,T,4,h,w] next_model_input)
+{
+    axes = Constant <value_ints=[2, 3, 4]> ()
+    wide = Constant <value_ints=[1, 2, 3, 4]> ()
+    deep = Constant <value_ints=[2, 3, 4, 5]> ()
+    zero = Constant <value_float=0.0> ()
+    one = Constant <value_float=1.0> ()
+    first = Constant <value_ints=[1]> ()
+    given = Unsqueeze (frame_mask, axes)
+    rows = Gather <axis=0> (velocity, sample_rows)
+    weights = Unsqueeze (row_weights, deep)
+    product = Mul (rows, weights)
+    taken = Equal (weights, zero)
+    weighted = Where (taken, zero, product)
+    sum = ReduceSum <keepdims=0> (weighted, first)
+    index = Constant <value_int=0> ()
+    conditional = Gather <axis=1> (rows, index)
+    own = Where (given, zero, conditional)
+    other = Where (given, zero, sum)
+    want = ReduceL2 <keepdims=1> (own, wide)
+    have = ReduceL2 <keepdims=1> (other, wide)
+    tiny = Constant <value_float=1.1754944e-38> ()
+    safe = Max (have, tiny)
+    ratio = Div (want, safe)
+    some = Unsqueeze (renorm, wide)
+    on = Greater (some, zero)
+    factor = Where (on, ratio, one)
+    guided_velocity = Mul (sum, factor)
+    w0, w1 = Split <axis=1, num_outputs=2> (solver_weights)
+    w0w = Unsqueeze (w0, axes)
+    w1w = Unsqueeze (w1, axes)
+    new = Mul (guided_velocity, w0w)
+    back = Mul (previous_velocity, w1w)
+    unused = Equal (w1w, zero)
+    old = Where (unused, zero, back)
+    direction = Add (new, old)
+    far = Unsqueeze (dt, wide)
+    move = Mul (direction, far)
+    moved = Add (latents, move)
+    updated = Where (given, clean, moved)
+    held = Unsqueeze (hold, wide)
+    next_latents = Where (held, latents, updated)
+    t = Unsqueeze (next_timestep, wide)
+    rest = Sub (one, t)
+    signal = Mul (clean, t)
+    grain = Mul (noise, rest)
+    noised = Add (signal, grain)
+    hidden = Where (given, noised, updated)
+    seen = Gather <axis=0> (clean, row_sample)
+    unseen = Gather <axis=0> (hidden, row_sample)
+    mask = Unsqueeze (row_mask, axes)
+    next_model_input = Where (mask, seen, unseen)
+}"""
+DECODER = """g (float[B,T,4,h,w] latents) => (float[B,T,3,H,W] video)
+{
+    size = Shape <start=2, end=5> (latents)
+    any = Constant <value_ints=[-1]> ()
+    flat = Concat <axis=0> (any, size)
+    images = Reshape (latents, flat)
+    begin = Constant <value_ints=[0]> ()
+    end = Constant <value_ints=[3]> ()
+    axis = Constant <value_ints=[1]> ()
+    colours = Slice (images, begin, end, axis)
+    scales = Constant <value_floats=[1.0, 1.0, 2.0, 2.0]> ()
+    large = Resize <mode="nearest", nearest_mode="floor", coordinate_transformation_mode="asymmetric">
+        (colours, , scales)
+    rows = Shape <start=0, end=2> (latents)
+    rest = Shape <start=1, end=4> (large)
+    shape = Concat <axis=0> (rows, rest)
+    video = Reshape (large, shape)
+}"""
+
+
+@dataclass(frozen=True)
+class Toy:
+    """The toy model in numpy: v = slope^2 * x + (what the conditions add)."""
+
+    slope: float = 0.5
+
+    def graphs(self) -> dict[str, tuple[str, dict[str, np.ndarray]]]:
+        """Text and initializers of every graph."""
+        block = (BLOCK, {"slope": np.array(self.slope, dtype=np.float32)})
+        return {
+            "text_encoder": (TEXT_ENCODER, {"embedding": EMBEDDING}),
+            "text_kv": (TEXT_KV, {}),
+            "image_encoder": (IMAGE_ENCODER, {}),
+            "embed": (EMBED, {"six": np.full((1, 6, 4), 0.25, dtype=np.float32)}),
+            "block_00": block,
+            "block_01": block,
+            "head": (HEAD, {}),
+            "step": (STEP, {}),
+            "decoder": (DECODER, {}),
+        }
+
+    def text(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """States [M, L, 4] and pooled [M, 4]."""
+        states = (ids * mask)[..., None].astype(np.float32) * EMBEDDING
+        return states, states.sum(axis=1)
+
+    def velocity(
+        self,
+        model_input: np.ndarray,
+        timestep: np.ndarray,
+        micro: np.ndarray,
+        states: np.ndarray,
+        mask: np.ndarray,
+        pooled: np.ndarray,
+        place: np.ndarray,
+    ) -> np.ndarray:
+        """Velocity of ``model_input`` [M, T, 4, h, w]; ``place`` [T, h * w] is the sum of the rotary tables."""
+        rows, frames, channels, height, width = model_input.shape
+        condition = pooled + timestep[:, None] + 0.001 * micro.mean(axis=1, keepdims=True)  # (M, 4)
+        seen = (states * mask[..., None]).sum(axis=1)  # (M, 4)
+        x = model_input.transpose(0, 1, 3, 4, 2).reshape(rows, frames, -1, channels)  # (M, T, S, 4)
+        for index in range(2):
+            text = (1 + index) * 0.5 * seen
+            x = self.slope * x + text[:, None, None] + 0.01 * place[..., None] + 0.025 * condition[:, None, None]
+        image = x.transpose(0, 1, 3, 2).reshape(model_input.shape)
+        return (image + condition[:, None, :, None, None]).astype(np.float32)
+
+
+def _save(text: str, constants: dict[str, np.ndarray], path: Path, external: bool) -> None:
+    model = parser.parse_model(f"{HEADER} {text}")
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
+    onnx.checker.check_model(model)
+    location = f"{path.name}.data" if external else None
+    onnx.save_model(
+        model, path, save_as_external_data=external, location=location, size_threshold=0, convert_attribute=False
+    )
+
+
+def _save_tokenizer(path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[EOS]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A [EOS]", special_tokens=[("[EOS]", 2)])
+    tokenizer.save(str(path))
+
+
+def make_bundle(
+    folder: Path,
+    toy: Toy,
+    graphs_instead: Mapping[str, tuple[str, dict[str, np.ndarray]]] | None = None,
+    bucket: Bucket = BUCKET,
+) -> Path:
+    """Write the bundle of ``toy`` into ``folder``, some graphs replaced by others (text and initializers)."""
+    (folder / "onnx").mkdir(parents=True)
+    specs, graphs = graph_specs(FACTS, "float32"), {}
+    for name, (text, constants) in (toy.graphs() | dict(graphs_instead or {})).items():
+        file, external = f"onnx/{name}.onnx", bool(constants)
+        _save(text, constants, folder / file, external)
+        graphs[name] = GraphRecord(
+            file=file_record(folder, file),
+            data=file_record(folder, f"{file}.data") if external else None,
+            topology="0" * 64,
+            spec=specs[name],
+        )
+    _save_tokenizer(folder / "tokenizer.json")
+    manifest = Manifest(
+        precision="float32",
+        opset=20,
+        model=FACTS,
+        sampling=SAMPLING,
+        buckets=(bucket,),
+        graphs=graphs,
+        tokenizer=file_record(folder, "tokenizer.json"),
+        checkpoint="0" * 64,
+        tools={"onnx": onnx.__version__},
+    )
+    write_manifest(folder, manifest)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy() -> Toy:
+    """The toy model in numpy, with the slope of the shared ``bundle_path``."""
+    return Toy()
+
+
+@pytest.fixture(scope="session")
+def bundle_path(tmp_path_factory: pytest.TempPathFactory, toy: Toy) -> Path:
+    """The toy bundle; do not write into it, see ``own_bundle``."""
+    return make_bundle(tmp_path_factory.mktemp("toy") / "bundle", toy)
+
+
+@pytest.fixture
+def own_bundle(tmp_path: Path, toy: Toy) -> Path:
+    """A toy bundle to damage."""
+    return make_bundle(tmp_path / "bundle", toy)
+
+
+@pytest.fixture
+def bundle_of(tmp_path: Path) -> Callable[..., Path]:
+    """Makes the bundle of a toy model with the given slope."""
+    return lambda slope: make_bundle(tmp_path / f"slope{slope}", Toy(slope))
+
+
+@pytest.fixture(scope="session")
+def bundle_with(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a toy bundle with some graphs replaced, for frames up to 256x256."""
+
+    def make(**graphs: tuple[str, dict[str, np.ndarray]]) -> Path:
+        large = Range(min=4, typical=8, max=256)
+        bucket = BUCKET.model_copy(update={"height": large, "width": large})
+        return make_bundle(tmp_path_factory.mktemp("other") / "bundle", Toy(), graphs, bucket)
+
+    return make
+
+
+@pytest.fixture
+def toy_bundle(bundle_path: Path) -> Bundle:
+    return Bundle.open(bundle_path)
