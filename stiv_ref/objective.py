@@ -98,13 +98,21 @@ def kept_tokens(tokens: int, mask_ratio: float) -> int:
 
 
 def draw(
-    objective: Objective, latents_shape: Sequence[int], tokens: int, generators: Sequence[torch.Generator]
+    objective: Objective,
+    latents_shape: Sequence[int],
+    tokens: int,
+    generators: Sequence[torch.Generator],
+    tasks: Sequence[TaskName | None] | None = None,
 ) -> Draws:
-    """Make the choices for latents ``latents_shape`` (T, C, h, w) with ``tokens`` a frame, one sample per generator."""
+    """Make the choices for latents ``latents_shape`` (T, C, h, w) with ``tokens`` a frame, one sample per generator.
+
+    ``tasks`` are those of the samples, if not all have the objective's.
+    """
     image_dropout = objective.image_dropout if objective.kind.conditioned else 1.0
     joint = objective.joint_dropout if objective.kind.conditioned else objective.text_dropout
-    timesteps, noises, texts, givens, lost, keeps = [], [], [], [], [], []
-    for generator in generators:
+    kinds = [TASKS[task] if task else objective.kind for task in tasks or [None] * len(generators)]
+    timesteps, noises, texts, givens, zeroed, keeps = [], [], [], [], [], []
+    for generator, kind in zip(generators, kinds, strict=True):
         drop_text, drop_image = draw_dropout(
             1, text=objective.text_dropout, image=image_dropout, joint=joint, generator=generator
         )
@@ -116,14 +124,14 @@ def draw(
         if objective.mask_ratio:
             order = torch.randperm(tokens, generator=generator)
             keeps.append(order[: kept_tokens(tokens, objective.mask_ratio)].sort().values)
-        chosen = objective.kind.draw(latents_shape[0], generator)
+        chosen = kind.draw(latents_shape[0], generator)
         givens.append(chosen & ~drop_image)
-        lost.append(chosen & drop_image)
+        zeroed.append(chosen & drop_image & (kind.unseen is Unseen.ZERO))
     return Draws(
         timestep=torch.cat(timesteps),
         noise=torch.stack(noises),
         given=torch.stack(givens),
-        zeroed=torch.stack(lost) & (objective.kind.unseen is Unseen.ZERO),
+        zeroed=torch.stack(zeroed),
         drop_text=torch.cat(texts),
         keep=torch.stack(keeps) if keeps else None,
     )

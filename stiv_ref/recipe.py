@@ -30,7 +30,7 @@ from stiv_deploy.stiv_ref.digit_canvas import SIZE, check_frames
 from stiv_deploy.stiv_ref.errors import ConfigError, one_line
 from stiv_deploy.stiv_ref.files import read_text
 from stiv_deploy.stiv_ref.objective import Objective
-from stiv_deploy.stiv_ref.tasks import MIX
+from stiv_deploy.stiv_ref.tasks import MIX, TaskName
 from stiv_deploy.stiv_ref.text import Pooling
 from stiv_deploy.stiv_ref.vae import VaeConfig
 from stiv_deploy.stiv_ref.world_settings import SIDE, ViewsData, WorldData
@@ -418,6 +418,12 @@ class Recipe(FrozenConfig):
         """The data called ``name`` by that name, or what is mixed in it, each by its own."""
         data = self.data[name]
         return {each: self.data[each] for each in data.shares} if isinstance(data, MixedData) else {name: data}
+
+    def tasks_of(self, stage: Stage) -> tuple[TaskName, ...]:
+        """The task of ``stage`` and, if views are mixed among its clips and frames are given, theirs."""
+        mixed = stage.kind.conditioned and isinstance(self.data[stage.data], MixedData)
+        views = mixed and any(isinstance(each, ViewsData) for each in self.parts_of(stage.data).values())
+        return (stage.task, "views") if views else (stage.task,)
 
     def patch_of(self, stage: Stage) -> tuple[int, int]:
         """The patch (pt, ps) of ``stage``: 1 frame for images, ``patch_frames`` if given, else the model's."""

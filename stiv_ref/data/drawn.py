@@ -1,7 +1,7 @@
 """Training data that is drawn on the fly from a number, in the form of a source."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from stiv_deploy.stiv_ref.data.buckets import micro_conditions
 from stiv_deploy.stiv_ref.data.source import Batch
 from stiv_deploy.stiv_ref.objective import sample_generator
+from stiv_deploy.stiv_ref.tasks import TaskName
 
 CLIPS = 2**62
 """So many clips are drawn from."""
@@ -18,12 +19,16 @@ CLIPS = 2**62
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A clip: ``frames`` uint8 [F, H, W, 3], every ``stride``-th of what they show, the caption, and a name."""
+    """A clip: ``frames`` uint8 [F, H, W, 3], every ``stride``-th of what they show, the caption, and a name.
+
+    ``task`` is what it is for, whatever its stage is.
+    """
 
     frames: NDArray[np.uint8]
     caption: str
     stride: int
     name: str
+    task: TaskName | None = None
 
 
 class DrawnSource:
@@ -62,6 +67,7 @@ class DrawnSource:
             captions=[clip.caption for clip in clips],
             micro=torch.stack([_micro(clip) for clip in clips]),
             names=[clip.name for clip in clips],
+            tasks=[clip.task for clip in clips],
         )
 
     def stills(self, count: int) -> Tensor:
@@ -73,18 +79,29 @@ class DrawnSource:
         return []
 
 
-def mixed_source(sources: Sequence[DrawnSource], shares: Sequence[float], *, seed: int, stage: int) -> DrawnSource:
-    """A source whose samples are of ``sources``, as much of each as its share says; they have one shape."""
-    ends = np.cumsum(shares) / np.sum(shares)
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What is mixed: ``share`` of all samples are of ``source``, and for ``task`` if not for the stage's."""
 
-    def of(index: int) -> DrawnSource:
-        place = np.random.SeedSequence((index, len(ends))).generate_state(1, np.uint64)[0] * 2.0**-64
-        return sources[min(int(np.searchsorted(ends, place, side="right")), len(ends) - 1)]
+    source: DrawnSource
+    share: float
+    task: TaskName | None = None
 
-    words = dict.fromkeys(word for source in sources for word in source.words())
-    return DrawnSource(
-        lambda index: of(index).clip(index), lambda index: of(index).still(index), tuple(words), seed=seed, stage=stage
-    )
+
+def mixed_source(parts: Sequence[Part], *, seed: int, stage: int) -> DrawnSource:
+    """A source of samples of all ``parts``, whose clips have one shape; a number alone says which part it is of."""
+    ends = np.cumsum([part.share for part in parts])
+
+    def part_of(index: int) -> Part:
+        place = np.random.default_rng((index, len(parts))).random() * ends[-1]
+        return parts[int(np.searchsorted(ends, place, side="right"))]
+
+    def clip(index: int) -> Drawn:
+        part = part_of(index)
+        return replace(part.source.clip(index), task=part.task)
+
+    words = dict.fromkeys(word for part in parts for word in part.source.words())
+    return DrawnSource(clip, lambda index: part_of(index).source.still(index), tuple(words), seed=seed, stage=stage)
 
 
 def _micro(clip: Drawn) -> Tensor:

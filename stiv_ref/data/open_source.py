@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from stiv_deploy.stiv_ref.config import read_config
-from stiv_deploy.stiv_ref.data.drawn import DrawnSource, mixed_source
+from stiv_deploy.stiv_ref.data.drawn import DrawnSource, Part, mixed_source
 from stiv_deploy.stiv_ref.data.latents import INDEX, LatentIndex, is_latents, open_latents
 from stiv_deploy.stiv_ref.data.loader import ClipDataset, DatasetSource
 from stiv_deploy.stiv_ref.data.shards import list_video_shards
@@ -34,9 +34,8 @@ def open_source(recipe: Recipe, stage: Stage, number: int) -> Source:
     if isinstance(data, ViewsData):
         return views_source(data, seed=recipe.seed, stage=number, frames=stage.frames, side=stage.sizes[0][0])
     if isinstance(data, MixedData):
-        parts = [open_source(recipe, stage.model_copy(update={"data": name}), number) for name in data.shares]
-        drawn = [part for part in parts if isinstance(part, DrawnSource)]
-        return mixed_source(drawn, list(data.shares.values()), seed=recipe.seed, stage=number)
+        parts = [_part(recipe, stage, number, name, share) for name, share in data.shares.items()]
+        return mixed_source(parts, seed=recipe.seed, stage=number)
     return DatasetSource(
         _open_dataset(recipe, stage, data),
         seed=recipe.seed,
@@ -45,6 +44,14 @@ def open_source(recipe: Recipe, stage: Stage, number: int) -> Source:
         workers=recipe.efficiency.workers,
         max_broken=data.max_broken,
     )
+
+
+def _part(recipe: Recipe, stage: Stage, number: int, name: str, share: float) -> Part:
+    """Data called ``name`` of what a stage mixes; views among clips are for their own task, where frames are given."""
+    source = open_source(recipe, stage.model_copy(update={"data": name}), number)
+    assert isinstance(source, DrawnSource)
+    own = stage.kind.conditioned and isinstance(recipe.data[name], ViewsData)
+    return Part(source=source, share=share, task="views" if own else None)
 
 
 def strides_of(data: Data) -> Sequence[int]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stiv_deploy.stiv_ref.data.moving_digits import WORDS, MovingDigits, micro_conditions
 from stiv_deploy.stiv_ref.objective import sample_generator
+from stiv_deploy.stiv_ref.tasks import TaskName
 from stiv_deploy.stiv_ref.text import TextStates
 
 
@@ -23,6 +24,7 @@ class Batch:
 
     ``captions`` (one each) and, where they were pre-computed, their ``text`` states; ``micro`` fp32 [B, 6]: original
     height and width, crop top and left, frame stride, frames. ``names`` say which samples these are, for messages.
+    ``tasks`` are the samples' own, where these are not the stage's.
     """
 
     video: Tensor | None = None
@@ -31,6 +33,7 @@ class Batch:
     text: TextStates | None = None
     micro: Tensor
     names: list[str]
+    tasks: list[TaskName | None] | None = None
 
 
 class Source(Protocol):

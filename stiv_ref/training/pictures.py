@@ -85,8 +85,10 @@ def choose(stage: Stage, logging: Logging, batch: Batch, vae: LatentCoder, strid
     They are conditioned as a generation of the same is: on a whole picture of this size, on the recommended ``stride``,
     or, where several frames are given, on the stride that these have.
 
-    ``batch`` has :func:`wanted` samples of the stage's data; with fewer, the sheet has fewer.
+    ``batch`` has :func:`wanted` samples of the stage's data; with fewer, the sheet has fewer, and it leaves out those
+    that have tasks of their own.
     """
+    batch = _of_the_stage(batch)
     if batch.latents is not None:
         latents = batch.latents
     else:
@@ -105,6 +107,20 @@ def choose(stage: Stage, logging: Logging, batch: Batch, vae: LatentCoder, strid
         clean=latents[:count].float() * given[:, :, None, None, None].to(latents.device),
         micro=micro,
         unseen=stage.kind.unseen,
+    )
+
+
+def _of_the_stage(batch: Batch) -> Batch:
+    """``batch`` without the samples that have tasks of their own, unless all have."""
+    own = [number for number, task in enumerate(batch.tasks or []) if task is None]
+    if not own:
+        return batch
+    return replace(
+        batch,
+        video=None if batch.video is None else batch.video[own],
+        captions=[batch.captions[number] for number in own],
+        micro=batch.micro[own],
+        names=[batch.names[number] for number in own],
     )
 
 

@@ -69,7 +69,7 @@ def sample_losses(run: Run, batch: Batch, part: range) -> tuple[Tensor, Tensor, 
     latents = latents_of(run, batch)
     frame_tokens, tokens = token_count(run.model, latents)
     generators = [sample_generator(run.recipe.seed, run.stage, run.step, index) for index in part]
-    draws = draw(stage, latents.shape[1:], frame_tokens, generators)
+    draws = draw(stage, latents.shape[1:], frame_tokens, generators, batch.tasks)
     timesteps = draws.timestep
     with autocast(device, run.recipe.efficiency.precision):
         text = run.text.states(batch, draws.drop_text, device)

@@ -6,6 +6,7 @@ from typing import Any
 from stiv_deploy.stiv_ref.checkpoint import SamplingDefaults, TrainedOn
 from stiv_deploy.stiv_ref.data.open_source import strides_of
 from stiv_deploy.stiv_ref.recipe import Recipe, Stage
+from stiv_deploy.stiv_ref.tasks import TASKS, Task
 
 
 def stage_strides(recipe: Recipe, stage: Stage) -> Sequence[int]:
@@ -20,12 +21,17 @@ def trained_on(recipe: Recipe, number: int) -> TrainedOn:
     last = recipe.stages[number - 1]
     seen = [stage for stage in recipe.stages[:number] if stage.kind.video == last.kind.video]
     return TrainedOn(
-        tasks=_each(stage.task for stage in seen),
-        givings=_each(name for stage in seen for name in stage.kind.mix),
+        tasks=_each(task for stage in seen for task in recipe.tasks_of(stage)),
+        givings=_each(name for stage in seen for kind in _kinds(recipe, stage) for name in kind.mix),
         strides=_each(stride for stage in seen for stride in stage_strides(recipe, stage)),
         sizes=_each(size for stage in seen for size in stage.sizes),
         frames=_each(stage.frames for stage in seen),
     )
+
+
+def _kinds(recipe: Recipe, stage: Stage) -> list[Task]:
+    _, *others = recipe.tasks_of(stage)
+    return [stage.kind, *(TASKS[task] for task in others)]
 
 
 def _each(values: Iterable[Any]) -> tuple[Any, ...]:

@@ -24,6 +24,7 @@ from stiv_deploy.stiv_ref.objective import (
     training_loss,
 )
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, guided_velocity
+from stiv_deploy.stiv_ref.tasks import TaskName
 from stiv_deploy.stiv_ref.text import TextStates
 
 ModelFactory = Callable[..., Stiv]
@@ -272,3 +273,14 @@ def test_keeping_all_tokens_is_not_masking(random_model: ModelFactory, latents: 
 def test_masks_need_full_blocks(random_model: ModelFactory, latents: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="full_blocks"):
         loss_of(random_model(), latents, draws_of(Objective(task="t2v", mask_ratio=0.5), range(2)))
+
+
+def test_a_sample_may_have_a_task_of_its_own() -> None:
+    objective = Objective(task="predict", image_dropout=0.5)
+    tasks: list[TaskName | None] = ["views", None] * 16
+    draws = draw(objective, (6, 2, 2, 2), 4, [sample_generator(0, 1, 0, index) for index in range(32)], tasks)
+    given, zeroed = draws.given[:, :5].long().sum(1), draws.zeroed.long().sum(1)
+    assert set((given + zeroed)[::2].tolist()) == {1}
+    assert set(zeroed[::2].tolist()) == {0, 1}
+    assert set(given[1::2].tolist()) == {0, 4}
+    assert not zeroed[1::2].any()

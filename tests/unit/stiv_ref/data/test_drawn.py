@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from stiv_deploy.stiv_ref.data.drawn import Drawn, DrawnSource, mixed_source
+from stiv_deploy.stiv_ref.data.drawn import Drawn, DrawnSource, Part, mixed_source
+from stiv_deploy.stiv_ref.tasks import TaskName
 
 COLOURS = {"red": 10, "blue": 20}
 
@@ -19,7 +20,10 @@ def plain(word: str) -> DrawnSource:
 
 
 def mixed(*shares: float) -> DrawnSource:
-    return mixed_source([plain(word) for word in COLOURS], shares, seed=0, stage=1)
+    """Red and blue ones, of which the latter are views."""
+    tasks: list[TaskName | None] = [None, "views"]
+    parts = [Part(source=plain(w), share=s, task=t) for w, s, t in zip(COLOURS, shares, tasks, strict=True)]
+    return mixed_source(parts, seed=0, stage=1)
 
 
 def test_each_has_its_share_and_a_sample_is_the_same_in_any_batch() -> None:
@@ -30,6 +34,7 @@ def test_each_has_its_share_and_a_sample_is_the_same_in_any_batch() -> None:
     ((part,),) = mixed(3, 1).batches(range(1), [range(40, 60)])
     assert part.captions == captions[40:60]
     assert part.names == list(batch.names)[40:60]
+    assert batch.tasks == [None if caption == "red" else "views" for caption in captions]
     stills = ((mixed(1, 1).stills(200)[:, 0, 0, 0] + 1) * 127.5).round().tolist()
     assert set(stills) == {11.0, 21.0}
 

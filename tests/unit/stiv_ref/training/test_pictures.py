@@ -1,6 +1,7 @@
 """Contact sheets during training: what is shown, that sheets compare, and that training does not notice."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,10 @@ def test_index_of_changed_prompts_shows_the_last_ones(tmp_path: Path) -> None:
 def test_no_sheets_no_index(tmp_path: Path) -> None:
     assert draw_index(tmp_path) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_with_a_task_of_their_own_are_not_on_the_sheet(vae: Vae) -> None:
+    mixed = replace(batch(4), tasks=[None, "views", None])
+    subjects = choose(stage("predict", 6), Logging(), mixed, vae, STRIDE)
+    assert subjects.prompts == ["one", "four"]
+    assert len(choose(stage("predict", 6), Logging(), replace(mixed, tasks=["views"] * 3), vae, STRIDE)) == 3

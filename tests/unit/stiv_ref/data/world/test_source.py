@@ -89,7 +89,7 @@ MIXED: dict[str, Any] = {
 def mixed_recipe(there: dict[str, Any] = MIXED, *, vae: str = "", **stage: Any) -> Recipe:
     values: dict[str, Any] = {"name": "x", "model": "tiny", "seed": 3, "data": there}
     values["vae"] = {"steps": 1, "batch": 1, "learning_rate": 1.0, "data": vae}
-    base = {"task": "t2v", "data": "all", "steps": 4, "batch": 16, "frames": 4, "learning_rate": 1.0}
+    base = {"task": "t2v", "data": "all", "steps": 4, "batch": 16, "frames": 6, "learning_rate": 1.0}
     return parse_config(Recipe, values | {"stages": [base | stage]}, "recipe")
 
 
@@ -100,6 +100,16 @@ def test_drawn_data_can_be_mixed() -> None:
     assert set(source_of(recipe).words()) == set(words())
     assert set(trained_on(recipe, 1).strides) == {1, 2, 5}
     assert mixed_recipe(task="keyframes").stages[0].task == "keyframes"
+
+
+def test_views_among_clips_are_made_from_the_first_of_them_where_frames_are_given() -> None:
+    ((batch,),) = source_of(mixed_recipe(task="all")).batches(range(1), [range(16)])
+    assert batch.tasks == ["views" if name.startswith("view") else None for name in batch.names]
+    trained = trained_on(mixed_recipe(task="predict"), 1)
+    assert (trained.tasks, trained.givings) == (("predict", "views"), ("first 4", "first"))
+    ((batch,),) = source_of(mixed_recipe()).batches(range(1), [range(16)])
+    assert batch.tasks == [None] * 16
+    assert trained_on(mixed_recipe(), 1).tasks == ("t2v",)
 
 
 def test_the_vae_can_be_trained_on_data_of_its_own() -> None:
