@@ -20,7 +20,7 @@ class Adafactor(torch.optim.Optimizer):
     learning rate; ``betas`` are the decays of both moments, corrected for their start at zero (whether the paper does
     so is not said; after its warm-up it makes no difference). The step is *not* scaled by the size of the parameter:
     with that scaling, which :class:`torch.optim.Adafactor` always has, everything that starts at zero, gates and head,
-    starves (``benchmarks/adafactor.py``). Weight decay is decoupled.
+    starves (``benchmarks/optimizers.py``). Weight decay is decoupled.
 
     Parameters may be sharded along their first axis (FSDP2): rows and first moment are then sharded as they are, sums
     go over all processes, which must step together. That is why it is here: timm's ``AdafactorBigVision`` and

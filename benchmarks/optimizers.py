@@ -1,9 +1,9 @@
-"""What starts at zero under three optimizers: AdamW, our Adafactor (the paper's), and torch's, which scales by size.
+"""A short training under four optimizers: AdamW, Adafactor (the paper's, and torch's, which scales by size), Muon.
 
-    python benchmarks/adafactor.py --out benchmarks/results/adafactor-DATE
+    python benchmarks/optimizers.py --out benchmarks/results/optimizers-DATE
 
 A small text-to-video model on moving digits, from new weights, with the paper's learning rate (2e-4, constant after
-warm-up); all three see the same clips, noise and times. The head starts at zero, so that the velocity does, and so do
+warm-up); all see the same clips, noise and times. The head starts at zero, so that the velocity does, and so do
 the gates of temporal attention. Text encoder and VAE are those of the shipped checkpoint, frozen. Nothing is timed.
 """
 
@@ -50,7 +50,7 @@ def recipe_of(optimizer: str, steps: int, batch: int, checkpoint: Path) -> Recip
         "spatial_from": "scratch",
     }
     values = {
-        "name": "adafactor",
+        "name": "optimizers",
         "model": {"base": "tiny", "blocks": 4, "width": 96, "heads": 3},
         "threads": 1,
         "text": frozen,
@@ -73,6 +73,7 @@ ARMS: dict[str, Arm] = {
     "AdamW": ("adamw", None),
     "Adafactor, the paper's": ("adafactor", None),
     "Adafactor of torch, scaled by size": ("adamw", torchs),
+    "Muon for the blocks' matrices": ("muon", None),
 }
 """Name -> the recipe's optimizer, and what replaces it."""
 
@@ -135,7 +136,7 @@ def table(result: dict[str, Any]) -> str:
 
 def report(result: dict[str, Any]) -> str:
     """The whole result as a Markdown page."""
-    return f"""# Adafactor and what starts at zero ({result["date"]})
+    return f"""# Optimizers, and what starts at zero ({result["date"]})
 
 `{result["command"]}`; {result["machine"]}, torch {result["torch"]}. A T2V model (4 blocks, width 96) on moving digits
 from new weights, {result["steps"]} steps of batch {result["batch"]}, learning rate {RATE:g} after {WARMUP} steps of
@@ -155,11 +156,11 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Clips a step.")] = 16,
     checkpoint: Annotated[Path, typer.Option(help="Its text encoder and VAE are used.")] = CHECKPOINT,
 ) -> None:
-    """Train the same model with three optimizers, and look at what started at zero."""
+    """Train the same model with each optimizer, and look at what started at zero."""
     torch.set_num_threads(1)
     result: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
-        "command": f"python benchmarks/adafactor.py --steps {steps} --batch {batch}",
+        "command": f"python benchmarks/optimizers.py --steps {steps} --batch {batch}",
         "machine": f"{platform.machine()}, 1 thread",
         "torch": torch.__version__,
         "steps": steps,
