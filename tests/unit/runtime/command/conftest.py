@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from stiv_deploy.runtime import GenerationPlan, GenerationRequest, StivPipeline
 from stiv_deploy.runtime.command.main import main
 
 Run = Callable[..., tuple[int, str, str]]
@@ -23,3 +24,17 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     yield call
     signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[GenerationRequest]:
+    """The requests that commands plan."""
+    seen: list[GenerationRequest] = []
+    original = StivPipeline.plan
+
+    def spy(self: StivPipeline, requests: list[GenerationRequest]) -> GenerationPlan:
+        seen[:] = requests
+        return original(self, requests)
+
+    monkeypatch.setattr(StivPipeline, "plan", spy)
+    return seen

@@ -1,204 +1,26 @@
-"""The ``stiv`` command: what it writes, what it refuses and with which code, and how it stops."""
+"""``stiv generate``: what it writes and tells, and how it stops."""
 
-import inspect
-import io
 import json
 import os
 import resource
 import signal
-import struct
 import subprocess
 import sys
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import EntryPoint, version
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from stiv_deploy.runtime import GenerationPlan, GenerationRequest, StivPipeline
-from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.command import group as group_module
-from stiv_deploy.runtime.command.cli import generate
-from stiv_deploy.runtime.command.generation import FIELDS, parse_frames
-from stiv_deploy.runtime.command.main import main
-from stiv_deploy.runtime.errors import RequestError
-from stiv_deploy.runtime.pipeline import limits
+from stiv_deploy.runtime import GenerationRequest, StivPipeline
 from stiv_deploy.runtime.pipeline.grid import grid_sides
 from stiv_deploy.runtime.pipeline.media import SIDES
-from stiv_deploy.runtime.pipeline.plan import RECOMMENDED
-from stiv_deploy.runtime.pipeline.request import NAMES
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-COMMANDS = """
-import typer
-from stiv_deploy.runtime.errors import Cancelled, OutputError
-
-def refused() -> None:
-    "Raises a user error of several lines."
-    raise OutputError("first\\n  second")
-
-def broken() -> None:
-    "Has a fault."
-    raise ZeroDivisionError("ours")
-
-def interrupted() -> None:
-    "Is stopped by Ctrl-C."
-    raise KeyboardInterrupt
-
-def cancelled() -> None:
-    "Is cancelled."
-    raise Cancelled("stopped after step 3")
-
-def failing() -> None:
-    "Ends with its own code."
-    raise typer.Exit(3)
-
-def heavy() -> None:
-    "Needs a library when it runs."
-    raise ModuleNotFoundError("No module named 'torch'", name="torch")
-
-several = typer.Typer(help="Has commands of its own.")
-
-@several.command()
-def first(number: int) -> None:
-    "The first of them."
-    typer.echo(f"first {number}")
-
-@several.command()
-def second() -> None:
-    "The second, which refuses."
-    raise OutputError("refused")
-
-def quiet() -> None:
-    "Prints, and flushes nothing."
-    print("words")
-
-def stopped() -> None:
-    "Imports a module of C that Ctrl-C stops."
-    try:
-        raise KeyboardInterrupt
-    except KeyboardInterrupt as stop:
-        raise ImportError("initialization failed") from stop
-
-def buggy() -> None:
-    "Imports a module that does not exist."
-    import stiv_deploy.runtime.nonsense
-"""
-
-
-@pytest.fixture
-def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Register the commands above, and ``absent`` and ``damaged``, whose modules need what is missing."""
-    (tmp_path / "test_only_commands.py").write_text(COMMANDS)
-    (tmp_path / "test_only_absent.py").write_text("raise ModuleNotFoundError('No module named onnx', name='onnx')")
-    (tmp_path / "test_only_imported.py").write_text("raise SystemError('imported by mistake')")
-    monkeypatch.syspath_prepend(tmp_path)
-    names = (
-        "refused",
-        "broken",
-        "interrupted",
-        "cancelled",
-        "failing",
-        "heavy",
-        "buggy",
-        "stopped",
-        "quiet",
-        "several",
-    )
-    values = {name: f"test_only_commands:{name}" for name in names} | {"absent": "test_only_absent:absent"}
-    points = {name: EntryPoint(name, value, group_module.GROUP) for name, value in values.items()}
-    monkeypatch.setattr(group_module, "_commands", lambda: points)
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("name", "code", "message"),
-    [
-        ("refused", 2, "error: first second\n"),
-        ("interrupted", 130, "interrupted\n"),
-        ("stopped", 130, "interrupted\n"),
-        ("cancelled", 130, "error: stopped after step 3\n"),
-        ("failing", 3, ""),
-        ("heavy", 2, "error: torch is not installed; run: pip install 'stiv-deploy[ref]'\n"),
-        ("absent", 2, "error: onnx is not installed; run: pip install 'stiv-deploy[export]'\n"),
-        ("nothing", 2, "error: No such command 'nothing'. (see 'stiv --help')\n"),
-    ],
-)
-def test_exit_codes(run: Run, commands: Path, name: str, code: int, message: str) -> None:
-    assert run(name) == (code, "", message)
-
-
-@pytest.mark.parametrize(("name", "error"), [("broken", ZeroDivisionError), ("buggy", ModuleNotFoundError)])
-def test_a_fault_of_ours_keeps_its_traceback(run: Run, commands: Path, name: str, error: type[Exception]) -> None:
-    with pytest.raises(error):
-        run(name)
-
-
-def test_help_survives_a_command_that_cannot_be_imported(run: Run, commands: Path) -> None:
-    code, out, _ = run("--help")
-    words = " ".join(out.replace("│", " ").split())
-    assert code == 0
-    assert "absent" in words
-    assert "(not available: onnx is not installed; run: pip install 'stiv-deploy[export]')" in words
-    assert "Needs a library when it runs." in words
-
-
-def test_a_command_may_have_commands_of_its_own(run: Run, commands: Path) -> None:
-    assert run("several", "first", 3) == (0, "first 3\n", "")
-    assert run("several", "second") == (2, "", "error: refused\n")
-    assert run("several", "third") == (2, "", "error: No such command 'third'. (see 'stiv several --help')\n")
-    assert run("several", "first") == (2, "", "error: Missing argument 'number'. (see 'stiv several first --help')\n")
-    code, out, _ = run("several", "--help")
-    assert code == 0
-    assert all(words in out for words in ("stiv several", "The first of them.", "The second, which refuses."))
-    words = " ".join(run("--help")[1].replace("│", " ").split())
-    assert "several Has commands of its own." in words
-
-
-def test_only_the_command_that_runs_is_imported(run: Run, commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    points = group_module._commands() | {"other": EntryPoint("other", "test_only_imported:other", group_module.GROUP)}
-    monkeypatch.setattr(group_module, "_commands", lambda: points)
-    assert run("failing")[0] == 3
-
-
-def test_help_teaches_the_workflow(run: Run) -> None:
-    code, out, err = run()
-    assert (code, err) == (0, "")
-    places = [out.index(f"stiv {name} ") for name in ("train", "export", "build", "parity", "generate")]
-    assert places == sorted(places)
-    assert all(name in out for name in ("inspect", "doctor", "--version"))
-    assert run("--help")[1] == out
-
-
-def test_version(run: Run) -> None:
-    assert run("--version") == (0, f"stiv-deploy {version('stiv-deploy')}\n", "")
-
-
-def test_usage_error_is_one_line(run: Run) -> None:
-    code, out, err = run("generate", "bundle", "--colour", "red")
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("error: No such option: --colour")
-    assert err.endswith("(see 'stiv generate --help')\n")
-
-
-def test_help_is_fast() -> None:
-    """Neither a command nor a heavy library is imported for --help."""
-    code = (
-        "import sys; sys.argv = ['stiv', '--help']; from stiv_deploy.runtime.command.main import main; main();"
-        "heavy = {'onnxruntime', 'torch', 'onnx', 'av', 'sklearn', 'pydantic', 'stiv_deploy.runtime.command.cli'};"
-        "sys.exit(str(heavy & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
-    assert done.stderr.strip() == "set()"
 
 
 def test_generate_writes_a_clip(run: Run, bundle_path: Path, tmp_path: Path) -> None:
@@ -263,205 +85,6 @@ def test_a_grid_has_one_frame_rate(
     assert (code, out, err) == (2, "", "error: the videos have different frame rates, 8 and 12; give all the same\n")
 
 
-@pytest.fixture
-def planned(monkeypatch: pytest.MonkeyPatch) -> list[GenerationRequest]:
-    """The requests that commands plan."""
-    seen: list[GenerationRequest] = []
-    original = StivPipeline.plan
-
-    def spy(self: StivPipeline, requests: list[GenerationRequest]) -> GenerationPlan:
-        seen[:] = requests
-        return original(self, requests)
-
-    monkeypatch.setattr(StivPipeline, "plan", spy)
-    return seen
-
-
-OPTIONS: dict[str, Any] = {
-    "--negative-prompt": "left",
-    "--fit": "crop",
-    "--background": "white",
-    "--count": 2,
-    "--frames": 3,
-    "--height": 4,
-    "--width": 4,
-    "--fps": 7.5,
-    "--stride": 3,
-    "--original-height": 720,
-    "--original-width": 1280,
-    "--steps": 2,
-    "--guidance": 2.5,
-    "--image-guidance": 1.25,
-    "--guidance-mode": "sit",
-    "--no-renorm": False,
-    "--unseen": "zero",
-    "--solver": "heun",
-    "--time-shift": 2.0,
-    "--decode-tile": 4,
-}
-"""An option for each field of a request that is one, with another value than the default."""
-
-
-def flat(options: Mapping[str, Any]) -> list[Any]:
-    return [item for name, value in options.items() for item in ([name] if name == "--no-renorm" else [name, value])]
-
-
-def test_every_option_is_a_field_and_every_field_has_an_option() -> None:
-    parameters = {name for name in inspect.signature(generate).parameters if name in FIELDS}
-    assert parameters == set(FIELDS)
-    fields = set(GenerationRequest.model_fields)
-    assert fields - set(FIELDS.values()) == {"prompt", "frames", "seed", "latents", "noise"}  # as FIELDS says
-    assert {name.removeprefix("--no-").removeprefix("--").replace("-", "_") for name in OPTIONS} == set(FIELDS)
-
-
-def test_prompts_from_a_file_and_timings_as_a_table(
-    run: Run, bundle_path: Path, tmp_path: Path, planned: list[GenerationRequest]
-) -> None:
-    file = tmp_path / "prompts.txt"
-    file.write_text("\ufeffdigit three\n\n  moving left \r\n", encoding="utf-8")
-    arguments = ["--prompt", "right", "--prompts", file, "--steps", 1, "--seed", 4]
-    code, out, err = run("generate", bundle_path, *arguments, "--timings", "--out", tmp_path / "out.gif")
-    assert (code, err) == (0, "")
-    assert [(each.prompt, each.seed) for each in planned] == [("right", 4), ("digit three", 5), ("moving left", 6)]
-    rows = [line.split() for line in out.splitlines() if line.strip().endswith("%")]
-    assert {row[0] for row in rows} == {"load", "text", "encode", "denoise", "decode", "graphs", "replays", "total"}
-    assert rows[-1][2] == "100.0%"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b" \n", "no prompt in it; write one a line"),
-        (b"a\xff", "not a file of prompts (it is not UTF-8 text, its byte 1"),
-    ],
-)
-def test_a_file_without_prompts(run: Run, bundle_path: Path, tmp_path: Path, content: bytes, message: str) -> None:
-    file = tmp_path / "prompts.txt"
-    file.write_bytes(content)
-    code, _, err = run("generate", bundle_path, "--prompts", file, "--out", tmp_path / "out.gif")
-    assert code == 2
-    assert err.startswith(f"error: {file}: {message}")
-    assert err.count("\n") == 1
-    assert list(tmp_path.glob("out*")) == []
-
-
-def test_names_to_choose_from_are_those_of_the_request() -> None:
-    hints = get_type_hints(generate)
-    for name in ("fit", "guidance_mode", "solver"):
-        choices, _ = get_args(hints[name])
-        assert sorted(get_args(choices)) == sorted(NAMES[name])
-
-
-def test_generate_passes_every_option_on(
-    run: Run, bundle_path: Path, tmp_path: Path, planned: list[GenerationRequest]
-) -> None:
-    red = tmp_path / "red.png"
-    Image.new("RGB", (4, 4), "red").save(red)
-    others = ["--image", red, "--frame", f"-1={red}", "--seed", 11, "--backend", "onnxruntime", "--threads", 1]
-    others += ["--device", 0]
-    code, _, err = run(
-        "generate", bundle_path, "--prompt", "digit", *flat(OPTIONS), *others, "--out", tmp_path / "out.mp4"
-    )
-    assert (code, err) == (0, "")
-    names = {FIELDS[option.removeprefix("--no-").removeprefix("--").replace("-", "_")]: option for option in OPTIONS}
-    wanted = {field: OPTIONS[option] for field, option in names.items()}
-    assert planned == [GenerationRequest(prompt="digit", seed=11, frames={0: red, -1: red}, **wanted)]
-    defaults = dict(GenerationRequest(prompt=""))
-    assert all(wanted[field] != defaults[field] for field in wanted)  # so that a lost option shows
-
-
-def test_each_default_of_the_bundle_is_named_in_the_help_and_shown_with_the_bundle(run: Run, bundle_path: Path) -> None:
-    hints = get_type_hints(generate, include_extras=True)
-    helps = {name: hint.__metadata__[0].help for name, hint in hints.items() if hasattr(hint, "__metadata__")}
-    of_bundle = {name for name, field in FIELDS.items() if field in RECOMMENDED}
-    assert {name for name, text in helps.items() if text.endswith("Default: the bundle's.")} == of_bundle
-    code, out, _ = run("inspect", bundle_path)
-    assert code == 0
-    table = out[out.index("Defaults of 'stiv generate'") : out.index("Buckets")]
-    shown = dict(line.split(maxsplit=1) for line in table.splitlines() if line.strip().startswith("--"))
-    sampling = Bundle.open(bundle_path).manifest.sampling
-    assert int(shown["--frames"]) == sampling.frames
-    assert shown["--guidance-mode"].strip() == sampling.guidance_mode
-    assert len(shown) == len(of_bundle)
-
-
-def test_options_that_are_not_given_leave_the_defaults(
-    run: Run, bundle_path: Path, tmp_path: Path, planned: list[GenerationRequest]
-) -> None:
-    assert run("generate", bundle_path, "--prompt", "digit", "--seed", 0, "--out", tmp_path / "a.png")[0] == 0
-    assert planned == [GenerationRequest(prompt="digit", seed=0)]
-
-
-def frames_of(path: Path) -> np.ndarray:
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
-@pytest.mark.parametrize("name", ["a.mp4", "a.png", "a.json"])
-def test_request_makes_a_clip_again(run: Run, bundle_path: Path, tmp_path: Path, name: str) -> None:
-    Image.fromarray(np.full((8, 8, 3), 51, dtype=np.uint8)).save(tmp_path / "grey.png")
-    options = {"--steps": 3, "--fps": 12.5, "--guidance-mode": "sit", "--image": tmp_path / "grey.png"}
-    first = ("generate", bundle_path, "--prompt", "digit", *flat(options))
-    out = tmp_path / (name if name != "a.json" else "a.mp4")
-    assert run(*first, "--out", out, "--json", tmp_path / "a.json")[0] == 0
-    again = tmp_path / f"again{out.suffix}"
-    pictures = ["--image", tmp_path / "grey.png"] if name != "a.json" else []  # a clip has but the picture's name
-    code, stdout, err = run("generate", bundle_path, "--request", tmp_path / name, *pictures, "--out", again)
-    assert (code, err) == (0, "")
-    seed = json.loads((tmp_path / "a.json").read_text())["clips"][0]["request"]["seed"]
-    assert f"seed {seed}\n" in stdout
-    if out.suffix == ".mp4":
-        np.testing.assert_array_equal(frames_of(again), frames_of(out))
-    else:
-        np.testing.assert_array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(out)))
-
-
-def test_request_with_a_picture_that_changed(
-    run: Run, bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (8, 8), "red").save("first.png")
-    assert run("generate", bundle_path, "--prompt", "digit", "--image", "first.png", "--out", "a.mp4")[0] == 0
-    Image.new("RGB", (8, 8), "blue").save("first.png")
-    code, out, err = run("generate", bundle_path, "--request", "a.mp4", "--out", "b.mp4")
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("error: first.png: not the picture that the request was made with")
-    assert not Path("b.mp4").exists()
-
-
-def test_options_replace_what_the_request_says(
-    run: Run, bundle_path: Path, tmp_path: Path, planned: list[GenerationRequest]
-) -> None:
-    file = tmp_path / "a.json"
-    file.write_text('[{"prompt": "a", "seed": 3, "num_inference_steps": 2, "count": 2}, {"prompt": "b", "seed": 9}]')
-    command = ("generate", bundle_path, "--request", file, "--out", tmp_path / "a.png")
-    assert run(*command, "--steps", 1)[0] == 0
-    first = GenerationRequest(prompt="a", seed=3, num_inference_steps=1, count=2)
-    assert planned == [first, GenerationRequest(prompt="b", seed=9, num_inference_steps=1)]
-    assert run(*command, "--seed", 5)[0] == 0
-    assert [request.seed for request in planned] == [5, 7]
-    assert run(*command, "--prompt", "c", "--prompt", "d")[0] == 0
-    assert [(request.prompt, request.seed) for request in planned] == [("c", 3), ("d", 3), ("c", 9), ("d", 9)]
-
-
-def test_request_of_another_bundle_is_noted(
-    run: Run, bundle_path: Path, tmp_path: Path, bundle_of: Callable[[float], Path]
-) -> None:
-    assert run("generate", bundle_of(0.25), "--prompt", "digit", "--out", tmp_path / "a.png")[0] == 0
-    code, _, err = run("generate", bundle_path, "--request", tmp_path / "a.png", "--out", tmp_path / "b.png")
-    assert (code, err.count("\n")) == (0, 1)
-    assert err.startswith("note: made with another bundle (")
-    assert run("generate", bundle_path, "--request", tmp_path / "b.png", "--out", tmp_path / "c.png")[2] == ""
-
-
-def test_count_of_each_prompt(run: Run, bundle_path: Path, tmp_path: Path) -> None:
-    command = ("generate", bundle_path, "--prompt", "digit", "--prompt", "three", "--seed", 5, "--count", 2)
-    code, stdout, _ = run(*command, "--out", tmp_path / "a.png")
-    assert code == 0
-    assert [line.rpartition("seed ")[2] for line in stdout.splitlines()[:4]] == ["5", "6", "7", "8"]
-    assert len(list(tmp_path.iterdir())) == 4
-
-
 def test_json_alone_prints_the_report(run: Run, bundle_path: Path, tmp_path: Path) -> None:
     code, stdout, _ = run("generate", bundle_path, "--prompt", "digit", "--out", tmp_path / "a.gif", "--json")
     assert code == 0
@@ -521,121 +144,6 @@ def test_generate_scales_an_image_when_asked(run: Run, bundle_path: Path, tmp_pa
         assert run(*arguments, *fit)[0] == 0
 
 
-BAD_REQUESTS = [
-    (["--steps", "0"], "steps"),
-    (["--steps", "-3"], "steps"),
-    (["--guidance", "nan"], "guidance_scale must be a finite number, got nan"),
-    (["--guidance", "inf"], "guidance_scale must be a finite number, got inf"),
-    (["--guidance-mode", "most"], "'--guidance-mode': 'most' is not one of 'jit', 'sit', 'none'. (see 'stiv generate"),
-    (["--guidance-mode", "x" * 5000], "is not one of 'jit', 'sit', 'none'. (see 'stiv generate --help')"),
-    (["--solver", "rk4"], "--solver"),
-    (["--frames", "7"], "frames is 7; this bundle takes 1 to 6"),
-    (["--height", "14"], "height is 14"),
-    (["--width", "7"], "width is 7"),
-    (["--backend", "abacus"], "unknown backend 'abacus'"),
-    (["--threads", "-1"], "threads"),
-    (["--upscale", "0"], "--upscale"),
-    (["--seed", "-1"], "seed"),
-    (["--image", "none.png"], "none.png: no such image file"),
-    (["--image", "text.png"], "text.png: not an image"),
-    (["--image", "bomb.png"], "bomb.png: has 13000x13000 = 169.0 million pixels; a picture has at most 50 million"),
-    (["--frame", "0=far.tif"], "far.tif is of floats from 0 to 9; give 8 or 16 bits for each colour, or floats from 0"),
-    (["--background", "mauvish"], "background must be a colour without alpha, as in white or #336699, got 'mauvish'"),
-    (["--image", "large.png"], "large.png is 20x10 (width x height), the video is 8x8"),
-    (["--frame", "9=good.png"], "frame 9"),
-    (["--frame", "good.png"], "want INDEX=FILE"),
-    (["--image", "good.png", "--frame", "0=good.png"], "frame 0 is given twice"),
-    (["--out", "clip.avi"], "cannot write '.avi'"),
-    (["--out", "none/clip.mp4"], "does not exist"),
-    (["--out", ""], ".: names no file; choose a name such as clip.mp4"),
-    (["--out", "."], ".: names no file"),
-    (["--out", "/"], "/: names no file"),
-    (["--out", ".."], "..: is the folder that you are in, or above it"),
-    (["--out", ".mp4"], ".mp4: names no file; choose a name such as clip.mp4"),
-    (["--out", ".GIF", "--count", "2"], ".GIF: names no file"),
-    (["--out", "good.png", "--image", "good.png"], "good.png: would replace good.png, which is read"),
-    (["--out", "link.png", "--frame", "0=good.png"], "link.png: would replace good.png, which is read"),
-    (["--out", "clip.png", "--json", "a.json", "--request", "a.json"], "a.json: would replace a.json, which is read"),
-    (["--fps", "0"], "fps must be from 0.01 to 1000.0, got 0.0"),
-    (["--stride", "0"], "stride must be from 1 to 65536, got 0"),
-    (["--count", "0"], "count must be from 1 to 1000, got 0"),
-    (["--fit", "zoom"], "--fit"),
-    (["--fit", "exact", "--resize"], "--resize is given, and --fit exact resizes nothing"),
-    (["--device", "-1"], "the device is a GPU's index, 0 or more; got -1"),
-    (["--request", "none.json"], "none.json: no request can be read from it (No such file or directory)"),
-    (["--request", "good.png"], "good.png: it carries no request"),
-    (["--request", "bomb.png"], "bomb.png: it carries no request"),
-    (["--request", "text.png"], "text.png: not a picture that can be read"),
-    (["--request", "unknown.json"], "unknown.json: a request has no 'sed'; there are: prompt, "),
-    (["--request", "latents.json"], "the latents of frame 0 are [1, 1, 1]; 4 frames of 8x8 wants [4, 4, 4]"),
-    (["--frame", f"{'9' * 5000}=good.png"], "want INDEX=FILE"),
-    (["--frame", f"{'x' * 5000}=good.png"], "want INDEX=FILE"),
-    (["--frame", f"65537={'x' * 300}"], "65537"),
-    (["--image", "x" * 300], "a name of 300 bytes, file systems take 255; choose a shorter one"),
-    (["--out", f"{'é' * 150}.mp4"], "a name of 304 bytes, file systems take 255"),
-    (["--request", "x" * 300], "a name of 300 bytes"),
-    (["--request", "deep.json"], "deep.json: no request can be read from it (it is nested too deeply)"),
-    (["--request", "latin.json"], "latin.json: no request can be read from it (it is not UTF-8 text, its byte 14 is"),
-    (["--request", "omitted.json"], "the 5 of its request were too large for it"),
-    (["--request", "nul.json"], "a\\x00.png: no such image file"),
-    (["--steps", str(10**20)], f"num_inference_steps must be from 1 to 10000, got {10**20}"),
-    (["--seed", str(2**63)], f"seed must be from 0 to {2**63 - 1}, got {2**63}"),
-    (["--seed", str(2**63 - 1), "--count", "2"], "seed must be from 0 to 2^63 - 2"),
-    (["--guidance", "1e300"], "guidance_scale must be from -1000.0 to 1000.0, got 1e+300"),
-    (["--threads", "100000"], "the number of threads must be a whole number up to 1024"),
-    (["--upscale", "100000"], "--upscale"),
-    (
-        ["--upscale", "2000", "--out", "clip.gif"],
-        "4 frames of 8x8, enlarged 2000 times, needs 2.86 GiB of memory, here",
-    ),
-    (["--device", str(10**400)], "the device is a GPU's index"),
-    (["--backend", "x" * 5000], "unknown backend 'xxx"),
-    (["--json", "none/a.json"], "none/a.json: cannot be written"),
-    (["--json", "clip.mp4"], "clip.mp4: named by both --out and --json"),
-]
-
-
-def png_that_says(width: int, height: int) -> bytes:
-    """A PNG of one pixel whose header says that it has more."""
-    buffer = io.BytesIO()
-    Image.new("1", (1, 1)).save(buffer, "PNG")
-    content = bytearray(buffer.getvalue())
-    content[16:24] = struct.pack(">II", width, height)
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    return bytes(content)
-
-
-@pytest.mark.parametrize(("options", "message"), BAD_REQUESTS, ids=[" ".join(each[0]) for each in BAD_REQUESTS])
-def test_bad_request(
-    run: Run, bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
-) -> None:
-    """Each is refused with code 2 and one line, before a graph runs, and writes nothing."""
-    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
-    Image.new("RGB", (20, 10)).save(tmp_path / "large.png")
-    (tmp_path / "link.png").symlink_to("good.png")
-    (tmp_path / "a.json").write_text('{"prompt": "digit"}')
-    (tmp_path / "bomb.png").write_bytes(png_that_says(13_000, 13_000))
-    Image.fromarray(np.array([[0, 9]], np.float32)).save(tmp_path / "far.tif")
-    (tmp_path / "text.png").write_text("no picture")
-    (tmp_path / "unknown.json").write_text('{"prompt": "digit", "sed": 1}')
-    (tmp_path / "deep.json").write_text("[" * 50_000)
-    (tmp_path / "latin.json").write_bytes('{"prompt": "größer"}'.encode("latin-1"))
-    (tmp_path / "omitted.json").write_text('{"request": {"prompt": ""}, "bundle": "", "omitted": 5}')
-    (tmp_path / "nul.json").write_text('{"prompt": "", "frames": {"0": "a\\u0000.png"}}')
-    latents = {"dtype": "float32", "shape": [1, 1, 1], "data": "AAAAAA=="}
-    (tmp_path / "latents.json").write_text(json.dumps({"prompt": "digit", "latents": {"0": latents}}))
-    before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(limits, "memory_bytes", lambda: 2**30)
-    monkeypatch.chdir(tmp_path)
-    code, out, err = run("generate", bundle_path, "--prompt", "digit", "--out", "clip.mp4", *options)
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("error: ")
-    assert message in err
-    assert len(err) <= 500
-    assert "Value error" not in err
-    assert sorted(tmp_path.iterdir()) == before
-
-
 @pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json", "onnx/head.onnx", "new.json"])
 def test_a_report_goes_into_no_bundle(run: Run, own_bundle: Path, tmp_path: Path, name: str) -> None:
     report = ("--json", own_bundle / name)
@@ -665,36 +173,6 @@ def test_a_full_disk_is_one_line(run: Run, bundle_path: Path, tmp_path: Path, na
     assert f"error: {tmp_path / name}: " in err
     assert "File too large" in err
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("command", [["--version"], ["--help"], ["quiet"]])
-def test_a_standard_output_that_is_full_is_one_line(
-    commands: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["stiv", *command])
-    with Path("/dev/full").open("w") as full:
-        monkeypatch.setattr(sys, "stdout", full)
-        assert main() == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert "cannot be written (No space left on device)" in err
-
-
-def test_a_reader_that_has_seen_enough_hears_no_complaint(
-    commands: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["stiv", "quiet"])
-    read, write = os.pipe()
-    os.close(read)
-    with os.fdopen(write, "w") as closed:
-        monkeypatch.setattr(sys, "stdout", closed)
-        assert main() == 1
-    assert capsys.readouterr().err == ""
-
-
-def test_a_request_with_a_byte_order_mark(run: Run, bundle_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"prompt": "digit", "num_inference_steps": 1}')
-    assert run("generate", bundle_path, "--request", tmp_path / "a.json", "--out", tmp_path / "a.gif")[0] == 0
 
 
 def test_names_that_are_not_unicode(run: Run, bundle_path: Path, own_bundle: Path, tmp_path: Path) -> None:
@@ -728,11 +206,6 @@ def test_frames_too_large_for_their_format_are_refused_before_the_work(
     assert "a.mp4: frames would be 128x128 pixels, and .mp4 takes 100 a side; enlarge less" in err
 
 
-def test_neither_prompt_nor_request(run: Run, bundle_path: Path, tmp_path: Path) -> None:
-    message = "error: no prompt given; give --prompt, --prompts FILE, or --request with a file that has one\n"
-    assert run("generate", bundle_path, "--out", tmp_path / "a.mp4") == (2, "", message)
-
-
 @pytest.mark.parametrize("damage", ["missing", "no manifest", "bad manifest", "no graph", "corrupt graph"])
 def test_bad_bundle(run: Run, own_bundle: Path, tmp_path: Path, damage: str) -> None:
     folder = own_bundle
@@ -752,18 +225,6 @@ def test_bad_bundle(run: Run, own_bundle: Path, tmp_path: Path, damage: str) -> 
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ")
     assert not (tmp_path / "clip.mp4").exists()
-
-
-def test_parse_frames() -> None:
-    assert parse_frames(None, []) == {}
-    assert parse_frames(Path("a.png"), ["3=b=c.png", "-1=d.png"]) == {
-        0: Path("a.png"),
-        3: Path("b=c.png"),
-        -1: Path("d.png"),
-    }
-    for bad in ("=a.png", "one=a.png", "1=", "1.5=a.png", "--1=a.png"):
-        with pytest.raises(RequestError, match="want INDEX=FILE"):
-            parse_frames(None, [bad])
 
 
 @pytest.mark.alone
