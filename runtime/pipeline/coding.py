@@ -1,6 +1,6 @@
 """The VAE of a pipeline: given pictures to latents, latents to frames."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -58,6 +58,16 @@ class Coder:
 
     def decoder(self, plan: GenerationPlan, batch: int) -> Callable[[np.ndarray], np.ndarray]:
         """From latents fp32 [batch, T, C, h, w] of ``plan`` to frames uint8 [batch, F, H, W, 3]; kept, or made now."""
+        parts = self.parts(plan, batch)
+
+        def decode(latents: np.ndarray) -> np.ndarray:
+            *_, frames = parts(latents)
+            return frames
+
+        return decode
+
+    def parts(self, plan: GenerationPlan, batch: int) -> Callable[[np.ndarray], Iterator[np.ndarray]]:
+        """As :meth:`decoder`, one piece of work at a time: yields the same frames again and again, at last all made."""
         size = plan.size
         dims = self._dims(batch, size, size.frames)
         tiles = plan_tiles(self._model, self._bucket(batch, size), dims, plan.decode_tile)
@@ -90,8 +100,8 @@ class Coder:
         )
 
 
-def _frames(decode: TiledGraph, latents: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _frames(decode: TiledGraph, latents: np.ndarray, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     frames = np.empty(shape, dtype=np.uint8)
     for rows, columns, video in decode(latents):
         frames[rows, columns] = frames_from_video(video)
-    return frames
+        yield frames

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 
@@ -24,6 +25,8 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 PIXELS = 16_000_000
 """Pixels of a picture that are always allowed; more where the model makes larger videos, up to ``LARGER`` times."""
 LARGER = 4
+TOGETHER = 64_000_000
+"""Pixels of all pictures of a request."""
 PRIORITY, DEADLINE = Bounds(0, 9), Bounds(0.001, 1e7)
 PICTURE = re.compile(r"frames\[(-?\d{1,6})\]")
 """Name of a part of a form that is the picture of a frame."""
@@ -59,7 +62,7 @@ async def read_body(request: Request) -> Asked:
     """The body of ``request``; raises :class:`ApiError` for a type that is not served, or fields that are unknown."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        return _of_json(await request.body())
+        return await run_in_threadpool(_of_json, await request.body())
     if kind == "multipart/form-data":
         async with request.form(max_files=FILES, max_fields=FILES, max_part_size=2**20) as form:
             return await _of_form(form)
@@ -208,8 +211,13 @@ def _frames(values: dict[str, Any], manifest: Manifest) -> dict[str, int]:
 def _pictures(pictures: Mapping[int, bytes], manifest: Manifest) -> dict[int, Any]:
     """Pixels of ``pictures``, whose format and size are looked at before they are decoded."""
     largest = max(bucket.height.max * bucket.width.max for bucket in manifest.buckets)
-    limit = min(PIXEL_LIMIT, max(PIXELS, LARGER * largest))
-    try:
-        return {index: decode_picture(each, f"frame {index}", FORMATS, limit) for index, each in pictures.items()}
-    except RequestError as error:
-        raise ApiError(400, "invalid_image", str(error), "frames") from None
+    limit, left = min(PIXEL_LIMIT, max(PIXELS, LARGER * largest)), TOGETHER
+    found = {}
+    for index, content in pictures.items():
+        try:
+            found[index] = decode_picture(content, f"frame {index}", FORMATS, min(limit, left))
+        except RequestError as error:
+            words = f"frame {index}: the pictures of a request have at most {TOGETHER // 10**6} million pixels together"
+            raise ApiError(400, "invalid_image", str(error) if left >= limit else words, "frames") from None
+        left -= found[index].shape[0] * found[index].shape[1]
+    return found

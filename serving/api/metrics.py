@@ -33,7 +33,7 @@ class StoreCollector:
     def _calls(self) -> Metric:
         name, words = "stiv_step_seconds", "Seconds of a call of the model, by size and rows; 0 rows: of decoding."
         calls = GaugeMetricFamily(name, words, labels=["size", "rows"])
-        for each in self._service.store.measurements():
+        for each in self._service.store.measurements(self._service.bundle.hash):
             frames, height, width = each.size
             calls.add_metric([f"{frames}x{width}x{height}", str(each.rows)], each.seconds)
         return calls

@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
 
@@ -77,7 +77,7 @@ class Service:
         self._started = clock()
         self._samples = SampleMaker(bundle)
         self._rate = Rate(settings.rate)
-        self._lock = Lock()
+        self._lock, self._planning = Lock(), Lock()
         self._looked: tuple[float, Outlook] | None = None
 
     def submit(self, owner: str, asked: Asked, key: str | None) -> Job:
@@ -86,16 +86,31 @@ class Service:
         Raises :class:`ApiError`, and what planning does.
         """
         self._check_open(owner)
-        what = wanted(asked, self.bundle.manifest, self.settings.name)
-        job, request = self._job(owner, what)
-        self._check_deadline(job, what)
+        with self._planning:  # one request's pictures at a time are in memory
+            what = wanted(asked, self.bundle.manifest, self.settings.name)
+            job, request = self._job(owner, what)
+        job = self._made_before(job)
+        if job.live:
+            self._check_deadline(job, what)
         try:
             stored, _ = self.store.submit(job, request, most=self.settings.queue, key=key, digest=asked.digest)
         except QueueFullError as error:
             raise ApiError(429, "queue_full", str(error), retry_after=self._next_place()) from None
         except IdempotencyError as error:
             raise ApiError(409, "idempotency_conflict", str(error)) from None
+        finally:
+            if self.store.get(job.id) is None:
+                self.results.remove(job.id)  # what was linked for a job that is not to be
         return stored
+
+    def _made_before(self, job: Job) -> Job:
+        """``job``, done already if the owner has the result of an equal request: its files are the same files."""
+        twin = self.store.twin(job.owner, job.twin)
+        if twin is None or not self.results.link(twin.id, job.id):
+            return job
+        expires = job.created + self.settings.keep_seconds
+        done = replace(job, state=State.COMPLETED, step=job.steps, bytes=twin.bytes, expires=expires)
+        return replace(done, started=job.created, finished=job.created)
 
     def _check_open(self, owner: str) -> None:
         if not self.accepting:
@@ -177,7 +192,7 @@ class Service:
     def _look(self) -> Outlook:
         now = self._clock()
         waiting = sorted(self.store.waiting(), key=lambda job: rank(job, now))
-        costs = Costs(self.store.measurements())
+        costs = Costs(self.store.measurements(self.bundle.hash))
         return Outlook(tuple(waiting), tuple(self.store.running()), costs, len(self.store.workers()))
 
     def job(self, owner: str, job: str) -> Job:

@@ -184,11 +184,11 @@ class JobStore(Protocol):
     def sign_off(self, worker: str) -> None:
         """Forget a worker."""
 
-    def measure(self, machine: str, measured: Sequence[Measured]) -> None:
-        """Keep times that were measured on ``machine``, in place of older ones."""
+    def measure(self, bundle: str, measured: Sequence[Measured]) -> None:
+        """Keep times that were measured with the bundle of that hash, in place of older ones."""
 
-    def measurements(self) -> list[Measured]:
-        """The newest times of each kind."""
+    def measurements(self, bundle: str) -> list[Measured]:
+        """The newest times of each kind with that bundle."""
 
     def twin(self, owner: str, twin: str) -> Job | None:
         """A completed job of the owner whose result is that of an equal request."""

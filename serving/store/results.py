@@ -1,6 +1,7 @@
 """Files of jobs: results, whole or not at all, and latents to go on from."""
 
 import logging
+import os
 import shutil
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from stiv_deploy.runtime.files import replaced_file, replaced_folder
+from stiv_deploy.runtime.errors import OutputError
+from stiv_deploy.runtime.files import draft, replaced_file, told
 from stiv_deploy.serving.store.jobs import JobStore, State
 
 log = logging.getLogger(__name__)
@@ -32,9 +34,23 @@ class Results:
 
     @contextmanager
     def writing(self, job: str) -> Iterator[Path]:
-        """A folder for the result's files, which gets its place if the block succeeds."""
-        with replaced_folder(self.place(job)) as folder:
+        """A folder for the result's files, which gets its place if the block succeeds; several may write at once."""
+        place = self.place(job)
+        with told(place, ""), draft(place) as folder:
+            folder.mkdir()
             yield folder
+            shutil.rmtree(place, ignore_errors=True)
+            folder.rename(place)
+
+    def link(self, made: str, job: str) -> bool:
+        """Give ``job`` the files of the job ``made``; whether they were there."""
+        try:
+            with self.writing(job) as folder:
+                for file in self.place(made).iterdir():
+                    os.link(file, folder / file.name)
+        except OutputError:
+            return False
+        return (self.place(job) / VIDEO).is_file()
 
     def bytes(self, job: str) -> int:
         """Bytes of the result's files."""
@@ -88,5 +104,5 @@ class Results:
 
 def _wanted(file: Path, states: Mapping[str, State], wanted: Collection[State]) -> bool:
     """Whether a file or folder, which may be half-written, is of a job in a ``wanted`` state, or may become one's."""
-    state = states.get(file.name.removeprefix(".").partition(".")[0])
+    state = states.get(file.name.removeprefix(".").partition(".")[0].partition("-")[0])
     return state == State.IN_PROGRESS or (state in wanted and not file.name.startswith("."))

@@ -45,8 +45,8 @@ CREATE TABLE IF NOT EXISTS workers (
     id TEXT PRIMARY KEY, pid INTEGER NOT NULL, beat REAL NOT NULL, turned REAL NOT NULL, ready INTEGER NOT NULL,
     device TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS measured (
-    machine TEXT NOT NULL, frames INTEGER NOT NULL, height INTEGER NOT NULL, width INTEGER NOT NULL,
-    rows INTEGER NOT NULL, seconds REAL NOT NULL, at REAL NOT NULL, PRIMARY KEY (machine, frames, height, width, rows));
+    bundle TEXT NOT NULL, frames INTEGER NOT NULL, height INTEGER NOT NULL, width INTEGER NOT NULL,
+    rows INTEGER NOT NULL, seconds REAL NOT NULL, PRIMARY KEY (bundle, frames, height, width, rows));
 """
 AGAIN = "UPDATE jobs SET state = 'queued', worker = NULL, lease = NULL"
 MINE = "id = ? AND worker = ? AND state = 'in_progress'"
@@ -221,15 +221,15 @@ class SqliteJobStore:
         """As the protocol says."""
         self._changed("DELETE FROM workers WHERE id = ?", (worker,))
 
-    def measure(self, machine: str, measured: Sequence[Measured]) -> None:
+    def measure(self, bundle: str, measured: Sequence[Measured]) -> None:
         """As the protocol says."""
-        rows = [(machine, *each.size, each.rows, each.seconds, self._clock()) for each in measured]
+        rows = [(bundle, *each.size, each.rows, each.seconds) for each in measured]
         with self._writing() as db:
-            db.executemany("REPLACE INTO measured VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+            db.executemany("REPLACE INTO measured VALUES (?, ?, ?, ?, ?, ?)", rows)
 
-    def measurements(self) -> list[Measured]:
+    def measurements(self, bundle: str) -> list[Measured]:
         """As the protocol says."""
-        rows = self._all("SELECT *, MAX(at) FROM measured GROUP BY frames, height, width, rows")
+        rows = self._all("SELECT * FROM measured WHERE bundle = ?", (bundle,))
         return [Measured(Size(row["frames"], row["height"], row["width"]), row["rows"], row["seconds"]) for row in rows]
 
     def twin(self, owner: str, twin: str) -> Job | None:

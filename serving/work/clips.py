@@ -1,5 +1,7 @@
 """A job on its way through a worker: from the stored request to latents, and to files."""
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,8 +16,27 @@ from stiv_deploy.runtime.sampling.sample import Sample
 from stiv_deploy.serving.store.jobs import Job
 from stiv_deploy.serving.store.results import SPRITESHEET, THUMBNAIL, VIDEO
 
-POSITION, LATENTS, INPUTS = "position", "latents", "inputs"
-"""Names of the arrays of a :class:`Pause` in a file."""
+POSITION, LATENTS, INPUTS, BUNDLE = "position", "latents", "inputs", "bundle"
+"""Names of the arrays of a :class:`Pause` in a file, and of the hash of the bundle that made it."""
+
+
+@dataclass(eq=False)
+class Decoding:
+    """A clip whose ``latents`` fp32 [T, C, h, w] become frames, the ``parts`` to come, and seconds so far."""
+
+    clip: "Clip"
+    latents: np.ndarray
+    parts: Iterator[np.ndarray]
+    frames: np.ndarray | None = None
+    seconds: float = 0.0
+
+    def go_on(self) -> bool:
+        """Decode a part; whether there may be more."""
+        start = time.perf_counter()
+        frames = next(self.parts, None)
+        self.seconds += time.perf_counter() - start
+        self.frames = self.frames if frames is None else frames
+        return frames is not None
 
 
 @dataclass(eq=False)
@@ -40,16 +61,17 @@ class Clip:
         return len(self.sample.settings.rows())
 
 
-def pause_arrays(pause: Pause) -> dict[str, np.ndarray]:
-    """``pause`` as arrays by name, see :func:`pause_of`."""
-    return {POSITION: np.array(pause.position), LATENTS: pause.latents, INPUTS: pause.inputs}
+def pause_arrays(pause: Pause, clip: Clip) -> dict[str, np.ndarray]:
+    """The ``pause`` of ``clip`` as arrays by name, see :func:`pause_of`."""
+    position, bundle = np.array(pause.position), np.array(clip.plan.bundle)
+    return {POSITION: position, LATENTS: pause.latents, INPUTS: pause.inputs, BUNDLE: bundle}
 
 
 def pause_of(arrays: dict[str, np.ndarray], clip: Clip) -> Pause | None:
-    """The pause that ``arrays`` are, if it is one of ``clip``; else ``None``."""
+    """The pause that ``arrays`` are, if it is one of ``clip`` with the same bundle; else ``None``."""
     shape = clip.sample.noise.shape
-    shapes = {POSITION: (), LATENTS: shape, INPUTS: (clip.rows, *shape)}
-    if {name: array.shape for name, array in arrays.items()} != shapes:
+    shapes = {POSITION: (), LATENTS: shape, INPUTS: (clip.rows, *shape), BUNDLE: ()}
+    if {name: array.shape for name, array in arrays.items()} != shapes or str(arrays[BUNDLE]) != clip.plan.bundle:
         return None
     return Pause(position=int(arrays[POSITION]), latents=arrays[LATENTS], inputs=arrays[INPUTS])
 

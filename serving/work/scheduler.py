@@ -5,20 +5,23 @@ own, which it sees before the next evaluation.
 """
 
 import logging
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from threading import Event
 
 import numpy as np
 
 from stiv_deploy.runtime.errors import StivError, one_line
 from stiv_deploy.runtime.sampling.engine import Tick
-from stiv_deploy.serving.costs import SHARED, worthwhile_rows
+from stiv_deploy.serving.costs import SHARED, Costs, worthwhile_rows
 from stiv_deploy.serving.settings import ServeSettings
-from stiv_deploy.serving.store.jobs import Job, JobStore, Measured, Size
+from stiv_deploy.serving.store.jobs import Job, JobStore, Measured, Size, State
 from stiv_deploy.serving.store.results import Results
-from stiv_deploy.serving.work.clips import Clip, pause_arrays, pause_of, write_files
+from stiv_deploy.serving.work.clips import Clip, Decoding, pause_arrays, pause_of, write_files
 from stiv_deploy.serving.work.lane import Lane
 from stiv_deploy.serving.work.order import Turns, rank
 from stiv_deploy.serving.work.workshop import FEWEST, Workshop
@@ -61,6 +64,7 @@ class Scheduler:
         self._turns: Turns[Size] = Turns(QUANTUM)
         self._writer = ThreadPoolExecutor(1, "writer")
         self._writing: dict[str, Future[None]] = {}
+        self._decoding: deque[Decoding] = deque()
         self._seen: tuple[int, int] | None = None
         self._room = True
         self._told = 0.0
@@ -86,10 +90,11 @@ class Scheduler:
         return self._work()
 
     def _work(self) -> bool:
+        decoded = self._decode()
         busy = [size for size, lane in self._lanes.items() if lane.running]
         if not busy:
             self._tell()
-            return False
+            return decoded
         size = self._turns.next(busy)
         start = time.perf_counter()
         self._tick(self._lanes[size])
@@ -114,8 +119,9 @@ class Scheduler:
         for lane, clip in self._clips():
             if clip.job.id not in owned:
                 lane.drop(clip)
-                self._results.forget_latents(clip.job.id)
+                self._clean_up(clip.job.id)
                 self._room = True
+        self._decoding = deque(each for each in self._decoding if each.clip.job.id in owned)
 
     def _take(self) -> None:
         """Let in those who are most urgent, as far as there is room, in place of those of lower priority."""
@@ -196,7 +202,13 @@ class Scheduler:
     def _fail(self, job: str, code: str, message: str) -> None:
         expires = self._clock() + self._settings.keep_seconds
         self._store.fail(job, self._name, code, one_line(message), expires)
-        self._results.remove(job)
+        self._clean_up(job)
+
+    def _clean_up(self, job: str) -> None:
+        """Remove the files of a job that is no longer ours, unless another worker makes it, or has made it."""
+        found = self._store.get(job)
+        if found is None or found.state == State.FAILED:
+            self._results.remove(job)
 
     def _tick(self, lane: Lane) -> None:
         rung, start = lane.rung, time.perf_counter()
@@ -216,15 +228,26 @@ class Scheduler:
         for slot, error in tick.failed.items():
             self._fail(lane.leave(slot).job.id, "not_finite", str(error))
         for slot, latents in tick.finished.items():
-            self._finish(lane.leave(slot), latents)
+            clip = lane.leave(slot)
+            self._decoding.append(Decoding(clip, latents, self._workshop.decoding(clip, latents)))
         self._room = self._room or bool(tick.failed or tick.finished)
 
-    def _finish(self, clip: Clip, latents: np.ndarray) -> None:
-        start = time.perf_counter()
-        frames = self._workshop.decode(clip, latents)
-        self._measure(clip.job.size, 0, time.perf_counter() - start)
+    def _decode(self) -> bool:
+        """Decode a part of the clip that was finished first; whether there was one."""
+        if not self._decoding:
+            return False
+        first = self._decoding[0]
+        if not first.go_on():
+            self._decoding.popleft()
+            self._measure(first.clip.job.size, 0, first.seconds)
+            assert first.frames is not None
+            self._hand_over(first.clip, first.frames, first.latents)
+        return True
+
+    def _hand_over(self, clip: Clip, frames: np.ndarray, latents: np.ndarray) -> None:
+        """Let the other thread write a clip; wait while it has too many."""
         while len(self._writing) >= ENCODING:
-            next(iter(self._writing.values())).result()
+            wait(list(self._writing.values()), return_when=FIRST_COMPLETED)
         future = self._writer.submit(self._write, clip, frames, latents)
         self._writing[clip.job.id] = future
         future.add_done_callback(lambda _: self._writing.pop(clip.job.id, None))
@@ -239,7 +262,7 @@ class Scheduler:
             if self._store.complete(job, self._name, self._results.bytes(job), expires):
                 self._results.forget_latents(job)
             else:
-                self._results.remove(job)
+                self._clean_up(job)
         except Exception as error:  # whatever is wrong with it, others go on
             log.exception("%s cannot be written", job)
             self._fail(job, "storage_error", f"its result could not be written ({type(error).__name__})")
@@ -255,7 +278,7 @@ class Scheduler:
 
     def _save(self, clip: Clip) -> None:
         if clip.pause is not None:
-            self._results.save_latents(clip.job.id, **pause_arrays(clip.pause))
+            self._results.save_latents(clip.job.id, **pause_arrays(clip.pause, clip))
             self._store.advance(self._name, {clip.job.id: clip.step})
 
     def _tell(self) -> None:
@@ -270,18 +293,30 @@ class Scheduler:
             self._tell_costs()
 
     def _tell_costs(self) -> None:
-        measured = [Measured(size, rows, seconds) for (size, rows), seconds in self._seconds.items()]
-        self._store.measure(f"{self._workshop.bundle.hash} {self._workshop.backend.device}", measured)
+        self._store.measure(self._workshop.bundle.hash, self._measured())
+
+    def _measured(self) -> list[Measured]:
+        return [Measured(size, rows, seconds) for (size, rows), seconds in self._seconds.items()]
 
     def _end(self) -> None:
         """Let what runs finish while there is time; then give it back, to go on from here."""
         until = time.monotonic() + self._settings.grace_seconds
-        while time.monotonic() < until and any(lane.running for lane in self._lanes.values()):
+        while time.monotonic() + self._soonest() < until:
             self._drop_lost()
             self._work()
         for lane in self._lanes.values():
             self._give_back(lane)
+        while self._decode():
+            pass
         self._writer.shutdown()
+
+    def _soonest(self) -> float:
+        """Seconds until the next running clip is done, by the times measured; infinite if none runs."""
+        costs = Costs(self._measured())
+        found = [
+            costs.alone(replace(clip.job, step=clip.step)) for lane in self._lanes.values() for clip in lane.running
+        ]
+        return min((each for each in found if each is not None), default=math.inf)
 
     def _give_back(self, lane: Lane) -> None:
         while not lane.between_steps():

@@ -1,6 +1,7 @@
 """What a worker has on its device: the coder, the text stage, and a step engine for each size that is being made."""
 
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -72,9 +73,9 @@ class Workshop:
         )
         return StepEngine(self.backend, self.bundle.manifest, dims, self._text, rungs=rungs(rows), hook=self._clock)
 
-    def decode(self, clip: Clip, latents: np.ndarray) -> np.ndarray:
-        """Frames uint8 [F, H, W, 3] of latents fp32 [T, C, h, w]."""
-        return self._coder.decoder(clip.plan, 1)(latents[None])[0]
+    def decoding(self, clip: Clip, latents: np.ndarray) -> Iterator[np.ndarray]:
+        """Frames uint8 [F, H, W, 3] of latents fp32 [T, C, h, w], again and again after each part, at last all made."""
+        return (frames[0] for frames in self._coder.parts(clip.plan, 1)(latents[None]))
 
     def timed(self, engine: StepEngine) -> dict[int, float]:
         """Seconds of a call of ``engine``, which must be empty, at each of its rungs."""

@@ -3,12 +3,16 @@
 import base64
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import anyio
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from stiv_deploy.runtime.pipeline.records import read_requests
@@ -102,6 +106,7 @@ def test_seconds_become_frames(place: Any) -> None:
     assert place.ask(seconds="1", fps=4)["stiv"]["num_frames"] == 4
 
 
+CASES = int(os.environ.get("STIV_FUZZ_CASES", "500"))
 PROMPT = {"prompt": "digit"}
 
 
@@ -243,6 +248,78 @@ def test_sync_waits_and_answers_with_the_file(place: Any) -> None:
         answer = place.client.post("/v1/videos/sync", json=PROMPT)
     assert (answer.status_code, answer.headers["content-type"]) == (200, "video/mp4")
     assert place.look(answer.headers["x-video-id"])["status"] == "completed"
+
+
+def test_a_client_that_leaves_cancels(place: Any) -> None:
+    """An orphan of a disconnect does not run on."""
+    body = [{"type": "http.request", "body": json.dumps(PROMPT).encode()}]
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/videos/sync", "raw_path": b"", "query_string": b""}
+
+    async def receive() -> dict[str, Any]:
+        return body.pop() if body else {"type": "http.disconnect"}
+
+    async def send(_message: Any) -> None:
+        pass
+
+    anyio.run(place.client.app, scope | {"headers": headers, "http_version": "1.1"}, receive, send)
+    (job,) = place.client.get("/v1/videos").json()["data"]
+    assert (job["status"], job["error"]["code"]) == ("failed", "cancelled")
+
+
+def test_an_equal_request_has_the_same_result_at_once(place: Any, finished: Callable[..., None]) -> None:
+    first = place.ask()["id"]
+    finished(place.worker())
+    second = place.ask()
+    assert (second["status"], second["id"] != first) == ("completed", True)
+    place.client.delete(f"/v1/videos/{first}")
+    assert place.client.get(f"/v1/videos/{second['id']}/content").status_code == 200
+    assert place.ask(seed=2)["status"] == "queued"
+    place.results.remove(second["id"])
+    assert place.ask()["status"] == "queued"  # its file has gone
+
+
+def test_pictures_have_a_limit_together(place: Any) -> None:
+    content = bomb(3_000, 5_000)
+    frames = {str(index): url(content) for index in range(5)}
+    answer = place.client.post("/v1/videos", json=PROMPT | {"num_frames": 5, "fit": "crop", "frames": frames})
+    assert answer.status_code == 400
+    assert "at most 64 million pixels together" in answer.json()["error"]["message"]
+
+
+BODY = {
+    "prompt": "digit", "negative_prompt": "", "fit": "pad", "num_frames": 4, "height": 8, "width": 8, "fps": 8.0,
+    "stride": 1, "original_height": 8, "original_width": 8, "num_inference_steps": 1, "guidance_mode": "sit",
+    "guidance_scale": 2.0, "image_guidance_scale": 1.5, "guidance_renorm": True, "solver": "heun", "time_shift": 1.0,
+    "seed": 1, "decode_tile": 0, "frames": {}, "latents": {}, "noise": None, "background": "black", "model": "toy",
+    "seconds": None, "size": None, "input_reference": None, "priority": 1, "deadline_s": 5.0,
+}  # fmt: skip
+hostile = st.one_of(
+    st.sampled_from((0, -1, 2**63, 10**30, 0.5, 1e300, "", "a", "x" * 300, "\0", "../../a", "data:,", "1e5", "8x8")),
+    st.sampled_from((None, True, [], {}, [0], {"a": 1}, {"0": {"png": "AAAA"}}, {"0": "data:image/png;base64,AAAA"})),
+    st.sampled_from(({"image_url": "data:image/png;base64,%"}, {"image_url": 1}, {"0": {"dtype": "float32"}})),
+    st.integers(),
+    st.text(max_size=20),
+)
+
+
+@settings(
+    max_examples=CASES // 5,
+    deadline=None,
+    derandomize="STIV_FUZZ_CASES" not in os.environ,
+    suppress_health_check=list(HealthCheck),
+)
+@given(st.dictionaries(st.sampled_from(sorted(BODY)), hostile, min_size=1, max_size=2), st.booleans())
+def test_whatever_a_body_says_there_is_an_answer(place: Any, changes: dict[str, Any], form: bool) -> None:
+    if form:
+        values = {name: json.dumps(value) for name, value in changes.items()}
+        parts = {name: (None, value) for name, value in ({"prompt": "digit"} | values).items()}
+        answer = place.client.post("/v1/videos", files=parts)
+    else:
+        answer = place.client.post("/v1/videos", json=BODY | changes)
+    assert answer.status_code in (200, 400, 404, 415, 429), answer.text
+    if answer.status_code != 200:
+        assert "\n" not in answer.json()["error"]["message"]
 
 
 def test_events_tell_of_every_change_to_the_end(place: Any) -> None:

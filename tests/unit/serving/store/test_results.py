@@ -59,10 +59,10 @@ def test_files_without_a_job_and_jobs_without_a_file_are_swept(tmp_path: Path) -
     for name in ("done", "runs", "orphan", "waits"):
         write(results, name)
         results.save_latents(name, position=np.array(1))
-    (tmp_path / "results" / ".done.partial").mkdir()
-    (tmp_path / "results" / ".runs.partial").mkdir()
+    (tmp_path / "results" / ".done-x1_.partial").mkdir()
+    (tmp_path / "results" / ".runs-x1_.partial").mkdir()
     assert results.sweep(store) == 5
-    assert {file.name for file in (tmp_path / "results").iterdir()} == {"done", "runs", ".runs.partial"}
+    assert {file.name for file in (tmp_path / "results").iterdir()} == {"done", "runs", ".runs-x1_.partial"}
     assert {file.name for file in (tmp_path / "latents").iterdir()} == {"runs.npz", "waits.npz"}
     assert (store.get("lost").state, store.get("lost").error_code) == (State.FAILED, "result_lost")
     assert store.get("done").state == State.COMPLETED

@@ -176,7 +176,8 @@ def test_everything_outlives_the_process(tmp_path: Path) -> None:
     first.measure("here", [Measured(Size(4, 8, 8), 2, 0.5)])
     second = SqliteJobStore(tmp_path / "jobs.sqlite")  # while the first is open, as after kill -9
     assert second.get(made.id) == made
-    assert second.measurements() == [Measured(Size(4, 8, 8), 2, 0.5)]
+    assert second.measurements("elsewhere") == []
+    assert second.measurements("here") == [Measured(Size(4, 8, 8), 2, 0.5)]
     first.close()
     second.close()
 

@@ -29,7 +29,14 @@ def sheets(place: Any, worker: Scheduler, finished: Callable[..., None], gap: in
         for _ in range(gap):
             worker.turn()
     finished(worker)
-    return [place.sheet(job) for job in jobs]
+    return [taken(place, job) for job in jobs]
+
+
+def taken(place: Any, job: str) -> bytes:
+    """The contact sheet of ``job``, which is then deleted, so that an equal request is made again."""
+    sheet: bytes = place.sheet(job)
+    place.client.delete(f"/v1/videos/{job}")
+    return sheet
 
 
 def test_clips_of_every_kind_join_and_leave_between_steps(place: Any, finished: Callable[..., None]) -> None:
@@ -116,10 +123,10 @@ def test_urgent_clips_go_first_and_paused_ones_go_on(
     assert place.look(urgent)["stiv"]["priority"] == 5
     first = [place.store.get(job).finished for job in (urgent, calm)]
     assert first == sorted(first)
+    paused = taken(place, calm)
     again = place.ask(num_inference_steps=6)["id"]
-    finished(other := place.worker("other"))
-    assert other.turned
-    assert place.sheet(again) == place.sheet(calm)  # as if it had never paused
+    finished(place.worker("other"))
+    assert place.sheet(again) == paused  # as if it had never been
 
 
 def test_a_killed_workers_clip_goes_on_from_its_latents(
@@ -128,6 +135,7 @@ def test_a_killed_workers_clip_goes_on_from_its_latents(
     place = place_of(bundle_path, latents_every=4)
     whole = place.ask(num_inference_steps=10, solver="heun")["id"]
     finished(place.worker())
+    whole = taken(place, whole)
     job = place.ask(num_inference_steps=10, solver="heun")["id"]
     dead = place.worker("dead")
     for _ in range(12):  # 6 steps, 4 of them kept
@@ -139,7 +147,7 @@ def test_a_killed_workers_clip_goes_on_from_its_latents(
     monkeypatch.setattr(module.Lane, "admit", lambda lane, clip: (admitted.append(clip.pause), admit(lane, clip)))
     finished(place.worker())
     assert [pause.position for pause in admitted] == [8]
-    assert place.sheet(job) == place.sheet(whole)
+    assert place.sheet(job) == whole
     assert place.look(job)["stiv"]["attempts"] == 2
     assert place.results.latents(job) is None
 
@@ -230,8 +238,110 @@ def test_the_store_outlives_its_users(place: Any, finished: Callable[..., None])
     """Jobs are there after a restart, waiting ones and finished ones."""
     done = place.ask()["id"]
     finished(place.worker())
-    waiting = place.ask()["id"]
+    waiting = place.ask(seed=2)["id"]
     again = SqliteJobStore(place.settings.database)
     assert again.get(done).state == State.COMPLETED
     assert [job.id for job in again.waiting()] == [waiting]
     again.close()
+
+
+def test_latents_of_another_bundle_are_not_gone_on_from(
+    place_of: Callable[..., Any], bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = place_of(bundle_path, latents_every=2)
+    job = place.ask(num_inference_steps=50)["id"]
+    dead = place.worker("dead")
+    for _ in range(6):
+        dead.turn()
+    place.store.release("dead")
+    arrays = place.results.latents(job)
+    place.results.save_latents(job, **(arrays | {"bundle": np.array("0" * 64)}))
+    worker, admitted = place.worker(), []
+    monkeypatch.setattr(module.Lane, "admit", lambda _lane, clip: admitted.append(clip))
+    worker.turn()
+    worker.close()
+    assert [(clip.pause, clip.step) for clip in admitted] == [(None, 0)]
+
+
+def test_decoding_waits_for_nobody_and_can_be_cancelled(
+    place_of: Callable[..., Any], bundle_with: Callable[..., Path]
+) -> None:
+    """A large clip is decoded in parts, between the steps of the others."""
+    place = place_of(bundle_with())
+    worker = place.worker()
+    large = place.ask(num_inference_steps=1, size="16x16")["id"]
+    steps = place.ask(num_inference_steps=50, size="16x16", seed=2)["id"]
+    parts = worker._workshop.decoding
+
+    def slowly(clip: Any, latents: np.ndarray) -> Any:
+        for frames in parts(clip, latents):
+            for _ in range(100):
+                yield frames
+
+    worker._workshop.decoding = slowly
+    for _ in range(20):
+        worker.turn()
+    assert place.look(large)["status"] == "in_progress"
+    (lane,) = worker._lanes.values()
+    assert [clip.step for clip in lane.running] == [20]
+    place.client.delete(f"/v1/videos/{large}")
+    worker.turn()
+    assert len(worker._decoding) == 0
+    assert place.look(steps)["status"] == "in_progress"
+    worker.close()
+
+
+def test_who_comes_late_takes_nothing_from_who_was_in_time(place: Any, finished: Callable[..., None]) -> None:
+    """A worker that stood still until its lease was over finishes a job that another has made."""
+    job = place.ask(num_inference_steps=3)["id"]
+    late = place.worker("late")
+    for _ in range(3):
+        late.turn()
+    place.store.release("late")
+    finished(place.worker("in time"))
+    sheet = place.sheet(job)
+    late._drop_lost = lambda: None  # as if it had been asleep in the middle of its last step
+    finished(late)
+    assert place.look(job)["status"] == "completed"
+    assert place.sheet(job) == sheet
+
+
+def test_a_hundred_jobs_with_cancels_deletes_and_deaths(
+    place_of: Callable[..., Any], bundle_path: Path, finished: Callable[..., None]
+) -> None:
+    """None is lost, none is made twice, and nothing stays behind."""
+    place, random = place_of(bundle_path, latents_every=2, slots=3), np.random.default_rng(0)
+    jobs: list[str] = []
+    ended: dict[str, str] = {}
+    workers = {name: place.worker(name) for name in ("a", "b")}
+    for number in range(100):
+        size = ("8x8", "8x8", "12x4", "4x8")[random.integers(4)]
+        steps, priority = int(random.integers(1, 9)), int(random.integers(3))
+        jobs.append(place.ask(seed=number, size=size, num_inference_steps=steps, priority=priority)["id"])
+        for _ in range(int(random.integers(6))):
+            workers[("a", "b")[random.integers(2)]].turn()
+        chosen = jobs[random.integers(len(jobs))]
+        if random.random() < 0.2 and chosen not in ended:
+            how = ("cancel", "delete")[random.integers(2)]
+            done = place.store.get(chosen).state == State.COMPLETED
+            getattr(place.service, how)("local", chosen)
+            ended[chosen] = "completed" if done and how == "cancel" else how
+            place.clock.now += 1
+        if random.random() < 0.05:
+            name = ("a", "b")[random.integers(2)]
+            workers[name].close()
+            place.store.release(name)
+            workers[name] = place.worker(name)
+    place.clock.now += module.PATIENCE + 1
+    while any([worker.turn() for worker in workers.values()]) or place.store.waiting():
+        place.clock.now += 1
+    for worker in workers.values():
+        worker.close()
+    for job in jobs:
+        found, how = place.store.get(job), ended.get(job)
+        if how == "delete":
+            assert found is None
+        else:
+            assert found.state == (State.FAILED if how == "cancel" else State.COMPLETED), found
+        assert place.results.place(job).exists() == (found is not None and found.state == State.COMPLETED)
+    assert place.results.sweep(place.store) == 0
