@@ -13,6 +13,7 @@ from stiv_deploy.runtime.pipeline.output import StivOutput
 from stiv_deploy.runtime.pipeline.plan import GenerationPlan, PlannedVideo
 from stiv_deploy.runtime.sampling.engine import Pause
 from stiv_deploy.runtime.sampling.sample import Sample
+from stiv_deploy.runtime.sampling.solvers import evaluations
 from stiv_deploy.serving.store.jobs import Job
 from stiv_deploy.serving.store.results import SPRITESHEET, THUMBNAIL, VIDEO
 
@@ -54,6 +55,10 @@ class Clip:
     def video(self) -> PlannedVideo:
         """The one video of its plan."""
         return self.plan.videos[0]
+
+    def steps_before(self, position: int) -> int:
+        """Steps that so many evaluations complete."""
+        return sum(not each.hold for each in evaluations(self.sample.settings)[:position])
 
     @property
     def rows(self) -> int:

@@ -41,7 +41,7 @@ class Worker:
         self._store = SqliteJobStore(settings.database)
         bundle = Bundle.open(settings.bundle)
         backend = open_backend(settings.backend, bundle, settings.threads, device_of(settings, index))
-        self._workshop = Workshop(bundle, backend, settings.slots)
+        self._workshop = Workshop(bundle, backend)
         self._scheduler = Scheduler(self._store, Results(settings.data), self._workshop, settings, self.name)
         self._ready = False
 

@@ -19,7 +19,7 @@ from stiv_deploy.runtime.errors import StivError, one_line
 from stiv_deploy.runtime.sampling.engine import Tick
 from stiv_deploy.serving.costs import SHARED, Costs, worthwhile_rows
 from stiv_deploy.serving.settings import ServeSettings
-from stiv_deploy.serving.store.jobs import Job, JobStore, Measured, Size, State
+from stiv_deploy.serving.store.jobs import ATTEMPTS, Job, JobStore, Measured, Size, State
 from stiv_deploy.serving.store.results import Results
 from stiv_deploy.serving.work.clips import Clip, Decoding, pause_arrays, pause_of, write_files
 from stiv_deploy.serving.work.lane import Lane
@@ -129,6 +129,9 @@ class Scheduler:
         paused = {clip.job.id: clip for lane in self._lanes.values() for clip in lane.paused}
         jobs = [*(clip.job for clip in paused.values()), *self._store.waiting()]
         for job in sorted(jobs, key=lambda each: rank(each, now)):
+            if self._must_wait(job):
+                self._room = True
+                return
             lane = self._lane(job, now)
             if lane is None or (lane.closing and job.id not in paused) or not self._make_room(lane, job):
                 continue
@@ -139,6 +142,12 @@ class Scheduler:
                 clip = self._claim(job)
             if clip is not None:
                 lane.admit(clip)
+
+    def _must_wait(self, job: Job) -> bool:
+        """Whether ``job`` or one that runs has been there when workers died: the last try of such a one is alone."""
+        running = [clip.job for _, clip in self._clips()] + [each.clip.job for each in self._decoding]
+        suspect = job.worker is None and job.attempts >= ATTEMPTS - 1
+        return any(each.attempts >= ATTEMPTS for each in running) or (suspect and bool(running))
 
     def _lane(self, job: Job, now: float) -> Lane | None:
         """The lane of the size of ``job``, in the place of an empty one if need be; ``None`` if there is none."""
@@ -152,8 +161,17 @@ class Scheduler:
                 self._hurry(job, now)
                 return None
             del self._lanes[empty[0]]
-        self._open(job.size)
+        try:
+            self._open(job.size)
+        except Exception as error:  # a size that is too large for the device, or for a bundle that has changed
+            log.exception("there is no engine for %s", job.size)
+            self._refuse(job, error)
+            return None
         return self._lanes[job.size]
+
+    def _refuse(self, job: Job, error: Exception) -> None:
+        if self._store.claim(job.id, self._name) is not None:
+            self._fail(job.id, "size_unavailable", f"no engine for its size can be made here ({error})")
 
     def _hurry(self, job: Job, now: float) -> None:
         """Close the lane that was opened first once ``job`` has waited long for a place."""
@@ -162,8 +180,18 @@ class Scheduler:
             lanes[0].closing = True
 
     def _open(self, size: Size) -> None:
-        engine = self._workshop.engine(size)
-        seconds = self._workshop.timed(engine)
+        """Make the lane of ``size``, with fewer slots where the device has no memory for all."""
+        slots = min(self._settings.slots, self._workshop.bundle.max_batch(*size))
+        while True:
+            try:
+                engine = self._workshop.engine(size, slots)
+                seconds = self._workshop.timed(engine)
+                break
+            except Exception as error:
+                if slots == 1:
+                    raise
+                log.warning("no engine for %d clips of %s (%s); trying half of them", slots, size, one_line(str(error)))
+                slots //= 2
         self._seconds |= {(size, rows): each for rows, each in seconds.items()}
         self._lanes[size] = Lane(size, engine, worthwhile_rows(seconds, SHARED * FEWEST))
 
@@ -197,7 +225,7 @@ class Scheduler:
         """Let ``clip`` go on from the latents that another worker kept, if there are any that fit."""
         arrays = self._results.latents(clip.job.id)
         clip.pause = None if arrays is None else pause_of(arrays, clip)
-        clip.step = clip.job.step if clip.pause is not None else 0
+        clip.step = 0 if clip.pause is None else clip.steps_before(clip.pause.position)
 
     def _fail(self, job: str, code: str, message: str) -> None:
         expires = self._clock() + self._settings.keep_seconds

@@ -32,11 +32,10 @@ def rungs(most: int) -> tuple[int, ...]:
 
 
 class Workshop:
-    """A ``bundle`` open on ``backend``, for up to ``slots`` clips of one size at once."""
+    """A ``bundle`` open on ``backend``."""
 
-    def __init__(self, bundle: Bundle, backend: Backend, slots: int) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle, self.backend = bundle, backend
-        self._slots = slots
         self._samples = SampleMaker(bundle)
         self._clock = GraphClock(None)
         self._coder = Coder(backend, bundle, self._clock)
@@ -55,11 +54,10 @@ class Workshop:
         given = self._coder.clean_latents(plan)
         (video,) = plan.videos
         sample = self._samples(video, given[video.given], plan.size)
-        return Clip(job=job, plan=plan, sample=sample, lost=self._samples.lost(plan.videos), step=job.step)
+        return Clip(job=job, plan=plan, sample=sample, lost=self._samples.lost(plan.videos))
 
-    def engine(self, size: Size) -> StepEngine:
-        """A new engine for clips of ``size``."""
-        slots = min(self._slots, self.bundle.max_batch(*size))
+    def engine(self, size: Size, slots: int) -> StepEngine:
+        """A new engine for up to ``slots`` clips of ``size``."""
         model = self.bundle.manifest.model
         rows = SAMPLE_ROWS * slots
         dims = dimensions(

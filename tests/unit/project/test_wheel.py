@@ -116,6 +116,7 @@ def test_doctor_is_content_and_help_complete(bare: Path) -> None:
         (["export", "somewhere", "--out", "b"], "ref"),
         (["train", str(ROOT / "recipes" / "tiny.toml"), "--out", "r"], "ref"),
         (["parity", "b"], "ref"),
+        (["serve", "b"], "serve"),
     ],
 )
 def test_missing_extra_is_one_line(bare: Path, tmp_path: Path, command: list[str], extra: str) -> None:

@@ -54,7 +54,7 @@ class Place:
     def worker(self, name: str = "w") -> Scheduler:
         """A new worker."""
         backend = OnnxRuntimeBackend(self.bundle, threads=1)
-        workshop = Workshop(self.bundle, backend, self.settings.slots)
+        workshop = Workshop(self.bundle, backend)
         self.stores.append(SqliteJobStore(self.settings.database, self.clock))
         return Scheduler(self.stores[-1], self.results, workshop, self.settings, name, self.clock)
 

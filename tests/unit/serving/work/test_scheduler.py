@@ -1,5 +1,6 @@
 """The scheduler on a real engine: clips come, leave, pause and go on between steps, and none notices the others."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
@@ -144,9 +145,11 @@ def test_a_killed_workers_clip_goes_on_from_its_latents(
     assert int(place.results.latents(job)["position"]) == 8
     admitted = []
     admit = module.Lane.admit
-    monkeypatch.setattr(module.Lane, "admit", lambda lane, clip: (admitted.append(clip.pause), admit(lane, clip)))
+    monkeypatch.setattr(
+        module.Lane, "admit", lambda lane, clip: (admitted.append(dataclasses.replace(clip)), admit(lane, clip))
+    )
     finished(place.worker())
-    assert [pause.position for pause in admitted] == [8]
+    assert [(clip.pause.position, clip.step) for clip in admitted] == [(8, 4)]
     assert place.sheet(job) == whole
     assert place.look(job)["stiv"]["attempts"] == 2
     assert place.results.latents(job) is None
@@ -289,6 +292,41 @@ def test_decoding_waits_for_nobody_and_can_be_cancelled(
     assert len(worker._decoding) == 0
     assert place.look(steps)["status"] == "in_progress"
     worker.close()
+
+
+def test_the_last_try_of_a_suspect_is_alone(place: Any, finished: Callable[..., None]) -> None:
+    """A request that kills workers takes no other with it for ever."""
+    suspect = place.ask(num_inference_steps=4)["id"]
+    for name in ("first", "second"):
+        assert place.store.claim(suspect, name) is not None
+        place.store.release(name)
+    others = [place.ask(seed=seed, num_inference_steps=4)["id"] for seed in (2, 3)]
+    worker = place.worker()
+    for _ in range(3):
+        worker.turn()
+        assert place.store.owned("w") == {suspect}
+    finished(worker)
+    assert {place.look(job)["status"] for job in (suspect, *others)} == {"completed"}
+
+
+def test_a_size_without_memory_gets_fewer_slots_or_fails_alone(
+    place: Any, finished: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, asked = place.worker(), []
+    engine = worker._workshop.engine
+
+    def limited(size: Any, slots: int) -> Any:
+        asked.append((size.width, slots))
+        if slots > (1 if size.width == 8 else 0):
+            raise RuntimeError("out of memory")
+        return engine(size, slots)
+
+    monkeypatch.setattr(worker._workshop, "engine", limited)
+    small, large = place.ask()["id"], place.ask(size="12x12")["id"]
+    finished(worker)
+    assert asked == [(8, 3), (8, 1), (12, 3), (12, 1)]
+    assert place.look(small)["status"] == "completed"
+    assert place.look(large)["error"]["code"] == "size_unavailable"
 
 
 def test_who_comes_late_takes_nothing_from_who_was_in_time(place: Any, finished: Callable[..., None]) -> None:
