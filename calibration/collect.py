@@ -5,7 +5,7 @@ are saved beside the scale file, so that a run can be stopped and goes on to the
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -90,14 +90,7 @@ def unit_inputs(checkpoint: Checkpoint, material: Material, unit: Unit, seed: in
 
 def unit_settings(checkpoint: Checkpoint, unit: Unit, steps: int) -> SamplingSettings:
     """The checkpoint's sampling settings with the unit's guidance mode and ``steps``."""
-    own = settings_of(checkpoint.config.sampling)
-    return SamplingSettings(
-        steps=steps,
-        guidance_mode=unit.guidance,
-        guidance_scale=own.guidance_scale,
-        image_scale=own.image_scale,
-        time_shift=own.time_shift,
-    )
+    return replace(settings_of(checkpoint.config.sampling), steps=steps, guidance_mode=unit.guidance)
 
 
 def observed_model(model: Stiv, histogram: bool) -> tuple[Stiv, Clock, Statistics]:

@@ -234,7 +234,7 @@ def validate_plugins(buckets: Sequence[Bucket], facts: ModelFacts) -> None:
 
 def sampling_defaults(sampling: CheckpointDefaults, buckets: Sequence[Bucket]) -> SamplingDefaults:
     """The checkpoint's recommendations; the first bucket's typical size where no bucket holds its own size."""
-    values = sampling.model_dump() | {"stride": sampling.stride or 1}
+    values = sampling.model_dump(mode="json") | {"stride": sampling.stride or 1}
     size = {name: values[name] for name in ("frames", "height", "width")}
     if not any(bucket.holds(batch=bucket.batch.min, **size) for bucket in buckets):
         size = {name: getattr(buckets[0], name).typical for name in size}

@@ -25,6 +25,7 @@ from stiv_deploy.stiv_ref.givings import GivingName
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.pretrained.text import PretrainedTextConfig, PretrainedTextEncoder, read_text_encoder
 from stiv_deploy.stiv_ref.pretrained.vae import PretrainedVae, PretrainedVaeConfig, read_vae
+from stiv_deploy.stiv_ref.sampler import Solver
 from stiv_deploy.stiv_ref.tasks import TaskName
 from stiv_deploy.stiv_ref.text import TextConfig, TextEncoder, load_tokenizer
 from stiv_deploy.stiv_ref.vae import Vae, VaeConfig
@@ -68,6 +69,7 @@ class SamplingDefaults(FrozenConfig):
     steps: Steps = 30
     guidance_scale: Scale = 4.0
     image_scale: Scale = 1.5
+    solver: Solver = Solver.EULER
     time_shift: TimeShift = 1.0
 
 

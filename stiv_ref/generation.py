@@ -26,6 +26,7 @@ def settings_of(defaults: SamplingDefaults) -> SamplingSettings:
         steps=defaults.steps,
         guidance_scale=defaults.guidance_scale,
         image_scale=defaults.image_scale,
+        solver=defaults.solver,
         time_shift=defaults.time_shift,
     )
 

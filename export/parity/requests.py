@@ -21,6 +21,8 @@ from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, Solve
 from stiv_deploy.stiv_ref.text import TextStates, tokenize
 
 PROMPTS = ("digit three moving left", "digit seven moving down")
+UNEQUAL_SHIFT = 3.0
+"""Time shift at which a step is some 1.3 times the one before, so that AB2 weighs every step otherwise."""
 NULL = {GuidanceMode.NONE: 0, GuidanceMode.JIT: 1, GuidanceMode.SIT: 2}
 """How many branches see the empty prompt."""
 
@@ -106,7 +108,10 @@ def _moving_square(batch: int, frames: int, height: int, width: int) -> Tensor:
 
 
 def parity_requests(manifest: Manifest, checkpoint: Checkpoint, steps: int) -> list[Request]:
-    """T2V and TI2V with JIT-CFG, TI2V with SIT-CFG (Heun); one sample each, at the bundle's default size."""
+    """T2V with JIT-CFG and Euler's solver, TI2V with JIT-CFG and AB2, TI2V with SIT-CFG and Heun's; each solver once.
+
+    One sample each, at the bundle's default size; for an image model the first alone.
+    """
     defaults, model = manifest.sampling, manifest.model
     video = _moving_square(1, defaults.frames, defaults.height, defaults.width)
     clean = checkpoint.vae.encode(video)
@@ -122,7 +127,7 @@ def parity_requests(manifest: Manifest, checkpoint: Checkpoint, steps: int) -> l
     )
     cases = [
         ("t2v jit euler", PROMPTS[0], False, settings),
-        ("ti2v jit euler", PROMPTS[1], True, settings),
+        ("ti2v jit ab2", PROMPTS[1], True, replace(settings, solver=Solver.AB2, time_shift=UNEQUAL_SHIFT)),
         ("ti2v sit heun", PROMPTS[1], True, replace(settings, guidance_mode=GuidanceMode.SIT, solver=Solver.HEUN)),
     ]
     requests = []

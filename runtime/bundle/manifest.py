@@ -136,7 +136,7 @@ class SamplingDefaults(Frozen):
     guidance_scale: Scale
     image_scale: Scale
     renorm: bool = True
-    solver: Literal["euler", "heun"] = "euler"
+    solver: Literal["euler", "heun", "ab2"] = "euler"
     time_shift: float = Field(ge=SHIFT_LIMITS[0], le=SHIFT_LIMITS[1])
 
 

@@ -100,7 +100,7 @@ def generate(
         typer.Option(help="What the branch without pictures gets at given frames. Default: noised."),
     ] = None,
     solver: Annotated[
-        Literal["euler", "heun"] | None, typer.Option(help="Solver of the sampling ODE. Default: the bundle's.")
+        Literal["euler", "heun", "ab2"] | None, typer.Option(help="Solver of the sampling ODE. Default: the bundle's.")
     ] = None,
     time_shift: Annotated[
         float | None, typer.Option(help="Above 1 spends more steps near the noise. Default: the bundle's.")

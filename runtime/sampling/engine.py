@@ -24,7 +24,7 @@ from stiv_deploy.runtime.sampling.guidance import GuidanceRow
 from stiv_deploy.runtime.sampling.hooks import Hook, no_hook
 from stiv_deploy.runtime.sampling.replay import Replay
 from stiv_deploy.runtime.sampling.sample import Sample
-from stiv_deploy.runtime.sampling.solvers import Evaluation, evaluations
+from stiv_deploy.runtime.sampling.solvers import Evaluation, anew, evaluations
 from stiv_deploy.runtime.sampling.step_inputs import StepInputs
 from stiv_deploy.runtime.sampling.text_stage import TextStage
 
@@ -46,12 +46,14 @@ class Pause:
     """A clip between two steps, on the host: all that its next evaluations need besides its :class:`Sample`.
 
     ``position`` evaluations are done; ``latents`` fp32 [T, C, h, w], and ``inputs`` fp32 [rows, T, C, h, w] are what
-    the model sees next in its rows, the conditional one first.
+    the model sees next in its rows, the conditional one first. ``velocity`` fp32 [T, C, h, w] is the guided one of the
+    evaluation before, None if the next one does not look back at it.
     """
 
     position: int
     latents: np.ndarray
     inputs: np.ndarray
+    velocity: np.ndarray | None = None
 
 
 @dataclass
@@ -155,6 +157,10 @@ class StepEngine:
         self.backend.write(self._latents[slot], pause.latents)
         for row, seen in zip(running.rows, pause.inputs, strict=True):
             self.backend.write(self.denoiser.model_input[row], seen)
+        if pause.velocity is None:
+            running.planned = anew(running.planned, pause.position)
+        else:
+            self.backend.write(self._inputs.velocities[self._side][slot], pause.velocity)
 
     def between_steps(self, slot: int) -> bool:
         """Whether the clip in ``slot`` is between two steps, not within one of several evaluations."""
@@ -166,7 +172,9 @@ class StepEngine:
         assert running.between
         inputs = [self.backend.read(self.denoiser.model_input[row]) for row in running.rows]
         latents = self.backend.read(self._latents[slot])
-        return Pause(position=running.position, latents=latents, inputs=np.stack(inputs))
+        back = running.planned[running.position].weights[1] != 0
+        velocity = self.backend.read(self._inputs.velocities[self._side][slot]) if back else None
+        return Pause(position=running.position, latents=latents, inputs=np.stack(inputs), velocity=velocity)
 
     def _fill_slot(self, slot: int, sample: Sample) -> None:
         self.backend.write(self._inputs.noise[slot], sample.noise)
@@ -237,11 +245,17 @@ class StepEngine:
         return self._latents.shape[1:]
 
     def change(self, slot: int, latents: np.ndarray) -> None:
-        """Let the clip in ``slot`` go on from ``latents``, fp32 [T, C, h, w]; its given frames stay as they are."""
-        given = self._inputs.given(slot)[:, None, None, None]
-        rows = [self.denoiser.model_input[row] for row in self._running[slot].rows]
-        for buffer in (self._latents[slot], *rows):
+        """Let the clip in ``slot`` go on from ``latents``, fp32 [T, C, h, w]; its given frames stay as they are.
+
+        A solver that looks back starts anew there, unless they are what the clip had.
+        """
+        given, running = self._inputs.given(slot)[:, None, None, None], self._running[slot]
+        had = self.backend.read(self._latents[slot])
+        if np.array_equal(had, np.where(given, had, latents)):
+            return
+        for buffer in (self._latents[slot], *(self.denoiser.model_input[row] for row in running.rows)):
             self.backend.write(buffer, np.where(given, self.backend.read(buffer), latents))
+        running.planned = anew(running.planned, running.position)
 
     def evict(self, slot: int) -> None:
         """Give up the clip in ``slot``; the others do not notice."""

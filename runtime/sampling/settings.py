@@ -11,10 +11,15 @@ from stiv_deploy.runtime.sampling.schedule import schedule
 
 
 class Solver(StrEnum):
-    """Ordinary differential equation solver: Euler (one model call a step) or Heun (two, second order)."""
+    """Ordinary differential equation solver: Euler (one model call a step), Heun (two, second order) or AB2.
+
+    AB2, the Adams-Bashforth rule of two steps, is of second order too, with one model call a step: it uses the velocity
+    of the step before again.
+    """
 
     EULER = "euler"
     HEUN = "heun"
+    AB2 = "ab2"
 
 
 @dataclass(frozen=True, kw_only=True)

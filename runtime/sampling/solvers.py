@@ -5,7 +5,9 @@ sum of this velocity and the previous one, to what the model sees next, at ``nex
 itself stays: a predictor's result is only looked at, and the corrector starts from where the predictor did.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from stiv_deploy.runtime.sampling.settings import SamplingSettings, Solver
@@ -30,13 +32,53 @@ class Evaluation(NamedTuple):
 
 @lru_cache
 def evaluations(settings: SamplingSettings) -> tuple[Evaluation, ...]:
-    """Euler's one evaluation a step, or Heun's two; the last step, to t = 1, is Euler in either solver."""
-    times = settings.times()
-    planned: list[Evaluation] = []
-    for start, end in zip(times.tolist(), times.tolist()[1:], strict=False):
-        if settings.solver is Solver.HEUN and end < 1:
-            planned.append(Evaluation(start, end, end - start, hold=True))
-            planned.append(Evaluation(end, end, end - start, MEAN))
-        else:
-            planned.append(Evaluation(start, end, end - start))
-    return tuple(planned)
+    """The evaluations of a run with ``settings``, in order; the first one uses no previous velocity."""
+    return tuple(_PLANS[settings.solver](settings.times().tolist()))
+
+
+def anew(planned: tuple[Evaluation, ...], position: int) -> tuple[Evaluation, ...]:
+    """``planned`` for a sample whose latents were changed before evaluation ``position``.
+
+    The previous velocity is of other latents, so that this evaluation does without, as a run's first; a corrector
+    becomes the Euler step that its predictor was.
+    """
+    predicted = position > 0 and planned[position - 1].hold
+    again = planned[position - 1]._replace(hold=False) if predicted else planned[position]._replace(weights=EULER)
+    return (*planned[:position], again, *planned[position + 1 :])
+
+
+def _euler(times: Sequence[float]) -> Iterator[Evaluation]:
+    for start, end in pairwise(times):
+        yield Evaluation(start, end, end - start)
+
+
+def _heun(times: Sequence[float]) -> Iterator[Evaluation]:
+    """Predictor and corrector; the last step, to t = 1, is Euler."""
+    for start, end in pairwise(times[:-1]):
+        yield Evaluation(start, end, end - start, hold=True)
+        yield Evaluation(end, end, end - start, MEAN)
+    yield from _euler(times[-2:])
+
+
+def _ab2(times: Sequence[float]) -> Iterator[Evaluation]:
+    """One evaluation a step, whose velocity goes on along the line through the previous one; the first is Euler."""
+    yield from _euler(times[:2])
+    for before, start, end in zip(times, times[1:], times[2:], strict=False):
+        yield Evaluation(start, end, end - start, adams_bashforth((end - start) / (start - before)))
+
+
+def adams_bashforth(ratio: float) -> tuple[float, float]:
+    """Weights of this velocity and the previous one for a step of ``ratio`` times the previous step's length.
+
+    The Adams-Bashforth rule of order two on unequal steps (Hairer, Norsett, Wanner, Solving Ordinary Differential
+    Equations I, section III.5).
+    """
+    return 1 + ratio / 2, -ratio / 2
+
+
+_PLANS: dict[Solver, Callable[[Sequence[float]], Iterator[Evaluation]]] = {
+    Solver.EULER: _euler,
+    Solver.HEUN: _heun,
+    Solver.AB2: _ab2,
+}
+"""Each solver's evaluations over sampling times."""

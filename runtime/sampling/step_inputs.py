@@ -19,8 +19,8 @@ BY_TICK = ("timestep", "dt", "next_timestep", "solver_weights", "hold")
 class StepInputs:
     """Buffers for ``dims["batch"]`` samples over the rows of ``denoiser``, and what the host says of each.
 
-    Latents and guided velocities lie in two buffers each, read and written by turns: ``latents[side]`` are those that
-    the call of ``side`` reads. A sample at rest holds its latents, and takes no row's velocity.
+    Latents and guided velocities lie in two buffers each, read and written by turns: ``latents[side]`` and
+    ``velocities[side]`` are those that the call of ``side`` reads. A sample at rest holds its latents, and takes no row's velocity.
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
@@ -30,7 +30,7 @@ class StepInputs:
         }
         self.noise, self.clean = self._empty("noise"), self._empty("clean")
         self.latents = (self._empty("latents"), self._empty("latents"))
-        self._velocities = (self._empty("previous_velocity"), self._empty("previous_velocity"))
+        self.velocities = (self._empty("previous_velocity"), self._empty("previous_velocity"))
         tables = {name: self._shapes[name] for name in (*BY_SAMPLE, *BY_ROW)}
         self._tables = HostTables(denoiser.backend, tables | {"timestep": ((denoiser.dims["model_batch"],), "float32")})
         self._values = self._tables.values
@@ -57,9 +57,9 @@ class StepInputs:
             noise=self.noise,
             clean=self.clean,
             latents=self.latents[side],
-            previous_velocity=self._velocities[side],
+            previous_velocity=self.velocities[side],
             next_latents=self.latents[1 - side],
-            guided_velocity=self._velocities[1 - side],
+            guided_velocity=self.velocities[1 - side],
             next_model_input=self._denoiser.model_input.first(rows),
         )
 

@@ -17,7 +17,7 @@ from stiv_deploy.runtime.sampling.solvers import evaluations
 from stiv_deploy.serving.store.jobs import Job
 from stiv_deploy.serving.store.results import SPRITESHEET, THUMBNAIL, VIDEO
 
-POSITION, LATENTS, INPUTS, BUNDLE = "position", "latents", "inputs", "bundle"
+POSITION, LATENTS, INPUTS, VELOCITY, BUNDLE = "position", "latents", "inputs", "velocity", "bundle"
 """Names of the arrays of a :class:`Pause` in a file, and of the hash of the bundle that made it."""
 
 
@@ -69,16 +69,19 @@ class Clip:
 def pause_arrays(pause: Pause, clip: Clip) -> dict[str, np.ndarray]:
     """The ``pause`` of ``clip`` as arrays by name, see :func:`pause_of`."""
     position, bundle = np.array(pause.position), np.array(clip.plan.bundle)
-    return {POSITION: position, LATENTS: pause.latents, INPUTS: pause.inputs, BUNDLE: bundle}
+    arrays = {POSITION: position, LATENTS: pause.latents, INPUTS: pause.inputs, BUNDLE: bundle}
+    return arrays if pause.velocity is None else arrays | {VELOCITY: pause.velocity}
 
 
 def pause_of(arrays: dict[str, np.ndarray], clip: Clip) -> Pause | None:
     """The pause that ``arrays`` are, if it is one of ``clip`` with the same bundle; else ``None``."""
     shape = clip.sample.noise.shape
     shapes = {POSITION: (), LATENTS: shape, INPUTS: (clip.rows, *shape), BUNDLE: ()}
+    shapes |= {VELOCITY: shape} if VELOCITY in arrays else {}
     if {name: array.shape for name, array in arrays.items()} != shapes or str(arrays[BUNDLE]) != clip.plan.bundle:
         return None
-    return Pause(position=int(arrays[POSITION]), latents=arrays[LATENTS], inputs=arrays[INPUTS])
+    position, velocity = int(arrays[POSITION]), arrays.get(VELOCITY)
+    return Pause(position=position, latents=arrays[LATENTS], inputs=arrays[INPUTS], velocity=velocity)
 
 
 def write_files(clip: Clip, frames: np.ndarray, latents: np.ndarray, backend: str, folder: Path) -> None:

@@ -25,6 +25,7 @@ KINDS = (
     ("digit five moving down", (0, -1), SamplingSettings(steps=3, guidance_mode=NONE, solver=Solver.HEUN)),
     ("digit one moving right", (0,), SamplingSettings(steps=2, guidance_mode=JIT, solver=Solver.HEUN)),
     ("digit nine moving right", (), SamplingSettings(steps=4, guidance_mode=SIT, renorm=False)),
+    ("digit two moving up", (0,), SamplingSettings(steps=4, guidance_mode=JIT, solver=Solver.AB2, time_shift=3.0)),
 )
 PARITY = 1e-5
 """Gate of a float32 graph; other rungs sum in another order, and sampling contracts differences (slope below 1)."""

@@ -174,6 +174,7 @@ def test_the_settings_make_a_difference_that_the_gate_would_see(pair: Pair) -> N
         {"guidance_mode": GuidanceMode.SIT},
         {"renorm": False},
         {"solver": Solver.HEUN},
+        {"solver": Solver.AB2},
         {"time_shift": 1.0},
         {"unseen": Unseen.ZERO},
     ):

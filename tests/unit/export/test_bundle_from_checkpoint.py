@@ -46,7 +46,7 @@ from stiv_deploy.stiv_ref.checkpoint import SamplingDefaults as CheckpointDefaul
 from stiv_deploy.stiv_ref.config import CONFIGS, StivConfig
 from stiv_deploy.stiv_ref.data.source import Batch
 from stiv_deploy.stiv_ref.errors import CheckpointError
-from stiv_deploy.stiv_ref.generation import seeded_noise
+from stiv_deploy.stiv_ref.generation import seeded_noise, settings_of
 from stiv_deploy.stiv_ref.recipe import Logging, Stage
 from stiv_deploy.stiv_ref.text import word_tokenizer
 from stiv_deploy.stiv_ref.training import pictures
@@ -205,6 +205,17 @@ def test_sampling_defaults_lie_in_a_bucket(micro: Checkpoint) -> None:
     small = bucket.model_copy(update={"frames": Range(min=1, typical=2, max=3)})
     assert sampling_defaults(micro.config.sampling, [small]).frames == 2
     assert sampling_defaults(micro.config.sampling, [small, bucket]).frames == 4
+
+
+def test_a_checkpoints_solver_goes_into_the_manifest(micro: Checkpoint) -> None:
+    bucket = default_bucket(micro.config.sampling, model_facts(micro.config))
+    values = micro.config.sampling.model_dump(mode="json")
+    for name in ("euler", "heun", "ab2"):
+        chosen = type(micro.config.sampling)(**values | {"solver": name})
+        manifest = sampling_defaults(chosen, [bucket])
+        assert manifest.solver == name
+        assert settings_of(chosen).solver == name
+        assert manifest_module.SamplingDefaults.model_validate_json(manifest.model_dump_json()) == manifest
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.errors import CheckpointError, OutputError, StivRefError
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.pretrained.text import PretrainedTextEncoder, load_pretrained_text
+from stiv_deploy.stiv_ref.sampler import Solver
 from stiv_deploy.stiv_ref.text import TextConfig, TextEncoder, word_tokenizer
 from stiv_deploy.stiv_ref.vae import Vae, VaeConfig
 
@@ -40,10 +41,11 @@ def original(small_config: StivConfig) -> Checkpoint:
     tokenizer = word_tokenizer(("digit", "three"), 8)
     text = TextConfig(vocabulary=tokenizer.get_vocab_size(), width=12, heads=3, layers=1, max_tokens=8)
     vae = VaeConfig(channels=(4,))
+    sampling = SamplingDefaults(frames=4, steps=7, solver=Solver.AB2)
     model = Stiv(small_config).initialize(generator)
     torch.nn.init.normal_(model.head.out.weight, generator=generator)
     return Checkpoint(
-        config=CheckpointConfig(model=small_config, text=text, vae=vae, sampling=SamplingDefaults(frames=4, steps=7)),
+        config=CheckpointConfig(model=small_config, text=text, vae=vae, sampling=sampling),
         model=model,
         text_encoder=TextEncoder(text).initialize(generator),
         vae=Vae(vae),
@@ -159,6 +161,10 @@ DAMAGES = {
     "unknown key": (edit_config("model", "colour", 1), "model.colour: Extra inputs"),
     "other format": (edit_config("", "format", "other"), "format: Input should be 'stiv-checkpoint'"),
     "future version": (edit_config("", "format_version", 2), "format_version"),
+    "a solver that is none": (
+        edit_config("sampling", "solver", "rk4"),
+        "sampling.solver: Input should be 'euler', 'heun' or 'ab2' (got 'rk4')",
+    ),
     "a width that no memory holds": (edit_config("model", "width", 2**16), "does not fit its config.json"),
     "steps": (edit_config("sampling", "steps", 10**20), "sampling.steps: Input should be less than or equal to 10000"),
     "rate": (edit_config("sampling", "frames_per_second", 10**30), "frames_per_second: Input should be less than"),

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from stiv_deploy.stiv_ref.flow import schedule
 from stiv_deploy.stiv_ref.guidance import GuidanceMode
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, Solver, sample
@@ -87,17 +88,18 @@ def heun_last_step_euler(x: float, steps: int, f: Callable[[float, float], float
     return x
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("solver", list(Solver))
-def test_order_of_the_solvers(solver: Solver) -> None:
-    """dx/dt = -x + 2t from x(0) = 1, exactly 2t - 2 + 3 e^-t. Errors fall as n^-1 (Euler) and n^-2 (Heun).
+def test_order_of_the_solvers(solver: Solver, shift: float) -> None:
+    """dx/dt = -x + 2t from x(0) = 1, exactly 2t - 2 + 3 e^-t. Errors fall as n^-1 (Euler) and n^-2 (Heun, AB2).
 
-    Heun's final Euler step makes one local error of order h^2, so the whole stays of second order.
+    Heun's final Euler step and AB2's first make one local error of order h^2, so the whole stays of second order.
     """
     inputs = request(1)._replace(noise=torch.ones(1, 3, 2, 3, 3, dtype=torch.float64))
     exact = 3 * math.exp(-1)
     errors = []
-    for steps in (16, 32, 64):
-        chosen = SamplingSettings(steps=steps, guidance_mode=GuidanceMode.NONE, solver=solver)
+    for steps in (64, 128, 256):
+        chosen = SamplingSettings(steps=steps, guidance_mode=GuidanceMode.NONE, solver=solver, time_shift=shift)
         errors.append(abs(run(lambda x, t, null: -x + 2 * t, inputs, chosen).flatten()[0].item() - exact))
     order = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:], strict=False)]
     assert order == pytest.approx([1 if solver is Solver.EULER else 2] * 2, abs=0.15)
@@ -111,8 +113,24 @@ def test_heun_equals_its_definition() -> None:
     torch.testing.assert_close(got, torch.full_like(got, wanted), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_ab2_equals_its_definition(shift: float) -> None:
+    """The integral over each step of the line through two velocities, in plain Python; the first step is Euler."""
+    inputs = request(1)._replace(noise=torch.full((1, 3, 2, 3, 3), 0.7, dtype=torch.float64))
+    chosen = SamplingSettings(steps=5, guidance_mode=GuidanceMode.NONE, solver=Solver.AB2, time_shift=shift)
+    got = run(lambda x, t, null: torch.sin(3 * x) + t, inputs, chosen)
+    x, known = 0.7, []
+    times = schedule(5, shift).tolist()
+    for t, end in zip(times, times[1:], strict=False):
+        known.append((t, math.sin(3 * x) + t))
+        (t0, v0), (t1, v1) = known[-2:] if len(known) > 1 else (known[0], (1.0, known[0][1]))
+        middle = (t + end) / 2
+        x += (end - t) * (v0 + (middle - t0) / (t1 - t0) * (v1 - v0))
+    torch.testing.assert_close(got, torch.full_like(got, x), rtol=1e-12, atol=1e-12)
+
+
 def test_model_calls_per_step_and_text_once() -> None:
-    for solver, calls in ((Solver.EULER, 4), (Solver.HEUN, 7)):
+    for solver, calls in ((Solver.EULER, 4), (Solver.HEUN, 7), (Solver.AB2, 4)):
         fake = FakeModel(lambda x, t, null: x)
         sample(fake, request(), SamplingSettings(steps=4, solver=solver))  # type: ignore[arg-type]
         assert len(fake.calls) == calls

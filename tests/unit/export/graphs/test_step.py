@@ -288,11 +288,12 @@ def run_step_graph(inputs: SamplingInputs, chosen: SamplingSettings) -> Tensor:
 
     latents, previous = replace_frames(noise, clean, mask), torch.full_like(noise, math.nan)
     model_input = torch.cat([latents if seen else noise for seen in sees])
-    times = schedule(chosen.steps, chosen.time_shift).tolist()
+    times, last = schedule(chosen.steps, chosen.time_shift).tolist(), math.inf
     for time, following in zip(times, times[1:], strict=False):
         dt, heun = following - time, chosen.solver is Solver.HEUN and following < 1
-        v = velocity(model_input, time)
-        latents, previous, model_input = step(v, latents, previous, (1, 0), dt, following, heun)
+        v, w = velocity(model_input, time), (1 + dt / last / 2, -dt / last / 2)
+        latents, previous, model_input = step(v, latents, previous, w, dt, following, heun)
+        last = dt if chosen.solver is Solver.AB2 else math.inf
         if heun:
             v = velocity(model_input, following)
             latents, previous, model_input = step(v, latents, previous, (0.5, 0.5), dt, following)

@@ -44,7 +44,7 @@ OPTIONS: dict[str, Any] = {
     "--guidance-mode": "sit",
     "--no-renorm": False,
     "--unseen": "zero",
-    "--solver": "heun",
+    "--solver": "ab2",
     "--time-shift": 2.0,
     "--decode-tile": 4,
 }

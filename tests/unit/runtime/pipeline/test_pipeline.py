@@ -88,7 +88,7 @@ def test_generator_draws_the_seed(pipe: StivPipeline) -> None:
 
 
 @pytest.mark.parametrize("mode", ["none", "jit", "sit"])
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "ab2"])
 def test_given_frames_come_out_as_they_went_in(pipe: StivPipeline, mode: str, solver: str) -> None:
     out = pipe(PROMPT, image={0: RED, -1: GREY}, seed=0, guidance_mode=mode, solver=solver)
     assert isinstance(out.frames, np.ndarray)
@@ -111,6 +111,7 @@ def test_prompt_negative_prompt_scales_and_shift_all_matter(pipe: StivPipeline) 
         {"guidance_mode": "sit"},
         {"guidance_renorm": False},
         {"solver": "heun"},
+        {"solver": "ab2"},
         {"time_shift": 3.0},
         {"num_inference_steps": 5},
         {"image": RED},
@@ -329,7 +330,7 @@ def test_closing_frees_everything(bundle_path: Path, monkeypatch: pytest.MonkeyP
         ({"image_guidance_scale": -math.inf}, "image_guidance_scale must be a finite number"),
         ({"time_shift": 0}, "time_shift must be from 0.001 to 1000.0, got 0.0"),
         ({"guidance_mode": "cfg"}, "unknown guidance_mode 'cfg'; there are: none, jit, sit"),
-        ({"solver": "rk4"}, "unknown solver 'rk4'; there are: euler, heun"),
+        ({"solver": "rk4"}, "unknown solver 'rk4'; there are: euler, heun, ab2"),
         ({"output_type": "mp4"}, "unknown output_type 'mp4'; there are: np, pil, pt, latent"),
         ({"num_frames": 7}, "frames is 7; this bundle takes 1 to 6"),
         ({"num_frames": 0}, "num_frames must be from 1 to 65536, got 0"),
@@ -404,7 +405,7 @@ def requests_of_all_kinds() -> list[GenerationRequest]:
         GenerationRequest(prompt="left", **common | {"guidance_mode": "sit", "seed": 9}, frames={-1: GREY}),
         GenerationRequest(prompt="digit", **common, guidance_mode="none", solver="heun"),
         GenerationRequest(prompt="right", negative_prompt="left", **common | {"num_inference_steps": 5}, count=2),
-        GenerationRequest(prompt="three", **common, guidance_scale=5, stride=3, frames={0: RED}),
+        GenerationRequest(prompt="three", **common, guidance_scale=5, solver="ab2", stride=3, frames={0: RED}),
         GenerationRequest(prompt="three", **common, guidance_renorm=False, time_shift=2, latents={1: LATENT}),
     ]
 

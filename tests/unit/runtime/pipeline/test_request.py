@@ -110,7 +110,7 @@ def test_both_ends_of_every_number(name: str) -> None:
         ({"prompt": "", "promt": 1}, "a request has no 'promt'; there are: prompt, negative_prompt, frames, "),
         ({"prompt": "", "count": None}, "count must be a whole number, got None"),
         ({"prompt": "", "guidance_mode": "cfg"}, "unknown guidance_mode 'cfg'; there are: none, jit, sit"),
-        ({"prompt": "", "solver": 3}, "unknown solver 3; there are: euler, heun"),
+        ({"prompt": "", "solver": 3}, "unknown solver 3; there are: euler, heun, ab2"),
         ({"prompt": "", "fit": None}, "unknown fit None; there are: exact, stretch, crop, pad"),
         ({"prompt": "", "guidance_renorm": "yes"}, "guidance_renorm must be true or false, got 'yes'"),
         ({"prompt": "", "frames": "a.png"}, r"images are given by frame number, as in \{0: ...\}, got a str"),

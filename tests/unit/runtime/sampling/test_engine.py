@@ -143,7 +143,8 @@ def reference_latents(toy_bundle: Bundle, toy: Any, sample: Sample) -> np.ndarra
 
 def tolerance(steps: int) -> float:
     """Every evaluation does about 60 fp32 operations on values below ~30 (velocities times guidance weights of at most
-    3); errors are carried on by a slope below 1, so that they add up over at most two evaluations a step.
+    3); errors are carried on by a slope below 1, so that they add up over at most two evaluations a step. AB2 takes
+    them by weights that sum to 1 + r, times a step that is r times the last one: over a run less than 1 + r <= 4.5.
     """
     return 2 * steps * 60 * 30 * EPS
 
@@ -219,17 +220,20 @@ def error(toy_bundle: Bundle, slope: float, solver: Solver, steps: int) -> float
     return float(np.abs(latents - analytic(toy_bundle, slope, drawn(0).astype(np.float64))).max())
 
 
-def test_heun_is_exact_where_velocity_is_linear_in_time_but_for_its_last_step(bundle_of: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("solver", [Solver.HEUN, Solver.AB2])
+def test_second_order_is_exact_where_velocity_is_linear_in_time_but_for_one_step(
+    bundle_of: Callable[..., Path], solver: Solver
+) -> None:
     toy_bundle = exponential(bundle_of, 0.0)
     q, steps = terms_in_time(toy_bundle, 0.0)[1], 8
-    # The last step is Euler, which misses q/2 of the squared step.
-    assert error(toy_bundle, 0.0, Solver.HEUN, steps) == pytest.approx(q / (2 * steps**2), rel=1e-3)
+    # Heun's last step and AB2's first are Euler, which misses q/2 of the squared step.
+    assert error(toy_bundle, 0.0, solver, steps) == pytest.approx(q / (2 * steps**2), rel=1e-3)
     assert error(toy_bundle, 0.0, Solver.EULER, steps) == pytest.approx(q / (2 * steps), rel=1e-4)
 
 
 def test_orders_of_convergence(bundle_of: Callable[..., Path]) -> None:
     toy_bundle = exponential(bundle_of, 1.0)
-    for solver, order in ((Solver.EULER, 1), (Solver.HEUN, 2)):
+    for solver, order in ((Solver.EULER, 1), (Solver.HEUN, 2), (Solver.AB2, 2)):
         coarse, fine = (error(toy_bundle, 1.0, solver, steps) for steps in (16, 32))
         # Halving the step divides the error by 2^order, up to a term of the next order in the step (1/16).
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
@@ -314,9 +318,44 @@ def test_a_clip_goes_on_from_the_latents_of_another(toy_bundle: Bundle, mode: st
     np.testing.assert_array_equal(made[neighbour], alone)
 
 
+def test_after_a_change_a_clip_looks_not_back(toy_bundle: Bundle) -> None:
+    """AB2 from other latents takes one Euler step; from its own it goes on as if nobody had asked."""
+    chosen = settings_of("jit", solver=Solver.AB2, steps=3)
+    plain = run(make_engine(toy_bundle), sample_of(chosen, [0]))
+    engine, made = make_engine(toy_bundle), {}
+    for name, shift in (("same", 0.0), ("moved", 1.0)):
+        slot = engine.admit(sample_of(chosen, [0]))
+        engine.tick()
+        engine.tick()
+        before = engine.read()[slot] + np.float32(shift)
+        engine.change(slot, before)
+        made[name] = finish(engine)[slot]
+    np.testing.assert_array_equal(made["same"], plain)
+    euler = run(make_engine(toy_bundle), sample_of(settings_of("jit", solver=Solver.EULER, steps=3), [0]))
+    assert not np.array_equal(plain, euler)
+    stepper = make_engine(toy_bundle)
+    other = stepper.admit(sample_of(dataclasses.replace(chosen, solver=Solver.EULER), [0]))
+    stepper.tick()
+    stepper.tick()
+    stepper.change(other, before)
+    np.testing.assert_array_equal(made["moved"], finish(stepper)[other])
+
+
+def test_unchanged_latents_do_not_disturb_a_corrector(toy_bundle: Bundle) -> None:
+    """Between Heun's two evaluations the model's input is the predictor's result, not the clip's latents."""
+    chosen = settings_of("jit", solver=Solver.HEUN)
+    engine = make_engine(toy_bundle)
+    slot = engine.admit(sample_of(chosen))
+    engine.tick()
+    engine.change(slot, engine.read()[slot])
+    np.testing.assert_array_equal(finish(engine)[slot], run(make_engine(toy_bundle), sample_of(chosen)))
+
+
 def test_ticks_tell_who_moved_and_how_far(toy_bundle: Bundle) -> None:
     engine = make_engine(toy_bundle, slots=2)
-    euler, heun = (engine.admit(sample_of(settings_of("jit", steps=2, solver=each))) for each in Solver)
+    euler, heun = (
+        engine.admit(sample_of(settings_of("jit", steps=2, solver=each))) for each in (Solver.EULER, Solver.HEUN)
+    )
     ticks = [engine.tick() for _ in range(3)]
     # Heun: predictor and corrector, then one Euler step to the end.
     assert [tick.moved for tick in ticks] == [{euler: 0.5}, {euler: 1.0, heun: 0.5}, {heun: 1.0}]
@@ -477,7 +516,7 @@ def test_settings_are_checked_when_made(changes: dict[str, Any], message: str) -
 
 
 @pytest.mark.parametrize("mode", ["none", "jit", "sit"])
-@pytest.mark.parametrize(("solver", "ticks"), [(Solver.EULER, 3), (Solver.HEUN, 4)])
+@pytest.mark.parametrize(("solver", "ticks"), [(Solver.EULER, 3), (Solver.HEUN, 4), (Solver.AB2, 3)])
 def test_a_clip_goes_on_from_a_pause_bit_by_bit(toy_bundle: Bundle, mode: str, solver: Solver, ticks: int) -> None:
     """In another engine, as another process would, and in another slot and other rows."""
     sample = sample_of(settings_of(mode, solver=solver), [0])
@@ -489,6 +528,20 @@ def test_a_clip_goes_on_from_a_pause_bit_by_bit(toy_bundle: Bundle, mode: str, s
     pause = first.pause(slot)
     np.testing.assert_array_equal(finish(first)[slot], whole)  # looking changes nothing
     second.admit(sample_of(settings_of("jit"), seed=7))
+    slot = second.admit(sample, pause)
+    np.testing.assert_array_equal(finish(second)[slot], whole)
+
+
+def test_a_clip_of_other_latents_goes_on_from_a_pause_bit_by_bit(toy_bundle: Bundle) -> None:
+    sample = sample_of(settings_of(solver=Solver.AB2, time_shift=2.0))
+    first, second = make_engine(toy_bundle), make_engine(toy_bundle)
+    slot = first.admit(sample)
+    first.tick()
+    first.tick()
+    first.change(slot, first.read()[slot] + 1)
+    pause = first.pause(slot)
+    assert pause.velocity is None
+    whole = finish(first)[slot]
     slot = second.admit(sample, pause)
     np.testing.assert_array_equal(finish(second)[slot], whole)
 
