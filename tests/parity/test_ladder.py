@@ -45,6 +45,9 @@ def test_the_ladder_passes_on_every_level(bundle: Path, checkpoint: Path) -> Non
     report = run_parity(request, lambda *step: told.append(step))
     assert report.passed, [row for row in report.rows if not row.passed]
     assert {row.level for row in report.rows} == LEVELS
+    for level in ("step", "teacher_forced", "free_run"):
+        names = {row.name.split()[-1] for row in report.rows if row.level == level}
+        assert names == {"euler", "heun", "ab2"}
     manifest = Bundle.open(bundle).manifest
     assert manifest.parity == ()
     assert sum(row.level == "block" for row in report.rows) == manifest.model.blocks

@@ -1,0 +1,44 @@
+"""The requests of the ladder: what of the sampler they go through."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from stiv_deploy.export.bundle_from_checkpoint import default_bucket, sampling_defaults
+from stiv_deploy.export.graphs.modules import model_facts
+from stiv_deploy.export.parity.requests import parity_requests
+from stiv_deploy.runtime.sampling.solvers import evaluations
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+from stiv_deploy.stiv_ref.guidance import GuidanceMode
+from stiv_deploy.stiv_ref.sampler import Solver
+
+
+def manifest_of(checkpoint: Checkpoint, **facts: Any) -> Any:
+    """As much of a manifest as requests are made from."""
+    model, sampling = model_facts(checkpoint.config), checkpoint.config.sampling
+    defaults = sampling_defaults(sampling, [default_bucket(sampling, model)])
+    return SimpleNamespace(model=model.model_copy(update=facts), sampling=defaults)
+
+
+def test_every_solver_and_guidance_is_gone_through_with_and_without_a_given_frame(micro: Checkpoint) -> None:
+    requests = parity_requests(manifest_of(micro), micro, 4)
+    assert sorted(each.settings.solver for each in requests) == sorted(Solver)
+    assert {each.settings.guidance_mode for each in requests} == {GuidanceMode.JIT, GuidanceMode.SIT}
+    assert {bool(each.inputs.frame_mask.any()) for each in requests} == {True, False}
+    for each in requests:
+        assert all(word in each.name for word in (each.settings.solver, each.settings.guidance_mode))
+        assert bool(each.inputs.frame_mask.any()) == each.name.startswith("ti2v")
+
+
+def test_ab2_has_steps_of_other_lengths(micro: Checkpoint) -> None:
+    (request,) = (each for each in parity_requests(manifest_of(micro), micro, 4) if each.settings.solver is Solver.AB2)
+    weights = [each.weights for each in evaluations(request.runtime_settings())]
+    assert len(set(weights)) == 4
+    steps = torch.tensor(request.times()).diff()
+    assert (steps[1:] / steps[:-1] > 1.2).all()
+
+
+def test_an_image_model_has_no_frame_to_give(micro: Checkpoint) -> None:
+    (request,) = parity_requests(manifest_of(micro, temporal=False), micro, 4)
+    assert not request.inputs.frame_mask.any()
