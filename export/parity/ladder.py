@@ -277,7 +277,10 @@ def _motion(video: Tensor) -> float:
 
 
 def climb(subject: Subject, backends: Sequence[str], steps: int, progress: Progress = unheard) -> ParityReport:
-    """Run the ladder for each of ``backends``, on the requests of :func:`~stiv_deploy.export.parity.requests.parity_requests`."""
+    """Run the ladder for each of ``backends``.
+
+    It goes along the requests of :func:`~stiv_deploy.export.parity.requests.parity_requests`, of so many ``steps``.
+    """
     bundle, checkpoint = subject.bundle, subject.checkpoint
     requests = parity_requests(bundle.manifest, checkpoint, steps)
     draws = None if subject.scales is None else Draws(checkpoint, bundle.manifest, subject.scales)
