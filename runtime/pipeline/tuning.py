@@ -1,0 +1,141 @@
+"""The stage of tuning: a bundle's best solver and time grid for every number of evaluations."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from stiv_deploy.runtime.bundle.bounds import SHIFT_LIMITS, STEP_LIMIT
+from stiv_deploy.runtime.bundle.contract import Frozen
+from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
+from stiv_deploy.runtime.pipeline.plan import GenerationPlan
+from stiv_deploy.runtime.pipeline.request import GenerationRequest
+from stiv_deploy.runtime.progress import Progress, unheard
+from stiv_deploy.runtime.sampling.settings import Solver
+from stiv_deploy.runtime.sampling.tuning import Grid, Point, converged, frontier, measured, searched
+
+BUDGETS = (4, 6, 8, 10, 12, 15, 20, 25, 30)
+SHIFTS = (0.5, 1.0, 2.0, 4.0, 8.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneRequest:
+    """Solvers and time grids of the bundle in the folder ``bundle``, tried on the clips of ``requests``.
+
+    Each request has a ``seed``; what it says of guidance, given frames and size is what is tuned for. Its own solver,
+    steps and time shift, by default the bundle's, are the same in all, and are measured too. ``budgets`` are numbers of
+    evaluations, ``shifts`` time shifts, both ascending. The exact flow is known to ``tolerance``, a relative L2 error,
+    or as near as ``most`` steps come. Raises :class:`RequestError`.
+    """
+
+    bundle: Path
+    requests: tuple[GenerationRequest, ...]
+    budgets: tuple[int, ...] = BUDGETS
+    solvers: tuple[Solver, ...] = tuple(Solver)
+    shifts: tuple[float, ...] = SHIFTS
+    tolerance: float = 2e-3
+    most: int = 960
+    backend: str | None = None
+    device: int = 0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        clips = sum(each.count for each in self.requests)
+        if clips < 2:
+            raise RequestError(f"{clips} clips to tune on; give 2 or more: half of them choose, the others judge")
+        if any(each.seed is None for each in self.requests):
+            raise RequestError("a request to tune on has no seed; give each one, so that all grids start alike")
+        if not self.solvers:
+            raise RequestError(f"no solver to try; give some of {', '.join(Solver)}")
+        _check_ascending("budgets", self.budgets, 1, STEP_LIMIT)
+        _check_ascending("shifts", self.shifts, *SHIFT_LIMITS)
+        if not 0 < self.tolerance < 1:
+            raise RequestError(f"tolerance must be above 0 and below 1, got {self.tolerance:g}")
+
+
+def _check_ascending(name: str, values: tuple[float, ...], low: float, high: float) -> None:
+    if not values or list(values) != sorted(set(values)) or not low <= values[0] <= values[-1] <= high:
+        given = ", ".join(f"{value:g}" for value in values) or "none"
+        raise RequestError(f"{name} are one or more ascending numbers from {low:g} to {high:g}, got {given}")
+
+
+class TuneReport(Frozen):
+    """What was tried of a bundle (its hash) on so many ``clips``.
+
+    ``own`` is the grid of the requests, by default the bundle's; ``best`` are those of ``tried`` that no other one
+    beats with as few evaluations. Errors below ``reference_error``, that of what stood for the exact flow, say nothing
+    about which is better.
+    """
+
+    bundle: str
+    clips: int
+    reference: Grid
+    reference_error: float
+    own: Point
+    tried: tuple[Point, ...]
+    best: tuple[Point, ...]
+    seconds: float
+
+
+def tune(request: TuneRequest, progress: Progress = unheard) -> TuneReport:
+    """Try grids within each budget against the exact flow of the same bundle, and tell all errors.
+
+    Raises what :meth:`StivPipeline.from_bundle` and its plan and run do.
+    """
+    started = time.monotonic()
+    progress("loading", 0, 1)
+    with StivPipeline.from_bundle(
+        request.bundle, backend=request.backend, threads=request.threads, device=request.device
+    ) as pipe:
+        own, clips = _own_grid(pipe.plan(list(request.requests)))
+        news = _News(progress, request)
+
+        def sampled(grid: Grid) -> np.ndarray:
+            return pipe.sample(pipe.plan([_changed(each, grid) for each in request.requests]))
+
+        exact = converged(sampled, own.time_shift, request.tolerance, request.most, news.before)
+        measures = (request.budgets, request.solvers, request.shifts)
+        point, tried = measured(sampled, exact, own), tuple(searched(sampled, exact, *measures, news.count))
+        return TuneReport(
+            bundle=pipe.bundle.hash,
+            clips=clips,
+            reference=exact.grid,
+            reference_error=exact.error,
+            own=point,
+            tried=tried,
+            best=tuple(frontier((*tried, point))),
+            seconds=time.monotonic() - started,
+        )
+
+
+def _own_grid(plan: GenerationPlan) -> tuple[Grid, int]:
+    """The one grid of the planned videos, and how many they are; :class:`RequestError` where they have several."""
+    chosen = [video.settings for video in plan.videos]
+    grids = {(each.solver, each.steps, each.time_shift) for each in chosen}
+    if len(grids) > 1:
+        raise RequestError("requests to tune on have different solvers, steps or time shifts; give all the same")
+    (solver, steps, shift) = grids.pop()
+    return Grid(solver=solver, steps=steps, time_shift=shift), len(chosen)
+
+
+def _changed(request: GenerationRequest, grid: Grid) -> GenerationRequest:
+    return request.changed(solver=grid.solver, num_inference_steps=grid.steps, time_shift=grid.time_shift)
+
+
+class _News:
+    """Tells ``progress`` of grids, by the evaluations that are done of those that the search takes at most."""
+
+    def __init__(self, progress: Progress, request: TuneRequest) -> None:
+        self._progress, self._done = progress, 0
+        self._total = sum(request.budgets) * len(request.solvers) * (len(request.shifts) + 2)
+
+    def before(self, grid: Grid) -> None:
+        """What stands for the exact flow is sampled."""
+        self._progress(f"the reference, {grid.steps} steps", self._done, self._total)
+
+    def count(self, grid: Grid) -> None:
+        """``grid`` is tried."""
+        self._progress(f"{grid.solver}, {grid.steps} steps, shift {grid.time_shift:.3g}", self._done, self._total)
+        self._done += grid.evaluations

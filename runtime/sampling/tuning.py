@@ -1,0 +1,130 @@
+"""Which solver and time grid come nearest to the exact flow of a model, for each number of its evaluations.
+
+The exact flow is not known. In its stead stands AB2 with so many steps that twice as many change little: halving the
+steps of a rule of second order leaves a quarter of the error, so that the finer of two runs errs by a third of their
+difference. Errors are relative L2 of whole latents, clip by clip. One half of the clips chooses, the other judges what
+was chosen: so no luck of the choice is reported as a gain.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from stiv_deploy.runtime.bundle.contract import Frozen
+from stiv_deploy.runtime.sampling.settings import SamplingSettings, Solver
+from stiv_deploy.runtime.sampling.solvers import evaluations
+
+FIRST_STEPS = 60
+"""Steps of the coarsest run that may stand for the exact flow."""
+
+
+class Grid(Frozen):
+    """A solver and its sampling times: so many ``steps``, shifted by ``time_shift``."""
+
+    solver: Solver
+    steps: int
+    time_shift: float
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the model, guidance branches counted as one."""
+        return len(evaluations(SamplingSettings(steps=self.steps, solver=self.solver, time_shift=self.time_shift)))
+
+
+Sampled = Callable[[Grid], np.ndarray]
+"""Latents fp32 [clips, T, C, h, w] by a grid, of the same noise and conditions every time."""
+Told = Callable[[Grid], None]
+"""Hears of each grid before it is sampled by."""
+
+
+class Exact(NamedTuple):
+    """What stands for the exact flow: latents [clips, T, C, h, w], their grid, and the largest error of a clip."""
+
+    latents: np.ndarray
+    grid: Grid
+    error: float
+
+
+class Point(Frozen):
+    """A grid that was tried, with its mean error over the clips that choose (``tried``) and that judge (``error``)."""
+
+    grid: Grid
+    evaluations: int
+    tried: float
+    error: float
+
+
+def relative_errors(latents: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """Relative L2 error of each clip, fp64 [clips], of ``latents`` against ``exact`` [clips, ...]."""
+    wrong, right = (np.asarray(each, np.float64).reshape(len(exact), -1) for each in (latents, exact))
+    return np.linalg.norm(wrong - right, axis=1) / np.linalg.norm(right, axis=1)
+
+
+def converged(sampled: Sampled, time_shift: float, tolerance: float, most: int, told: Told) -> Exact:
+    """The exact flow to within ``tolerance``, or as near as ``most`` steps come; its ``error`` says how near."""
+    grid = Grid(solver=Solver.AB2, steps=FIRST_STEPS, time_shift=time_shift)
+    told(grid)
+    latents = sampled(grid)
+    while True:
+        coarse, grid = latents, grid.model_copy(update={"steps": 2 * grid.steps})
+        told(grid)
+        latents = sampled(grid)
+        error = float(relative_errors(coarse, latents).max()) / 3
+        if error <= tolerance or 2 * grid.steps > most:
+            return Exact(latents, grid, error)
+
+
+def measured(sampled: Sampled, exact: Exact, grid: Grid) -> Point:
+    """The errors of ``grid``; clips of even number choose, the others judge."""
+    errors = relative_errors(sampled(grid), exact.latents)
+    return Point(
+        grid=grid, evaluations=grid.evaluations, tried=float(errors[::2].mean()), error=float(errors[1::2].mean())
+    )
+
+
+def searched(
+    sampled: Sampled,
+    exact: Exact,
+    budgets: Iterable[int],
+    solvers: Sequence[Solver],
+    shifts: Sequence[float],
+    told: Told,
+) -> Iterator[Point]:
+    """Every grid that is tried: for each budget of evaluations and solver all ``shifts``, and two beside the best one.
+
+    ``shifts`` ascend. A solver's steps are as many as the budget has room for.
+    """
+
+    def point(solver: Solver, steps: int, shift: float) -> Point:
+        grid = Grid(solver=solver, steps=steps, time_shift=shift)
+        told(grid)
+        return measured(sampled, exact, grid)
+
+    for budget in budgets:
+        for solver in solvers:
+            steps = steps_within(solver, budget)
+            tried = [point(solver, steps, shift) for shift in shifts]
+            best = min(range(len(tried)), key=lambda index: tried[index].tried)
+            yield from tried
+            yield from (point(solver, steps, shift) for shift in _beside(shifts, best))
+
+
+def steps_within(solver: Solver, budget: int) -> int:
+    """The most steps that ``solver`` takes with at most ``budget`` evaluations, which are one or more."""
+    return (budget + 1) // 2 if solver is Solver.HEUN else budget
+
+
+def _beside(shifts: Sequence[float], index: int) -> list[float]:
+    """Geometric means of the shift at ``index`` with its neighbours."""
+    near = (other for other in (index - 1, index + 1) if 0 <= other < len(shifts))
+    return [float(np.sqrt(shifts[index] * shifts[other])) for other in near]
+
+
+def frontier(points: Iterable[Point]) -> list[Point]:
+    """The points that no other one beats with as few evaluations, by what they were tried at; evaluations ascend."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda each: (each.evaluations, each.tried)):
+        if not best or point.tried < best[-1].tried:
+            best.append(point)
+    return best

@@ -1,0 +1,81 @@
+"""The stage of tuning on the toy bundle: what it tries, what it tells, and what it refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stiv_deploy.runtime import GenerationRequest, RequestError, Solver, StivPipeline
+from stiv_deploy.runtime.pipeline.tuning import TuneReport, TuneRequest, tune
+from stiv_deploy.runtime.sampling.tuning import relative_errors
+
+CLIPS = (
+    GenerationRequest(prompt="digit three", seed=3, count=2, num_inference_steps=4, solver="euler"),
+    GenerationRequest(prompt="left", seed=8, num_inference_steps=4, solver="euler", guidance_mode="none"),
+)
+
+
+def asked(bundle: Path, **changes: Any) -> TuneRequest:
+    few = {"budgets": (3, 6), "solvers": (Solver.EULER, Solver.AB2), "shifts": (1.0, 2.0), "requests": CLIPS}
+    return TuneRequest(bundle=bundle, **few | changes)
+
+
+def test_a_report_tells_all_that_was_tried(bundle_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    report = tune(asked(bundle_path), lambda *news: told.append(news))
+    assert report.clips == 3
+    assert report.reference_error <= 2e-3
+    assert report.reference.solver is Solver.AB2
+    assert (report.own.grid.solver, report.own.grid.steps, report.own.evaluations) == (Solver.EULER, 4, 4)
+    assert {(each.grid.solver, each.evaluations) for each in report.tried} == {
+        (solver, budget) for solver in (Solver.EULER, Solver.AB2) for budget in (3, 6)
+    }
+    assert len(report.tried) == 2 * 2 * (2 + 1), "all shifts, and one between"
+    assert set(report.best) <= {*report.tried, report.own}
+    assert report.best[-1].grid.solver is Solver.AB2
+    assert TuneReport.model_validate_json(report.model_dump_json()) == report
+    assert told[0] == ("loading", 0, 1)
+    assert all(0 <= done <= total for _, done, total in told)
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+
+
+def test_an_error_is_that_of_the_clips_themselves(bundle_path: Path) -> None:
+    report = tune(asked(bundle_path, budgets=(3,), solvers=(Solver.AB2,), shifts=(1.0,)))
+    (point,) = report.tried
+
+    def made(pipe: StivPipeline, **grid: Any) -> np.ndarray:
+        return pipe.run(pipe.plan([each.changed(**grid) for each in CLIPS]), output_type="latent").latents
+
+    with StivPipeline.from_bundle(bundle_path, "onnxruntime", threads=1) as pipe:
+        shift = report.reference.time_shift
+        exact = made(pipe, solver="ab2", num_inference_steps=report.reference.steps, time_shift=shift)
+        errors = relative_errors(made(pipe, solver="ab2", num_inference_steps=3, time_shift=1.0), exact)
+    # Threads may change the last bits of a sum, far below these errors.
+    assert (point.tried, point.error) == pytest.approx((errors[[0, 2]].mean(), errors[1]), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"requests": ()}, "0 clips to tune on; give 2 or more"),
+        ({"requests": CLIPS[1:]}, "1 clips to tune on; give 2 or more"),
+        ({"requests": (CLIPS[0], GenerationRequest(prompt="left"))}, "a request to tune on has no seed; give each one"),
+        ({"solvers": ()}, "no solver to try; give some of euler, heun, ab2"),
+        ({"budgets": ()}, "budgets are one or more ascending numbers from 1 to 10000, got none"),
+        ({"budgets": (0, 4)}, "budgets are one or more ascending numbers from 1 to 10000, got 0, 4"),
+        ({"budgets": (8, 4)}, "ascending numbers from 1 to 10000, got 8, 4"),
+        ({"shifts": (1.0, 1.0)}, "shifts are one or more ascending numbers from 0.001 to 1000, got 1, 1"),
+        ({"shifts": (1.0, float("nan"))}, "shifts are one or more ascending numbers"),
+        ({"tolerance": 0.0}, "tolerance must be above 0 and below 1, got 0"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused_before_anything_is_opened(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        asked(Path("no-such-bundle"), **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_requests_of_different_grids_are_refused(bundle_path: Path) -> None:
+    with pytest.raises(RequestError, match="different solvers, steps or time shifts; give all the same"):
+        tune(asked(bundle_path, requests=(CLIPS[0], CLIPS[1].changed(time_shift=2))))

@@ -1,0 +1,115 @@
+"""The search for a grid, on a flow whose exact solution is known."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stiv_deploy.runtime.sampling.settings import SamplingSettings, Solver
+from stiv_deploy.runtime.sampling.solvers import evaluations
+from stiv_deploy.runtime.sampling.tuning import (
+    FIRST_STEPS,
+    Exact,
+    Grid,
+    Point,
+    converged,
+    frontier,
+    measured,
+    relative_errors,
+    searched,
+    steps_within,
+)
+
+NOISE = np.random.default_rng(0).standard_normal((4, 1, 1, 2, 3))
+SPREAD = 0.3
+EXACT = Exact(0.5 + SPREAD * NOISE, Grid(solver=Solver.AB2, steps=1, time_shift=1), 0.0)
+
+
+def velocity(x: np.ndarray, t: float) -> np.ndarray:
+    """Of normal data of mean 0.5 and deviation SPREAD: E[data - noise | x_t = x]."""
+    return 0.5 + (t * SPREAD**2 - (1 - t)) / ((t * SPREAD) ** 2 + (1 - t) ** 2) * (x - t * 0.5)
+
+
+def sampled(grid: Grid) -> np.ndarray:
+    base, seen, previous = NOISE, NOISE, np.zeros_like(NOISE)
+    for each in evaluations(SamplingSettings(steps=grid.steps, solver=grid.solver, time_shift=grid.time_shift)):
+        current = velocity(seen, each.timestep)
+        seen = base + each.dt * (each.weights[0] * current + each.weights[1] * previous)
+        base, previous = base if each.hold else seen, current
+    return base
+
+
+def quiet(_grid: Grid) -> None:
+    """Nobody listens."""
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-4])
+def test_the_reference_knows_its_own_error(tolerance: float) -> None:
+    asked: list[Grid] = []
+    exact = converged(sampled, 1.0, tolerance, 4000, asked.append)
+    assert exact.error <= tolerance
+    assert [each.steps for each in asked] == [FIRST_STEPS * 2**power for power in range(len(asked))]
+    assert exact.grid == asked[-1]
+    true = relative_errors(exact.latents, EXACT.latents).max()
+    # A third of the difference, up to terms of the next order: some tenths at 60 to 120 steps of this flow.
+    assert exact.error == pytest.approx(true, rel=0.4)
+
+
+def test_a_reference_ends_at_the_most_steps_and_says_how_near_it_is() -> None:
+    exact = converged(sampled, 1.0, 1e-12, 250, quiet)
+    assert exact.grid.steps == 240
+    assert exact.error > 1e-12
+
+
+def test_one_half_chooses_and_the_other_judges() -> None:
+    grid = Grid(solver=Solver.EULER, steps=5, time_shift=1.0)
+    errors = relative_errors(sampled(grid), EXACT.latents)
+    point = measured(sampled, EXACT, grid)
+    assert (point.tried, point.error) == (errors[[0, 2]].mean(), errors[[1, 3]].mean())
+    assert point.evaluations == 5
+
+
+def test_the_search_finds_what_trying_everything_finds() -> None:
+    shifts = (0.5, 1.0, 2.0, 4.0)
+    points = list(searched(sampled, EXACT, [6, 11], list(Solver), shifts, quiet))
+    dense = np.geomspace(0.5, 4.0, 60)
+    for budget in (6, 11):
+        every = [
+            measured(sampled, EXACT, Grid(solver=solver, steps=steps_within(solver, budget), time_shift=float(shift)))
+            for solver in Solver
+            for shift in dense
+        ]
+        best = min(every, key=lambda each: each.tried)
+        found = min((each for each in points if each.evaluations <= budget), key=lambda each: each.tried)
+        assert found.grid.solver is best.grid.solver
+        # Shifts lie a factor of sqrt(2) apart around the best: half of that off at most.
+        assert abs(math.log2(found.grid.time_shift / best.grid.time_shift)) <= 0.5
+        assert found.tried <= 2 * best.tried
+
+
+@given(budget=st.integers(1, 60), solver=st.sampled_from(list(Solver)))
+def test_a_budget_is_used_and_not_exceeded(budget: int, solver: Solver) -> None:
+    steps = steps_within(solver, budget)
+    count = Grid(solver=solver, steps=steps, time_shift=1.0).evaluations
+    assert count <= budget < Grid(solver=solver, steps=steps + 1, time_shift=1.0).evaluations
+
+
+points = st.builds(
+    lambda count, tried: Point(
+        grid=Grid(solver=Solver.EULER, steps=count, time_shift=1.0), evaluations=count, tried=tried, error=0.0
+    ),
+    st.integers(1, 9),
+    st.floats(0, 1),
+)
+
+
+@given(tried=st.lists(points, max_size=12))
+def test_the_frontier_is_what_nothing_beats(tried: list[Point]) -> None:
+    best = frontier(tried)
+    assert [each.evaluations for each in best] == sorted({each.evaluations for each in best})
+    for each in tried:
+        assert any(kept.evaluations <= each.evaluations and kept.tried <= each.tried for kept in best)
+    for kept in best:
+        assert not any(each.evaluations <= kept.evaluations and each.tried < kept.tried for each in tried)
