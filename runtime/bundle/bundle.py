@@ -101,6 +101,16 @@ def check_contract(path: Path, manifest: Manifest) -> None:
             raise BundleError(f"{path}: graph {name} does not fit the contract: {difference}; {AGAIN}")
 
 
+def check_tuned(path: Path, manifest: Manifest) -> None:
+    """:class:`BundleError` where ``manifest`` (read from ``path``) has the tuned defaults of another bundle."""
+    tuned = manifest.tuned
+    if tuned is not None and tuned.bundle != manifest.bundle_hash:
+        raise BundleError(
+            f"{path}: its tuned defaults are of the bundle {briefly(tuned.bundle[:12])}, this is "
+            f"{manifest.bundle_hash[:12]}; remove 'tuned' from it, and run 'stiv tune' again"
+        )
+
+
 def _misnamed(name: str, record: GraphRecord) -> Iterator[str]:
     """Files of graph ``name`` that are called like those of another one: hashes hold for swapped graphs too."""
     plugin = None if record.plugin is None else record.plugin.file
@@ -151,6 +161,7 @@ class Bundle:
             raise BundleError(f"{folder}: no such folder; {REMEDY}")
         manifest = read_manifest(folder)
         check_contract(folder / MANIFEST, manifest)
+        check_tuned(folder / MANIFEST, manifest)
         bundle = cls(folder, manifest)
         for record in bundle._files():
             bundle._check_present(record)

@@ -29,6 +29,7 @@ from stiv_deploy.runtime.bundle.contract import (
     Precision,
     dimensions,
 )
+from stiv_deploy.runtime.bundle.tuned import SolverName, Tuned
 from stiv_deploy.runtime.tensorrt_library import Flavour
 
 FORMAT_VERSION = 2
@@ -136,7 +137,7 @@ class SamplingDefaults(Frozen):
     guidance_scale: Scale
     image_scale: Scale
     renorm: bool = True
-    solver: Literal["euler", "heun", "ab2"] = "euler"
+    solver: SolverName = "euler"
     time_shift: float = Field(ge=SHIFT_LIMITS[0], le=SHIFT_LIMITS[1])
 
 
@@ -220,16 +221,24 @@ class Manifest(Frozen):
     """What the model has seen; None where its checkpoint does not tell."""
     quantization: QuantizationRecord | None = None
     """Which layers run in 8 bits; None where none does."""
+    tuned: Tuned | None = None
+    """The best solvers and time shifts, by steps; None where nobody has looked for them."""
     tools: dict[Name, Name] = Field(max_length=1_000)
     """Versions of the tools that made the bundle."""
     parity: tuple[ParityRow, ...] = ()
     engines: tuple[EngineRecord, ...] = ()
 
+    def recommended(self, steps: int | None = None, solver: str | None = None) -> SamplingDefaults:
+        """What a request with so many ``steps`` and this ``solver``, where it names them, gets for the rest."""
+        own = self.sampling
+        grid = None if self.tuned is None else self.tuned.grid(steps or own.steps, solver)
+        return own if grid is None else own.model_copy(update={"solver": grid.solver, "time_shift": grid.time_shift})
+
     @property
     def bundle_hash(self) -> str:
         """SHA-256 (hex) of what the bundle's results follow from: model, precision, graphs, weights and tokenizer.
 
-        Not of engines, parity rows, recommended settings, buckets or the graphs' forms with plugins.
+        Not of engines, parity rows, recommended and tuned settings, buckets or the graphs' forms with plugins.
         """
         graphs = {
             name: [graph.file.sha256, None if graph.data is None else graph.data.sha256]

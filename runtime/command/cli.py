@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from stiv_deploy.runtime.bundle.contract import ModelFacts
     from stiv_deploy.runtime.bundle.manifest import Bucket, Range, TrainedOn
+    from stiv_deploy.runtime.bundle.tuned import Tuned
     from stiv_deploy.runtime.command.doctor import Report as DoctorReport
     from stiv_deploy.runtime.command.inspection import BundleReport, EngineReport, OnnxReport
     from stiv_deploy.runtime.pipeline.stage import ClipsReport
@@ -272,7 +273,9 @@ def print_bundle(report: "BundleReport", console: "Console") -> None:
         f"checkpoint {manifest.checkpoint[:12]}; made with {tools}\n",
         markup=False,
     )
-    print_table(console, "Defaults of 'stiv generate'", ("option", "default"), default_rows(manifest.sampling))
+    print_table(console, "Defaults of 'stiv generate'", ("option", "default"), default_rows(manifest.recommended()))
+    if manifest.tuned is not None:
+        print_tuned(manifest.tuned, console)
     print_table(
         console,
         "Buckets (min, typical, max)",
@@ -305,6 +308,14 @@ def print_bundle(report: "BundleReport", console: "Console") -> None:
         print_table(console, title, ("layer", "layers", "precision"), plan_rows(manifest.quantization))
     print_engine_records(report, console)
     print_parity(report, console)
+
+
+def print_tuned(tuned: "Tuned", console: "Console") -> None:
+    """What other numbers of steps get in place of the default solver and time shift, and what it was measured on."""
+    rows = ((str(each.steps), each.solver, f"{each.time_shift:.3g}", f"{each.error:.2e}") for each in tuned.best())
+    columns = ("steps", "solver", "time shift", "error")
+    title = f"Defaults by steps ('stiv tune', {tuned.clips} clips; the reference errs by {tuned.reference_error:.1e})"
+    console.print(table(title, columns, rows, ("steps", "time shift", "error")))
 
 
 def trained_text(trained: "TrainedOn | None") -> str:

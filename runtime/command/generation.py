@@ -69,10 +69,10 @@ def requests_from_options(options: Mapping[str, Any]) -> "tuple[list[GenerationR
     from stiv_deploy.runtime.pipeline.request import in_a_row, new_seed
 
     read = _read(options["request"])
-    values = {field: options[name] for name, field in FIELDS.items() if options[name] is not None}
-    frames = parse_frames(options["image"], options["frame"] or [])
+    values = {field: options[name] for name, field in FIELDS.items() if options.get(name) is not None}
+    frames = parse_frames(options.get("image"), options.get("frame") or [])
     values |= {"frames": frames} if frames else {}
-    values |= {"fit": _resized(options["fit"])} if options["resize"] else {}
+    values |= {"fit": _resized(options["fit"])} if options.get("resize") else {}
     prompts = [*(options["prompt"] or []), *_lines(options["prompts"])]
     requests = _with_prompts([each.request for each in read], prompts, values)
     if options["seed"] is not None:

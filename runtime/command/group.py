@@ -26,7 +26,7 @@ REFUSED = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENO
 LISTING = "stiv_deploy.listing"
 """Key of a context that asks for names and words of commands only."""
 WORKFLOW = (
-    *("data", "train", "plot", "consolidate", "calibrate", "export", "build", "audit", "parity", "generate"),
+    *("data", "train", "plot", "consolidate", "calibrate", "export", "build", "audit", "parity", "tune", "generate"),
     *("extend", "interpolate", "long", "views", "serve", "inspect", "doctor", "demo"),
 )
 

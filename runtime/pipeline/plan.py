@@ -9,7 +9,7 @@ import numpy as np
 
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import ModelFacts
-from stiv_deploy.runtime.bundle.manifest import Manifest, SamplingDefaults
+from stiv_deploy.runtime.bundle.manifest import Manifest
 from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.pipeline.experience import beyond_training
 from stiv_deploy.runtime.pipeline.given import Latents
@@ -127,7 +127,7 @@ def plan_generation(bundle: Bundle, requests: GenerationRequest | Sequence[Gener
     cannot be read or do not fit, frames that the VAE cannot code, latents of another shape.
     """
     model = bundle.manifest.model
-    each = [_with_defaults(request, bundle.manifest.sampling) for request in _listed(requests)]
+    each = [_with_defaults(request, bundle.manifest) for request in _listed(requests)]
     size = _shared("size", [_size(request) for request in each])
     tile = _shared("decode_tile", [request.decode_tile for request in each])
     largest = bundle.max_batch(size.frames, size.height, size.width)
@@ -152,8 +152,9 @@ def _listed(requests: GenerationRequest | Sequence[GenerationRequest]) -> list[G
     return listed
 
 
-def _with_defaults(request: GenerationRequest, defaults: SamplingDefaults) -> GenerationRequest:
-    """``request`` with what it leaves open as ``defaults`` recommend, and with a seed."""
+def _with_defaults(request: GenerationRequest, manifest: Manifest) -> GenerationRequest:
+    """``request`` with what it leaves open as ``manifest`` recommends for its steps and solver, and with a seed."""
+    defaults = manifest.recommended(request.num_inference_steps, request.solver)
     given = {name: value for name, value in request if value is not None}
     values = {name: getattr(defaults, recommended) for name, recommended in RECOMMENDED.items()} | given
     own = {"original_height": values["height"], "original_width": values["width"]}

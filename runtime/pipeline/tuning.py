@@ -1,5 +1,6 @@
 """The stage of tuning: a bundle's best solver and time grid for every number of evaluations."""
 
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,15 +8,20 @@ from pathlib import Path
 import numpy as np
 
 from stiv_deploy.runtime.bundle.bounds import SHIFT_LIMITS, STEP_LIMIT
+from stiv_deploy.runtime.bundle.bundle import Bundle, read_manifest, write_manifest
 from stiv_deploy.runtime.bundle.contract import Frozen
-from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.bundle.tuned import Tuned, TunedGrid
+from stiv_deploy.runtime.errors import BundleError, RequestError
+from stiv_deploy.runtime.files import make_folder
 from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 from stiv_deploy.runtime.pipeline.plan import GenerationPlan
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
+from stiv_deploy.runtime.pipeline.tokenization import lost_line
 from stiv_deploy.runtime.progress import Progress, unheard
 from stiv_deploy.runtime.sampling.settings import Solver
 from stiv_deploy.runtime.sampling.tuning import Grid, Point, converged, frontier, measured, searched
 
+log = logging.getLogger(__name__)
 BUDGETS = (4, 6, 8, 10, 12, 15, 20, 25, 30)
 SHIFTS = (0.5, 1.0, 2.0, 4.0, 8.0)
 
@@ -26,17 +32,19 @@ class TuneRequest:
 
     Each request has a ``seed``; what it says of guidance, given frames and size is what is tuned for. Its own solver,
     steps and time shift, by default the bundle's, are the same in all, and are measured too. ``budgets`` are numbers of
-    evaluations, ``shifts`` time shifts, both ascending. The exact flow is known to ``tolerance``, a relative L2 error,
-    or as near as ``most`` steps come. Raises :class:`RequestError`.
+    evaluations, by default :data:`BUDGETS` and their own, ``shifts`` time shifts besides their own, both ascending. The
+    exact flow is known to ``tolerance``, a relative L2 error, or as near as ``most`` steps come. With ``record`` the
+    best are kept in the bundle's manifest. Raises :class:`RequestError`.
     """
 
     bundle: Path
     requests: tuple[GenerationRequest, ...]
-    budgets: tuple[int, ...] = BUDGETS
+    budgets: tuple[int, ...] | None = None
     solvers: tuple[Solver, ...] = tuple(Solver)
     shifts: tuple[float, ...] = SHIFTS
     tolerance: float = 2e-3
     most: int = 960
+    record: bool = True
     backend: str | None = None
     device: int = 0
     threads: int | None = None
@@ -44,12 +52,12 @@ class TuneRequest:
     def __post_init__(self) -> None:
         clips = sum(each.count for each in self.requests)
         if clips < 2:
-            raise RequestError(f"{clips} clips to tune on; give 2 or more: half of them choose, the others judge")
+            raise RequestError(f"tuning needs 2 clips or more, got {clips}: half of them choose, the others judge")
         if any(each.seed is None for each in self.requests):
             raise RequestError("a request to tune on has no seed; give each one, so that all grids start alike")
         if not self.solvers:
             raise RequestError(f"no solver to try; give some of {', '.join(Solver)}")
-        _check_ascending("budgets", self.budgets, 1, STEP_LIMIT)
+        _check_ascending("budgets", BUDGETS if self.budgets is None else self.budgets, 1, STEP_LIMIT)
         _check_ascending("shifts", self.shifts, *SHIFT_LIMITS)
         if not 0 < self.tolerance < 1:
             raise RequestError(f"tolerance must be above 0 and below 1, got {self.tolerance:g}")
@@ -82,32 +90,76 @@ class TuneReport(Frozen):
 def tune(request: TuneRequest, progress: Progress = unheard) -> TuneReport:
     """Try grids within each budget against the exact flow of the same bundle, and tell all errors.
 
-    Raises what :meth:`StivPipeline.from_bundle` and its plan and run do.
+    Raises what :meth:`StivPipeline.from_bundle` and its plan and run do, and
+    :class:`~stiv_deploy.runtime.errors.OutputError` where the manifest cannot be written, before anything is computed.
     """
-    started = time.monotonic()
+    if request.record:
+        Bundle.open(request.bundle)
+        make_folder(request.bundle, "give --no-record, or copy the bundle to a folder you own")
     progress("loading", 0, 1)
     with StivPipeline.from_bundle(
         request.bundle, backend=request.backend, threads=request.threads, device=request.device
     ) as pipe:
-        own, clips = _own_grid(pipe.plan(list(request.requests)))
-        news = _News(progress, request)
+        report = _search(pipe, request, progress)
+    if request.record:
+        _record(request.bundle, report)
+    return report
 
-        def sampled(grid: Grid) -> np.ndarray:
-            return pipe.sample(pipe.plan([_changed(each, grid) for each in request.requests]))
 
-        exact = converged(sampled, own.time_shift, request.tolerance, request.most, news.before)
-        measures = (request.budgets, request.solvers, request.shifts)
-        point, tried = measured(sampled, exact, own), tuple(searched(sampled, exact, *measures, news.count))
-        return TuneReport(
-            bundle=pipe.bundle.hash,
-            clips=clips,
-            reference=exact.grid,
-            reference_error=exact.error,
-            own=point,
-            tried=tried,
-            best=tuple(frontier((*tried, point))),
-            seconds=time.monotonic() - started,
-        )
+def _search(pipe: StivPipeline, request: TuneRequest, progress: Progress) -> TuneReport:
+    started = time.monotonic()
+    plan = pipe.plan(list(request.requests))
+    own, clips = _own_grid(plan)
+    if lost := pipe.lost(plan):
+        log.warning(lost_line(lost))
+    budgets = request.budgets or sorted({*BUDGETS, own.evaluations})
+    shifts = sorted({*request.shifts, own.time_shift})
+    news = _News(progress, sum(budgets) * len(request.solvers) * (len(shifts) + 2))
+
+    def sampled(grid: Grid) -> np.ndarray:
+        return pipe.sample(pipe.plan([_changed(each, grid) for each in request.requests]))
+
+    exact = converged(sampled, own.time_shift, request.tolerance, request.most, news.before)
+    point = measured(sampled, exact, own)
+    tried = tuple(searched(sampled, exact, budgets, request.solvers, shifts, news.count))
+    return TuneReport(
+        bundle=pipe.bundle.hash,
+        clips=clips,
+        reference=exact.grid,
+        reference_error=exact.error,
+        own=point,
+        tried=tried,
+        best=tuple(frontier((*tried, point))),
+        seconds=time.monotonic() - started,
+    )
+
+
+def tuned(report: TuneReport) -> Tuned:
+    """The best of each solver and number of steps; the requests' own grid is among them where others had its steps."""
+    steps = {each.grid.steps for each in report.tried}
+    points = sorted((each for each in (report.own, *report.tried) if each.grid.steps in steps), key=_tried)
+    grids: dict[tuple[int, Solver], TunedGrid] = {}
+    for each in points:
+        grid = TunedGrid(**each.grid.model_dump(mode="json"), tried=each.tried, error=each.error)
+        grids.setdefault((each.grid.steps, each.grid.solver), grid)
+    return Tuned(
+        bundle=report.bundle,
+        clips=report.clips,
+        reference_error=report.reference_error,
+        grids=tuple(grids[key] for key in sorted(grids)),
+    )
+
+
+def _tried(point: Point) -> float:
+    return point.tried
+
+
+def _record(folder: Path, report: TuneReport) -> None:
+    """Put the best into the manifest as it is now; :class:`BundleError` where the bundle has become another one."""
+    manifest = read_manifest(folder)
+    if manifest.bundle_hash != report.bundle:
+        raise BundleError(f"{folder}: another bundle was put there while this one was tuned; run 'stiv tune' again")
+    write_manifest(folder, manifest.model_copy(update={"tuned": tuned(report)}))
 
 
 def _own_grid(plan: GenerationPlan) -> tuple[Grid, int]:
@@ -127,9 +179,8 @@ def _changed(request: GenerationRequest, grid: Grid) -> GenerationRequest:
 class _News:
     """Tells ``progress`` of grids, by the evaluations that are done of those that the search takes at most."""
 
-    def __init__(self, progress: Progress, request: TuneRequest) -> None:
-        self._progress, self._done = progress, 0
-        self._total = sum(request.budgets) * len(request.solvers) * (len(request.shifts) + 2)
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._done, self._total = progress, 0, total
 
     def before(self, grid: Grid) -> None:
         """What stands for the exact flow is sampled."""

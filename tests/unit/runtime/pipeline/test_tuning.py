@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from stiv_deploy.runtime import GenerationRequest, RequestError, Solver, StivPipeline
-from stiv_deploy.runtime.pipeline.tuning import TuneReport, TuneRequest, tune
+from stiv_deploy.runtime.bundle.bundle import read_manifest, write_manifest
+from stiv_deploy.runtime.errors import BundleError
+from stiv_deploy.runtime.pipeline import tuning
+from stiv_deploy.runtime.pipeline.tuning import BUDGETS, TuneReport, TuneRequest, tune, tuned
 from stiv_deploy.runtime.sampling.tuning import relative_errors
 
 CLIPS = (
@@ -17,7 +20,13 @@ CLIPS = (
 
 
 def asked(bundle: Path, **changes: Any) -> TuneRequest:
-    few = {"budgets": (3, 6), "solvers": (Solver.EULER, Solver.AB2), "shifts": (1.0, 2.0), "requests": CLIPS}
+    few = {
+        "budgets": (3, 6),
+        "solvers": (Solver.EULER, Solver.AB2),
+        "shifts": (1.0, 2.0),
+        "requests": CLIPS,
+        "record": False,
+    }
     return TuneRequest(bundle=bundle, **few | changes)
 
 
@@ -58,8 +67,8 @@ def test_an_error_is_that_of_the_clips_themselves(bundle_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"requests": ()}, "0 clips to tune on; give 2 or more"),
-        ({"requests": CLIPS[1:]}, "1 clips to tune on; give 2 or more"),
+        ({"requests": ()}, "tuning needs 2 clips or more, got 0"),
+        ({"requests": CLIPS[1:]}, "tuning needs 2 clips or more, got 1"),
         ({"requests": (CLIPS[0], GenerationRequest(prompt="left"))}, "a request to tune on has no seed; give each one"),
         ({"solvers": ()}, "no solver to try; give some of euler, heun, ab2"),
         ({"budgets": ()}, "budgets are one or more ascending numbers from 1 to 10000, got none"),
@@ -79,3 +88,56 @@ def test_what_cannot_be_tuned_is_refused_before_anything_is_opened(changes: dict
 def test_requests_of_different_grids_are_refused(bundle_path: Path) -> None:
     with pytest.raises(RequestError, match="different solvers, steps or time shifts; give all the same"):
         tune(asked(bundle_path, requests=(CLIPS[0], CLIPS[1].changed(time_shift=2))))
+
+
+def test_by_default_the_requests_own_number_of_evaluations_is_tried_too(
+    bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "BUDGETS", (2,))
+    report = tune(asked(bundle_path, budgets=None, solvers=(Solver.AB2,), shifts=(0.5,), tolerance=0.5))
+    assert {each.evaluations for each in report.tried} == {2, 4}
+    assert {each.grid.time_shift for each in report.tried} >= {0.5, 1.0}, "and their own time shift"
+    assert min(BUDGETS) == 4
+    assert max(BUDGETS) == 30
+
+
+def test_the_best_of_each_solver_and_number_of_steps_is_kept(bundle_path: Path) -> None:
+    report = tune(asked(bundle_path, budgets=(3, 4), tolerance=0.5))
+    kept = tuned(report)
+    assert [(each.steps, each.solver) for each in kept.grids] == [(3, "ab2"), (3, "euler"), (4, "ab2"), (4, "euler")]
+    for each in kept.grids:
+        mine = [point for point in report.tried if (point.grid.steps, point.grid.solver) == (each.steps, each.solver)]
+        assert each.tried == min(point.tried for point in mine)
+    worse = report.model_copy(update={"own": report.own.model_copy(update={"tried": 0.0})})
+    assert tuned(worse).grid(4) == next(each for each in tuned(worse).grids if each.tried == 0), "its own was better"
+    elsewhere = worse.own.grid.model_copy(update={"steps": 9})
+    alone = worse.model_copy(update={"own": worse.own.model_copy(update={"grid": elsewhere})})
+    assert tuned(alone) == kept, "nothing else had so many steps"
+
+
+def test_what_others_wrote_meanwhile_stays(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search, changed = tuning._search, read_manifest(own_bundle).model_copy(update={"checkpoint": "1" * 64})
+
+    def slow(*arguments: Any) -> TuneReport:
+        write_manifest(own_bundle, changed)
+        return search(*arguments)
+
+    monkeypatch.setattr(tuning, "_search", slow)
+    report = tune(asked(own_bundle, record=True, budgets=(3,), tolerance=0.5))
+    assert read_manifest(own_bundle) == changed.model_copy(update={"tuned": tuned(report)})
+
+
+def test_another_bundle_in_the_place_is_not_given_these_defaults(
+    own_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search, other = tuning._search, read_manifest(own_bundle).model_copy(update={"precision": "float16"})
+
+    def slow(*arguments: Any) -> TuneReport:
+        report = search(*arguments)
+        write_manifest(own_bundle, other)
+        return report
+
+    monkeypatch.setattr(tuning, "_search", slow)
+    with pytest.raises(BundleError, match="another bundle was put there while this one was tuned"):
+        tune(asked(own_bundle, record=True, budgets=(3,), tolerance=0.5))
+    assert read_manifest(own_bundle) == other

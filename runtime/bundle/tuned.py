@@ -1,0 +1,60 @@
+"""What tuning found out about a bundle, kept in its manifest: each solver's best time shift by the number of steps."""
+
+import math
+from collections.abc import Iterable
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from stiv_deploy.runtime.bundle.bounds import SHIFT_LIMITS, STEP_LIMIT, Digest
+from stiv_deploy.runtime.bundle.contract import Frozen
+
+SolverName = Literal["euler", "heun", "ab2"]
+ONE_A_STEP: tuple[SolverName, ...] = ("euler", "ab2")
+"""Solvers with one evaluation a step: which of them is taken by default does not change what a step costs."""
+
+
+class TunedGrid(Frozen):
+    """The time shift with which ``solver`` comes nearest to the exact flow in so many ``steps``.
+
+    ``tried`` and ``error`` are relative L2 errors of latents, means over the clips that chose and over the others.
+    """
+
+    solver: SolverName
+    steps: int = Field(ge=1, le=STEP_LIMIT)
+    time_shift: float = Field(ge=SHIFT_LIMITS[0], le=SHIFT_LIMITS[1])
+    tried: float = Field(ge=0)
+    error: float = Field(ge=0)
+
+
+class Tuned(Frozen):
+    """Each solver's best grids for numbers of steps, measured on so many ``clips``.
+
+    ``bundle`` is the hash of the bundle that they hold for; ``reference_error`` is the relative L2 error of what stood
+    for the exact flow.
+    """
+
+    bundle: Digest
+    clips: int = Field(ge=2)
+    reference_error: float = Field(ge=0)
+    grids: tuple[TunedGrid, ...] = Field(min_length=1, max_length=1_000)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len({(each.solver, each.steps) for each in self.grids}) < len(self.grids):
+            raise ValueError("want one grid for a solver and a number of steps, got two")
+        return self
+
+    def grid(self, steps: int, solver: str | None = None) -> TunedGrid | None:
+        """The best grid for a number of ``steps``, with ``solver`` if one is named; None if that was never tried.
+
+        Numbers of steps that were not tried are served by the nearest one, by its ratio. Of several solvers with one
+        evaluation a step the best is taken.
+        """
+        fits = [each for each in self.grids if (each.solver in ONE_A_STEP if solver is None else each.solver == solver)]
+        return min(fits, key=lambda each: (abs(math.log(each.steps / steps)), each.tried), default=None)
+
+    def best(self) -> list[TunedGrid]:
+        """The grids that are taken where no solver is named, by ascending steps."""
+        found: Iterable[TunedGrid | None] = (self.grid(steps) for steps in sorted({each.steps for each in self.grids}))
+        return list(dict.fromkeys(each for each in found if each is not None))

@@ -1,0 +1,163 @@
+"""``stiv tune``: the best solver and time shift of a bundle for every number of steps."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from stiv_deploy.runtime.command.generation import requests_from_options
+from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, json_text, progress_bar, table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from stiv_deploy.runtime.pipeline.tuning import TuneReport, TuneRequest
+    from stiv_deploy.runtime.sampling.tuning import Point
+
+SUFFIX = ".svg"
+
+
+def tune(
+    context: typer.Context,
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder, made by 'stiv export'.", show_default=False)],
+    prompt: Annotated[list[str] | None, typer.Option(help="What to try on; repeat it for several clips.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text file of more prompts, one a line; empty lines are none.")
+    ] = None,
+    request: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Request, or a list of them, as JSON, with all that 'stiv generate --request' reads."
+        ),
+    ] = None,
+    count: Annotated[int | None, typer.Option(help="Clips of each prompt. Default: 1.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first clip's noise.")] = 0,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the bundle's.")] = None,
+    guidance_mode: Annotated[
+        Literal["jit", "sit", "none"] | None,
+        typer.Option(help="Text and image together, separately, or no guidance. Default: the bundle's."),
+    ] = None,
+    evaluations: Annotated[
+        list[int] | None,
+        typer.Option(help="Evaluations of the model to make the best of (repeatable). Default: 9 numbers, 4 to 30."),
+    ] = None,
+    solver: Annotated[
+        list[str] | None, typer.Option(metavar="[euler|heun|ab2]", help="Solver to try (repeatable). Default: all.")
+    ] = None,
+    time_shift: Annotated[
+        list[float] | None,
+        typer.Option(help="Time shift to try (repeatable), besides the bundle's own. Default: 0.5, 1, 2, 4, 8."),
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="How well the exact flow has to be known, as a relative L2 error of latents.")
+    ] = 2e-3,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Picture of all that was tried: evaluations against error.")
+    ] = None,
+    record: Annotated[
+        bool, typer.Option(help="Keep the best in the bundle's manifest, as what its requests get by default.")
+    ] = True,
+    backend: Annotated[str | None, typer.Option(help="Backend ('stiv doctor' lists them); default: the best.")] = None,
+    device: Annotated[int, typer.Option(metavar="INDEX", help="GPU, as CUDA counts them.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
+    json: JsonTarget = None,
+) -> None:
+    """Find the solver and time shift that make the best of few evaluations of the model.
+
+    Each is compared with the exact flow of the same bundle, sampled with so many steps that twice as many change
+    little. Half of the clips choose, the others judge. Then 'stiv generate --steps 10' uses the best for 10 steps;
+    --solver and --time-shift win over that. 'stiv inspect' lists it.
+
+    stiv tune bundle --prompts prompts.txt --out tuning.svg
+    """
+    from stiv_deploy.runtime.pipeline import tuning
+
+    check_json(json, bundle, request, prompts)
+    _check_picture(out, json, [bundle, request, prompts])
+    requests, _ = requests_from_options(context.params | {"solver": None, "time_shift": None})
+    asked = tuning.TuneRequest(
+        bundle=bundle,
+        requests=tuple(requests),
+        tolerance=tolerance,
+        record=record,
+        backend=backend,
+        device=device,
+        threads=threads,
+        **_search_options(evaluations, solver, time_shift),
+    )
+    with progress_bar("tune") as progress:
+        report = tuning.tune(asked, progress)
+    if out is not None:
+        _draw(out, report)
+    answer(json, lambda: json_text(report), lambda: _show(report, asked, out))
+
+
+def _search_options(
+    evaluations: list[int] | None, solvers: list[str] | None, shifts: list[float] | None
+) -> dict[str, Any]:
+    """What was given, ascending and once each; :class:`~stiv_deploy.runtime.errors.RequestError` for other solvers."""
+    from stiv_deploy.runtime.pipeline.limits import named
+    from stiv_deploy.runtime.sampling.settings import Solver
+
+    chosen = [named(Solver, "solver", each) for each in solvers or ()]
+    values = {
+        "budgets": sorted(set(evaluations or ())),
+        "solvers": [each for each in Solver if each in chosen],
+        "shifts": sorted(set(shifts or ())),
+    }
+    return {name: tuple(each) for name, each in values.items() if each}
+
+
+def _check_picture(out: Path | None, json: Path | None, inputs: list[Path | None]) -> None:
+    """Raise :class:`~stiv_deploy.runtime.errors.OutputError` if ``--out`` names what cannot become a picture."""
+    from stiv_deploy.runtime.errors import OutputError
+    from stiv_deploy.runtime.files import check_apart, check_file, check_no_bundle
+
+    if out is None:
+        return
+    if out.suffix != SUFFIX:
+        raise OutputError(f"{out}: the picture is an SVG file; give a name that ends in {SUFFIX}")
+    if json is not None and json.absolute() == out.absolute():
+        raise OutputError(f"{out}: named by both --out and --json; choose two names")
+    check_file(out)
+    check_apart([out], inputs)
+    check_no_bundle(out)
+
+
+def _draw(out: Path, report: "TuneReport") -> None:
+    from stiv_deploy.runtime.command.tuning_plot import pareto_svg
+    from stiv_deploy.runtime.files import write_text
+
+    write_text(out, pareto_svg(report), "choose another --out")
+
+
+def _show(report: "TuneReport", asked: "TuneRequest", out: Path | None) -> None:
+    """The best, what was, and where all is kept."""
+    from rich.console import Console
+
+    Console().print(tuning_table(report))
+    if out is not None:
+        typer.echo(f"{out}: evaluations against error")
+    if asked.record:
+        typer.echo(f"{asked.bundle}: the best are its defaults now, by the number of steps")
+    typer.echo(f"{report.seconds:.0f} s")
+
+
+def tuning_table(report: "TuneReport") -> "Table":
+    """The best for each number of evaluations, and the requests' own, as a table."""
+    columns = ("evaluations", "solver", "steps", "time shift", "error")
+    rows = [_row(each, "") for each in report.best] + [_row(report.own, " (before)")]
+    title = f"{report.bundle[:12]}: relative L2 error of latents against the exact flow, {report.clips} clips"
+    caption = f"the exact flow is known to {report.reference_error:.1e} ({report.reference.steps} steps)"
+    return table(title, columns, rows, ("evaluations", "steps", "time shift", "error"), caption)
+
+
+def _row(point: "Point", words: str) -> tuple[str, ...]:
+    grid = point.grid
+    return (
+        str(point.evaluations),
+        f"{grid.solver}{words}",
+        str(grid.steps),
+        f"{grid.time_shift:.3g}",
+        f"{point.error:.2e}",
+    )

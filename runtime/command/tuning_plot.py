@@ -1,0 +1,111 @@
+"""What was tried in tuning as a picture: evaluations of the model against latent error, both on logarithmic axes."""
+
+import math
+from collections.abc import Iterator, Sequence
+from html import escape
+from typing import NamedTuple
+
+from stiv_deploy.runtime.pipeline.tuning import TuneReport
+from stiv_deploy.runtime.sampling.settings import Solver
+from stiv_deploy.runtime.sampling.tuning import Point
+
+WIDTH, HEIGHT = 720, 460
+LEFT, RIGHT, TOP, BOTTOM = 70, 700, 60, 400
+"""Edges of the field that points lie in."""
+COLOURS = {Solver.EULER: "#c0392b", Solver.HEUN: "#b8860b", Solver.AB2: "#1f5fbf"}
+GREY = "#808080"
+LEAST_ERROR = 1e-9
+TICKS = (1, 2, 3, 4, 6, 8, 10, 12, 15, 20, 25, 30, 40, 60, 100, 200, 500, 1000, 2000, 5000, 10000, 20000)
+
+
+class Scale(NamedTuple):
+    """Logarithms of values from ``low`` to ``high`` onto pixels from ``start`` to ``end``."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        """Where ``value`` lies, in pixels."""
+        share = (math.log10(max(value, LEAST_ERROR)) - self.low) / (self.high - self.low)
+        return round(self.start + share * (self.end - self.start), 1)
+
+
+def pareto_svg(report: TuneReport) -> str:
+    """A whole SVG file; dots are grids that were tried, a line joins the best of each solver, a ring is what was."""
+    points = (*report.tried, report.own)
+    across, up = _across([each.evaluations for each in points]), _up([*(each.error for each in points)])
+    parts = [
+        *_frame(across, up),
+        *_reference(report, up),
+        *(part for solver in Solver for part in _solver(solver, points, across, up)),
+        _dot(report.own, across, up, 7, f'fill="none" stroke="{GREY}" stroke-width="2"', "the requests' own: "),
+        *_words(report),
+    ]
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif"'
+    return "\n".join([f'{head} font-size="12">', '<rect width="100%" height="100%" fill="#fff"/>', *parts, "</svg>\n"])
+
+
+def _across(counts: Sequence[int]) -> Scale:
+    low, high = math.log10(min(counts)), math.log10(max(counts))
+    room = max(0.03, 0.03 * (high - low))
+    return Scale(low - room, high + room, LEFT, RIGHT)
+
+
+def _up(errors: Sequence[float]) -> Scale:
+    """Whole powers of ten around all ``errors``; up is large."""
+    powers = [math.log10(max(each, LEAST_ERROR)) for each in errors]
+    low, high = math.floor(min(powers)), math.ceil(max(powers))
+    return Scale(low, max(high, low + 1), BOTTOM, TOP)
+
+
+def _frame(across: Scale, up: Scale) -> Iterator[str]:
+    """Grid lines with what they stand for."""
+    for power in range(int(up.low), int(up.high) + 1):
+        y = up(10.0**power)
+        yield f'<path d="M{LEFT} {y}H{RIGHT}" stroke="#ddd"/>{_text(LEFT - 8, y + 4, f"1e{power}", "end")}'
+    for count in TICKS:
+        if across.low <= math.log10(count) <= across.high:
+            x = across(count)
+            yield f'<path d="M{x} {TOP}V{BOTTOM}" stroke="#eee"/>{_text(x, BOTTOM + 18, str(count), "middle")}'
+
+
+def _reference(report: TuneReport, up: Scale) -> Iterator[str]:
+    """Below this line errors say nothing."""
+    power = math.log10(max(report.reference_error, LEAST_ERROR))
+    if up.low <= power <= up.high:
+        y = up(report.reference_error)
+        yield f'<path d="M{LEFT} {y}H{RIGHT}" stroke="{GREY}" stroke-dasharray="5 4"/>'
+        yield _text(RIGHT, y - 5, "error of the reference", "end", GREY)
+
+
+def _solver(solver: Solver, points: Sequence[Point], across: Scale, up: Scale) -> Iterator[str]:
+    """Dots of all its grids, and a line through the best of each number of evaluations."""
+    mine = sorted((each for each in points if each.grid.solver == solver), key=lambda each: each.evaluations)
+    best = {each.evaluations: each for each in sorted(mine, key=lambda each: each.tried, reverse=True)}
+    line = " ".join(f"{across(count)},{up(best[count].error)}" for count in sorted(best))
+    yield f'<polyline points="{line}" fill="none" stroke="{COLOURS[solver]}" stroke-width="2"/>'
+    for each in mine:
+        yield _dot(each, across, up, 4 if best[each.evaluations] == each else 2, f'fill="{COLOURS[solver]}"')
+
+
+def _dot(point: Point, across: Scale, up: Scale, radius: int, style: str, words: str = "") -> str:
+    grid = point.grid
+    title = f"{words}{grid.solver}, {grid.steps} steps, shift {grid.time_shift:.3g}: {point.error:.2e}"
+    place = f'cx="{across(point.evaluations)}" cy="{up(point.error)}" r="{radius}"'
+    return f"<circle {place} {style}><title>{escape(title)}</title></circle>"
+
+
+def _words(report: TuneReport) -> Iterator[str]:
+    """Title, names of the axes, and which colour is which solver."""
+    clips = f"bundle {report.bundle[:12]}, {report.clips} clips"
+    yield _text(LEFT, 22, f"Relative L2 error of latents against the exact flow ({clips})")
+    yield _text((LEFT + RIGHT) / 2, HEIGHT - 18, "evaluations of the model, guidance branches counted as one", "middle")
+    shown = [solver for solver in Solver if any(each.grid.solver == solver for each in report.tried)]
+    for index, solver in enumerate(shown):
+        yield _text(LEFT + 70 * index, 44, solver.value, colour=COLOURS[solver])
+
+
+def _text(x: float, y: float, words: str, anchor: str = "start", colour: str = "#222") -> str:
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" fill="{colour}">{escape(words)}</text>'
