@@ -100,7 +100,7 @@ def _search_options(
     from stiv_deploy.runtime.sampling.settings import Solver
 
     chosen = [named(Solver, "solver", each) for each in solvers or ()]
-    values = {
+    values: dict[str, list[Any]] = {
         "budgets": sorted(set(evaluations or ())),
         "solvers": [each for each in Solver if each in chosen],
         "shifts": sorted(set(shifts or ())),
