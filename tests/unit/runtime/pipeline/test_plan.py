@@ -29,7 +29,7 @@ def test_defaults_are_the_bundles(toy_bundle: Bundle) -> None:
         assert values[name] == getattr(sampling, recommended), name
     assert (values["original_height"], values["original_width"], values["stride"]) == (8, 8, 1)
     assert 0 <= video.seed < 2**32
-    assert all(value is not None for name, value in values.items() if name not in ("decode_tile", "noise"))
+    assert all(value is not None for name, value in values.items() if name not in ("unseen", "decode_tile", "noise"))
     assert video.micro.tolist() == [8, 8, 0, 0, 1, 4]
     assert video.micro.dtype == np.float32
 
