@@ -20,8 +20,8 @@ class StepInputs:
     """Buffers for ``dims["batch"]`` samples over the rows of ``denoiser``, and what the host says of each.
 
     Latents and guided velocities lie in two buffers each, read and written by turns: ``latents[side]`` and
-    ``velocities[side]`` are those that the call of ``side`` reads. A sample at rest holds its latents, and takes no row's
-    velocity.
+    ``velocities[side]`` are those that the call of ``side`` reads. A sample at rest holds its latents, and takes no
+    row's velocity.
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
