@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from threading import Event
@@ -69,6 +69,7 @@ class Scheduler:
         self._room = True
         self._told = 0.0
         self._seconds: dict[tuple[Size, int], float] = {}
+        self._fresh: set[tuple[Size, int]] = set()
         self.turned = clock()
 
     def prepare(self) -> None:
@@ -192,7 +193,8 @@ class Scheduler:
                     raise
                 log.warning("no engine for %d clips of %s (%s); trying half of them", slots, size, one_line(str(error)))
                 slots //= 2
-        self._seconds |= {(size, rows): each for rows, each in seconds.items()}
+        for rows, each in seconds.items():
+            self._measure(size, rows, each)
         self._lanes[size] = Lane(size, engine, worthwhile_rows(seconds, SHARED * FEWEST))
 
     def _make_room(self, lane: Lane, job: Job) -> bool:
@@ -250,6 +252,7 @@ class Scheduler:
     def _measure(self, size: Size, rows: int, seconds: float) -> None:
         mean = self._seconds.get((size, rows), seconds)
         self._seconds[size, rows] = mean + SMOOTH * (seconds - mean)
+        self._fresh.add((size, rows))
 
     def _leave(self, lane: Lane, tick: Tick) -> None:
         """See off those who are done."""
@@ -321,10 +324,11 @@ class Scheduler:
             self._tell_costs()
 
     def _tell_costs(self) -> None:
-        self._store.measure(self._workshop.bundle.hash, self._measured())
+        self._store.measure(self._workshop.bundle.hash, self._measured(self._fresh))
+        self._fresh.clear()
 
-    def _measured(self) -> list[Measured]:
-        return [Measured(size, rows, seconds) for (size, rows), seconds in self._seconds.items()]
+    def _measured(self, keys: Iterable[tuple[Size, int]]) -> list[Measured]:
+        return [Measured(*key, self._seconds[key]) for key in keys]
 
     def _end(self) -> None:
         """Let what runs finish while there is time; then give it back, to go on from here."""
@@ -340,7 +344,7 @@ class Scheduler:
 
     def _soonest(self) -> float:
         """Seconds until the next running clip is done, by the times measured; infinite if none runs."""
-        costs = Costs(self._measured())
+        costs = Costs(self._measured(self._seconds))
         found = [
             costs.alone(replace(clip.job, step=clip.step)) for lane in self._lanes.values() for clip in lane.running
         ]

@@ -1,6 +1,7 @@
 """The door: closed unless there is a reason to open it, and each owner sees its own."""
 
 import hashlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,19 @@ def test_pages_of_other_sites_and_other_names_are_kept_out(place_of: Callable[..
         assert place.client.post("/v1/videos", headers=headers, **body).status_code == 403
     for headers in ({"host": "localhost:8000"}, {"host": "[::1]:8000"}, {"origin": "http://127.0.0.1:8000"}):
         assert place.client.get("/v1/videos", headers=headers).status_code == 200
+
+
+def test_prompts_are_in_no_log(
+    place_of: Callable[..., Any], bundle_path: Path, finished: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    place = place_of(bundle_path)
+    done = place.ask(prompt="secretword digit", negative_prompt="secretword")["id"]
+    assert place.client.post("/v1/videos", json={"prompt": "secretword", "size": "x"}).status_code == 400
+    finished(place.worker())
+    assert place.look(done)["status"] == "completed"
+    assert "secretword" in str(place.look(done)["stiv"]["warnings"])  # its owner is told
+    assert "secretword" not in caplog.text
 
 
 def test_answers_are_safe_to_show(place: Any) -> None:
