@@ -39,6 +39,7 @@ def resource(job: Job, position: int | None, eta: float | None) -> VideoResource
         completed_at=int(job.finished) if job.state == State.COMPLETED and job.finished else None,
         expires_at=None if job.expires is None else int(job.expires),
         prompt=facts["prompt"],
+        remixed_from_video_id=facts.get("remixed_from"),
         size=f"{job.width}x{job.height}",
         seconds=f"{job.frames / facts['fps']:g}",
         error=VideoError(code=job.error_code or "", message=job.error_message or "") if failed else None,

@@ -19,7 +19,8 @@ from stiv_deploy.serving.api.body import read_body
 from stiv_deploy.serving.api.events import changes, stream
 from stiv_deploy.serving.api.guard import OWNER, Guard, Tokens
 from stiv_deploy.serving.api.metrics import exposition, registry
-from stiv_deploy.serving.api.schema import ErrorAnswer, Health, ModelList, VideoDeleted, VideoList, VideoResource
+from stiv_deploy.serving.api.page import router as page_router
+from stiv_deploy.serving.api.schema import ErrorAnswer, Health, ModelList, Remix, VideoDeleted, VideoList, VideoResource
 from stiv_deploy.serving.api.service import Service
 from stiv_deploy.serving.errors import ApiError
 from stiv_deploy.serving.store.jobs import Job, State
@@ -48,6 +49,7 @@ def create_app(service: Service, tokens: Tokens, lifespan: Lifespan = alone) -> 
     app = FastAPI(title="stiv serve", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service, app.state.metrics = service, registry(service)
     app.include_router(router)
+    app.include_router(page_router)
     app.add_exception_handler(StivError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
@@ -71,9 +73,13 @@ def _answer(video: VideoResource) -> JSONResponse:
     return JSONResponse(video.model_dump(mode="json"), headers=poll_after(video))
 
 
-async def _submitted(request: Request, key: str | None) -> Job:
+def _check_key(key: str | None) -> None:
     if key is not None and not 0 < len(key) <= KEY_LIMIT:
         raise ApiError(400, "invalid_request", f"an Idempotency-Key has 1 to {KEY_LIMIT} characters")
+
+
+async def _submitted(request: Request, key: str | None) -> Job:
+    _check_key(key)
     asked = await read_body(request)
     return await run_in_threadpool(_service(request).submit, _owner(request), asked, key)
 
@@ -139,6 +145,14 @@ def delete(request: Request, video_id: str) -> VideoDeleted:
     """Forget a job and its files, whatever its state."""
     _service(request).delete(_owner(request), video_id)
     return VideoDeleted(id=video_id)
+
+
+@router.post("/v1/videos/{video_id}/remix")
+def remix(request: Request, video_id: str, body: Remix, key: Key = None) -> VideoResource:
+    """Ask for a video once more, with another prompt or seed."""
+    service = _service(request)
+    _check_key(key)
+    return _answer(service.seen(service.remix(_owner(request), video_id, body, key)))  # type: ignore[return-value]
 
 
 @router.post("/v1/videos/{video_id}/cancel")

@@ -51,11 +51,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A new job: its ``request``, its ``priority``, and seconds until it must be done, if any."""
+    """A new job: its ``request``, its ``priority``, seconds until it must be done, and of which job it is a remix."""
 
     request: GenerationRequest
     priority: int
     deadline: float | None
+    source: str | None = None
 
 
 async def read_body(request: Request) -> Asked:

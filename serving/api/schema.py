@@ -5,7 +5,7 @@ This is the contract; ``tests/unit/serving/api/videos.schema.json`` is its copy 
 
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from stiv_deploy.serving.store.jobs import State
 
@@ -50,6 +50,14 @@ class VideoDetails(BaseModel):
     attempts: int
     task: str
     warnings: list[str] = []
+
+
+class Remix(BaseModel):
+    """What is another in a video that is made once more; the rest, pictures too, stays as it was."""
+
+    model_config = ConfigDict(extra="forbid")
+    prompt: str | None = None
+    seed: int | None = None
 
 
 class VideoResource(BaseModel):

@@ -13,14 +13,17 @@ from stiv_deploy.runtime.pipeline.images import Fit
 from stiv_deploy.runtime.pipeline.limits import BOUNDS, TEXT_LIMIT
 from stiv_deploy.runtime.pipeline.plan import RECOMMENDED, PlannedVideo, plan_generation
 from stiv_deploy.runtime.pipeline.records import GenerationRecord
+from stiv_deploy.runtime.pipeline.request import GenerationRequest
 from stiv_deploy.runtime.pipeline.samples import SampleMaker
 from stiv_deploy.runtime.pipeline.tasks import TASKS
 from stiv_deploy.runtime.pipeline.tokenization import lost_line
+from stiv_deploy.runtime.sampling.guidance import GuidanceMode, Unseen
+from stiv_deploy.runtime.sampling.settings import Solver
 from stiv_deploy.runtime.sampling.solvers import evaluations
 from stiv_deploy.serving.api.answers import resource
 from stiv_deploy.serving.api.body import FIELDS, FORMATS, PRIORITY, Asked, Wanted, wanted
 from stiv_deploy.serving.api.guard import Rate
-from stiv_deploy.serving.api.schema import ModelResource, VideoResource
+from stiv_deploy.serving.api.schema import ModelResource, Remix, VideoResource
 from stiv_deploy.serving.costs import Costs
 from stiv_deploy.serving.errors import ApiError, IdempotencyError, QueueFullError
 from stiv_deploy.serving.settings import ServeSettings
@@ -28,6 +31,8 @@ from stiv_deploy.serving.store.jobs import LEASE, Job, JobStore, State, new_id
 from stiv_deploy.serving.store.results import Results
 from stiv_deploy.serving.work.order import rank
 
+CHOICES = {"guidance_mode": GuidanceMode, "solver": Solver, "unseen": Unseen, "fit": Fit}
+"""Fields of a request that are one of a few words."""
 STALLED = 300.0
 """Seconds without getting on after which a worker that has work counts as dead."""
 LOOK = 0.2
@@ -86,14 +91,34 @@ class Service:
         Raises :class:`ApiError`, and what planning does.
         """
         self._check_open(owner)
+        return self._stored(owner, lambda: wanted(asked, self.bundle.manifest, self.settings.name), key, asked.digest)
+
+    def remix(self, owner: str, job: str, remix: Remix, key: str | None) -> Job:
+        """A new job with the request and priority of ``job``, but for what ``remix`` says.
+
+        Raises :class:`ApiError`, and what planning does.
+        """
+        source, text = self.job(owner, job), self.store.request(job)
+        if text is None:  # it was deleted just now
+            raise ApiError(404, "not_found", f"there is no video {job[:80]!r}", "video_id")
+        self._check_open(owner)
+        said = remix.model_dump(exclude_none=True)
+        digest = hashlib.sha256(f"{job} {remix.model_dump_json()}".encode()).hexdigest()
+
+        def what() -> Wanted:
+            return Wanted(GenerationRequest.from_json(text).changed(**said), source.priority, None, job)
+
+        return self._stored(owner, what, key, digest)
+
+    def _stored(self, owner: str, make: Callable[[], Wanted], key: str | None, digest: str) -> Job:
         with self._planning:  # one request's pictures at a time are in memory
-            what = wanted(asked, self.bundle.manifest, self.settings.name)
+            what = make()
             job, request = self._job(owner, what)
         job = self._made_before(job)
         if job.live:
             self._check_deadline(job, what)
         try:
-            stored, _ = self.store.submit(job, request, most=self.settings.queue, key=key, digest=asked.digest)
+            stored, _ = self.store.submit(job, request, most=self.settings.queue, key=key, digest=digest)
         except QueueFullError as error:
             raise ApiError(429, "queue_full", str(error), retry_after=self._next_place()) from None
         except IdempotencyError as error:
@@ -141,7 +166,7 @@ class Service:
             rows=len(video.settings.rows()),
             evaluations=len(planned),
             steps=sum(not each.hold for each in planned),
-            facts=json.dumps(self._facts(video)),
+            facts=json.dumps(self._facts(video) | {"remixed_from": what.source}),
             twin=hashlib.sha256(f"{plan.bundle} {text}".encode()).hexdigest(),
             priority=what.priority,
             due=None if what.deadline is None else now + what.deadline,
@@ -263,6 +288,7 @@ class Service:
             "buckets": [bucket.model_dump(mode="json") for bucket in manifest.buckets],
             "defaults": {name: getattr(sampling, recommended) for name, recommended in RECOMMENDED.items()},
             "limits": limits | multiples,
+            "choices": {name: [*kind] for name, kind in CHOICES.items()},
             "fields": list(FIELDS),
             "pictures": list(FORMATS),
             "tasks": [task.name for task in TASKS if task.leading or not manifest.model.causal_vae],

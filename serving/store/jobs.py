@@ -133,6 +133,9 @@ class JobStore(Protocol):
     def get(self, job: str, owner: str | None = None) -> Job | None:
         """The job of that id, if it is there, and the ``owner``'s."""
 
+    def request(self, job: str) -> str | None:
+        """The request (JSON) of the job of that id, if it is there."""
+
     def page(self, owner: str, after: str | None, limit: int, *, ascending: bool = False) -> Page | None:
         """The owner's jobs that were created after the job ``after`` (before it, unless ``ascending``); newest first.
 

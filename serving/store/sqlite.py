@@ -118,6 +118,11 @@ class SqliteJobStore:
         found = self._jobs("WHERE id = ?", (job,))
         return found[0] if found and owner in (None, found[0].owner) else None
 
+    def request(self, job: str) -> str | None:
+        """As the protocol says."""
+        rows = self._all("SELECT request FROM jobs WHERE id = ?", [job])
+        return str(rows[0]["request"]) if rows else None
+
     def page(self, owner: str, after: str | None, limit: int, *, ascending: bool = False) -> Page | None:
         """As the protocol says."""
         sign, order = (">", "ASC") if ascending else ("<", "DESC")

@@ -100,6 +100,33 @@ def test_the_first_frame_by_openais_name(place: Any, finished: Callable[..., Non
     assert np.abs(sheet[2:10, 2:10].astype(int) - 200).max() <= 1
 
 
+def test_a_remix_is_all_that_it_was_but_for_what_is_said(place: Any, finished: Callable[..., None]) -> None:
+    first = place.ask(frames={"-1": url(png())}, guidance_scale=2.5, priority=3)
+    address = f"/v1/videos/{first['id']}/remix"
+    same, other = (place.client.post(address, json=body).json() for body in ({}, {"seed": 2, "prompt": "digit"}))
+    finished(place.worker())
+    assert place.sheet(same["id"]) == place.sheet(first["id"]) != place.sheet(other["id"])
+    assert {each["remixed_from_video_id"] for each in (same, other)} == {first["id"]}
+    assert (other["prompt"], other["stiv"]["seed"], other["stiv"]["priority"]) == ("digit", 2, 3)
+    assert (first["remixed_from_video_id"], other["stiv"]["task"]) == (None, "frames")
+
+
+@pytest.mark.parametrize("body", [{"nope": 1}, {"seed": -1}, {"seed": "x"}])
+def test_a_bad_remix_is_told_what_is_wrong(place: Any, body: dict[str, Any]) -> None:
+    answer = place.client.post(f"/v1/videos/{place.ask()['id']}/remix", json=body)
+    assert answer.status_code == 400
+    assert next(iter(body)) in answer.json()["error"]["message"]
+    assert place.store.counts()["queued"] == 1
+
+
+def test_a_remix_has_an_idempotency_key_too(place: Any) -> None:
+    address, key = f"/v1/videos/{place.ask()['id']}/remix", {"Idempotency-Key": "k"}
+    made = {place.client.post(address, json={"seed": 5}, headers=key).json()["id"] for _ in range(2)}
+    assert len(made) == 1
+    assert place.client.post(address, json={"seed": 6}, headers=key).status_code == 409
+    assert place.client.post("/v1/videos/video_0/remix", json={}).status_code == 404
+
+
 def test_seconds_become_frames(place: Any) -> None:
     assert place.ask(seconds="0.5")["stiv"]["num_frames"] == 4
     assert place.ask(seconds=0.3)["stiv"]["num_frames"] == 2
@@ -348,6 +375,7 @@ def test_the_model_says_what_can_be_asked_for(place: Any) -> None:
     (model,) = place.client.get("/v1/models").json()["data"]
     assert model["id"] == "toy"
     assert model["stiv"]["defaults"]["num_frames"] == 4
+    assert model["stiv"]["choices"]["fit"] == ["exact", "stretch", "crop", "pad"]
     assert model["stiv"]["buckets"][0]["width"]["max"] == 12
     assert {"t2v", "ti2v", "predict"} <= {*model["stiv"]["tasks"]}
 
