@@ -12,9 +12,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stiv_deploy.runtime.files import read_text, write_text
 from stiv_deploy.serving.api.answers import error_answer
+from stiv_deploy.serving.api.page import FILES
 from stiv_deploy.serving.errors import ApiError, ServeError
 
-OPEN = ("/health", "/ready")
+OPEN = ("/health", "/ready", *FILES)
 """What is answered without a token."""
 LOCAL = "local"
 """The owner of all jobs where there are no tokens."""

@@ -83,9 +83,11 @@ class Place:
         stop, worker = Event(), self.worker()
         thread = Thread(target=worker.run, args=(stop,))
         thread.start()
-        yield
-        stop.set()
-        thread.join()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
 
 
 def finish(worker: Scheduler) -> None:

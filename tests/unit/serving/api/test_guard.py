@@ -45,10 +45,11 @@ def test_owners_see_their_own_jobs_only(place: Any) -> None:
         ("GET", address),
         ("DELETE", address),
         ("POST", f"{address}/cancel"),
+        ("POST", f"{address}/remix"),
         ("GET", f"{address}/content"),
         ("GET", f"{address}/events"),
     ):
-        assert place.client.request(method, path, headers=BOB).status_code == 404
+        assert place.client.request(method, path, headers=BOB, json={}).status_code == 404
     assert place.client.get("/v1/videos", headers=BOB).json()["data"] == []
     assert place.client.get(f"/v1/videos?after={job}", headers=BOB).status_code == 404
     assert place.client.get(address, headers=ALICE).json()["status"] == "queued"
