@@ -249,7 +249,8 @@ class Service:
 
     def tidy(self) -> None:
         """Remove what has been kept long enough, or is too much."""
-        for job in self.store.outdated(self._clock(), self.settings.keep_bytes):
+        settings = self.settings
+        for job in self.store.outdated(self._clock(), settings.keep_seconds, settings.keep_bytes):
             self.store.delete(job)
             self.results.remove(job)
         for worker in self.store.workers():

@@ -202,8 +202,11 @@ class JobStore(Protocol):
     def finished_bytes(self) -> int:
         """Bytes of all results."""
 
-    def outdated(self, now: float, most_bytes: int) -> list[str]:
-        """Finished jobs that have expired, and the oldest ones beyond ``most_bytes`` of results."""
+    def outdated(self, now: float, keep_seconds: float, most_bytes: int) -> list[str]:
+        """Finished jobs that have expired, and the oldest ones beyond ``most_bytes`` of results.
+
+        Those that were cancelled, or that workers died of, expire ``keep_seconds`` after their end.
+        """
 
     def states(self) -> dict[str, State]:
         """The state of every job, by id."""

@@ -251,9 +251,9 @@ class SqliteJobStore:
         """As the protocol says."""
         return int(self._all("SELECT COALESCE(SUM(bytes), 0) AS bytes FROM jobs")[0]["bytes"])
 
-    def outdated(self, now: float, most_bytes: int) -> list[str]:
+    def outdated(self, now: float, keep_seconds: float, most_bytes: int) -> list[str]:
         """As the protocol says."""
-        found = self._all("SELECT id FROM jobs WHERE finished IS NOT NULL AND expires < ?", (now,))
+        found = self._all("SELECT id FROM jobs WHERE COALESCE(expires, finished + ?) < ?", (keep_seconds, now))
         sums = """SELECT id FROM (SELECT id, SUM(bytes) OVER (ORDER BY finished DESC, number DESC) AS upto FROM jobs
             WHERE state = 'completed') WHERE upto > ?"""
         return list(dict.fromkeys(row["id"] for row in (*found, *self._all(sums, (most_bytes,)))))

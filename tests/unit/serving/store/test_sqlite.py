@@ -164,10 +164,24 @@ def test_the_old_and_the_many_go(store: SqliteJobStore, clock: Clock) -> None:
         clock.now += 1
         store.complete(each, "w", 10, clock.now + 100)
     assert store.finished_bytes() == 30
-    assert store.outdated(clock.now, 30) == []
-    assert store.outdated(clock.now, 20) == jobs[:1]
-    assert store.outdated(clock.now + 99.5, 1000) == jobs[:2]
-    assert store.outdated(clock.now + 1000, 0) == jobs[:3]
+    assert store.outdated(clock.now, 100, 30) == []
+    assert store.outdated(clock.now, 100, 20) == jobs[:1]
+    assert store.outdated(clock.now + 99.5, 100, 1000) == jobs[:2]
+    assert store.outdated(clock.now + 1000, 100, 0) == jobs[:3]
+
+
+def test_what_was_cancelled_or_died_goes_too(store: SqliteJobStore, clock: Clock) -> None:
+    cancelled, dead, live = (submit(store).id for _ in range(3))
+    store.cancel(cancelled)
+    for _ in range(ATTEMPTS):
+        store.claim(dead, "w")
+        store.release("w")
+    found = store.get(dead)
+    assert found is not None
+    assert found.state == State.FAILED
+    assert store.outdated(clock.now + 99, 100, 0) == []
+    assert set(store.outdated(clock.now + 101, 100, 0)) == {cancelled, dead}
+    assert store.get(live) is not None
 
 
 def test_everything_outlives_the_process(tmp_path: Path) -> None:
