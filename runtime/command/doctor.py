@@ -68,6 +68,7 @@ DEPENDENCIES = (
     Dependency("ml_dtypes", "ml_dtypes", ("dev",)),
     Dependency("mypy", "mypy", ("dev",)),
     Dependency("openai", "openai", ("dev",)),
+    Dependency("playwright", "playwright", ("dev",)),
     Dependency("pre_commit", "pre-commit", ("dev",)),
     Dependency("psutil", "psutil", ("dev",)),
     Dependency("pytest", "pytest", ("dev",)),
