@@ -15,7 +15,8 @@ LEFT, RIGHT, TOP, BOTTOM = 70, 700, 60, 400
 COLOURS = {Solver.EULER: "#c0392b", Solver.HEUN: "#b8860b", Solver.AB2: "#1f5fbf"}
 GREY = "#808080"
 LEAST_ERROR = 1e-9
-TICKS = (1, 2, 3, 4, 6, 8, 10, 12, 15, 20, 25, 30, 40, 60, 100, 200, 500, 1000, 2000, 5000, 10000, 20000)
+APART = 30
+"""Least pixels between the numbers of evaluations that are written below."""
 
 
 class Scale(NamedTuple):
@@ -37,7 +38,7 @@ def pareto_svg(report: TuneReport) -> str:
     points = (*report.tried, report.own)
     across, up = _across([each.evaluations for each in points]), _up([*(each.error for each in points)])
     parts = [
-        *_frame(across, up),
+        *_frame(sorted({each.evaluations for each in points}), across, up),
         *_reference(report, up),
         *(part for solver in Solver for part in _solver(solver, points, across, up)),
         _dot(report.own, across, up, 7, f'fill="none" stroke="{GREY}" stroke-width="2"', "the requests' own: "),
@@ -60,14 +61,16 @@ def _up(errors: Sequence[float]) -> Scale:
     return Scale(low, max(high, low + 1), BOTTOM, TOP)
 
 
-def _frame(across: Scale, up: Scale) -> Iterator[str]:
-    """Grid lines with what they stand for."""
+def _frame(counts: Sequence[int], across: Scale, up: Scale) -> Iterator[str]:
+    """Grid lines with what they stand for; of evaluations, those that were tried and have room."""
     for power in range(int(up.low), int(up.high) + 1):
         y = up(10.0**power)
         yield f'<path d="M{LEFT} {y}H{RIGHT}" stroke="#ddd"/>{_text(LEFT - 8, y + 4, f"1e{power}", "end")}'
-    for count in TICKS:
-        if across.low <= math.log10(count) <= across.high:
-            x = across(count)
+    last = -math.inf
+    for count in counts:
+        x = across(count)
+        if x - last >= APART:
+            last = x
             yield f'<path d="M{x} {TOP}V{BOTTOM}" stroke="#eee"/>{_text(x, BOTTOM + 18, str(count), "middle")}'
 
 
@@ -105,6 +108,7 @@ def _words(report: TuneReport) -> Iterator[str]:
     shown = [solver for solver in Solver if any(each.grid.solver == solver for each in report.tried)]
     for index, solver in enumerate(shown):
         yield _text(LEFT + 70 * index, 44, solver.value, colour=COLOURS[solver])
+    yield _text(RIGHT, 44, "large: the best time shift; ring: the requests' own grid", "end", GREY)
 
 
 def _text(x: float, y: float, words: str, anchor: str = "start", colour: str = "#222") -> str:

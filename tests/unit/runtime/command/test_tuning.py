@@ -72,6 +72,8 @@ def test_the_picture_shows_every_grid(tuned: tuple[Path, Path]) -> None:
     for dot in dots:
         assert 70 <= float(dot.get("cx", "")) <= 700
         assert 60 <= float(dot.get("cy", "")) <= 400
+    written = {each.text for each in root.findall("{*}text")}
+    assert {str(each.evaluations) for each in (*report.tried, report.own)} <= written
 
 
 def test_a_picture_of_errors_of_nothing(tuned: tuple[Path, Path]) -> None:
