@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from stiv_deploy.stiv_ref.data.open_source import open_source
 from stiv_deploy.stiv_ref.data.source import Batch, Source
@@ -101,3 +103,11 @@ def whole(_whole: Path, recipe: Recipe) -> Path:
     if not (_whole / "checkpoint").exists():
         trainer.train(trainer.TrainRequest(recipe=recipe, out=_whole))
     return _whole
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Of this process alone: the paths of sharded parameters, without a second process."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()

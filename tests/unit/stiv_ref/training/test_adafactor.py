@@ -1,15 +1,14 @@
 """Adafactor as the paper has it: its formula, and that it moves what starts at zero, also where it is sharded."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from stiv_deploy.stiv_ref.config import StivConfig
@@ -106,14 +105,6 @@ def test_gates_that_start_at_zero_learn_and_starve_where_steps_are_scaled_by_siz
     scaled = gate_after(lambda parameters: torch.optim.Adafactor(parameters, lr), steps)
     assert ours > 0.5 * adamw > 0.1
     assert abs(scaled) < 2 * steps * lr * 1e-3 < 0.01 * ours
-
-
-@pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    """Of this process alone: the paths of sharded parameters, without a second process."""
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (4,)])

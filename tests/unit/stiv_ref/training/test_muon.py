@@ -1,16 +1,13 @@
 """Muon: its turned steps against singular value decompositions in fp64, the rest against AdamW, whole and sharded."""
 
-from collections.abc import Iterator
-
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from stiv_deploy.stiv_ref.config import StivConfig
@@ -108,14 +105,6 @@ def test_it_turns_the_matrices_of_the_blocks(recipe: Recipe) -> None:
     }  # fmt: skip
     optimizer = make_optimizer(Optimizer(name="muon"), recipe.stages[0], parameters)
     assert [len(group["params"]) for group in optimizer.param_groups] == [len(turned), len(parameters) - len(turned)]
-
-
-@pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    """Of this process alone: the paths of sharded parameters, without a second process."""
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("turned", [True, False])
