@@ -19,7 +19,7 @@ from stiv_deploy.serving.errors import ServeError
 from stiv_deploy.serving.settings import ServeSettings
 from stiv_deploy.serving.store.results import Results
 from stiv_deploy.serving.store.sqlite import SqliteJobStore
-from stiv_deploy.serving.work.supervisor import Supervisor
+from stiv_deploy.serving.workers.supervisor import Supervisor
 
 TIDY = 30.0
 """Seconds between two rounds of tidying up."""

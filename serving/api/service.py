@@ -29,7 +29,7 @@ from stiv_deploy.serving.errors import ApiError, IdempotencyError, QueueFullErro
 from stiv_deploy.serving.settings import ServeSettings
 from stiv_deploy.serving.store.jobs import LEASE, Job, JobStore, State, new_id
 from stiv_deploy.serving.store.results import Results
-from stiv_deploy.serving.work.order import rank
+from stiv_deploy.serving.workers.order import rank
 
 CHOICES = {"guidance_mode": GuidanceMode, "solver": Solver, "unseen": Unseen, "fit": Fit}
 """Fields of a request that are one of a few words."""

@@ -53,7 +53,7 @@ LAWS = {
     "runtime/pipeline/pictures": {"runtime/errors"},
     "serving": {"runtime", "serving"},
     "serving/store": {"runtime/errors", "runtime/files", "serving/errors"},
-    "serving/work": {"runtime", "serving/costs", "serving/errors", "serving/settings", "serving/store"},
+    "serving/workers": {"runtime", "serving/costs", "serving/errors", "serving/settings", "serving/store"},
     "stiv_ref": {"stiv_ref"},
     "stiv_ref/fused": {"stiv_ref", "runtime/errors", "runtime/plugins"},
     "calibration": {"calibration", "stiv_ref", "runtime/errors", "runtime/pipeline/pictures"},
@@ -70,7 +70,7 @@ FOREIGN = {
     "export/engines": TENSORS,
     "export/audit": TENSORS,
     "serving": {*TENSORS, "onnx", "onnxscript"},
-    "serving/work": {"fastapi", "starlette", "uvicorn"},
+    "serving/workers": {"fastapi", "starlette", "uvicorn"},
 }
 """Libraries that a room must work without, and so must all that it imports."""
 
@@ -262,8 +262,8 @@ def planted(graph: Graph, module: str, target: str) -> Graph:
         ("export/audit/audit", "export/parity/ladder"),
         ("export/cli", "benchmarks/command"),
         ("runtime/command/cli", "serving/cli"),
-        ("serving/work/scheduler", "serving/api/service"),
-        ("serving/store/jobs", "serving/work/order"),
+        ("serving/workers/scheduler", "serving/api/service"),
+        ("serving/store/jobs", "serving/workers/order"),
         ("serving/api/app", "export/errors"),
     ],
 )

@@ -21,8 +21,8 @@ from stiv_deploy.serving.api.service import Service
 from stiv_deploy.serving.settings import ServeSettings
 from stiv_deploy.serving.store.results import Results
 from stiv_deploy.serving.store.sqlite import SqliteJobStore
-from stiv_deploy.serving.work.scheduler import Scheduler
-from stiv_deploy.serving.work.workshop import Workshop
+from stiv_deploy.serving.workers.scheduler import Scheduler
+from stiv_deploy.serving.workers.workshop import Workshop
 
 __all__ = ["bundle_path", "bundle_with", "toy"]
 ADDRESS = "http://127.0.0.1:8000"

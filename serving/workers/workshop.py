@@ -16,7 +16,7 @@ from stiv_deploy.runtime.sampling.engine import StepEngine
 from stiv_deploy.runtime.sampling.hooks import GraphClock
 from stiv_deploy.runtime.sampling.text_stage import TextStage
 from stiv_deploy.serving.store.jobs import Job, Size
-from stiv_deploy.serving.work.clips import Clip
+from stiv_deploy.serving.workers.clips import Clip
 
 FEWEST = 2
 """Rows of the smallest call: those of one clip with guidance."""

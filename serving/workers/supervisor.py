@@ -18,7 +18,7 @@ PAUSES = (0.0, 1.0, 5.0, 30.0)
 SOON = 60.0
 USAGE = 2
 """Exit code of a worker that cannot start at all."""
-MODULE = "stiv_deploy.serving.work.process"
+MODULE = "stiv_deploy.serving.workers.process"
 log = logging.getLogger(__name__)
 
 

@@ -21,10 +21,10 @@ from stiv_deploy.serving.costs import SHARED, Costs, worthwhile_rows
 from stiv_deploy.serving.settings import ServeSettings
 from stiv_deploy.serving.store.jobs import ATTEMPTS, Job, JobStore, Measured, Size, State
 from stiv_deploy.serving.store.results import Results
-from stiv_deploy.serving.work.clips import Clip, Decoding, pause_arrays, pause_of, write_files
-from stiv_deploy.serving.work.lane import Lane
-from stiv_deploy.serving.work.order import Turns, rank
-from stiv_deploy.serving.work.workshop import FEWEST, Workshop
+from stiv_deploy.serving.workers.clips import Clip, Decoding, pause_arrays, pause_of, write_files
+from stiv_deploy.serving.workers.lane import Lane
+from stiv_deploy.serving.workers.order import Turns, rank
+from stiv_deploy.serving.workers.workshop import FEWEST, Workshop
 
 SIZES = 2
 """Sizes that have an engine at a time."""

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from stiv_deploy.serving.settings import ServeSettings
-from stiv_deploy.serving.work import process
-from stiv_deploy.serving.work.process import Worker, device_of
+from stiv_deploy.serving.workers import process
+from stiv_deploy.serving.workers.process import Worker, device_of
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stiv_deploy.serving.store.jobs import Job
-from stiv_deploy.serving.work.order import AGEING, Turns, rank
+from stiv_deploy.serving.workers.order import AGEING, Turns, rank
 
 JOB = Job(id="a", owner="me", created=0.0, frames=1, height=2, width=2, rows=1, evaluations=1, steps=1)
 

@@ -11,8 +11,8 @@ import pytest
 
 from stiv_deploy.serving.store.jobs import State
 from stiv_deploy.serving.store.sqlite import SqliteJobStore
-from stiv_deploy.serving.work import scheduler as module
-from stiv_deploy.serving.work.scheduler import Scheduler
+from stiv_deploy.serving.workers import scheduler as module
+from stiv_deploy.serving.workers.scheduler import Scheduler
 
 KINDS: tuple[dict[str, Any], ...] = (
     {"num_inference_steps": 6, "guidance_scale": 2.0},

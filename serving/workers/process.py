@@ -1,4 +1,4 @@
-"""A worker as a process of its own: ``python -m stiv_deploy.serving.work.process INDEX SETTINGS-AS-JSON``.
+"""A worker as a process of its own: ``python -m stiv_deploy.serving.workers.process INDEX SETTINGS-AS-JSON``.
 
 It ends by SIGTERM, and when its parent is gone; with 2, and a line on standard error, if it cannot start.
 """
@@ -19,8 +19,8 @@ from stiv_deploy.serving.settings import ServeSettings
 from stiv_deploy.serving.store.jobs import LEASE, WorkerState
 from stiv_deploy.serving.store.results import Results
 from stiv_deploy.serving.store.sqlite import SqliteJobStore
-from stiv_deploy.serving.work.scheduler import Scheduler
-from stiv_deploy.serving.work.workshop import Workshop
+from stiv_deploy.serving.workers.scheduler import Scheduler
+from stiv_deploy.serving.workers.workshop import Workshop
 
 CPU = "onnxruntime"
 """The backend that has no GPU to be told."""

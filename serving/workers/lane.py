@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from stiv_deploy.runtime.sampling.engine import StepEngine, Tick
 from stiv_deploy.serving.store.jobs import Size
-from stiv_deploy.serving.work.clips import Clip
+from stiv_deploy.serving.workers.clips import Clip
 
 
 class Lane:
