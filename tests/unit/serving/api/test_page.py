@@ -161,9 +161,9 @@ def test_a_video_is_asked_for_watched_through_a_reload_and_played(visit: Any, fi
     finished(worker)
     says(card, "Done")
     card.get_by_role("button", name="Play").click()
-    until(tab, "document.querySelector('video').currentTime > 0")
+    until(tab, "document.querySelector('video')?.currentTime > 0")
     card.get_by_role("button", name="Contact sheet").click()
-    until(tab, "document.querySelector('dialog[open] img').naturalWidth > 0")
+    until(tab, "document.querySelector('dialog[open] img')?.naturalWidth > 0")
     tab.keyboard.press("Escape")
     with tab.expect_download() as saved:
         card.get_by_role("button", name="Save mp4").click()
