@@ -20,6 +20,14 @@ class ApiError(StivError):
         self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
 
 
+class StoreError(StivError):
+    """The job store cannot be read or written now: ``full`` says whether for want of room on its disk."""
+
+    def __init__(self, message: str, *, full: bool) -> None:
+        super().__init__(message)
+        self.full = full
+
+
 class QueueFullError(StivError):
     """The queue has as many jobs as it may."""
 

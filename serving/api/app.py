@@ -6,11 +6,14 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
+from anyio import CancelScope
+from anyio.lowlevel import checkpoint
 from fastapi import APIRouter, FastAPI, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
 from stiv_deploy.runtime.errors import StivError, one_line
@@ -22,7 +25,7 @@ from stiv_deploy.serving.api.metrics import exposition, registry
 from stiv_deploy.serving.api.page import router as page_router
 from stiv_deploy.serving.api.schema import ErrorAnswer, Health, ModelList, Remix, VideoDeleted, VideoList, VideoResource
 from stiv_deploy.serving.api.service import Service
-from stiv_deploy.serving.errors import ApiError
+from stiv_deploy.serving.errors import ApiError, StoreError
 from stiv_deploy.serving.store.jobs import Job, State
 from stiv_deploy.serving.store.results import SPRITESHEET, THUMBNAIL, VIDEO
 
@@ -34,6 +37,8 @@ VARIANTS = {
 }
 KEY_LIMIT = 255
 """Characters of an idempotency key."""
+STORE_BACK = 10.0
+"""Seconds after which one may try again where the job store could not be used."""
 WORDS = {404: "not_found", 405: "method_not_allowed"}
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
@@ -53,6 +58,7 @@ def create_app(service: Service, tokens: Tokens, lifespan: Lifespan = alone) -> 
     app.add_exception_handler(StivError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientDisconnect, _left)
     app.add_exception_handler(Exception, _fault)
     return Guard(app, tokens, service.settings.body_bytes)
 
@@ -81,7 +87,9 @@ def _check_key(key: str | None) -> None:
 async def _submitted(request: Request, key: str | None) -> Job:
     _check_key(key)
     asked = await read_body(request)
-    return await run_in_threadpool(_service(request).submit, _owner(request), asked, key)
+    with CancelScope(shield=True):  # who is cancelled meanwhile still learns of the job that is stored
+        job = await run_in_threadpool(_service(request).submit, _owner(request), asked, key)
+    return job
 
 
 Key = Annotated[str | None, Header(alias="Idempotency-Key")]
@@ -100,6 +108,7 @@ async def create_and_wait(request: Request) -> Response:
     service, job = _service(request), await _submitted(request, None)
     finished = False
     try:
+        await checkpoint()
         async for current in changes(service, job):
             if current is None:
                 raise ApiError(404, "not_found", "the video was deleted", "video_id")
@@ -223,6 +232,10 @@ def metrics(request: Request) -> Response:
 
 
 def _refused(_request: Request, error: Exception) -> Response:
+    if isinstance(error, StoreError):
+        log.error("%s", error)
+        status, code = (507, "insufficient_storage") if error.full else (503, "store_unavailable")
+        error = ApiError(status, code, str(error), retry_after=STORE_BACK)
     if not isinstance(error, ApiError):
         error = ApiError(400, "invalid_request", one_line(str(error)))
     return error_answer(error)
@@ -233,6 +246,10 @@ def _invalid(_request: Request, error: Exception) -> Response:
     fault = error.errors()[0]
     name = str(fault["loc"][-1])
     return error_answer(ApiError(400, "invalid_request", one_line(f"{name}: {fault['msg']}"), name[:80]))
+
+
+def _left(_request: Request, _error: Exception) -> Response:
+    return error_answer(ApiError(499, "cancelled", "the client has left"))
 
 
 def _http(_request: Request, error: Exception) -> Response:

@@ -1,5 +1,6 @@
 """Who may come in: one door for all routes, closed unless there is a reason to open it."""
 
+import asyncio
 import hashlib
 import hmac
 import secrets
@@ -29,6 +30,8 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-store",
 }
+UPLOAD = 60.0
+"""Seconds that the body of a request may take."""
 BURST = 60.0
 """Seconds of their rate that new jobs may come at once."""
 
@@ -95,7 +98,7 @@ class Guard:
     """The door in front of ``app``: without ``tokens`` only this machine's own names lead here, and no foreign page.
 
     A browser that is on another site can reach a server on its own machine; it says so in ``Origin``, and a name that
-    was made to point here in ``Host``. Bodies have at most ``body_bytes``.
+    was made to point here in ``Host``. Bodies have at most ``body_bytes``, and ``UPLOAD`` seconds.
     """
 
     def __init__(self, app: ASGIApp, tokens: Tokens, body_bytes: int, hosts: Iterable[str] = LOOPBACK) -> None:
@@ -134,12 +137,19 @@ class Guard:
         return ApiError(413, "request_too_large", f"a request has at most {self._most} bytes here")
 
     def _counted(self, receive: Receive) -> Receive:
-        """``receive``, but for an error where a body without a length becomes too large."""
-        found = 0
+        """``receive``, but for an error where a body without a length becomes too large, or takes too long."""
+        found, until = 0, time.monotonic() + UPLOAD
+        whole = False
 
         async def counted() -> Message:
-            nonlocal found
-            message = await receive()
+            nonlocal found, whole
+            if whole:  # what comes now is that the client has left
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), until - time.monotonic())
+            except TimeoutError:
+                raise ApiError(408, "request_timeout", f"the request took longer than {UPLOAD:g} s to come") from None
+            whole = not message.get("more_body", False)
             found += len(message.get("body", b""))
             if found > self._most:
                 raise self._too_large()

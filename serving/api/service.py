@@ -9,6 +9,7 @@ from threading import Lock
 from typing import Any
 
 from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.tuned import ONE_A_STEP, TunedGrid
 from stiv_deploy.runtime.pipeline.images import Fit
 from stiv_deploy.runtime.pipeline.limits import BOUNDS, TEXT_LIMIT
 from stiv_deploy.runtime.pipeline.plan import RECOMMENDED, PlannedVideo, plan_generation
@@ -49,8 +50,10 @@ class Outlook:
     workers: int
 
     def position(self, job: Job) -> int | None:
-        """How many come before ``job``; ``None`` if it does not wait."""
-        return next((at for at, each in enumerate(self.waiting) if each.id == job.id), None)
+        """How many come before ``job``, all if it has come since; ``None`` if it does not wait."""
+        if job.state != State.QUEUED:
+            return None
+        return next((at for at, each in enumerate(self.waiting) if each.id == job.id), len(self.waiting))
 
     def eta(self, job: Job) -> float | None:
         """Seconds until ``job``, which may be new, is done; ``None`` if nobody knows."""
@@ -59,9 +62,7 @@ class Outlook:
         alone = self.costs.alone(job)
         if job.state == State.IN_PROGRESS or alone is None:
             return alone
-        at = self.position(job)
-        before = self.waiting if at is None else self.waiting[:at]
-        backlog = self.costs.backlog([*self.running, *before], self.workers)
+        backlog = self.costs.backlog([*self.running, *self.waiting[: self.position(job)]], self.workers)
         return None if backlog is None else backlog + alone
 
 
@@ -283,11 +284,12 @@ class Service:
         }
         limits = {name: list(bounds) for name, bounds in BOUNDS.items() if name != "count"}
         limits |= {"priority": list(PRIORITY), "prompt": [0, TEXT_LIMIT]}
-        sampling = manifest.sampling
+        sampling, tuned = manifest.recommended(), manifest.tuned
         details = {
             "bundle": self.bundle.hash,
             "buckets": [bucket.model_dump(mode="json") for bucket in manifest.buckets],
             "defaults": {name: getattr(sampling, recommended) for name, recommended in RECOMMENDED.items()},
+            "tuned": [] if tuned is None else [_grid(each) for each in tuned.grids],
             "limits": limits | multiples,
             "choices": {name: [*kind] for name, kind in CHOICES.items()},
             "fields": list(FIELDS),
@@ -296,3 +298,9 @@ class Service:
             "trained": None if manifest.trained is None else manifest.trained.model_dump(mode="json"),
         }
         return ModelResource(id=self.settings.name, created=int(self._started), stiv=details)
+
+
+def _grid(grid: TunedGrid) -> dict[str, Any]:
+    """``grid`` as clients see it: what its solver and steps go best with, and whether it is one of those by default."""
+    own = grid.model_dump(include={"solver", "steps", "time_shift", "tried"})
+    return own | {"default": grid.solver in ONE_A_STEP}

@@ -26,6 +26,7 @@ const FIELDS = [
   ["fit", "Pictures of another size", null, "fitting"],
 ];
 
+const TUNED = ["solver", "time_shift"]; // what goes best with so many steps, where somebody has looked for it
 const EMPTY = { seed: "any", priority: "0" }; // what the server takes where nothing is said
 
 const $ = (id) => document.getElementById(id);
@@ -34,6 +35,7 @@ const done = (video) => video.status === "completed" || video.status === "failed
 const address = (id) => `/v1/videos/${encodeURIComponent(id)}`;
 
 let model = null; // what /v1/models says under `stiv`
+let proposed = null; // what the form shows of TUNED where nobody has chosen
 let looking = null; // aborts the look at the list that is under way
 const given = new Map(); // pictures by frame, {file, url}; the last frame is -1, however many there are
 const turned = []; // ids after which the pages up to this one begin
@@ -144,11 +146,31 @@ function comeIn(event) {
 
 function describe(found) {
   model = found.stiv;
+  proposed = { ...model.defaults };
   $("model").textContent = found.id;
   for (const field of FIELDS) if (model.fields.includes(field[0])) addField(...field);
   for (const name of ["prompt", "negative_prompt"]) $(name).maxLength = model.limits.prompt[1];
   $("num_frames").addEventListener("input", () => $("num_frames").validity.valid && drawTimeline());
+  for (const name of ["num_inference_steps", "solver"]) $(name)?.addEventListener("input", tune);
   drawTimeline();
+}
+
+// As `Tuned.grid` chooses: the nearest number of steps by its ratio, then what erred least.
+function tunedFor(steps, solver) {
+  const distance = (each) => Math.abs(Math.log(each.steps / steps));
+  const fit = model.tuned.filter((each) => (solver === null ? each.default : each.solver === solver));
+  return fit.sort((a, b) => distance(a) - distance(b) || a.tried - b.tried)[0];
+}
+
+// Shows what goes with the steps, and with a solver that was chosen, in place of what was proposed before.
+function tune() {
+  const steps = Number($("num_inference_steps").value);
+  if (!(steps > 0)) return;
+  const solver = $("solver").value === String(proposed.solver) ? null : $("solver").value;
+  const next = { solver: model.defaults.solver, time_shift: model.defaults.time_shift, ...tunedFor(steps, null) };
+  next.time_shift = (solver && tunedFor(steps, solver)?.time_shift) ?? next.time_shift;
+  for (const name of TUNED) if ($(name).value === String(proposed[name])) $(name).value = next[name];
+  proposed = next;
 }
 
 function addField(name, label, step, where) {
@@ -189,12 +211,13 @@ function bounds(name) {
   return [Math.min(...each.map((one) => one.min)), Math.max(...each.map((one) => one.max))];
 }
 
-// What is as the model has it is left out: the server fills it in.
+// What is as the model has it is left out: the server fills it in. What follows from the steps is said as it is shown.
 function asked() {
   const body = new FormData();
   for (const { name, type, value, checked } of $("ask").elements) {
     const said = type === "checkbox" ? String(checked) : value;
-    if (name && said !== String(model.defaults[name] ?? "")) body.set(name, said);
+    const shown = TUNED.includes(name) && model.tuned.length > 0 && said !== "";
+    if (name && (shown || said !== String(model.defaults[name] ?? ""))) body.set(name, said);
   }
   body.set("prompt", $("prompt").value); // it may be empty, but not missing
   if (!given.size) body.delete("fit");

@@ -118,7 +118,8 @@ class JobStore(Protocol):
 
     A job belongs to the worker that claimed it until its lease ends. What a worker says of a job that is no longer its
     own (it was cancelled, deleted, or given to another) is refused by ``False``: of a cancel and a finish at one time
-    the store decides which was first.
+    the store decides which was first. Where the store is out of reach, or its disk full, a method raises
+    :class:`~stiv_deploy.serving.errors.StoreError`, and has changed nothing.
     """
 
     def submit(

@@ -10,7 +10,7 @@ from threading import RLock
 from typing import Any
 
 from stiv_deploy.runtime.errors import one_line
-from stiv_deploy.serving.errors import IdempotencyError, QueueFullError, ServeError
+from stiv_deploy.serving.errors import IdempotencyError, QueueFullError, ServeError, StoreError
 from stiv_deploy.serving.store.jobs import (
     ATTEMPTS,
     CANCELLED,
@@ -55,7 +55,8 @@ MINE = "id = ? AND worker = ? AND state = 'in_progress'"
 class SqliteJobStore:
     """A :class:`~stiv_deploy.serving.store.jobs.JobStore` in the file ``path``, shared by this process's threads.
 
-    Raises :class:`ServeError` if the file cannot be opened, or is of another version.
+    Raises :class:`ServeError` if the file cannot be opened, or is of another version. Every method raises
+    :class:`StoreError` if the file cannot be used now; nothing has changed then.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
@@ -77,17 +78,18 @@ class SqliteJobStore:
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
+        with self._lock, _told():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # of some errors, a full disk among them, it has ended by itself
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     def _all(self, query: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
-        with self._lock:
+        with self._lock, _told():
             return self._db.execute(query, values).fetchall()
 
     def _jobs(self, rest: str, values: Sequence[Any] = ()) -> list[Job]:
@@ -270,7 +272,7 @@ class SqliteJobStore:
 
     def version(self) -> tuple[int, int]:
         """As the protocol says."""
-        with self._lock:
+        with self._lock, _told():
             (others,) = self._db.execute("PRAGMA data_version").fetchone()
             return others, self._db.total_changes
 
@@ -278,6 +280,19 @@ class SqliteJobStore:
         """As the protocol says."""
         with self._lock:
             self._db.close()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What keeps SQLite from its file (a full disk, another process, damage) as :class:`StoreError`."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError):
+            raise
+        full = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL
+        message = "the disk of the job store is full" if full else f"no job store now ({one_line(str(error))})"
+        raise StoreError(message, full=full) from None
 
 
 def _job(row: sqlite3.Row) -> Job:

@@ -1,6 +1,7 @@
 """A worker as a process of its own: ``python -m stiv_deploy.serving.workers.process INDEX SETTINGS-AS-JSON``.
 
-It ends by SIGTERM, and when its parent is gone; with 2, and a line on standard error, if it cannot start.
+It ends by SIGTERM, and when its parent is gone; with 2, and a line on standard error, if it cannot start, and with 1 if
+something ends it later.
 """
 
 import logging
@@ -9,12 +10,14 @@ import secrets
 import signal
 import sys
 import time
+from contextlib import suppress
 from threading import Event, Thread
 
 from stiv_deploy.runtime.backends import open_backend
 from stiv_deploy.runtime.backends.cuda import count_gpus
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.errors import StivError, one_line
+from stiv_deploy.serving.errors import StoreError
 from stiv_deploy.serving.settings import ServeSettings
 from stiv_deploy.serving.store.jobs import LEASE, WorkerState
 from stiv_deploy.serving.store.results import Results
@@ -43,7 +46,8 @@ class Worker:
         backend = open_backend(settings.backend, bundle, settings.threads, device_of(settings, index))
         self._workshop = Workshop(bundle, backend)
         self._scheduler = Scheduler(self._store, Results(settings.data), self._workshop, settings, self.name)
-        self._ready = False
+        self.ready = False
+        """Whether it takes jobs, or has done so."""
 
     def run(self, stop: Event) -> None:
         """Work until ``stop`` is set."""
@@ -52,13 +56,14 @@ class Worker:
         pulse.start()
         try:
             self._scheduler.prepare()
-            self._ready = True
+            self.ready = True
             self._beat()
             self._scheduler.run(stop)
         finally:
             ended.set()
             pulse.join()
-            self._store.sign_off(self.name)
+            with suppress(StoreError):
+                self._store.sign_off(self.name)
             self._workshop.close()
             self._store.close()
 
@@ -77,7 +82,7 @@ class Worker:
 
     def _beat(self) -> None:
         device = self._workshop.backend.device
-        state = WorkerState(self.name, os.getpid(), time.time(), self._scheduler.turned, self._ready, device)
+        state = WorkerState(self.name, os.getpid(), time.time(), self._scheduler.turned, self.ready, device)
         self._store.beat(state)
 
 
@@ -88,11 +93,13 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C reaches the parent, which tells us
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     index, settings, name = int(sys.argv[1]), ServeSettings.model_validate_json(sys.argv[2]), sys.argv[3]
+    worker = None
     try:
-        Worker(settings, index, name).run(stop)
+        worker = Worker(settings, index, name)
+        worker.run(stop)
     except StivError as error:
         sys.stderr.write(f"error: {one_line(str(error))}\n")
-        return 2
+        return 1 if worker is not None and worker.ready else 2
     return 0
 
 

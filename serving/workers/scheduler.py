@@ -15,9 +15,10 @@ from threading import Event
 
 import numpy as np
 
-from stiv_deploy.runtime.errors import StivError, one_line
+from stiv_deploy.runtime.errors import OutputError, StivError, one_line
 from stiv_deploy.runtime.sampling.engine import Tick
 from stiv_deploy.serving.costs import SHARED, Costs, worthwhile_rows
+from stiv_deploy.serving.errors import StoreError
 from stiv_deploy.serving.settings import ServeSettings
 from stiv_deploy.serving.store.jobs import ATTEMPTS, Job, JobStore, Measured, Size, State
 from stiv_deploy.serving.store.results import Results
@@ -34,6 +35,8 @@ PATIENCE = 10.0
 """Seconds that a job of a size without an engine waits before another size has to end."""
 IDLE = 0.02
 """Seconds between two looks at the store while there is nothing to do."""
+RETRY = 1.0
+"""Seconds between two tries to reach a store that fails."""
 TOLD = 0.25
 """Seconds between two notes of progress."""
 ENCODING = 8
@@ -64,6 +67,7 @@ class Scheduler:
         self._turns: Turns[Size] = Turns(QUANTUM)
         self._writer = ThreadPoolExecutor(1, "writer")
         self._writing: dict[str, Future[None]] = {}
+        self._unwritten: StoreError | None = None
         self._decoding: deque[Decoding] = deque()
         self._seen: tuple[int, int] | None = None
         self._room = True
@@ -80,13 +84,37 @@ class Scheduler:
     def run(self, stop: Event) -> None:
         """Work until ``stop`` is set; then finish what can be finished in time, and give back the rest."""
         while not stop.is_set():
-            if not self.turn():
-                stop.wait(IDLE)
-        self._end()
+            try:
+                worked = self.turn()
+                if not worked:
+                    stop.wait(IDLE)
+            except StoreError as error:
+                log.error("%s: %s; all clips begin again from what is kept of them", self._name, error)
+                self._start_over(stop)
+        try:
+            self._end()
+        except StoreError as error:  # what we had goes to others when its lease ends
+            log.error("%s: %s", self._name, error)
+
+    def _start_over(self, stop: Event) -> None:
+        """Let go of everything, and give it back as soon as the store can be told: nobody else knows where it was."""
+        wait(list(self._writing.values()))
+        self._unwritten = None
+        self._lanes.clear()
+        self._decoding.clear()
+        self._seen, self._room = None, True
+        while not stop.wait(RETRY):
+            try:
+                self._store.requeue(self._store.owned(self._name), self._name)
+                return
+            except StoreError as error:
+                log.error("%s: %s", self._name, error)
 
     def turn(self) -> bool:
-        """One piece of work; whether there was any."""
+        """One piece of work; whether there was any. Raises :class:`~stiv_deploy.serving.errors.StoreError`."""
         self.turned = self._clock()
+        if self._unwritten is not None:
+            raise self._unwritten
         self._look()
         return self._work()
 
@@ -289,14 +317,25 @@ class Scheduler:
         try:
             with self._results.writing(job) as folder:
                 write_files(clip, frames, latents, self._workshop.backend.name, folder)
-            expires = self._clock() + self._settings.keep_seconds
-            if self._store.complete(job, self._name, self._results.bytes(job), expires):
-                self._results.forget_latents(job)
-            else:
-                self._clean_up(job)
+            self._finish(job)
+        except StoreError as error:
+            self._unwritten = error
         except Exception as error:  # whatever is wrong with it, others go on
             log.exception("%s cannot be written", job)
+            self._fail_late(job, error)
+
+    def _fail_late(self, job: str, error: Exception) -> None:
+        try:
             self._fail(job, "storage_error", f"its result could not be written ({type(error).__name__})")
+        except StoreError as unwritten:  # for the other thread, which has the clips
+            self._unwritten = unwritten
+
+    def _finish(self, job: str) -> None:
+        expires = self._clock() + self._settings.keep_seconds
+        if self._store.complete(job, self._name, self._results.bytes(job), expires):
+            self._results.forget_latents(job)
+        else:
+            self._clean_up(job)
 
     def _keep(self, lane: Lane, moved: list[Clip]) -> None:
         """Write the latents of those that have come another ``latents_every`` steps."""
@@ -308,9 +347,15 @@ class Scheduler:
                 clip.pause = None
 
     def _save(self, clip: Clip) -> None:
-        if clip.pause is not None:
+        """Write the latents of ``clip``; where that is not possible it would begin again, as if it had not paused."""
+        if clip.pause is None:
+            return
+        try:
             self._results.save_latents(clip.job.id, **pause_arrays(clip.pause, clip))
-            self._store.advance(self._name, {clip.job.id: clip.step})
+        except OutputError as error:
+            log.warning("the latents of %s are not kept (%s)", clip.job.id, error)
+            return
+        self._store.advance(self._name, {clip.job.id: clip.step})
 
     def _tell(self) -> None:
         """Note progress and times in the store, now and then."""

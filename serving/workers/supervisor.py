@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from threading import Event, Thread
 
+from stiv_deploy.serving.errors import StoreError
 from stiv_deploy.serving.settings import ServeSettings
 from stiv_deploy.serving.store.jobs import JobStore
 
@@ -18,7 +19,11 @@ PAUSES = (0.0, 1.0, 5.0, 30.0)
 SOON = 60.0
 USAGE = 2
 """Exit code of a worker that cannot start at all."""
-MODULE = "stiv_deploy.serving.workers.process"
+HUNG = 900.0
+"""Seconds without getting on after which a worker is killed: more than the making of any engine takes."""
+SLACK = 8.0
+"""Seconds that a worker may take to end beyond those that it has to finish its jobs; then it is killed."""
+COMMAND = (sys.executable, "-m", "stiv_deploy.serving.workers.process")
 log = logging.getLogger(__name__)
 
 
@@ -29,11 +34,13 @@ class _Watched:
         self._settings, self._index = settings, index
         self.name = ""
         self._deaths = 0
+        self.starts = 0
         self.start()
 
     def start(self) -> None:
         self.name = f"worker-{self._index}-{secrets.token_hex(4)}"
-        command = [sys.executable, "-m", MODULE, str(self._index), self._settings.model_dump_json(), self.name]
+        command = [*COMMAND, str(self._index), self._settings.model_dump_json(), self.name]
+        self.starts += 1
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         self._started = time.monotonic()
 
@@ -71,17 +78,33 @@ class Supervisor:
                         del due[index]
                         each.start()
                 elif each.process.poll() is not None:
-                    if each.process.returncode == USAGE:
+                    if each.process.returncode == USAGE and each.starts == 1:
                         self._failed()
                         return
                     self._bury(each)
                     due[index] = time.monotonic() + each.pause()
+            self._kill_hung()
+
+    def _kill_hung(self) -> None:
+        """Kill workers that live and get on with nothing; they are then buried as others are."""
+        try:
+            states = {each.id: each for each in self._store.workers()}
+        except StoreError:
+            return
+        for each in self._watched:
+            state = states.get(each.name)
+            if state is not None and state.ready and state.turned < state.beat - HUNG:
+                log.error("%s has not got on for %d s; it is killed", each.name, state.beat - state.turned)
+                each.process.kill()
 
     def _bury(self, each: _Watched) -> None:
         """Give the jobs of a worker that died to others."""
         log.error("%s died (exit code %d); its jobs go on elsewhere", each.name, each.process.returncode)
-        self._store.release(each.name)
-        self._store.sign_off(each.name)
+        try:
+            self._store.release(each.name)
+            self._store.sign_off(each.name)
+        except StoreError as error:  # its leases end by themselves
+            log.error("the jobs of %s wait until its leases end (%s)", each.name, error)
 
     def stop(self) -> None:
         """End all workers: each finishes or gives back what it has; who does not is killed."""
@@ -89,7 +112,7 @@ class Supervisor:
         self._thread.join()
         for each in self._watched:
             each.process.terminate()
-        until = time.monotonic() + self._settings.grace_seconds + 10
+        until = time.monotonic() + self._settings.grace_seconds + SLACK
         for each in self._watched:
             try:
                 each.process.wait(max(0.0, until - time.monotonic()))

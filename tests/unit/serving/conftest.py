@@ -14,7 +14,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 from toys import bundle_path, bundle_with, toy
 
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.bundle import Bundle, write_manifest
+from stiv_deploy.runtime.bundle.tuned import Tuned, TunedGrid
 from stiv_deploy.serving.api.app import create_app
 from stiv_deploy.serving.api.guard import Tokens
 from stiv_deploy.serving.api.service import Service
@@ -122,3 +123,17 @@ def place(place_of: Callable[..., Place], bundle_path: Path) -> Place:
 def finished() -> Callable[[Scheduler], None]:
     """See :func:`finish`."""
     return finish
+
+
+@pytest.fixture
+def tuned_path(bundle_with: Callable[..., Path]) -> Path:
+    """A bundle with other solvers and shifts for few steps and for many."""
+    path = bundle_with()
+    manifest = Bundle.open(path).manifest
+    grids = [
+        TunedGrid(solver=solver, steps=steps, time_shift=shift, tried=0.1, error=0.1)
+        for solver, steps, shift in (("ab2", 4, 1.5), ("euler", 40, 2.5), ("heun", 40, 3.5))
+    ]
+    tuned = Tuned(bundle=manifest.bundle_hash, clips=2, reference_error=0.0, grids=grids)
+    write_manifest(path, manifest.model_copy(update={"tuned": tuned}))
+    return path

@@ -380,6 +380,17 @@ def test_the_model_says_what_can_be_asked_for(place: Any) -> None:
     assert {"t2v", "ti2v", "predict"} <= {*model["stiv"]["tasks"]}
 
 
+def test_the_model_tells_what_goes_best_with_how_many_steps(place_of: Callable[..., Any], tuned_path: Path) -> None:
+    """As it is taken where nothing is said of it."""
+    place = place_of(tuned_path)
+    (model,) = place.client.get("/v1/models").json()["data"]
+    assert (model["stiv"]["defaults"]["solver"], model["stiv"]["defaults"]["time_shift"]) == ("ab2", 1.5)
+    assert model["stiv"]["tuned"][1] == {
+        "solver": "euler", "steps": 40, "time_shift": 2.5, "tried": 0.1, "default": True
+    }  # fmt: skip
+    assert [each["default"] for each in model["stiv"]["tuned"]] == [True, True, False]
+
+
 def test_health_knows_whether_anybody_works(place: Any) -> None:
     assert place.client.get("/health").json()["reasons"] == ["no worker is alive"]
     from stiv_deploy.serving.store.jobs import LEASE, WorkerState

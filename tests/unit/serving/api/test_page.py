@@ -1,6 +1,7 @@
 """The page: what is served of it and to whom; and all of it in a real browser, where there is one."""
 
 import io
+import json
 import re
 import shutil
 import threading
@@ -96,8 +97,8 @@ def visit(chromium: Any, place_of: Callable[..., Any], bundle_path: Path) -> Ite
     tab.on("pageerror", lambda error: said.append(str(error)))
     with_tokens: list[Any] = []
 
-    def open_page(tokens: Tokens | None = None) -> tuple[Any, Any]:
-        place = place_of(bundle_path, tokens)
+    def open_page(tokens: Tokens | None = None, bundle: Path = bundle_path) -> tuple[Any, Any]:
+        place = place_of(bundle, tokens)
         opened = served(place, tokens or Tokens())
         with_tokens.append(opened)
         tab.goto(opened.__enter__())
@@ -234,3 +235,22 @@ def test_pictures_are_dropped_and_moved_on_the_timeline(visit: Any) -> None:
     tab.get_by_label("Frames", exact=True).fill("6")
     tab.get_by_label("Frame of the picture that is at 5").wait_for()  # the last stays the last
     assert fits(tab)
+
+
+@pytest.mark.slow
+def test_what_goes_with_the_steps_is_shown_and_is_what_is_made(visit: Any, tuned_path: Path) -> None:
+    place, tab = visit(None, tuned_path)
+    tab.get_by_text("More", exact=True).click()
+    solver, shift = tab.locator("#solver"), tab.locator("#time_shift")
+    assert (solver.input_value(), shift.input_value()) == ("ab2", "1.5")
+    tab.get_by_label("Steps", exact=True).fill("30")
+    assert (solver.input_value(), shift.input_value()) == ("euler", "2.5")
+    ask(tab, "as shown", 30)
+    solver.select_option("heun")
+    assert shift.input_value() == "3.5"
+    tab.get_by_label("Steps", exact=True).fill("5")
+    assert (solver.input_value(), shift.input_value()) == ("heun", "3.5")  # what was chosen stays
+    ask(tab, "as chosen", 5)
+    requests = [json.loads(place.store.request(job.id)) for job in place.store.waiting()]
+    made = [(each["solver"], each["time_shift"], each["num_inference_steps"]) for each in requests]
+    assert made == [("euler", 2.5, 30), ("heun", 3.5, 5)]

@@ -1,5 +1,6 @@
 """Files of jobs: whole or not there, and none without a job."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,14 @@ def test_latents_come_back_bit_by_bit(tmp_path: Path) -> None:
     assert found["position"] == 3
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut off"])
+def pickled() -> bytes:
+    """An archive whose array would run code."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=True, latents=np.array([print], dtype=object))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut off", pickled()])
 def test_damaged_latents_are_none(tmp_path: Path, content: bytes) -> None:
     results = Results(tmp_path)
     (tmp_path / "latents" / "a.npz").write_bytes(content)

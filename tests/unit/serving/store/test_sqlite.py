@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stiv_deploy.serving.errors import IdempotencyError, QueueFullError, ServeError
+from stiv_deploy.serving.errors import IdempotencyError, QueueFullError, ServeError, StoreError
 from stiv_deploy.serving.store.jobs import ATTEMPTS, LEASE, Job, Measured, Size, State, WorkerState, new_id
 from stiv_deploy.serving.store.sqlite import SqliteJobStore
 
@@ -215,3 +215,31 @@ def test_a_file_that_is_no_store_is_one_line(tmp_path: Path) -> None:
         newer.execute("PRAGMA user_version = 9")
     with pytest.raises(ServeError, match="version 9"):
         SqliteJobStore(tmp_path / "newer")
+
+
+def test_a_full_disk_changes_nothing(store: SqliteJobStore) -> None:
+    """It is told, no transaction stays open, and what was stored is there."""
+    known = submit(store)
+    (pages,) = store._db.execute("PRAGMA page_count").fetchone()
+    store._db.execute(f"PRAGMA max_page_count = {pages}")
+    large = job(facts="x" * 100_000)
+    for _ in range(2):
+        with pytest.raises(StoreError, match="disk of the job store is full") as caught:
+            store.submit(large, "{}", most=9)
+        assert caught.value.full
+    assert store.get(large.id) is None
+    assert store.get(known.id) == known
+    store._db.execute("PRAGMA max_page_count = 10000")
+    assert store.submit(large, "{}", most=9)[1]
+
+
+def test_a_store_that_another_holds_is_told(store: SqliteJobStore, tmp_path: Path) -> None:
+    store._db.execute("PRAGMA busy_timeout = 1")
+    with sqlite3.connect(tmp_path / "jobs.sqlite", isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreError, match="locked") as caught:
+            submit(store)
+        other.execute("ROLLBACK")
+    other.close()
+    assert not caught.value.full
+    assert submit(store).state == State.QUEUED

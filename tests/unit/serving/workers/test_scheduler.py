@@ -3,12 +3,14 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
 import pytest
 
+from stiv_deploy.runtime.errors import OutputError
+from stiv_deploy.serving.errors import StoreError
 from stiv_deploy.serving.store.jobs import State
 from stiv_deploy.serving.store.sqlite import SqliteJobStore
 from stiv_deploy.serving.workers import scheduler as module
@@ -383,3 +385,45 @@ def test_a_hundred_jobs_with_cancels_deletes_and_deaths(
             assert found.state == (State.FAILED if how == "cancel" else State.COMPLETED), found
         assert place.results.place(job).exists() == (found is not None and found.state == State.COMPLETED)
     assert place.results.sweep(place.store) == 0
+
+
+@pytest.mark.parametrize("method", ["claim", "complete", "advance", "owned", "version"])
+def test_a_store_that_fails_for_a_while_costs_no_job(place: Any, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """A disk that was full: what ran begins again, and counts as tried once."""
+    monkeypatch.setattr(module, "RETRY", 0.0)
+    worker, stop, failed = place.worker(), Event(), []
+    call = getattr(worker._store, method)
+
+    def full(*arguments: Any) -> Any:
+        if len(failed) < 3 and place.store.counts()["in_progress"] + (method == "claim"):
+            failed.append(method)
+            raise StoreError("full", full=True)
+        return call(*arguments)
+
+    monkeypatch.setattr(worker._store, method, full)
+    monkeypatch.setattr(module, "TOLD", 0.0)
+    job = place.ask(num_inference_steps=6)["id"]
+    thread = Thread(target=worker.run, args=(stop,))
+    thread.start()
+    for _ in range(600):
+        if place.look(job)["status"] == "completed":
+            break
+        stop.wait(0.05)
+    stop.set()
+    thread.join()
+    found = place.look(job)
+    assert (found["status"], found["stiv"]["attempts"], len(failed)) == ("completed", 1, 3)
+
+
+def test_latents_that_cannot_be_kept_cost_nothing(
+    place_of: Callable[..., Any], bundle_path: Path, finished: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = place_of(bundle_path, latents_every=1)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OutputError("No space left on device")
+
+    monkeypatch.setattr(place.results, "save_latents", full)
+    job = place.ask(num_inference_steps=3)["id"]
+    finished(place.worker())
+    assert place.look(job)["status"] == "completed"
