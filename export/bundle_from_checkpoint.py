@@ -11,6 +11,7 @@ import torch
 
 from stiv_deploy.calibration.quantize import require_modelopt
 from stiv_deploy.export.errors import ExportError
+from stiv_deploy.export.graphs.golden import golden_answers
 from stiv_deploy.export.graphs.modules import model_facts
 from stiv_deploy.export.graphs.onnx_from_module import OPSET
 from stiv_deploy.export.graphs.quantization import Quantization, check_shapes, load_quantization
@@ -19,6 +20,7 @@ from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.bundle.bundle import file_record, manifest_text
 from stiv_deploy.runtime.bundle.card import README, readme
 from stiv_deploy.runtime.bundle.contract import Frozen, ModelFacts
+from stiv_deploy.runtime.bundle.golden import GOLDEN, Golden
 from stiv_deploy.runtime.bundle.manifest import (
     MANIFEST,
     Bucket,
@@ -104,22 +106,30 @@ def _write(
     """Graphs, tokenizer, manifest and README, into ``folder``."""
     (folder / GRAPH_FOLDER).mkdir()
     writer = GraphWriter(checkpoint, folder / GRAPH_FOLDER, request.precision, quantization, request.attention)
+    graphs = writer.write_all(buckets, request.check, progress)
     manifest = Manifest(
         precision=request.precision,
         opset=OPSET,
         model=writer.facts,
         sampling=sampling_defaults(checkpoint.config.sampling, buckets),
         buckets=buckets,
-        graphs=writer.write_all(buckets, request.check, progress),
+        graphs=graphs,
         tokenizer=_copy_tokenizer(checkpoint.path, folder),
         checkpoint=checkpoint.sha256,
         trained=trained_facts(checkpoint.config),
         quantization=None if quantization is None else quantization.record(),
+        golden=write_golden(folder, golden_answers(writer, graphs, buckets, progress)),
         tools=tool_versions(),
     )
     (folder / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
     (folder / README).write_text(readme(manifest), encoding="utf-8")
     return manifest
+
+
+def write_golden(folder: Path, golden: Golden) -> FileRecord:
+    """Write the answers into the bundle in ``folder``."""
+    (folder / GOLDEN).write_text(golden.model_dump_json() + "\n", encoding="utf-8")
+    return file_record(folder, GOLDEN)
 
 
 def buckets_of(request: ExportRequest, config: CheckpointConfig) -> tuple[Bucket, ...]:

@@ -110,13 +110,13 @@ class GraphWriter:
         if not executable(self.specs[name]):
             return
         sizes = _sizes(name, buckets, self.facts, everywhere=topology not in self._checked)
-        quantization = self.quantization.format if self.quantization and self._scheme(name) else None
+        quantization = self.quantization.format if self.quantization and self.quantizes(name) else None
         rows = check_graph(
             file,
             self.folder / f"{file}.onnx",
             self.specs[name],
             self.modules[name],
-            self._simulation(name) if quantization else self._in_precision(name),
+            self.simulated(name) if quantization else self.plain(name),
             sizes,
             self.checkpoint.config.text.vocabulary,
             quantization,
@@ -140,7 +140,7 @@ class GraphWriter:
         kind = "block" if is_block(name) else name
         plain, wanted = (kind, (), attention), (kind, scheme, attention)
         if plain not in self._templates:
-            module = self._in_precision(name)
+            module = self.plain(name)
             module = fused_view(module) if attention == "plugin" else module
             self._templates[plain] = trace(module, kind, self.specs[name], self.facts)
         if wanted not in self._templates:
@@ -148,11 +148,15 @@ class GraphWriter:
             self._templates[wanted] = quantized_template(self._templates[plain], scheme, head_dim)
         return self._templates[wanted]
 
-    def _in_precision(self, name: str) -> nn.Module:
+    def plain(self, name: str) -> nn.Module:
         """The graph's module itself where it is float32, else a copy in the bundle's precision."""
         return in_precision(self.modules[name], self._dtype(name))
 
-    def _simulation(self, name: str) -> nn.Module:
+    def quantizes(self, name: str) -> bool:
+        """Whether the graph has layers in 8 bits."""
+        return bool(self._scheme(name))
+
+    def simulated(self, name: str) -> nn.Module:
         """The graph's module of the fake-quantized model, in the bundle's precision."""
         if self._simulated is None:
             from stiv_deploy.calibration.quantize import fake_quantized

@@ -2,16 +2,14 @@
 
 import json
 import math
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from stiv_deploy.calibration.scales import Scales, load_scales
 from stiv_deploy.export.parity.ladder import ParityReport, Subject
-from stiv_deploy.runtime.backends import BACKENDS, available
 from stiv_deploy.runtime.bundle.bundle import Bundle, write_manifest
-from stiv_deploy.runtime.errors import BackendError, BundleError
+from stiv_deploy.runtime.errors import BundleError
 from stiv_deploy.runtime.files import sha256
 from stiv_deploy.stiv_ref.checkpoint import CheckpointFolder, open_checkpoint
 from stiv_deploy.stiv_ref.errors import StivRefError
@@ -76,20 +74,6 @@ def opened_scales(bundle: Bundle, scales: Path | None) -> Scales | None:
         what = "not what this bundle was exported with" if scales.is_file() else "no such file"
         raise BundleError(f"{scales}: {what} (SHA-256 {record.scales[:12]}); name the right scales with --scales")
     return load_scales(scales)
-
-
-def runnable(bundle: Bundle, asked: Sequence[str]) -> list[str]:
-    """The backends to measure: those asked for, which then must work, or all that can run this bundle here."""
-    reasons = available()
-    for name in asked:
-        if name not in BACKENDS:
-            raise BackendError(f"unknown backend {name!r}; there are: {', '.join(BACKENDS)}")
-        if reasons[name] is not None:
-            raise BackendError(f"backend {name} does not work here: {reasons[name]}")
-    if asked:
-        return list(dict.fromkeys(asked))
-    engines = {engine.backend for engine in bundle.manifest.engines}
-    return [name for name in BACKENDS if reasons[name] is None and (name.startswith("onnxruntime") or name in engines)]
 
 
 def report_json(report: ParityReport) -> str:

@@ -11,7 +11,7 @@ loses there is what nobody can ask a backend not to lose. Gates (relative L2 err
 The float32 caps are the project's promise; the floor covers sums taken in another order.
 
 A bundle with 8-bit layers has the same levels. Graphs without such layers keep the rules above; for everything else the
-yardstick is the fake-quantized reference, with the rules of :mod:`~stiv_deploy.export.parity.draws`, and a second row
+yardstick is the fake-quantized reference, with the rules of :mod:`~stiv_deploy.export.graphs.draws`, and a second row
 each (level ``direct_...``) compares the backend with that model instead of the truth.
 """
 
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from stiv_deploy.calibration.scales import Scales
-from stiv_deploy.export.parity.draws import UNIT_ROUNDING, Draws, quantized_gate, rel_l2
+from stiv_deploy.export.graphs.draws import UNIT_ROUNDING, quantized_gate, rel_l2
+from stiv_deploy.export.parity.draws import Draws
 from stiv_deploy.export.parity.oracle import Oracle, Tensors
 from stiv_deploy.export.parity.requests import Request, parity_requests
 from stiv_deploy.export.parity.runs import TeacherForced, free_run, probe

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stiv_deploy.export.errors import ExportError
-from stiv_deploy.export.parity.files import open_subject, record_rows, runnable
+from stiv_deploy.export.parity.files import open_subject, record_rows
 from stiv_deploy.export.parity.ladder import ParityReport, climb
+from stiv_deploy.runtime.backends import runnable
 from stiv_deploy.runtime.bundle.bounds import STEP_LIMIT
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.files import make_folder

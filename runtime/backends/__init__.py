@@ -1,7 +1,7 @@
 """Backends by name, and which of them work here. Each is imported only when asked for."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -153,6 +153,23 @@ def open_backend(name: str | None, bundle: Bundle, threads: int | None = None, d
     return TABLE[name].open(bundle, threads, device)
 
 
+def runnable(bundle: Bundle, asked: Sequence[str], device: int = 0) -> list[str]:
+    """The backends to measure: those asked for, which then must work, or all that can run this bundle here.
+
+    Raises :class:`BackendError`.
+    """
+    reasons = available(device)
+    for name in asked:
+        if name not in BACKENDS:
+            raise BackendError(f"unknown backend {name!r}; there are: {', '.join(BACKENDS)}")
+        if reasons[name] is not None:
+            raise BackendError(f"backend {name} does not work here: {reasons[name]}")
+    if asked:
+        return list(dict.fromkeys(asked))
+    engines = {engine.backend for engine in bundle.manifest.engines}
+    return [name for name in BACKENDS if reasons[name] is None and (name.startswith("onnxruntime") or name in engines)]
+
+
 __all__ = [
     "AUTO",
     "BACKENDS",
@@ -161,5 +178,6 @@ __all__ = [
     "available",
     "graph_reason",
     "open_backend",
+    "runnable",
     "unavailable_reason",
 ]

@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from stiv_deploy.runtime.bundle.contract import DType
+from stiv_deploy.runtime.bundle.verified import Machine
 
 ITEM_BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
 Call = Callable[[], None]
@@ -71,6 +72,19 @@ class Backend(ABC):
     """The device in words, for reports."""
     captures = False
     """Whether :meth:`capture` records the calls, so that running them again costs one launch."""
+    library = ""
+    """What computes, with its version."""
+    driver = ""
+    """The GPU's driver; on a CPU the CPU itself."""
+    engines: str | None = None
+    """SHA-256 over those of the engine files in use; None where the graphs themselves are run."""
+
+    @property
+    def machine(self) -> Machine:
+        """All that a result of this backend depends on besides the bundle."""
+        return Machine(
+            backend=self.name, device=self.device, driver=self.driver, library=self.library, engines=self.engines
+        )
 
     @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Buffer:

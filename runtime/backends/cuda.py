@@ -7,16 +7,18 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from stiv_deploy.runtime.errors import BackendError, raise_interrupt
 
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
 INSTALL = "pip install 'stiv-deploy[gpu]' (NVIDIA's package cuda-python)"
 
 
@@ -36,6 +38,18 @@ def count_gpus() -> int | None:
     except (BackendError, RuntimeError):  # cuda-python raises when it cannot load the driver's library
         return None
     return int(count) if int(status) == 0 else None
+
+
+def driver_version() -> str:
+    """The driver of this machine's GPUs, by its own number or by CUDA's; empty where neither is told."""
+    with suppress(OSError):
+        words = DRIVER_FILE.read_text(encoding="utf-8", errors="replace").split()
+        return next((word for word in words if word.count(".") >= 1 and word.replace(".", "").isdecimal()), "")
+    try:
+        status, number = load_cuda().cudaDriverGetVersion()
+    except (BackendError, RuntimeError):
+        return ""
+    return f"CUDA {number}" if int(status) == 0 else ""
 
 
 def no_such_gpu(index: int, count: int) -> str:

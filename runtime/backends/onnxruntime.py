@@ -6,7 +6,9 @@ arenas of their own would add up.
 """
 
 import os
+import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache, partial
 from math import prod
 from pathlib import Path
@@ -17,7 +19,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from stiv_deploy.runtime.backends.base import ITEM_BYTES, Backend, Buffer, Call, from_bytes
-from stiv_deploy.runtime.backends.cuda import count_gpus, no_such_gpu
+from stiv_deploy.runtime.backends.cuda import count_gpus, driver_version, no_such_gpu
 from stiv_deploy.runtime.backends.onnxruntime_int8 import keep_products_exact
 from stiv_deploy.runtime.backends.onnxruntime_memory import DeviceMemory, HostMemory, Where, execution_providers
 from stiv_deploy.runtime.bundle.bundle import AGAIN, Bundle
@@ -40,6 +42,7 @@ SESSION_TYPES: dict[DType, str] = {
 """What a session calls them."""
 GIB = 2**30
 ERRORS_ONLY = 3
+CPU_FILE, MACHINE = Path("/proc/cpuinfo"), platform.machine()
 DAMAGED = (
     ort_errors.InvalidProtobuf,
     ort_errors.InvalidGraph,
@@ -80,6 +83,15 @@ def thread_count(threads: int | None) -> int:
             f"{one_line(given, 80)!r}"
         )
     return min(int(given), os.cpu_count() or 1)
+
+
+@cache
+def cpu_name() -> str:
+    """The model of this machine's CPU, which decides which kernels are taken; else its architecture."""
+    with suppress(OSError):
+        lines = CPU_FILE.read_text(encoding="utf-8", errors="replace").splitlines()
+        return next((one_line(line.partition(":")[2], 100) for line in lines if line.startswith("model name")), MACHINE)
+    return MACHINE
 
 
 @cache
@@ -127,6 +139,8 @@ class OnnxRuntimeBackend(Backend):
     def __init__(self, bundle: Bundle, where: Where = "cpu", threads: int | None = None, device: int = 0) -> None:
         self.name = "onnxruntime" if where == "cpu" else "onnxruntime-cuda"
         self.device = f"CPU ({os.cpu_count()} cores)" if where == "cpu" else f"CUDA device {device}"
+        self.library = f"onnxruntime {ort.__version__}"
+        self.driver = cpu_name() if where == "cpu" else driver_version()
         if not is_unicode(bundle.folder):
             raise BackendError(
                 f"{bundle.folder}: ONNX Runtime reads no file below a name that is not Unicode; rename it"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from stiv_deploy.runtime.backends.base import ITEM_BYTES, Backend, Buffer, Call, from_bytes, run_in_order
-from stiv_deploy.runtime.backends.cuda import Cuda, Graph, Memory, Stream, load_cuda, try_capture
+from stiv_deploy.runtime.backends.cuda import Cuda, Graph, Memory, Stream, driver_version, load_cuda, try_capture
 from stiv_deploy.runtime.backends.engine_choice import (
     build_command,
     check_engine,
@@ -24,7 +24,7 @@ from stiv_deploy.runtime.backends.engine_choice import (
 )
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import DType
-from stiv_deploy.runtime.bundle.engine_files import buckets_holding
+from stiv_deploy.runtime.bundle.engine_files import buckets_holding, engines_hash
 from stiv_deploy.runtime.bundle.manifest import EngineRecord
 from stiv_deploy.runtime.errors import BackendError, CaptureError, EngineError
 from stiv_deploy.runtime.plugins.tensorrt_plugins import load_plugins, plugin_library
@@ -174,6 +174,9 @@ class TensorRTBackend(Backend):
         gpu = self._cuda.device
         self.device = f"{gpu.name} (SM {gpu.sm})"
         self._records = self._checked_records(gpu.sm)
+        self.library = f"{TITLES[flavour]} {self._trt.__version__}"
+        self.driver = driver_version()
+        self.engines = engines_hash(self._records.values())
         self._logger = self._trt.Logger(self._trt.Logger.ERROR)
         self._runtime = self._trt.Runtime(self._logger)
         self._load_plugins()

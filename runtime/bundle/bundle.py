@@ -172,6 +172,8 @@ class Bundle:
             plugin = None if graph.plugin is None else graph.plugin.file
             yield from (record for record in (graph.file, graph.data, plugin) if record is not None)
         yield self.manifest.tokenizer
+        if self.manifest.golden is not None:
+            yield self.manifest.golden
 
     def _check_present(self, record: FileRecord) -> None:
         path = self.folder / record.path

@@ -4,6 +4,7 @@ Shared by the build, which writes the records, and the runtime, which believes t
 """
 
 import hashlib
+from collections.abc import Iterable
 from typing import Literal
 
 from stiv_deploy.runtime.bundle.contract import GraphSpec, ModelFacts
@@ -21,6 +22,12 @@ def graph_hash(record: GraphRecord, plugin: bool = False) -> str:
     """
     file = record.plugin.file if plugin and record.plugin is not None else record.file
     parts = [file.sha256, "" if record.data is None else record.data.sha256]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def engines_hash(records: Iterable[EngineRecord]) -> str:
+    """SHA-256 (hex) over the hashes of the files of ``records``, for which graph and bucket they are, in any order."""
+    parts = sorted(f"{record.graph} {record.bucket} {record.file.sha256}" for record in records)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -223,6 +223,8 @@ class Manifest(Frozen):
     """Which layers run in 8 bits; None where none does."""
     tuned: Tuned | None = None
     """The best solvers and time shifts, by steps; None where nobody has looked for them."""
+    golden: FileRecord | None = None
+    """Answers that prove the bundle where it runs; None where an older export made it."""
     tools: dict[Name, Name] = Field(max_length=1_000)
     """Versions of the tools that made the bundle."""
     parity: tuple[ParityRow, ...] = ()
@@ -238,7 +240,8 @@ class Manifest(Frozen):
     def bundle_hash(self) -> str:
         """SHA-256 (hex) of what the bundle's results follow from: model, precision, graphs, weights and tokenizer.
 
-        Not of engines, parity rows, recommended and tuned settings, buckets or the graphs' forms with plugins.
+        Not of engines, parity rows, recommended and tuned settings, golden answers, buckets or the graphs' forms with
+        plugins.
         """
         graphs = {
             name: [graph.file.sha256, None if graph.data is None else graph.data.sha256]

@@ -26,8 +26,8 @@ REFUSED = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENO
 LISTING = "stiv_deploy.listing"
 """Key of a context that asks for names and words of commands only."""
 WORKFLOW = (
-    *("data", "train", "plot", "consolidate", "calibrate", "export", "build", "audit", "parity", "tune", "generate"),
-    *("extend", "interpolate", "long", "views", "serve", "inspect", "doctor", "demo"),
+    *("data", "train", "plot", "consolidate", "calibrate", "export", "build", "audit", "parity", "verify"),
+    *("tune", "generate", "extend", "interpolate", "long", "views", "serve", "inspect", "doctor", "demo"),
 )
 
 HELP = """STIV video diffusion: train it, export it, compile it, check it, run it.

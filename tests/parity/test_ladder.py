@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stiv_deploy.export.parity.files import runnable
 from stiv_deploy.export.parity.stage import ParityRequest, run_parity
+from stiv_deploy.runtime.backends import runnable
 from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, write_manifest
 from stiv_deploy.runtime.errors import BackendError, BundleError
 

@@ -15,7 +15,8 @@ from stiv_deploy.calibration.request import CalibrationRequest
 from stiv_deploy.calibration.scales import Scales, load_scales
 from stiv_deploy.calibration.stage import calibrate
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
-from stiv_deploy.export.parity.draws import Draws, quantized_gate, rel_l2
+from stiv_deploy.export.graphs.draws import quantized_gate, rel_l2
+from stiv_deploy.export.parity.draws import Draws
 from stiv_deploy.export.parity.files import open_subject
 from stiv_deploy.export.parity.ladder import climb
 from stiv_deploy.export.parity.oracle import Oracle

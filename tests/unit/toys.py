@@ -15,7 +15,9 @@ from onnx import parser
 
 from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, write_manifest
 from stiv_deploy.runtime.bundle.contract import ModelFacts, graph_specs
+from stiv_deploy.runtime.bundle.golden import GOLDEN, Golden, GraphAnswer, Sizes, answer
 from stiv_deploy.runtime.bundle.manifest import Bucket, GraphRecord, Manifest, Range, SamplingDefaults
+from stiv_deploy.runtime.sampling.golden_inputs import golden_inputs
 
 WORDS = ("digit", "three", "moving", "left", "right")
 EMBEDDING = np.array([0.05, -0.02, 0.03, 0.01], dtype=np.float32)
@@ -47,6 +49,11 @@ BUCKET = Bucket(
 SAMPLING = SamplingDefaults(
     frames=4, height=8, width=8, frames_per_second=8, steps=4, guidance_scale=3.0, image_scale=1.5, time_shift=1.0
 )
+SIZES = (
+    Sizes(batch=1, model_batch=3, video_frames=3, height=8, width=4, text_tokens=3),
+    Sizes(batch=2, model_batch=4, video_frames=4, height=12, width=8, text_tokens=5),
+)
+"""Sizes of golden answers."""
 
 TEXT_ENCODER = """g (int64[M,L] token_ids, int64[M,L] token_mask) => (float[M,L,4] text_states, float[M,4] pooled)
 {
@@ -314,6 +321,31 @@ def make_bundle(
     )
     write_manifest(folder, manifest)
     return folder
+
+
+def with_answers(folder: Path, gate: float = 1e-6) -> Path:
+    """The bundle in ``folder`` with golden answers at two sizes, by onnx's own evaluator in numpy."""
+    from onnx.reference import ReferenceEvaluator
+
+    manifest = Bundle.open(folder).manifest
+    cases = []
+    for name, record in manifest.graphs.items():
+        evaluator = ReferenceEvaluator(onnx.load(folder / record.file.path))
+        for size in SIZES:
+            inputs = golden_inputs(name, record.spec, size.dims(FACTS), len(WORDS))
+            outputs = zip(record.spec.outputs, evaluator.run(None, inputs), strict=True)
+            answers = tuple(answer(tensor.name, value, gate) for tensor, value in outputs)
+            cases.append(GraphAnswer(graph=name, size=f"{size.height} high", sizes=size, outputs=answers))
+    text = Golden(vocabulary=len(WORDS), graphs=tuple(cases)).model_dump_json()
+    (folder / GOLDEN).write_text(text)
+    write_manifest(folder, manifest.model_copy(update={"golden": file_record(folder, GOLDEN)}))
+    return folder
+
+
+@pytest.fixture
+def proven(own_bundle: Path) -> Path:
+    """A toy bundle with golden answers, to damage."""
+    return with_answers(own_bundle)
 
 
 @pytest.fixture(scope="session")

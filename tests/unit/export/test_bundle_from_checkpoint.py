@@ -323,7 +323,8 @@ def test_the_bundle_is_what_its_manifest_says(micro: Checkpoint, micro_path: Pat
     assert {name: record.spec for name, record in manifest.graphs.items()} == graph_specs(facts, "float32")
     assert manifest.checkpoint == checkpoint_hash(micro_path)
     assert {"torch", "onnx", "onnxscript", "onnxruntime", "python"} <= set(manifest.tools)
-    files = [manifest.tokenizer]
+    assert manifest.golden is not None
+    files = [manifest.tokenizer, manifest.golden]
     files += [file for record in manifest.graphs.values() for file in (record.file, record.data) if file]
     for file in files:
         content = (micro_bundle / file.path).read_bytes()

@@ -14,8 +14,9 @@ from stiv_deploy.calibration.layers import LARGEST, Format, model_layers
 from stiv_deploy.calibration.plan import default_plan
 from stiv_deploy.calibration.scales import Provenance, Scales, save_scales, scale_of, tensor_names
 from stiv_deploy.export.bundle_from_checkpoint import default_bucket, sampling_defaults
+from stiv_deploy.export.graphs.draws import DRAWS, SPREADS, on_grid, quantized_gate, rel_l2
 from stiv_deploy.export.graphs.modules import model_facts
-from stiv_deploy.export.parity.draws import DRAWS, SPREADS, Draws, on_grid, quantized_gate, rel_l2
+from stiv_deploy.export.parity.draws import Draws
 from stiv_deploy.export.parity.files import opened_scales
 from stiv_deploy.export.parity.oracle import Oracle
 from stiv_deploy.export.parity.requests import Request, parity_requests

@@ -1,0 +1,123 @@
+"""The stage of ``stiv verify``: a bundle held against its golden answers, where it runs, and the result kept."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from time import monotonic
+
+from stiv_deploy.runtime.backends import open_backend, runnable
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.contract import Frozen
+from stiv_deploy.runtime.bundle.engine_files import buckets_holding
+from stiv_deploy.runtime.bundle.golden import Golden, GraphAnswer, read_golden
+from stiv_deploy.runtime.bundle.verified import VerifyResult, keep_result, results_file
+from stiv_deploy.runtime.files import check_file
+from stiv_deploy.runtime.progress import Progress, unheard
+from stiv_deploy.runtime.sampling.golden_run import VerifyRow, graph_rows
+from stiv_deploy.runtime.tensorrt_library import FLAVOURS
+
+OTHERWISE = "give --no-record, or copy the bundle to a folder you own"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyRequest:
+    """A proof of the bundle in the folder ``bundle`` on each of ``backends``, by default all that can run it here.
+
+    ``quick`` takes one size of each graph. With ``record`` the result is kept beside the bundle.
+    """
+
+    bundle: Path
+    backends: tuple[str, ...] = ()
+    device: int = 0
+    threads: int | None = None
+    quick: bool = False
+    record: bool = True
+
+
+class BackendProof(Frozen):
+    """What one backend gave: the result that is kept, its rows, and the wall seconds."""
+
+    result: VerifyResult
+    rows: tuple[VerifyRow, ...]
+    seconds: float
+
+
+class VerifyReport(Frozen):
+    """A run of ``stiv verify``: the proof of each backend, and the graphs that have no golden answers."""
+
+    bundle: Path
+    proofs: tuple[BackendProof, ...]
+    unanswered: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every backend gave what is right."""
+        return all(proof.result.passed for proof in self.proofs)
+
+
+def verify(request: VerifyRequest, progress: Progress = unheard) -> VerifyReport:
+    """Hold the bundle against its golden answers; what is wrong is in the report.
+
+    Graphs run one after another, each with a backend of its own, so that memory holds one of them. Raises
+    :class:`~stiv_deploy.runtime.errors.BundleError` (damaged, or without answers),
+    :class:`~stiv_deploy.runtime.errors.BackendError`, :class:`~stiv_deploy.runtime.errors.EngineError` or
+    :class:`~stiv_deploy.runtime.errors.OutputError` before the first graph runs.
+    """
+    bundle = Bundle.open(request.bundle)
+    golden = read_golden(bundle)
+    if request.record:
+        check_file(results_file(bundle.folder), OTHERWISE)
+    names = runnable(bundle, request.backends, request.device)
+    answered = {each.graph for each in golden.graphs}
+    proofs = tuple(_proof(bundle, golden, name, request, progress) for name in names)
+    if request.record:
+        for proof in proofs:
+            keep_result(bundle.folder, proof.result)
+    unanswered = tuple(name for name in bundle.manifest.graphs if name not in answered)
+    return VerifyReport(bundle=request.bundle, proofs=proofs, unanswered=unanswered)
+
+
+def _proof(bundle: Bundle, golden: Golden, name: str, request: VerifyRequest, progress: Progress) -> BackendProof:
+    started = monotonic()
+    with open_backend(name, bundle, request.threads, request.device) as backend:
+        machine = backend.machine
+    rows: list[VerifyRow] = []
+    groups = _by_graph(chosen([case for case in golden.graphs if runs(bundle, name, case)], request.quick))
+    for done, (graph, cases) in enumerate(groups.items()):
+        progress(f"{name}: {graph}", done, len(groups))
+        with open_backend(name, bundle, request.threads, request.device) as backend:
+            rows += graph_rows(backend, bundle, golden, cases)
+    result = VerifyResult(
+        bundle=bundle.hash,
+        answers=bundle.manifest.golden.sha256 if bundle.manifest.golden else "",
+        machine=machine,
+        quick=request.quick,
+        compared=len(rows),
+        failed=tuple(dict.fromkeys(row.subject for row in rows if not row.passed)),
+        finished=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    )
+    return BackendProof(result=result, rows=tuple(rows), seconds=monotonic() - started)
+
+
+def runs(bundle: Bundle, backend: str, case: GraphAnswer) -> bool:
+    """Whether ``backend`` is to run ``case``: engines need not have been built for every bucket."""
+    manifest = bundle.manifest
+    built = {(each.graph, each.bucket) for each in manifest.engines if each.backend == backend}
+    dims = case.sizes.dims(manifest.model)
+    shapes = {tensor.name: tensor.sized(dims) for tensor in manifest.graphs[case.graph].spec.inputs}
+    held = buckets_holding(manifest, case.graph, shapes)
+    return backend not in FLAVOURS or any((case.graph, bucket) in built for bucket in held)
+
+
+def chosen(cases: Sequence[GraphAnswer], quick: bool) -> list[GraphAnswer]:
+    """The cases to run: all, or the first of each graph."""
+    firsts = {case.graph: case for case in reversed(cases)}
+    return [case for case in cases if not quick or firsts[case.graph] is case]
+
+
+def _by_graph(cases: Iterable[GraphAnswer]) -> dict[str, list[GraphAnswer]]:
+    groups: dict[str, list[GraphAnswer]] = {}
+    for case in cases:
+        groups.setdefault(case.graph, []).append(case)
+    return groups
