@@ -37,6 +37,9 @@ def serve(
     latents_every: Annotated[
         int, typer.Option(min=0, help="Steps after which a running job is saved, to go on from; 0: never.")
     ] = 10,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Log lines of JSON, every job's way among them.")
+    ] = False,
     grace: Annotated[float, typer.Option(min=0.0, max=600.0, help="Seconds to finish running jobs at the end.")] = 15.0,
 ) -> None:
     """Serve a bundle: an HTTP API in the format of OpenAI's videos, with jobs that outlive the server.
@@ -50,6 +53,7 @@ def serve(
     from stiv_deploy.runtime.bundle.bundle import Bundle
     from stiv_deploy.serving.api.guard import Tokens, add_token, read_tokens
     from stiv_deploy.serving.errors import ServeError
+    from stiv_deploy.serving.logs import set_up
     from stiv_deploy.serving.server import Server, address, listen
     from stiv_deploy.serving.settings import ServeSettings
 
@@ -75,8 +79,10 @@ def serve(
         keep_bytes=int(keep_gib * GIB),
         free_bytes=int(free_gib * GIB),
         latents_every=latents_every,
+        log_json=log_json,
         grace_seconds=grace,
     )
+    set_up(as_json=log_json)
     with listen(host, port, known) as listening:
         server = Server(settings, known)
         typer.echo(f"serving {settings.name} at {address(listening)}, jobs in {settings.data}; Ctrl-C stops it")

@@ -16,7 +16,8 @@ class ServeSettings(Frozen):
     batch. Finished jobs go after ``keep_seconds``, and the oldest of them as soon as all files have more than
     ``keep_bytes``. Nothing is accepted while the disk has less than ``free_bytes``, or ``queue`` jobs are waiting.
     Latents of running clips are written every ``latents_every`` steps (0: never). A worker that stops has
-    ``grace_seconds`` to finish what runs. ``rate`` new jobs a minute may come from one client.
+    ``grace_seconds`` to finish what runs. ``rate`` new jobs a minute may come from one client. With ``log_json``
+    logs are lines of JSON and tell of every job's way.
     """
 
     bundle: Path
@@ -34,6 +35,7 @@ class ServeSettings(Frozen):
     keep_bytes: int = Field(default=20 * GIB, ge=0)
     free_bytes: int = Field(default=GIB // 2, ge=0)
     latents_every: int = Field(default=10, ge=0)
+    log_json: bool = False
     grace_seconds: float = Field(default=15.0, ge=0, le=600)
 
     @property

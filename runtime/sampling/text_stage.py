@@ -55,6 +55,8 @@ class TextStage:
         self._backend = backend
         self._rows = rows
         self._kept_bytes = kept_bytes
+        self.hits = 0
+        """How often a prompt was there already."""
         self._kept: OrderedDict[bytes, TextRow] = OrderedDict()
         specs = graph_specs(manifest.model, manifest.precision)
         dims = {"model_batch": rows, "text_tokens": manifest.model.max_text_tokens}
@@ -70,6 +72,7 @@ class TextStage:
 
     def __call__(self, tokens: Tokens) -> TextRow:
         """The encoded prompt, from an earlier call or computed now."""
+        self.hits += tokens.key in self._kept
         if tokens.key not in self._kept:
             self._make_room()
             self._kept[tokens.key] = self._encode(tokens)

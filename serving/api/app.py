@@ -21,7 +21,7 @@ from stiv_deploy.serving.api.answers import error_answer, poll_after
 from stiv_deploy.serving.api.body import read_body
 from stiv_deploy.serving.api.events import changes, stream
 from stiv_deploy.serving.api.guard import OWNER, Guard, Tokens
-from stiv_deploy.serving.api.metrics import exposition, registry
+from stiv_deploy.serving.api.metrics import Metrics
 from stiv_deploy.serving.api.page import router as page_router
 from stiv_deploy.serving.api.schema import ErrorAnswer, Health, ModelList, Remix, VideoDeleted, VideoList, VideoResource
 from stiv_deploy.serving.api.service import Service
@@ -52,7 +52,7 @@ async def alone(_app: FastAPI) -> AsyncIterator[None]:
 def create_app(service: Service, tokens: Tokens, lifespan: Lifespan = alone) -> Guard:
     """The ASGI application of ``service``, whose ``lifespan`` is whatever works for it."""
     app = FastAPI(title="stiv serve", docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.state.service, app.state.metrics = service, registry(service)
+    app.state.service, app.state.metrics = service, Metrics(service)
     app.include_router(router)
     app.include_router(page_router)
     app.add_exception_handler(StivError, _refused)
@@ -228,16 +228,17 @@ def _health(reasons: list[str]) -> Response:
 @router.get("/metrics")
 def metrics(request: Request) -> Response:
     """Metrics for Prometheus."""
-    return Response(exposition(request.app.state.metrics), media_type=CONTENT_TYPE_LATEST)
+    return Response(request.app.state.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _refused(_request: Request, error: Exception) -> Response:
+def _refused(request: Request, error: Exception) -> Response:
     if isinstance(error, StoreError):
         log.error("%s", error)
         status, code = (507, "insufficient_storage") if error.full else (503, "store_unavailable")
         error = ApiError(status, code, str(error), retry_after=STORE_BACK)
     if not isinstance(error, ApiError):
         error = ApiError(400, "invalid_request", one_line(str(error)))
+    request.app.state.metrics.refused(error.code)
     return error_answer(error)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from stiv_deploy.serving.store.jobs import LEASE, Job, JobStore, State, new_id
 from stiv_deploy.serving.store.results import Results
 from stiv_deploy.serving.workers.order import rank
 
+log = logging.getLogger(__name__)
 CHOICES = {"guidance_mode": GuidanceMode, "solver": Solver, "unseen": Unseen, "fit": Fit}
 """Fields of a request that are one of a few words."""
 STALLED = 300.0
@@ -127,6 +129,7 @@ class Service:
         finally:
             if self.store.get(job.id) is None:
                 self.results.remove(job.id)  # what was linked for a job that is not to be
+        log.info("asked for", extra={"job": stored.id})
         return stored
 
     def _made_before(self, job: Job) -> Job:
@@ -239,6 +242,7 @@ class Service:
         """Cancel a live job; one that is done stays as it is."""
         self.job(owner, job)
         if self.store.cancel(job):
+            log.info("cancelled", extra={"job": job})
             self.results.forget_latents(job)
         return self.job(owner, job)
 
@@ -247,6 +251,7 @@ class Service:
         self.job(owner, job)
         self.store.delete(job)
         self.results.remove(job)
+        log.info("deleted", extra={"job": job})
 
     def tidy(self) -> None:
         """Remove what has been kept long enough, or is too much."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
+from stiv_deploy.serving.store.tallies import Key
+
 ATTEMPTS = 3
 """How many workers may die of a job before it fails."""
 LEASE = 15.0
@@ -214,6 +216,12 @@ class JobStore(Protocol):
 
     def lose(self, job: str) -> None:
         """A completed job whose result has gone."""
+
+    def tally(self, found: Mapping[Key, float]) -> None:
+        """Add to what was counted."""
+
+    def tallies(self) -> dict[Key, float]:
+        """All that was ever counted, how jobs ended included."""
 
     def version(self) -> tuple[int, int]:
         """Differs from the last one whenever something may have changed."""

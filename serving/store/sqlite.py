@@ -24,6 +24,7 @@ from stiv_deploy.serving.store.jobs import (
     State,
     WorkerState,
 )
+from stiv_deploy.serving.store.tallies import HITS, REQUESTS, TAKEN_BACK, Key
 
 BUSY = 30.0
 """Seconds that a transaction waits for another process's."""
@@ -47,7 +48,12 @@ CREATE TABLE IF NOT EXISTS workers (
 CREATE TABLE IF NOT EXISTS measured (
     bundle TEXT NOT NULL, frames INTEGER NOT NULL, height INTEGER NOT NULL, width INTEGER NOT NULL,
     rows INTEGER NOT NULL, seconds REAL NOT NULL, PRIMARY KEY (bundle, frames, height, width, rows));
+CREATE TABLE IF NOT EXISTS tallies (
+    metric TEXT NOT NULL, label TEXT NOT NULL, part TEXT NOT NULL, value REAL NOT NULL,
+    PRIMARY KEY (metric, label, part));
 """
+TALLY = """INSERT INTO tallies VALUES (?, ?, ?, ?)
+    ON CONFLICT (metric, label, part) DO UPDATE SET value = value + excluded.value"""
 AGAIN = "UPDATE jobs SET state = 'queued', worker = NULL, lease = NULL"
 MINE = "id = ? AND worker = ? AND state = 'in_progress'"
 
@@ -99,6 +105,13 @@ class SqliteJobStore:
         with self._writing() as db:
             return db.execute(query, values).rowcount > 0
 
+    def _ended(self, outcome: str, query: str, values: Sequence[Any]) -> bool:
+        """Whether ``query`` has ended a job, which is then counted."""
+        with self._writing() as db:
+            ended = db.execute(query, values).rowcount > 0
+            _count(db, REQUESTS, outcome, ended)
+        return ended
+
     def submit(
         self, job: Job, request: str, *, most: int, key: str | None = None, digest: str = ""
     ) -> tuple[Job, bool]:
@@ -113,6 +126,8 @@ class SqliteJobStore:
             if job.state == State.QUEUED and waiting >= most:
                 raise QueueFullError(f"{waiting} jobs are waiting, and no more than {most} may; try again later")
             db.execute(f"INSERT INTO jobs ({names}) VALUES ({', '.join('?' * len(values))})", values)
+            _count(db, HITS, "", job.state == State.COMPLETED)
+            _count(db, REQUESTS, State.COMPLETED, job.state == State.COMPLETED)
         return job, True
 
     def get(self, job: str, owner: str | None = None) -> Job | None:
@@ -142,11 +157,14 @@ class SqliteJobStore:
         """As the protocol says."""
         query = """UPDATE jobs SET state = 'failed', error_code = ?, error_message = 'it was cancelled', finished = ?,
             worker = NULL, lease = NULL WHERE id = ? AND state IN ('queued', 'in_progress')"""
-        return self._changed(query, (CANCELLED, self._clock(), job))
+        return self._ended(CANCELLED, query, (CANCELLED, self._clock(), job))
 
     def delete(self, job: str) -> bool:
         """As the protocol says."""
-        return self._changed("DELETE FROM jobs WHERE id = ?", (job,))
+        with self._writing() as db:
+            row = db.execute("DELETE FROM jobs WHERE id = ? RETURNING state", (job,)).fetchone()
+            _count(db, REQUESTS, "deleted", row is not None and row["state"] in (State.QUEUED, State.IN_PROGRESS))
+        return row is not None
 
     def waiting(self) -> list[Job]:
         """As the protocol says."""
@@ -182,13 +200,13 @@ class SqliteJobStore:
         """As the protocol says."""
         query = f"""UPDATE jobs SET state = 'completed', step = steps, finished = ?, bytes = ?, expires = ?,
             worker = NULL, lease = NULL WHERE {MINE}"""
-        return self._changed(query, (self._clock(), size, expires, job, worker))
+        return self._ended(State.COMPLETED, query, (self._clock(), size, expires, job, worker))
 
     def fail(self, job: str, worker: str, code: str, message: str, expires: float) -> bool:
         """As the protocol says."""
         query = f"""UPDATE jobs SET state = 'failed', error_code = ?, error_message = ?, finished = ?, expires = ?,
             worker = NULL, lease = NULL WHERE {MINE}"""
-        return self._changed(query, (code, message, self._clock(), expires, job, worker))
+        return self._ended(code, query, (code, message, self._clock(), expires, job, worker))
 
     def requeue(self, jobs: Collection[str], worker: str) -> None:
         """As the protocol says."""
@@ -210,6 +228,8 @@ class SqliteJobStore:
         with self._writing() as db:
             failed = db.execute(last, (DIED, self._clock(), *values, ATTEMPTS)).fetchall()
             waiting = db.execute(f"{AGAIN} {where} RETURNING id", values).fetchall()
+            _count(db, TAKEN_BACK, "", len(failed) + len(waiting))
+            _count(db, REQUESTS, DIED, len(failed))
         return [row["id"] for row in (*failed, *waiting)]
 
     def beat(self, worker: WorkerState) -> None:
@@ -270,6 +290,16 @@ class SqliteJobStore:
             bytes = 0 WHERE id = ? AND state = 'completed'"""
         self._changed(query, (LOST, job))
 
+    def tally(self, found: Mapping[Key, float]) -> None:
+        """As the protocol says."""
+        with self._writing() as db:
+            db.executemany(TALLY, [(*key, value) for key, value in found.items()])
+
+    def tallies(self) -> dict[Key, float]:
+        """As the protocol says."""
+        rows = self._all("SELECT * FROM tallies")
+        return {Key(row["metric"], row["label"], row["part"]): row["value"] for row in rows}
+
     def version(self) -> tuple[int, int]:
         """As the protocol says."""
         with self._lock, _told():
@@ -293,6 +323,11 @@ def _told() -> Iterator[None]:
         full = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL
         message = "the disk of the job store is full" if full else f"no job store now ({one_line(str(error))})"
         raise StoreError(message, full=full) from None
+
+
+def _count(db: sqlite3.Connection, metric: str, label: str, amount: int) -> None:
+    if amount:
+        db.execute(TALLY, (*Key(metric, label), int(amount)))
 
 
 def _job(row: sqlite3.Row) -> Job:

@@ -50,6 +50,7 @@ class Clip:
     lost: dict[str, str] = field(default_factory=dict)
     pause: Pause | None = None
     step: int = 0
+    since: float = field(default_factory=time.perf_counter)
 
     @property
     def video(self) -> PlannedVideo:

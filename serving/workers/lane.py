@@ -32,6 +32,11 @@ class Lane:
         """Rows of the next call."""
         return self._engine.rung
 
+    @property
+    def used_rows(self) -> int:
+        """Rows of it that are some clip's."""
+        return self._engine.used_rows
+
     def room(self, rows: int) -> bool:
         """Whether a clip of so many rows may come in now; one always may."""
         used = self._engine.used_rows

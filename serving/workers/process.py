@@ -18,6 +18,7 @@ from stiv_deploy.runtime.backends.cuda import count_gpus
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.errors import StivError, one_line
 from stiv_deploy.serving.errors import StoreError
+from stiv_deploy.serving.logs import set_up
 from stiv_deploy.serving.settings import ServeSettings
 from stiv_deploy.serving.store.jobs import LEASE, WorkerState
 from stiv_deploy.serving.store.results import Results
@@ -91,8 +92,8 @@ def main() -> int:
     stop = Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C reaches the parent, which tells us
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     index, settings, name = int(sys.argv[1]), ServeSettings.model_validate_json(sys.argv[2]), sys.argv[3]
+    set_up(as_json=settings.log_json)
     worker = None
     try:
         worker = Worker(settings, index, name)

@@ -20,9 +20,11 @@ from stiv_deploy.runtime.sampling.engine import Tick
 from stiv_deploy.serving.costs import SHARED, Costs, worthwhile_rows
 from stiv_deploy.serving.errors import StoreError
 from stiv_deploy.serving.settings import ServeSettings
-from stiv_deploy.serving.store.jobs import ATTEMPTS, Job, JobStore, Measured, Size, State
+from stiv_deploy.serving.store.jobs import ATTEMPTS, CANCELLED, Job, JobStore, Measured, Size, State
 from stiv_deploy.serving.store.results import Results
+from stiv_deploy.serving.store.tallies import Tallies
 from stiv_deploy.serving.workers.clips import Clip, Decoding, pause_arrays, pause_of, write_files
+from stiv_deploy.serving.workers.gates import suspicions
 from stiv_deploy.serving.workers.lane import Lane
 from stiv_deploy.serving.workers.order import Turns, rank
 from stiv_deploy.serving.workers.workshop import FEWEST, Workshop
@@ -73,6 +75,8 @@ class Scheduler:
         self._room = True
         self._told = 0.0
         self._seconds: dict[tuple[Size, int], float] = {}
+        self._tallies = Tallies()
+        self._prompt_hits = 0
         self._fresh: set[tuple[Size, int]] = set()
         self.turned = clock()
 
@@ -148,9 +152,18 @@ class Scheduler:
         for lane, clip in self._clips():
             if clip.job.id not in owned:
                 lane.drop(clip)
-                self._clean_up(clip.job.id)
+                self._give_up(clip.job.id)
                 self._room = True
-        self._decoding = deque(each for each in self._decoding if each.clip.job.id in owned)
+        for each in [each for each in self._decoding if each.clip.job.id not in owned]:
+            self._decoding.remove(each)
+            self._give_up(each.clip.job.id)
+
+    def _give_up(self, job: str) -> None:
+        """Note how long a cancelled job went on, and clean up after it."""
+        found = self._store.get(job)
+        if found is not None and found.error_code == CANCELLED and found.finished is not None:
+            self._tallies.time("cancel_latency", self._clock() - found.finished)
+        self._clean_up(job)
 
     def _take(self) -> None:
         """Let in those who are most urgent, as far as there is room, in place of those of lower priority."""
@@ -232,6 +245,7 @@ class Scheduler:
                 self._room = self._room or any(clip.job.priority < job.priority for clip in lane.running)
                 return False
             lane.pause(lower)
+            self._tallies.count("preemptions")
         return True
 
     def _claim(self, job: Job) -> Clip | None:
@@ -239,17 +253,25 @@ class Scheduler:
         claimed = self._store.claim(job.id, self._name)
         if claimed is None:
             return None
+        self._note("begun", job.id)
+        if claimed[0].attempts == 1:
+            self._tallies.time("queue_wait", self._clock() - job.created)
+        start = time.perf_counter()
         try:
             clip = self._workshop.clip(*claimed)
         except StivError as error:
             self._fail(job.id, "invalid_request", str(error))
             return None
         except Exception as error:  # whatever is wrong with it, others go on
-            log.exception("%s cannot be prepared", job.id)
+            log.exception("%s cannot be prepared", job.id, extra={"job": job.id})
             self._fail(job.id, "internal_error", f"it could not be prepared ({type(error).__name__})")
             return None
+        self._tallies.time("stage", time.perf_counter() - start, "prepare")
         self._go_on(clip)
         return clip
+
+    def _note(self, what: str, job: str) -> None:
+        log.info(what, extra={"job": job, "worker": self._name})
 
     def _go_on(self, clip: Clip) -> None:
         """Let ``clip`` go on from the latents that another worker kept, if there are any that fit."""
@@ -259,7 +281,8 @@ class Scheduler:
 
     def _fail(self, job: str, code: str, message: str) -> None:
         expires = self._clock() + self._settings.keep_seconds
-        self._store.fail(job, self._name, code, one_line(message), expires)
+        if self._store.fail(job, self._name, code, one_line(message), expires):
+            self._note(f"failed: {code}", job)
         self._clean_up(job)
 
     def _clean_up(self, job: str) -> None:
@@ -270,12 +293,18 @@ class Scheduler:
 
     def _tick(self, lane: Lane) -> None:
         rung, start = lane.rung, time.perf_counter()
+        self._count_rows(rung, lane.used_rows)
         moved, tick = lane.tick()
         self._workshop.backend.synchronize()
         self._measure(lane.size, rung, time.perf_counter() - start)
         self._leave(lane, tick)
         self._keep(lane, [clip for clip in moved if clip in lane.running])
         self._tell()
+
+    def _count_rows(self, computed: int, used: int) -> None:
+        self._tallies.count("steps", str(computed))
+        self._tallies.count("rows", "computed", computed)
+        self._tallies.count("rows", "used", used)
 
     def _measure(self, size: Size, rows: int, seconds: float) -> None:
         mean = self._seconds.get((size, rows), seconds)
@@ -285,9 +314,11 @@ class Scheduler:
     def _leave(self, lane: Lane, tick: Tick) -> None:
         """See off those who are done."""
         for slot, error in tick.failed.items():
+            self._tallies.count("suspect_videos", "not_finite")
             self._fail(lane.leave(slot).job.id, "not_finite", str(error))
         for slot, latents in tick.finished.items():
             clip = lane.leave(slot)
+            self._tallies.time("stage", time.perf_counter() - clip.since, "denoise")
             self._decoding.append(Decoding(clip, latents, self._workshop.decoding(clip, latents)))
         self._room = self._room or bool(tick.failed or tick.finished)
 
@@ -299,6 +330,7 @@ class Scheduler:
         if not first.go_on():
             self._decoding.popleft()
             self._measure(first.clip.job.size, 0, first.seconds)
+            self._tallies.time("stage", first.seconds, "decode")
             assert first.frames is not None
             self._hand_over(first.clip, first.frames, first.latents)
         return True
@@ -313,15 +345,19 @@ class Scheduler:
 
     def _write(self, clip: Clip, frames: np.ndarray, latents: np.ndarray) -> None:
         """Write the files of ``clip``, and then tell that it is done, unless it was cancelled meanwhile."""
-        job = clip.job.id
+        job, start = clip.job.id, time.perf_counter()
+        for what in suspicions(frames):
+            self._tallies.count("suspect_videos", what)
+            log.warning("%s is %s", job, what, extra={"job": job})
         try:
             with self._results.writing(job) as folder:
                 write_files(clip, frames, latents, self._workshop.backend.name, folder)
-            self._finish(job)
+            self._tallies.time("stage", time.perf_counter() - start, "write")
+            self._finish(clip.job)
         except StoreError as error:
             self._unwritten = error
         except Exception as error:  # whatever is wrong with it, others go on
-            log.exception("%s cannot be written", job)
+            log.exception("%s cannot be written", job, extra={"job": job})
             self._fail_late(job, error)
 
     def _fail_late(self, job: str, error: Exception) -> None:
@@ -330,12 +366,15 @@ class Scheduler:
         except StoreError as unwritten:  # for the other thread, which has the clips
             self._unwritten = unwritten
 
-    def _finish(self, job: str) -> None:
-        expires = self._clock() + self._settings.keep_seconds
-        if self._store.complete(job, self._name, self._results.bytes(job), expires):
-            self._results.forget_latents(job)
+    def _finish(self, job: Job) -> None:
+        now = self._clock()
+        size, expires = self._results.bytes(job.id), now + self._settings.keep_seconds
+        if self._store.complete(job.id, self._name, size, expires):
+            self._results.forget_latents(job.id)
+            self._tallies.time("e2e", now - job.created)
+            self._note("completed", job.id)
         else:
-            self._clean_up(job)
+            self._clean_up(job.id)
 
     def _keep(self, lane: Lane, moved: list[Clip]) -> None:
         """Write the latents of those that have come another ``latents_every`` steps."""
@@ -363,10 +402,20 @@ class Scheduler:
         if now < self._told + TOLD:
             return
         self._told = now
+        self._tell_tallies()
         steps = {clip.job.id: clip.step for _, clip in self._clips()}
         if steps:
             self._store.advance(self._name, steps)
             self._tell_costs()
+
+    def _tell_tallies(self) -> None:
+        hits = self._workshop.prompt_hits
+        if hits > self._prompt_hits:
+            self._tallies.count("prompt_cache_hits", amount=hits - self._prompt_hits)
+        self._prompt_hits = hits
+        found = self._tallies.take()
+        if found:
+            self._store.tally(found)
 
     def _tell_costs(self) -> None:
         self._store.measure(self._workshop.bundle.hash, self._measured(self._fresh))
@@ -385,7 +434,7 @@ class Scheduler:
             self._give_back(lane)
         while self._decode():
             pass
-        self._writer.shutdown()
+        self.close()
 
     def _soonest(self) -> float:
         """Seconds until the next running clip is done, by the times measured; infinite if none runs."""
@@ -406,5 +455,6 @@ class Scheduler:
         lane.paused.clear()
 
     def close(self) -> None:
-        """Wait until all files are written."""
+        """Wait until all files are written, and tell what was counted."""
         self._writer.shutdown()
+        self._tell_tallies()

@@ -48,6 +48,11 @@ class Workshop:
         defaults = self.bundle.manifest.sampling
         return Size(defaults.frames, defaults.height, defaults.width)
 
+    @property
+    def prompt_hits(self) -> int:
+        """How often a prompt had been encoded before."""
+        return self._text.hits
+
     def clip(self, job: Job, request: str) -> Clip:
         """The clip of a job's ``request``, with its given pictures encoded; raises what planning does."""
         plan = plan_generation(self.bundle, GenerationRequest.from_json(request))

@@ -53,7 +53,7 @@ LAWS = {
     "runtime/pipeline/pictures": {"runtime/errors"},
     "serving": {"runtime", "serving"},
     "serving/store": {"runtime/errors", "runtime/files", "serving/errors"},
-    "serving/workers": {"runtime", "serving/costs", "serving/errors", "serving/settings", "serving/store"},
+    "serving/workers": {"runtime", "serving/costs", "serving/errors", "serving/logs", "serving/settings", "serving/store"},
     "stiv_ref": {"stiv_ref"},
     "stiv_ref/fused": {"stiv_ref", "runtime/errors", "runtime/plugins"},
     "calibration": {"calibration", "stiv_ref", "runtime/errors", "runtime/pipeline/pictures"},

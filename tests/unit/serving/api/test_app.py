@@ -410,13 +410,6 @@ def test_health_knows_whether_anybody_works(place: Any) -> None:
     assert place.client.get("/health").status_code == 503
 
 
-def test_metrics_are_those_of_the_store(place: Any) -> None:
-    place.ask()
-    lines = place.client.get("/metrics").text.splitlines()
-    assert 'stiv_jobs{state="queued"} 1.0' in lines
-    assert "stiv_workers 0.0" in lines
-
-
 def test_a_route_that_is_none_and_a_fault_are_in_the_same_form(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from starlette.testclient import TestClient
 

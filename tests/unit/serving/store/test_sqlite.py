@@ -11,6 +11,7 @@ import pytest
 from stiv_deploy.serving.errors import IdempotencyError, QueueFullError, ServeError, StoreError
 from stiv_deploy.serving.store.jobs import ATTEMPTS, LEASE, Job, Measured, Size, State, WorkerState, new_id
 from stiv_deploy.serving.store.sqlite import SqliteJobStore
+from stiv_deploy.serving.store.tallies import Key
 
 
 class Clock:
@@ -243,3 +244,29 @@ def test_a_store_that_another_holds_is_told(store: SqliteJobStore, tmp_path: Pat
     other.close()
     assert not caught.value.full
     assert submit(store).state == State.QUEUED
+
+
+def test_each_end_is_counted_by_who_brought_it_about(store: SqliteJobStore) -> None:
+    done, cancelled, dead, gone = (submit(store).id for _ in range(4))
+    submit(store, state=State.COMPLETED)
+    for each in (done, gone):
+        store.claim(each, "v")
+    for _ in range(2):  # the second time nothing ends
+        store.complete(done, "v", 1, 2.0)
+        store.cancel(cancelled)
+        store.delete(gone)
+    store.delete(done)
+    for _ in range(ATTEMPTS):
+        store.claim(dead, "w")
+        store.release("w")
+    store.tally({Key("steps", "4"): 2.0})
+    store.tally({Key("steps", "4"): 3.0})
+    assert store.tallies() == {
+        Key("requests", "completed"): 2,
+        Key("requests", "cancelled"): 1,
+        Key("requests", "deleted"): 1,
+        Key("requests", "worker_died"): 1,
+        Key("result_cache_hits"): 1,
+        Key("taken_back"): ATTEMPTS,
+        Key("steps", "4"): 5,
+    }
