@@ -25,6 +25,8 @@ TIDY = 30.0
 """Seconds between two rounds of tidying up."""
 CLOSING = 5
 """Seconds that open connections have when the server stops."""
+KEPT = 60
+"""Seconds that an idle connection is kept: more than clients keep theirs, or both would end it at one time."""
 CONNECTIONS = 1_000
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class Server:
             lifespan="on",
             server_header=False,
             timeout_graceful_shutdown=CLOSING,
+            timeout_keep_alive=KEPT,
             limit_concurrency=CONNECTIONS,
         )
         self._server = uvicorn.Server(config)

@@ -259,6 +259,7 @@ class Service:
         for job in self.store.outdated(self._clock(), settings.keep_seconds, settings.keep_bytes):
             self.store.delete(job)
             self.results.remove(job)
+        self.results.sweep_abandoned()
         for worker in self.store.workers():
             if worker.beat < self._clock() - 10 * LEASE:
                 self.store.sign_off(worker.id)

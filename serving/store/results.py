@@ -3,9 +3,10 @@
 import logging
 import os
 import shutil
+import time
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from stiv_deploy.runtime.files import draft, replaced_file, told
 from stiv_deploy.serving.store.jobs import JobStore, State
 
 log = logging.getLogger(__name__)
+ABANDONED = 3600.0
+"""Seconds after which what is half-written belongs to nobody any more."""
 VIDEO, THUMBNAIL, SPRITESHEET = "video.mp4", "thumbnail.webp", "spritesheet.png"
 RESULT, LATENTS = (State.COMPLETED,), (State.QUEUED,)
 """States, besides that of being in progress, in which a job has a use for its files."""
@@ -87,6 +90,13 @@ class Results:
 
     def _saved(self, job: str) -> Path:
         return self._latents / f"{job}.npz"
+
+    def sweep_abandoned(self) -> None:
+        """Remove what killed processes left half-written, while others write."""
+        for file in [*self._folder.iterdir(), *self._latents.iterdir()]:
+            with suppress(FileNotFoundError):  # somebody has finished it
+                if file.name.startswith(".") and file.stat().st_mtime < time.time() - ABANDONED:
+                    shutil.rmtree(file, ignore_errors=True)
 
     def sweep(self, store: JobStore) -> int:
         """Remove files whose job is gone or has no use for them, and tell the store of results that are; how many."""

@@ -6,6 +6,10 @@ from types import ModuleType
 
 import pytest
 
+sys.path.append(str(Path(__file__).parents[1]))
+from toys import bundle_path, toy
+
+__all__ = ["bundle_path", "toy"]
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
 

@@ -1,6 +1,7 @@
 """Files of jobs: whole or not there, and none without a job."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -75,3 +76,18 @@ def test_files_without_a_job_and_jobs_without_a_file_are_swept(tmp_path: Path) -
     assert (store.get("lost").state, store.get("lost").error_code) == (State.FAILED, "result_lost")
     assert store.get("done").state == State.COMPLETED
     store.close()
+
+
+def test_what_killed_processes_left_half_written_goes_in_time(tmp_path: Path) -> None:
+    """Without a restart, and without taking it from one who still writes."""
+    results = Results(tmp_path)
+    write(results, "done")
+    for name in (".old-x_.partial", ".new-x_.partial"):
+        for folder in ("results", "latents"):
+            (tmp_path / folder / name).mkdir()
+            (tmp_path / folder / name / "file").write_bytes(b"half")
+    for folder in ("results", "latents"):
+        os.utime(tmp_path / folder / ".old-x_.partial", (0, 0))
+    results.sweep_abandoned()
+    assert {file.name for file in (tmp_path / "results").iterdir()} == {"done", ".new-x_.partial"}
+    assert {file.name for file in (tmp_path / "latents").iterdir()} == {".new-x_.partial"}
