@@ -1,5 +1,5 @@
 # Two commands do everything from a bare Python 3.11 or 3.12, set-up included: `make demo` and `make test`.
-# Variables: PYTHON=<interpreter>; TORCH_INDEX=<package index URL to take torch from> (README, "Install"). Of `make plugins`:
+# Variables: PYTHON=<interpreter>; SERVE=<options of stiv serve>; TORCH_INDEX=<package index URL to take torch from> (README, "Install"). Of `make plugins`:
 # TENSORRT_ROOT=<folder with include/NvInferRuntime.h>; PLUGIN_BUILD, PLUGIN_FOLDER=<where to build and to install>.
 
 PYTHON ?= $(shell for python in python3.12 python3.11 python3 python; do \
@@ -33,7 +33,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 LINTED := calibration export runtime serving stiv_deploy stiv_ref tests $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-fp8 plugins test test-fast lint layout wheel clean
+.PHONY: help setup demo demo-fp8 serve plugins test test-fast lint layout wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,10 @@ demo: $(STAMP) ## Shipped checkpoint -> bundle -> RTX engines -> parity -> video
 
 demo-fp8: $(STAMP) ## The same in FP8: calibrate, export, build, fusion audit, parity, videos, all in out/demo-fp8
 	@$(BIN)/stiv demo --precision fp8 --out out/demo-fp8
+
+serve: $(STAMP) ## Serve the shipped model (a page and an API), with the options SERVE; its bundle and jobs are in out
+	@test -f out/serve/manifest.json || $(BIN)/stiv export checkpoints/tiny --out out/serve
+	@$(BIN)/stiv serve out/serve $(SERVE)
 
 test: $(STAMP) ## All tests, on all cores; then, one by one, those that nothing may run beside
 	@once=$$(mktemp -d); trap 'rm -rf "$$once"' EXIT; export STIV_TESTS_ONCE="$$once"; \

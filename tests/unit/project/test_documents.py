@@ -28,7 +28,7 @@ PAGES = (
     "runtime/plugins/README.md",
     *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")),
 )
-FOLDERS = "benchmarks|calibration|checkpoints|docs|export|recipes|runtime|serving|stiv_ref|tests"
+FOLDERS = "benchmarks|calibration|checkpoints|deploy|docs|export|recipes|runtime|serving|stiv_ref|tests"
 PATHS = re.compile(rf"`((?:{FOLDERS})/[\w./-]*)`")
 """Files and folders of this repository that a page names."""
 
