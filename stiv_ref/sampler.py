@@ -5,7 +5,7 @@ guidance modes, all branches in one batched call (arXiv 2412.07730, section 2.3)
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
 from typing import NamedTuple
@@ -34,7 +34,11 @@ class Solver(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """Everything about a sampling run that is not a tensor. ``image_scale`` is used by SIT-CFG only."""
+    """Everything about a sampling run that is not a tensor. ``image_scale`` is used by SIT-CFG only.
+
+    Evaluations at times from ``guidance_from`` to ``guidance_until``, both among them, are guided; all others are of
+    the conditional branch alone (a guidance interval, arXiv 2404.07724).
+    """
 
     steps: int = 50
     guidance_mode: GuidanceMode = GuidanceMode.JIT
@@ -44,6 +48,12 @@ class SamplingSettings:
     solver: Solver = Solver.EULER
     time_shift: float = 1.0
     unseen: Unseen = Unseen.NOISED
+    guidance_from: float = 0.0
+    guidance_until: float = 1.0
+
+    def guides(self, time: float) -> bool:
+        """Whether an evaluation at ``time`` is guided."""
+        return self.guidance_from <= time <= self.guidance_until
 
 
 class SamplingInputs(NamedTuple):
@@ -98,6 +108,14 @@ def guided_velocity(
     model: Stiv, inputs: SamplingInputs, settings: SamplingSettings
 ) -> Callable[[Tensor, float], Tensor]:
     """The guided velocity of a run as a function of latents [B, T, C, h, w] and time; text is projected here, once."""
+    guided = _velocity(model, inputs, settings)
+    if settings.guides(0) and settings.guides(1):
+        return guided
+    conditional = _velocity(model, inputs, replace(settings, guidance_mode=GuidanceMode.NONE))
+    return lambda latents, time: (guided if settings.guides(time) else conditional)(latents, time)
+
+
+def _velocity(model: Stiv, inputs: SamplingInputs, settings: SamplingSettings) -> Callable[[Tensor, float], Tensor]:
     noise, clean, frame_mask, text, null_text, micro = inputs
     branches = _branches(settings.guidance_mode, text, null_text)
     count = len(branches.sees_image)
@@ -145,6 +163,8 @@ def sample(model: Stiv, inputs: SamplingInputs, settings: SamplingSettings, obse
     last: _Last | None = None
     for step, (time, following) in enumerate(pairwise(times)):
         before, v = latents, velocity(latents, time)
+        if last is not None and settings.guides(last.time) != settings.guides(time):
+            last = None  # the velocity jumps where guidance begins or ends
         slope = v if last is None else adams_bashforth(v, last.velocity, (following - time) / (time - last.time))
         latents = replace_frames(before + (following - time) * slope, clean, frame_mask)
         if settings.solver is Solver.HEUN and following < 1:

@@ -23,6 +23,8 @@ from stiv_deploy.stiv_ref.text import TextStates, tokenize
 PROMPTS = ("digit three moving left", "digit seven moving down")
 UNEQUAL_SHIFT = 3.0
 """Time shift at which a step is some 1.3 times the one before, so that AB2 weighs every step otherwise."""
+FROM, UNTIL = 0.1, 0.6
+"""The guidance interval of one request: rows join its clip on the way, and leave it again."""
 NULL = {GuidanceMode.NONE: 0, GuidanceMode.JIT: 1, GuidanceMode.SIT: 2}
 """How many branches see the empty prompt."""
 
@@ -56,15 +58,21 @@ class Request:
         """Additive text mask [G, 1, 1, L]."""
         return additive_mask(self.token_mask)
 
+    def weight_inputs(self, time: float) -> dict[str, Tensor]:
+        """Inputs of the ``step`` graph that say how the rows weigh at ``time``: the conditional one alone, unguided."""
+        guided = self.settings.guides(time)
+        weights = torch.zeros(1, SAMPLE_ROWS)
+        weights[0, : self.branches] = torch.from_numpy(self.runtime_settings().weights())
+        alone = torch.eye(SAMPLE_ROWS)[:1]
+        renorm = torch.tensor([float(guided and self.settings.renorm)])
+        return {"row_weights": weights if guided else alone, "renorm": renorm}
+
     def guidance_inputs(self) -> dict[str, Tensor]:
-        """Inputs of the ``step`` graph that say which rows of the model are the one sample's, and how they weigh."""
+        """Inputs of the ``step`` graph that say which rows of the model are the one sample's, and what they see."""
         branches = BRANCHES[RuntimeMode(self.settings.guidance_mode.value)]
         mask = self.inputs.frame_mask[0]
-        weights = torch.zeros(1, SAMPLE_ROWS)
-        weights[0, : len(branches)] = torch.from_numpy(self.runtime_settings().weights())
         return {
             "sample_rows": torch.arange(SAMPLE_ROWS).where(torch.arange(SAMPLE_ROWS) < len(branches), 0)[None],
-            "row_weights": weights,
             "row_sample": torch.zeros(len(branches), dtype=torch.int64),
             "row_mask": torch.stack([mask & branch.image for branch in branches]),
         }
@@ -94,6 +102,8 @@ class Request:
             renorm=settings.renorm,
             solver=RuntimeSolver(settings.solver.value),
             time_shift=settings.time_shift,
+            guidance_from=settings.guidance_from,
+            guidance_until=settings.guidance_until,
         )
 
 
@@ -110,7 +120,8 @@ def _moving_square(batch: int, frames: int, height: int, width: int) -> Tensor:
 def parity_requests(manifest: Manifest, checkpoint: Checkpoint, steps: int) -> list[Request]:
     """T2V with JIT-CFG and Euler's solver, TI2V with JIT-CFG and AB2, TI2V with SIT-CFG and Heun's; each solver once.
 
-    One sample each, at the bundle's default size; for an image model the first alone.
+    The last one is guided only from :data:`FROM` until :data:`UNTIL`. One sample each, at the bundle's default size;
+    for an image model the first alone.
     """
     defaults, model = manifest.sampling, manifest.model
     video = _moving_square(1, defaults.frames, defaults.height, defaults.width)
@@ -125,10 +136,11 @@ def parity_requests(manifest: Manifest, checkpoint: Checkpoint, steps: int) -> l
         image_scale=defaults.image_scale,
         time_shift=defaults.time_shift,
     )
+    separate = replace(settings, guidance_mode=GuidanceMode.SIT, solver=Solver.HEUN)
     cases = [
         ("t2v jit euler", PROMPTS[0], False, settings),
         ("ti2v jit ab2", PROMPTS[1], True, replace(settings, solver=Solver.AB2, time_shift=UNEQUAL_SHIFT)),
-        ("ti2v sit heun", PROMPTS[1], True, replace(settings, guidance_mode=GuidanceMode.SIT, solver=Solver.HEUN)),
+        ("ti2v sit heun", PROMPTS[1], True, replace(separate, guidance_from=FROM, guidance_until=UNTIL)),
     ]
     requests = []
     for name, prompt, given, chosen in cases if model.temporal else cases[:1]:

@@ -57,11 +57,11 @@ def probe(oracle: Oracle, request: Request, blocks: int) -> Iterator[tuple[str, 
             "noise": noise,
             "frame_mask": mask,
             **request.guidance_inputs(),
+            **request.weight_inputs(half),
             "previous_velocity": clean - noise,
             "solver_weights": torch.tensor([[1.5, -0.5]]),
             "dt": torch.tensor([0.1]),
             "next_timestep": torch.tensor([0.6]),
-            "renorm": torch.tensor([1.0]),
             "hold": torch.tensor([False]),
         },
     )
@@ -84,7 +84,7 @@ class TeacherForced:
 
     def __init__(self, backend: Backend, bundle: Bundle, dims: dict[str, int], request: Request) -> None:
         self.backend = backend
-        self.times = request.times()
+        self.request, self.times = request, request.times()
         self.denoiser = _prepared_denoiser(backend, bundle, dims, request)
         spec = self.denoiser.specs["step"]
         tensors = (*spec.inputs, *spec.outputs)
@@ -100,7 +100,6 @@ class TeacherForced:
             **request.guidance_inputs(),
             previous_velocity=torch.zeros(self.buffers["latents"].shape),
             solver_weights=torch.tensor([[1.0, 0.0]]),
-            renorm=torch.tensor([float(request.settings.renorm)]),
             dt=torch.zeros(1),
             hold=torch.tensor([False]),
         )
@@ -113,7 +112,8 @@ class TeacherForced:
         """Guided velocity [1, T, C, h, w] at ``latents`` and time ``step`` of the schedule."""
         time = torch.tensor([self.times[step]], dtype=torch.float32)
         zeros = torch.zeros(self.buffers["velocity"].shape)
-        self._write(latents=latents, next_timestep=time, velocity=zeros)
+        weights = self.request.weight_inputs(self.times[step])
+        self._write(latents=latents, next_timestep=time, velocity=zeros, **weights)
         self.step()  # dt = 0: makes the model input
         self.backend.write(self.denoiser.timestep, time.repeat(self.denoiser.dims["model_batch"]).numpy())
         for call in (*self.model.values(), self.step):

@@ -96,6 +96,12 @@ def generate(
         bool | None,
         typer.Option("--renorm/--no-renorm", help="Keep the norm of the conditional velocity. Default: the bundle's."),
     ] = None,
+    guidance_from: Annotated[
+        float | None, typer.Option(help="Time, 0 noise to 1 data, before which nothing guides. Default: 0.")
+    ] = None,
+    guidance_until: Annotated[
+        float | None, typer.Option(help="Time after which nothing guides: fewer rows of the model. Default: 1.")
+    ] = None,
     unseen: Annotated[
         Literal["noised", "zero"] | None,
         typer.Option(help="What the branch without pictures gets at given frames. Default: noised."),

@@ -31,6 +31,8 @@ FIELDS = {
     "image_guidance": "image_guidance_scale",
     "guidance_mode": "guidance_mode",
     "renorm": "guidance_renorm",
+    "guidance_from": "guidance_from",
+    "guidance_until": "guidance_until",
     "unseen": "unseen",
     "solver": "solver",
     "time_shift": "time_shift",

@@ -9,10 +9,12 @@ from stiv_deploy.runtime.command.generation import requests_from_options
 from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, json_text, progress_bar, table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.table import Table
 
     from stiv_deploy.runtime.pipeline.tuning import TuneReport, TuneRequest
-    from stiv_deploy.runtime.sampling.tuning import Point
+    from stiv_deploy.runtime.sampling.tuning import Interval, Point
 
 SUFFIX = ".svg"
 
@@ -66,7 +68,8 @@ def tune(
 
     Each is compared with the exact flow of the same bundle, sampled with so many steps that twice as many change
     little. Half of the clips choose, the others judge. Then 'stiv generate --steps 10' uses the best for 10 steps;
-    --solver and --time-shift win over that. 'stiv inspect' lists it.
+    --solver and --time-shift win over that. 'stiv inspect' lists it. Guidance that ends early (--guidance-until) is
+    tried on the best, and told where it comes nearer than fewer steps that cost as much; it stays yours to ask for.
 
     stiv tune bundle --prompts prompts.txt --out tuning.svg
     """
@@ -136,11 +139,37 @@ def _show(report: "TuneReport", asked: "TuneRequest", out: Path | None) -> None:
     from rich.console import Console
 
     Console().print(tuning_table(report))
+    if report.intervals:
+        _show_intervals(report)
     if out is not None:
         typer.echo(f"{out}: evaluations against error")
     if asked.record:
         typer.echo(f"{asked.bundle}: the best are its defaults now, by the number of steps")
     typer.echo(f"{report.seconds:.0f} s")
+
+
+def _show_intervals(report: "TuneReport") -> None:
+    """Where guidance that ends early beats fewer steps, if it does anywhere."""
+    from rich.console import Console
+
+    worthwhile = [each for each in report.intervals if each.worthwhile]
+    if worthwhile:
+        Console().print(interval_table(worthwhile))
+    else:
+        count = len(report.intervals)
+        typer.echo(f"guidance that ends early ({count} tried) is nowhere nearer than fewer steps of as many rows")
+
+
+def interval_table(found: "Sequence[Interval]") -> "Table":
+    """What to gain from guidance that ends early, against fewer steps that take as many rows of the model."""
+    columns = ("--guidance-until", "rows of a clip", "solver", "steps", "time shift", "error", "with fewer steps")
+    rows = [_interval_row(each) for each in found]
+    return table("guidance that ends early", columns, rows, tuple(each for each in columns if each != "solver"))
+
+
+def _interval_row(found: "Interval") -> tuple[str, ...]:
+    _, *grid, error = _row(found.point, "")
+    return (f"{found.point.grid.guidance_until:g}", f"{found.rows:.3g}", *grid, error, f"{found.fewer.error:.2e}")
 
 
 def tuning_table(report: "TuneReport") -> "Table":

@@ -38,6 +38,8 @@ class ClipOptions(TypedDict, total=False):
     guidance_scale: float | None
     image_guidance_scale: float | None
     guidance_renorm: bool | None
+    guidance_from: float | None
+    guidance_until: float | None
     unseen: str | None
     solver: str | None
     time_shift: float | None

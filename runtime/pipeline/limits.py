@@ -43,6 +43,8 @@ BOUNDS = {
     "num_inference_steps": Bounds(1, STEP_LIMIT),
     "guidance_scale": Bounds(-SCALE_LIMIT, SCALE_LIMIT),
     "image_guidance_scale": Bounds(-SCALE_LIMIT, SCALE_LIMIT),
+    "guidance_from": Bounds(0.0, 1.0),
+    "guidance_until": Bounds(0.0, 1.0),
     "time_shift": Bounds(*SHIFT_LIMITS),
     "seed": Bounds(0, SEED_LIMIT - 1),
     "count": Bounds(1, COUNT_LIMIT),

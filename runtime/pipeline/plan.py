@@ -234,6 +234,8 @@ def _settings(request: GenerationRequest) -> SamplingSettings:
         solver=values["solver"],
         time_shift=values["time_shift"],
         unseen=values["unseen"] or Unseen.NOISED,
+        guidance_from=0.0 if values["guidance_from"] is None else values["guidance_from"],
+        guidance_until=1.0 if values["guidance_until"] is None else values["guidance_until"],
     )
 
 

@@ -60,6 +60,8 @@ class GenerationRequest(Frozen):
     guidance_scale: float | None = _number("guidance_scale", "Guidance scale (of the text, in mode sit).")
     image_guidance_scale: float | None = _number("image_guidance_scale", "Guidance scale of the image, in mode sit.")
     guidance_renorm: bool | None = Field(default=None, description="Keep the norm of the conditional velocity.")
+    guidance_from: float | None = _number("guidance_from", "Time, 0 noise to 1 data, before which nothing guides.")
+    guidance_until: float | None = _number("guidance_until", "Time, 0 noise to 1 data, after which nothing guides.")
     unseen: Unseen | None = Field(
         default=None, description="What the branch without the image gets at given frames; None: noised."
     )

@@ -20,7 +20,7 @@ from stiv_deploy.runtime.pipeline.timing import PhaseClock
 from stiv_deploy.runtime.sampling.engine import StepEngine
 from stiv_deploy.runtime.sampling.hooks import Hook
 from stiv_deploy.runtime.sampling.sample import Sample
-from stiv_deploy.runtime.sampling.solvers import evaluations
+from stiv_deploy.runtime.sampling.solvers import evaluations, most_rows
 from stiv_deploy.runtime.sampling.text_stage import TextStage
 
 KEPT_SIZES = 2
@@ -112,7 +112,7 @@ class SamplingLoop:
         return dimensions(
             model,
             batch=max(len(batch), least),
-            model_batch=max(sum(len(video.settings.rows()) for video in batch), least),
+            model_batch=max(sum(most_rows(video.settings) for video in batch), least),
             video_frames=size.frames,
             height=size.height,
             width=size.width,
@@ -140,10 +140,14 @@ class SamplingLoop:
 
 
 def _rungs(samples: Sequence[Sample], least: int, most: int) -> tuple[int, ...]:
-    """Numbers of rows to bind: one where all videos end together, else two more for when the first have ended."""
-    if len({len(evaluations(sample.settings)) for sample in samples}) == 1:
-        return (most,)
-    return tuple(sorted({max(least, -(-most // share)) for share in (1, 2, 4)}))
+    """Numbers of rows to bind: one where all videos have theirs to the end.
+
+    Where some end before others there are two more, and where guidance is off at times that of the clips.
+    """
+    planned = [evaluations(sample.settings) for sample in samples]
+    shares = (1,) if len({len(each) for each in planned}) == 1 else (1, 2, 4)
+    unguided = {len(samples)} if any(not one.guided for each in planned for one in each) else set()
+    return tuple(sorted({max(least, rows) for rows in (*(-(-most // share) for share in shares), *unguided)}))
 
 
 def _drained(engine: StepEngine, total: int, observer: Observer | None, cancel: Event | None) -> np.ndarray:

@@ -19,7 +19,18 @@ from stiv_deploy.runtime.pipeline.request import GenerationRequest
 from stiv_deploy.runtime.pipeline.tokenization import lost_line
 from stiv_deploy.runtime.progress import Progress, unheard
 from stiv_deploy.runtime.sampling.settings import Solver
-from stiv_deploy.runtime.sampling.tuning import Grid, Point, converged, frontier, measured, searched
+from stiv_deploy.runtime.sampling.solvers import evaluations
+from stiv_deploy.runtime.sampling.tuning import (
+    UNTIL,
+    Grid,
+    Interval,
+    Point,
+    converged,
+    frontier,
+    intervals,
+    measured,
+    searched,
+)
 
 log = logging.getLogger(__name__)
 BUDGETS = (4, 6, 8, 10, 12, 15, 20, 25, 30)
@@ -73,8 +84,8 @@ class TuneReport(Frozen):
     """What was tried of a bundle (its hash) on so many ``clips``.
 
     ``own`` is the grid of the requests, by default the bundle's; ``best`` are those of ``tried`` that no other one
-    beats with as few evaluations. Errors below ``reference_error``, that of what stood for the exact flow, say nothing
-    about which is better.
+    beats with as few evaluations, ``intervals`` these with guidance that ends early. Errors below ``reference_error``,
+    that of what stood for the exact flow, say nothing about which is better.
     """
 
     bundle: str
@@ -84,6 +95,7 @@ class TuneReport(Frozen):
     own: Point
     tried: tuple[Point, ...]
     best: tuple[Point, ...]
+    intervals: tuple[Interval, ...]
     seconds: float
 
 
@@ -114,14 +126,20 @@ def _search(pipe: StivPipeline, request: TuneRequest, progress: Progress) -> Tun
         log.warning(lost_line(lost))
     budgets = request.budgets or sorted({*BUDGETS, own.evaluations})
     shifts = sorted({*request.shifts, own.time_shift})
-    news = _News(progress, sum(budgets) * len(request.solvers) * (len(shifts) + 2))
+    news = _News(progress, sum(budgets) * (len(request.solvers) * (len(shifts) + 2) + len(UNTIL)))
+
+    def planned(grid: Grid) -> GenerationPlan:
+        return pipe.plan([_changed(each, grid) for each in request.requests])
 
     def sampled(grid: Grid) -> np.ndarray:
-        return pipe.sample(pipe.plan([_changed(each, grid) for each in request.requests]))
+        return pipe.sample(planned(grid))
 
     exact = converged(sampled, own.time_shift, request.tolerance, request.most, news.before)
     point = measured(sampled, exact, own)
     tried = tuple(searched(sampled, exact, budgets, request.solvers, shifts, news.count))
+    best = frontier((*tried, point))
+    chosen = any((each.guidance_from, each.guidance_until) != (None, None) for each in request.requests)
+    early = () if chosen else intervals(sampled, exact, best, lambda grid: _rows(planned(grid)), news.count)
     return TuneReport(
         bundle=pipe.bundle.hash,
         clips=clips,
@@ -129,7 +147,8 @@ def _search(pipe: StivPipeline, request: TuneRequest, progress: Progress) -> Tun
         reference_error=exact.error,
         own=point,
         tried=tried,
-        best=tuple(frontier((*tried, point))),
+        best=tuple(best),
+        intervals=tuple(early),
         seconds=time.monotonic() - started,
     )
 
@@ -140,7 +159,8 @@ def tuned(report: TuneReport) -> Tuned:
     points = sorted((each for each in (report.own, *report.tried) if each.grid.steps in steps), key=_tried)
     grids: dict[tuple[int, Solver], TunedGrid] = {}
     for each in points:
-        grid = TunedGrid(**each.grid.model_dump(mode="json"), tried=each.tried, error=each.error)
+        values = each.grid.model_dump(mode="json", exclude={"guidance_until"})
+        grid = TunedGrid(**values, tried=each.tried, error=each.error)
         grids.setdefault((each.grid.steps, each.grid.solver), grid)
     return Tuned(
         bundle=report.bundle,
@@ -173,7 +193,14 @@ def _own_grid(plan: GenerationPlan) -> tuple[Grid, int]:
 
 
 def _changed(request: GenerationRequest, grid: Grid) -> GenerationRequest:
-    return request.changed(solver=grid.solver, num_inference_steps=grid.steps, time_shift=grid.time_shift)
+    own = request.changed(solver=grid.solver, num_inference_steps=grid.steps, time_shift=grid.time_shift)
+    return own if grid.guidance_until is None else own.changed(guidance_until=grid.guidance_until)
+
+
+def _rows(plan: GenerationPlan) -> float:
+    """Rows of the model that a clip of ``plan`` takes, all its evaluations together."""
+    chosen = [video.settings for video in plan.videos]
+    return sum(len(each.rows(one.guided)) for each in chosen for one in evaluations(each)) / len(chosen)
 
 
 class _News:

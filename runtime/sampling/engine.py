@@ -24,7 +24,7 @@ from stiv_deploy.runtime.sampling.guidance import GuidanceRow
 from stiv_deploy.runtime.sampling.hooks import Hook, no_hook
 from stiv_deploy.runtime.sampling.replay import Replay
 from stiv_deploy.runtime.sampling.sample import Sample
-from stiv_deploy.runtime.sampling.solvers import Evaluation, anew, evaluations
+from stiv_deploy.runtime.sampling.solvers import Evaluation, anew, evaluations, most_rows
 from stiv_deploy.runtime.sampling.step_inputs import StepInputs
 from stiv_deploy.runtime.sampling.text_stage import TextStage
 
@@ -58,11 +58,24 @@ class Pause:
 
 @dataclass
 class _Running:
-    """A clip in its slot: what is left of its evaluations, and its rows of the model, the conditional one first."""
+    """A clip in its slot: what is left of its evaluations, and its rows of the model, the conditional one first.
 
+    ``rows`` are those that the evaluation at ``position`` needs, ``reserved`` the most that any from there on does.
+    """
+
+    sample: Sample
     planned: tuple[Evaluation, ...]
     rows: list[int]
     position: int = 0
+
+    @property
+    def guidance(self) -> list[GuidanceRow]:
+        return self.sample.settings.rows(self.planned[self.position].guided)
+
+    @property
+    def reserved(self) -> int:
+        later = any(each.guided for each in self.planned[self.position :])
+        return max(len(self.rows), len(self.sample.settings.rows(later)))
 
     @property
     def done(self) -> bool:
@@ -123,13 +136,18 @@ class StepEngine:
         return sum(len(running.rows) for running in self._running.values())
 
     @property
+    def reserved_rows(self) -> int:
+        """The most rows that the clips which are in will have in use, each at its own most."""
+        return sum(running.reserved for running in self._running.values())
+
+    @property
     def rung(self) -> int:
         """Rows of the next tick's call: the smallest rung that holds those in use."""
         return next(rows for rows in self.rungs if rows >= self.used_rows)
 
     def fits(self, sample: Sample) -> bool:
-        """Whether there is a slot and rows for ``sample`` now."""
-        return len(self._running) < self.slots and self.used_rows + len(sample.settings.rows()) <= self.rows
+        """Whether there is a slot for ``sample`` now, and rows for all of it beside what the others will need."""
+        return len(self._running) < self.slots and self.reserved_rows + most_rows(sample.settings) <= self.rows
 
     def admit(self, sample: Sample, pause: Pause | None = None) -> int:
         """Put ``sample`` into a free slot, to take part from the next tick on; it must fit, see :meth:`fits`.
@@ -139,21 +157,45 @@ class StepEngine:
         """
         assert self.fits(sample)
         slot = next(slot for slot in range(self.slots) if slot not in self._running)
-        guidance, used = sample.settings.rows(), self.used_rows
+        running = _Running(sample, evaluations(sample.settings), [], pause.position if pause else 0)
+        self._running[slot] = running
         self._fill_slot(slot, sample)
-        self._inputs.guide(slot, sample.frame_mask, guidance, renorm=sample.settings.renormalizes)
-        for row, each in enumerate(guidance, used):
-            self._fill_row(row, slot, each, sample)
-        rows = [*range(used, used + len(guidance))]
-        self._inputs.gather(slot, rows)
-        self._running[slot] = _Running(evaluations(sample.settings), rows)
+        for each in running.guidance:
+            self._add_row(slot, each, sample.start(row_mask(each.branch, sample.frame_mask)))
+        self._guide(slot, running.guidance)
         if pause is not None:
             self._go_on(slot, pause)
         return slot
 
+    def _guide(self, slot: int, guidance: list[GuidanceRow]) -> None:
+        """Set how the next evaluations of the clip in ``slot`` weigh its rows."""
+        running = self._running[slot]
+        renorm = running.sample.settings.renormalizes and len(guidance) > 1  # of one row it changes nothing
+        self._inputs.guide(slot, running.sample.frame_mask, guidance, renorm=renorm)
+        self._inputs.gather(slot, running.rows)
+
+    def _regroup(self, slot: int) -> None:
+        """Give the clip in ``slot`` the rows that its next evaluation needs, if that begins guidance or ends it."""
+        running = self._running[slot]
+        guidance = running.guidance
+        if len(guidance) == len(running.rows):
+            return
+        extra, running.rows = running.rows[len(guidance) :], running.rows[: len(guidance)]
+        self._close(extra)
+        self._join(slot, guidance[len(running.rows) :])
+        self._guide(slot, guidance)
+
+    def _join(self, slot: int, joining: Sequence[GuidanceRow]) -> None:
+        """Add rows to a clip on its way: what the conditional one sees, and given frames as each of them sees those."""
+        running = self._running[slot]
+        given, timestep = running.sample.frame_mask, running.planned[running.position].timestep
+        for each in joining:
+            hidden = given & ~row_mask(each.branch, given)
+            seen = self.backend.read(self.denoiser.model_input[running.rows[0]])
+            self._add_row(slot, each, np.where(hidden[:, None, None, None], running.sample.between(timestep), seen))
+
     def _go_on(self, slot: int, pause: Pause) -> None:
         running = self._running[slot]
-        running.position = pause.position
         self.backend.write(self._latents[slot], pause.latents)
         for row, seen in zip(running.rows, pause.inputs, strict=True):
             self.backend.write(self.denoiser.model_input[row], seen)
@@ -181,14 +223,17 @@ class StepEngine:
         self.backend.write(self._inputs.clean[slot], sample.clean)
         self.backend.write(self._latents[slot], sample.start(sample.frame_mask))
 
-    def _fill_row(self, row: int, slot: int, guidance: GuidanceRow, sample: Sample) -> None:
-        text = sample.text if guidance.branch.text else sample.negative
-        seen = row_mask(guidance.branch, sample.frame_mask)
-        self.denoiser.set_row(row, self._text(text), sample.micro)
+    def _add_row(self, slot: int, guidance: GuidanceRow, latents: np.ndarray) -> None:
+        """One more row for the clip in ``slot``, which sees ``latents`` fp32 [T, C, h, w] next."""
+        row, running = self.used_rows, self._running[slot]
+        sample = running.sample
+        running.rows.append(row)
+        self.denoiser.set_row(row, self._text(sample.text if guidance.branch.text else sample.negative), sample.micro)
         zeroed = sample.zeroed(guidance.branch)
-        start = np.where(zeroed[:, None, None, None], np.float32(0), sample.start(seen))
-        self.backend.write(self.denoiser.model_input[row], start)
-        self._inputs.see(row, slot, seen)
+        self.backend.write(
+            self.denoiser.model_input[row], np.where(zeroed[:, None, None, None], np.float32(0), latents)
+        )
+        self._inputs.see(row, slot, row_mask(guidance.branch, sample.frame_mask))
         self._zeroed[row] = [int(frame) for frame in np.flatnonzero(zeroed)]
 
     def tick(self) -> Tick:
@@ -229,6 +274,8 @@ class StepEngine:
                     self._look(slot, running, evaluation, tick)
         if tick.finished or tick.failed:
             self._release([*tick.finished, *tick.failed])
+        for slot in self._running:
+            self._regroup(slot)
         return tick
 
     def _look(self, slot: int, running: _Running, evaluation: Evaluation, tick: Tick) -> None:
@@ -256,19 +303,24 @@ class StepEngine:
         for buffer in (self._latents[slot], *(self.denoiser.model_input[row] for row in running.rows)):
             self.backend.write(buffer, np.where(given, self.backend.read(buffer), latents))
         running.planned = anew(running.planned, running.position)
+        self._regroup(slot)
 
     def evict(self, slot: int) -> None:
         """Give up the clip in ``slot``; the others do not notice."""
         self._release([slot])
 
     def _release(self, slots: Sequence[int]) -> None:
-        """Free ``slots``, and fill the gaps that their rows leave with the last rows in use."""
-        last = self.used_rows
-        holes = sorted((row for slot in slots for row in self._running[slot].rows), reverse=True)
+        """Free ``slots`` and their rows."""
+        rows = [row for slot in slots for row in self._running[slot].rows]
         for slot in slots:
             del self._running[slot]
             self._inputs.rest(slot)
-        for hole in holes:
+        self._close(rows)
+
+    def _close(self, rows: Sequence[int]) -> None:
+        """Fill the gaps that ``rows``, nobody's any more, leave among those in use with the last ones."""
+        last = self.used_rows + len(rows)
+        for hole in sorted(rows, reverse=True):
             last -= 1
             if hole != last:
                 self._move_row(hole, last)

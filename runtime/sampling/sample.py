@@ -29,6 +29,11 @@ class Sample:
         """Where the flow starts: noise, with the frames of ``mask``, bool [T], clean."""
         return np.where(mask[:, None, None, None], self.clean, self.noise)
 
+    def between(self, timestep: float) -> np.ndarray:
+        """The point of the flow path from noise to the clean latents at ``timestep``, as the ``step`` graph has it."""
+        time = np.float32(timestep)
+        return time * self.clean + (1 - time) * self.noise
+
     def zeroed(self, branch: Branch) -> np.ndarray:
         """Frames bool [T] that are zero in the model input of ``branch``, whatever the time is."""
         zero = self.settings.unseen is Unseen.ZERO and not branch.image

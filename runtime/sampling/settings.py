@@ -6,7 +6,14 @@ from enum import StrEnum
 import numpy as np
 
 from stiv_deploy.runtime.errors import RequestError
-from stiv_deploy.runtime.sampling.guidance import GuidanceMode, GuidanceRow, Unseen, branch_weights, guidance_rows
+from stiv_deploy.runtime.sampling.guidance import (
+    BRANCHES,
+    GuidanceMode,
+    GuidanceRow,
+    Unseen,
+    branch_weights,
+    guidance_rows,
+)
 from stiv_deploy.runtime.sampling.schedule import schedule
 
 
@@ -26,6 +33,9 @@ class Solver(StrEnum):
 class SamplingSettings:
     """Everything about a sampling run that is not a tensor. ``image_scale`` is used by SIT-CFG only.
 
+    Evaluations at times from ``guidance_from`` to ``guidance_until``, both among them, are guided; all others need the
+    conditional branch alone (a guidance interval, arXiv 2404.07724; times run from 0, noise, to 1, data).
+
     Raises :class:`RequestError` for a value that cannot be sampled with.
     """
 
@@ -37,10 +47,17 @@ class SamplingSettings:
     solver: Solver = Solver.EULER
     time_shift: float = 1.0
     unseen: Unseen = Unseen.NOISED
+    guidance_from: float = 0.0
+    guidance_until: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int | np.integer) or isinstance(self.steps, bool):
             raise RequestError(f"num_inference_steps must be a whole number, got {self.steps!r}")
+        if not 0 <= self.guidance_from <= self.guidance_until <= 1:
+            raise RequestError(
+                f"guidance runs from time {self.guidance_from:g} until {self.guidance_until:g}; give 0 (noise) <= "
+                "guidance_from <= guidance_until <= 1 (data)"
+            )
         self.weights()
         self.times()
 
@@ -52,8 +69,14 @@ class SamplingSettings:
         """Branch weights, fp32 [branches]."""
         return branch_weights(self.guidance_mode, self.guidance_scale, self.image_scale)
 
-    def rows(self) -> list[GuidanceRow]:
-        """The rows of the model that a sample needs, the conditional one first."""
+    def guides(self, timestep: float) -> bool:
+        """Whether an evaluation at ``timestep`` is guided."""
+        return self.guidance_from <= timestep <= self.guidance_until
+
+    def rows(self, guided: bool = True) -> list[GuidanceRow]:
+        """The rows of the model that an evaluation of a sample needs, the conditional one first."""
+        if not guided:
+            return [GuidanceRow(BRANCHES[self.guidance_mode][0], 1.0)]
         return guidance_rows(self.guidance_mode, self.weights())
 
     @property

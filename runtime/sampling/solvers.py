@@ -18,7 +18,7 @@ MEAN = (0.5, 0.5)
 
 
 class Evaluation(NamedTuple):
-    """One evaluation: times (0 noise, 1 data), step, weights of this and the previous velocity.
+    """One evaluation: times (0 noise, 1 data), step, weights of this and the previous velocity, whether it is guided.
 
     One without ``hold`` completes a step of the schedule.
     """
@@ -28,12 +28,28 @@ class Evaluation(NamedTuple):
     dt: float
     weights: tuple[float, float] = EULER
     hold: bool = False
+    guided: bool = True
 
 
 @lru_cache
 def evaluations(settings: SamplingSettings) -> tuple[Evaluation, ...]:
-    """The evaluations of a run with ``settings``, in order; the first one uses no previous velocity."""
-    return tuple(_PLANS[settings.solver](settings.times().tolist()))
+    """The evaluations of a run with ``settings``, in order; the first one uses no previous velocity.
+
+    Where guidance begins or ends the velocity jumps, and a solver that looks back starts anew.
+    """
+    planned = _PLANS[settings.solver](settings.times().tolist())
+    made = [each._replace(guided=settings.guides(each.timestep)) for each in planned]
+    if settings.solver is Solver.AB2:
+        return tuple(
+            each if before.guided == each.guided else each._replace(weights=EULER)
+            for before, each in pairwise([made[0], *made])
+        )
+    return tuple(made)
+
+
+def most_rows(settings: SamplingSettings) -> int:
+    """Rows of the model that the evaluation which needs most of a run with ``settings`` has."""
+    return len(settings.rows(any(each.guided for each in evaluations(settings))))
 
 
 def anew(planned: tuple[Evaluation, ...], position: int) -> tuple[Evaluation, ...]:

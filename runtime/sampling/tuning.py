@@ -15,16 +15,22 @@ from stiv_deploy.runtime.bundle.contract import Frozen
 from stiv_deploy.runtime.sampling.settings import SamplingSettings, Solver
 from stiv_deploy.runtime.sampling.solvers import evaluations
 
+UNTIL = (0.4, 0.6, 0.8)
+"""Times until which guidance is tried."""
 FIRST_STEPS = 60
 """Steps of the coarsest run that may stand for the exact flow."""
 
 
 class Grid(Frozen):
-    """A solver and its sampling times: so many ``steps``, shifted by ``time_shift``."""
+    """A solver and its sampling times: so many ``steps``, shifted by ``time_shift``.
+
+    ``guidance_until`` ends the guidance of all clips at that time; None leaves it as they have it.
+    """
 
     solver: Solver
     steps: int
     time_shift: float
+    guidance_until: float | None = None
 
     @property
     def evaluations(self) -> int:
@@ -53,6 +59,22 @@ class Point(Frozen):
     evaluations: int
     tried: float
     error: float
+
+
+class Interval(Frozen):
+    """A grid whose guidance ends early, the rows of the model that a clip takes by it, and what to compare it with.
+
+    ``fewer`` is the best grid that takes no more rows and is guided as the clips are: fewer steps instead.
+    """
+
+    point: Point
+    rows: float
+    fewer: Point
+
+    @property
+    def worthwhile(self) -> bool:
+        """Whether it comes nearer to the exact flow, by the clips that choose, than fewer steps do."""
+        return self.point.tried < self.fewer.tried
 
 
 def relative_errors(latents: np.ndarray, exact: np.ndarray) -> np.ndarray:
@@ -108,6 +130,25 @@ def searched(
             best = min(range(len(tried)), key=lambda index: tried[index].tried)
             yield from tried
             yield from (point(solver, steps, shift) for shift in _beside(shifts, best))
+
+
+def intervals(
+    sampled: Sampled, exact: Exact, best: Sequence[Point], rows: Callable[[Grid], float], told: Told
+) -> Iterator[Interval]:
+    """Each grid of ``best`` with guidance that ends at each of :data:`UNTIL`, where another one takes no more rows.
+
+    ``rows`` tells how many rows of the model a clip takes by a grid, all its evaluations together.
+    """
+    taken = [(rows(each.grid), each) for each in best]
+    for point in best:
+        for until in UNTIL:
+            grid = point.grid.model_copy(update={"guidance_until": until})
+            cost = rows(grid)
+            fewer = [each for needed, each in taken if needed <= cost]
+            told(grid)
+            if fewer and cost < rows(point.grid):
+                cheapest = min(fewer, key=lambda each: each.tried)
+                yield Interval(point=measured(sampled, exact, grid), rows=cost, fewer=cheapest)
 
 
 def steps_within(solver: Solver, budget: int) -> int:

@@ -21,7 +21,7 @@ from stiv_deploy.runtime.pipeline.tasks import TASKS
 from stiv_deploy.runtime.pipeline.tokenization import lost_line
 from stiv_deploy.runtime.sampling.guidance import GuidanceMode, Unseen
 from stiv_deploy.runtime.sampling.settings import Solver
-from stiv_deploy.runtime.sampling.solvers import evaluations
+from stiv_deploy.runtime.sampling.solvers import evaluations, most_rows
 from stiv_deploy.serving.api.answers import resource
 from stiv_deploy.serving.api.body import FIELDS, FORMATS, PRIORITY, Asked, Wanted, wanted
 from stiv_deploy.serving.api.guard import Rate
@@ -167,7 +167,7 @@ class Service:
             frames=size.frames,
             height=size.height,
             width=size.width,
-            rows=len(video.settings.rows()),
+            rows=most_rows(video.settings),
             evaluations=len(planned),
             steps=sum(not each.hold for each in planned),
             facts=json.dumps(self._facts(video) | {"remixed_from": what.source}),

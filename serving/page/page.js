@@ -21,13 +21,15 @@ const FIELDS = [
   ["image_guidance_scale", "Image guidance", "any", "more"],
   ["solver", "Solver", null, "more"],
   ["time_shift", "Time shift", "any", "more"],
+  ["guidance_from", "Guidance from", "any", "more"],
+  ["guidance_until", "Guidance until", "any", "more"],
   ["priority", "Priority", 1, "more"],
   ["guidance_renorm", "Renormalize", null, "more"],
   ["fit", "Pictures of another size", null, "fitting"],
 ];
 
 const TUNED = ["solver", "time_shift"]; // what goes best with so many steps, where somebody has looked for it
-const EMPTY = { seed: "any", priority: "0" }; // what the server takes where nothing is said
+const EMPTY = { seed: "any", priority: "0", guidance_from: "0", guidance_until: "1" }; // what the server takes where nothing is said
 
 const $ = (id) => document.getElementById(id);
 const copy = (id) => $(id).content.firstElementChild.cloneNode(true);

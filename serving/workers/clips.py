@@ -13,7 +13,7 @@ from stiv_deploy.runtime.pipeline.output import StivOutput
 from stiv_deploy.runtime.pipeline.plan import GenerationPlan, PlannedVideo
 from stiv_deploy.runtime.sampling.engine import Pause
 from stiv_deploy.runtime.sampling.sample import Sample
-from stiv_deploy.runtime.sampling.solvers import evaluations
+from stiv_deploy.runtime.sampling.solvers import evaluations, most_rows
 from stiv_deploy.serving.store.jobs import Job
 from stiv_deploy.serving.store.results import SPRITESHEET, THUMBNAIL, VIDEO
 
@@ -63,8 +63,8 @@ class Clip:
 
     @property
     def rows(self) -> int:
-        """Rows of the model that it takes."""
-        return len(self.sample.settings.rows())
+        """The most rows of the model that it takes."""
+        return most_rows(self.sample.settings)
 
 
 def pause_arrays(pause: Pause, clip: Clip) -> dict[str, np.ndarray]:

@@ -39,7 +39,7 @@ class Lane:
 
     def room(self, rows: int) -> bool:
         """Whether a clip of so many rows may come in now; one always may."""
-        used = self._engine.used_rows
+        used = self._engine.reserved_rows
         return not self._running or (len(self._running) < self._engine.slots and used + rows <= self._rows)
 
     def admit(self, clip: Clip) -> None:

@@ -43,6 +43,8 @@ OPTIONS: dict[str, Any] = {
     "--image-guidance": 1.25,
     "--guidance-mode": "sit",
     "--no-renorm": False,
+    "--guidance-from": 0.125,
+    "--guidance-until": 0.5,
     "--unseen": "zero",
     "--solver": "ab2",
     "--time-shift": 2.0,

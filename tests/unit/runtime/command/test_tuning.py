@@ -26,6 +26,7 @@ def tuned(run: Run, own_bundle: Path, tmp_path: Path) -> tuple[Path, Path]:
     code, out, err = run("tune", own_bundle, *FEW, *files)
     assert (code, "Traceback" in err) == (0, False), err
     assert "the best are its defaults now" in out
+    assert "guidance that ends early" in out
     return own_bundle, tmp_path
 
 

@@ -16,6 +16,9 @@ from stiv_deploy.runtime.pipeline.plan import RECOMMENDED, plan_generation
 PICTURE = np.full((8, 8, 3), 51, dtype=np.uint8)
 LATENT = np.ones((4, 4, 4), dtype=np.float32)
 
+LEFT_OUT = ("unseen", "guidance_from", "guidance_until", "decode_tile", "noise")
+"""Fields that a planned request may leave open."""
+
 
 def request_of(prompt: str = "digit", **values: Any) -> GenerationRequest:
     return GenerationRequest(prompt=prompt, **values)
@@ -29,7 +32,7 @@ def test_defaults_are_the_bundles(toy_bundle: Bundle) -> None:
         assert values[name] == getattr(sampling, recommended), name
     assert (values["original_height"], values["original_width"], values["stride"]) == (8, 8, 1)
     assert 0 <= video.seed < 2**32
-    assert all(value is not None for name, value in values.items() if name not in ("unseen", "decode_tile", "noise"))
+    assert all(value is not None for name, value in values.items() if name not in LEFT_OUT)
     assert video.micro.tolist() == [8, 8, 0, 0, 1, 4]
     assert video.micro.dtype == np.float32
 

@@ -11,7 +11,7 @@ from stiv_deploy.runtime.bundle.bundle import read_manifest, write_manifest
 from stiv_deploy.runtime.errors import BundleError
 from stiv_deploy.runtime.pipeline import tuning
 from stiv_deploy.runtime.pipeline.tuning import BUDGETS, TuneReport, TuneRequest, tune, tuned
-from stiv_deploy.runtime.sampling.tuning import relative_errors
+from stiv_deploy.runtime.sampling.tuning import UNTIL, relative_errors
 
 CLIPS = (
     GenerationRequest(prompt="digit three", seed=3, count=2, num_inference_steps=4, solver="euler"),
@@ -43,6 +43,12 @@ def test_a_report_tells_all_that_was_tried(bundle_path: Path) -> None:
     assert len(report.tried) == 2 * 2 * (2 + 1), "all shifts, and one between"
     assert set(report.best) <= {*report.tried, report.own}
     assert report.best[-1].grid.solver is Solver.AB2
+    # Two of the three clips are guided, with two rows a step.
+    assert {each.point.grid.guidance_until for each in report.intervals} <= {*UNTIL}
+    assert report.intervals
+    for each in report.intervals:
+        assert each.fewer in report.best
+        assert each.point.grid.steps < each.rows < 5 / 3 * each.point.grid.steps
     assert TuneReport.model_validate_json(report.model_dump_json()) == report
     assert told[0] == ("loading", 0, 1)
     assert all(0 <= done <= total for _, done, total in told)
@@ -62,6 +68,12 @@ def test_an_error_is_that_of_the_clips_themselves(bundle_path: Path) -> None:
         errors = relative_errors(made(pipe, solver="ab2", num_inference_steps=3, time_shift=1.0), exact)
     # Threads may change the last bits of a sum, far below these errors.
     assert (point.tried, point.error) == pytest.approx((errors[[0, 2]].mean(), errors[1]), rel=1e-3)
+
+
+def test_guidance_that_somebody_chose_stays(bundle_path: Path) -> None:
+    chosen = tuple(each.changed(guidance_from=0.5) for each in CLIPS)
+    few = asked(bundle_path, requests=chosen, budgets=(3,), solvers=(Solver.EULER,), shifts=(1.0,), tolerance=0.1)
+    assert tune(few).intervals == ()
 
 
 @pytest.mark.parametrize(

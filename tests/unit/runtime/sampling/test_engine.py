@@ -375,6 +375,24 @@ def test_a_branch_of_no_weight_is_not_run(toy_bundle: Bundle, toy: Any, scale: f
     )
 
 
+@pytest.mark.parametrize("solver", list(Solver))
+@pytest.mark.parametrize("mode", ["jit", "sit"])
+def test_guidance_has_rows_only_while_it_lasts(toy_bundle: Bundle, toy: Any, mode: str, solver: Solver) -> None:
+    """The rows go to others meanwhile, but for those that a clip whose guidance is to come needs."""
+    chosen = settings_of(mode, solver=solver, guidance_from=0.3, guidance_until=0.7)
+    sample, most = sample_of(chosen, [0]), MODES[mode]
+    engine = make_engine(toy_bundle, slots=2, rungs=(1, 2, 3, 6))
+    slot, used, finished = engine.admit(sample), [], {}
+    assert engine.reserved_rows == most
+    while engine.running:
+        used.append(engine.used_rows)
+        finished |= engine.tick().finished
+    assert used == [most if 0.3 <= each.timestep <= 0.7 else 1 for each in evaluations(chosen)]
+    np.testing.assert_allclose(
+        finished[slot], reference_latents(toy_bundle, toy, sample), rtol=0, atol=tolerance(sample.settings.steps)
+    )
+
+
 def test_slots_and_rows_are_counted(toy_bundle: Bundle) -> None:
     engine = make_engine(toy_bundle, slots=2, rungs=(2, 4))
     jit, sit = (sample_of(settings_of(mode)) for mode in ("jit", "sit"))
@@ -404,6 +422,8 @@ def samples(draw: st.DrawFn) -> Sample:
         image_scale=draw(st.sampled_from([1.0, 1.5])),
         renorm=draw(st.booleans()),
         time_shift=draw(st.sampled_from([1.0, 2.0, 3.5])),
+        guidance_from=draw(st.sampled_from([0.0, 0.0, 0.2, 0.5])),
+        guidance_until=draw(st.sampled_from([1.0, 1.0, 0.5, 0.7])),
     )
     frames = draw(st.sets(st.integers(0, FRAMES - 1)))
     text, negative = (tokens(draw(st.sampled_from(WORDS))) for _ in range(2))
@@ -508,6 +528,8 @@ def test_debug_names_the_step(exploding: Bundle) -> None:
         ({"guidance_scale": math.nan}, "guidance_scale must be finite"),
         ({"image_scale": math.inf}, "image_guidance_scale must be finite"),
         ({"time_shift": 0.0}, "time_shift must be positive and finite"),
+        ({"guidance_from": 0.6, "guidance_until": 0.5}, "guidance runs from time 0.6 until 0.5; give 0 .noise. <="),
+        ({"guidance_until": math.nan}, "guidance runs from time 0 until nan"),
     ],
 )
 def test_settings_are_checked_when_made(changes: dict[str, Any], message: str) -> None:
@@ -517,9 +539,13 @@ def test_settings_are_checked_when_made(changes: dict[str, Any], message: str) -
 
 @pytest.mark.parametrize("mode", ["none", "jit", "sit"])
 @pytest.mark.parametrize(("solver", "ticks"), [(Solver.EULER, 3), (Solver.HEUN, 4), (Solver.AB2, 3)])
-def test_a_clip_goes_on_from_a_pause_bit_by_bit(toy_bundle: Bundle, mode: str, solver: Solver, ticks: int) -> None:
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.0, 0.5), (0.5, 1.0)])
+def test_a_clip_goes_on_from_a_pause_bit_by_bit(
+    toy_bundle: Bundle, mode: str, solver: Solver, ticks: int, interval: tuple[float, float]
+) -> None:
     """In another engine, as another process would, and in another slot and other rows."""
-    sample = sample_of(settings_of(mode, solver=solver), [0])
+    start, end = interval
+    sample = sample_of(settings_of(mode, solver=solver, guidance_from=start, guidance_until=end), [0])
     whole = run(make_engine(toy_bundle), sample)
     first, second = make_engine(toy_bundle), make_engine(toy_bundle, slots=2)
     slot = first.admit(sample)

@@ -1,5 +1,6 @@
 """Evaluations by themselves, with the step's arithmetic in fp64, on a flow that has an exact solution."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -98,6 +99,15 @@ def test_ab2_is_exact_where_velocity_is_a_line_in_time(steps: int, shift: float)
 def test_weights_of_equal_steps_are_the_known_ones() -> None:
     assert adams_bashforth(1.0) == (1.5, -0.5)
     assert [each.weights for each in evaluations(settings_of(2, Solver.AB2, 3.0))] == [EULER, (2.5, -1.5)]
+
+
+def test_where_guidance_begins_and_ends_nothing_looks_back() -> None:
+    """There the velocity jumps, so that the line through the one before leads nowhere."""
+    chosen = dataclasses.replace(settings_of(5, Solver.AB2), guidance_from=0.2, guidance_until=0.4)
+    planned = evaluations(chosen)
+    assert [each.guided for each in planned] == [False, True, True, False, False]
+    assert [each.weights == EULER for each in planned] == [True, True, False, True, False]
+    assert planned[2].weights == evaluations(settings_of(5, Solver.AB2))[2].weights
 
 
 @pytest.mark.parametrize("position", [0, 3])

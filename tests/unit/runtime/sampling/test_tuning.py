@@ -11,11 +11,13 @@ from stiv_deploy.runtime.sampling.settings import SamplingSettings, Solver
 from stiv_deploy.runtime.sampling.solvers import evaluations
 from stiv_deploy.runtime.sampling.tuning import (
     FIRST_STEPS,
+    UNTIL,
     Exact,
     Grid,
     Point,
     converged,
     frontier,
+    intervals,
     measured,
     relative_errors,
     searched,
@@ -69,6 +71,25 @@ def test_one_half_chooses_and_the_other_judges() -> None:
     point = measured(sampled, EXACT, grid)
     assert (point.tried, point.error) == (errors[[0, 2]].mean(), errors[[1, 3]].mean())
     assert point.evaluations == 5
+
+
+def test_guidance_that_ends_early_is_compared_with_fewer_steps() -> None:
+    """A clip takes two rows a step while it is guided, and one afterwards."""
+    best = [measured(sampled, EXACT, Grid(solver=Solver.AB2, steps=steps, time_shift=1.0)) for steps in (4, 6, 10)]
+
+    def rows(grid: Grid) -> float:
+        return grid.steps * (1 + (1.0 if grid.guidance_until is None else grid.guidance_until))
+
+    told: list[Grid] = []
+    found = list(intervals(sampled, EXACT, best, rows, told.append))
+    assert len(told) == len(best) * len(UNTIL)
+    assert {(each.point.grid.steps, each.fewer.grid.steps) for each in found} == {(6, 4), (10, 6)}
+    for each in found:
+        assert rows(each.fewer.grid) <= each.rows == rows(each.point.grid) < rows(best[-1].grid)
+        # Here guidance changes nothing, so that more steps for as many rows are a gain.
+        assert each.worthwhile
+    nothing = intervals(sampled, EXACT, best, lambda grid: grid.steps, quiet)
+    assert list(nothing) == [], "clips without guidance"
 
 
 def test_the_search_finds_what_trying_everything_finds() -> None:
