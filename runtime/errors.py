@@ -21,6 +21,10 @@ class BackendError(StivError):
     """A backend is unknown, not installed, or cannot run this bundle here."""
 
 
+class Quarantined(BackendError):
+    """A backend gave wrong results for this bundle, and is not used with it until it gives right ones."""
+
+
 class CaptureError(BackendError):
     """Calls cannot be captured into one graph here; run one after another they still work."""
 

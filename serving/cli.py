@@ -28,6 +28,9 @@ def serve(
     backend: Annotated[str | None, typer.Option(help="Backend ('stiv doctor' lists them); default: the best.")] = None,
     device: Annotated[int, typer.Option(metavar="INDEX", min=0, help="First GPU, as CUDA counts them.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a worker; default: all cores.")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse a bundle that is not proven, or a best backend that is wrong.")
+    ] = False,
     slots: Annotated[int, typer.Option(min=1, max=256, help="Most videos in one batch.")] = 8,
     queue: Annotated[int, typer.Option(min=1, max=100_000, help="Most jobs that wait.")] = 1_000,
     rate: Annotated[float, typer.Option(min=0.1, help="Most new jobs a minute from one client.")] = 600.0,
@@ -72,6 +75,7 @@ def serve(
         backend=backend,
         device=device,
         threads=threads,
+        strict=strict,
         slots=slots,
         queue=queue,
         rate=rate,

@@ -18,6 +18,7 @@ class ServeSettings(Frozen):
     Latents of running clips are written every ``latents_every`` steps (0: never). A worker that stops has
     ``grace_seconds`` to finish what runs. ``rate`` new jobs a minute may come from one client. With ``log_json``
     logs are lines of JSON and tell of every job's way.
+    A worker whose backend gives wrong results takes another one; it ends if ``strict``.
     """
 
     bundle: Path
@@ -27,6 +28,7 @@ class ServeSettings(Frozen):
     backend: str | None = None
     device: int = Field(default=0, ge=0)
     threads: int | None = None
+    strict: bool = False
     slots: int = Field(default=8, ge=1, le=256)
     queue: int = Field(default=1_000, ge=1, le=100_000)
     body_bytes: int = Field(default=64 * MIB, ge=1_024)

@@ -52,6 +52,28 @@ def show(report: "BuildReport") -> None:
     Console().print(table(title, columns, [*rows, total], numbers))
 
 
+def proven(report: "BuildReport") -> bool:
+    """Verify the new engines where they can run, and say on standard error what came of it; else true."""
+    from stiv_deploy.runtime.backends import unavailable_reason
+    from stiv_deploy.runtime.bundle.bundle import Bundle
+    from stiv_deploy.runtime.command.verification import verdict
+    from stiv_deploy.runtime.errors import EngineError
+    from stiv_deploy.runtime.pipeline.verification import VerifyRequest, verify
+
+    golden = Bundle.open(report.bundle).manifest.golden
+    if golden is None or unavailable_reason(report.backend) is not None:
+        return True
+    try:
+        with progress_bar("verify") as progress:
+            found = verify(VerifyRequest(bundle=report.bundle, backends=(report.backend,)), progress)
+    except EngineError as error:  # they are for another GPU, or not all are there yet
+        typer.echo(f"not verified here: {error}", err=True)
+        return True
+    for proof in found.proofs:
+        typer.echo(verdict(proof), err=True)
+    return found.passed
+
+
 def build(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, made by 'stiv export'.", show_default=False)],
     backend: Annotated[str, typer.Option(help="tensorrt-rtx (needs no GPU to build) or tensorrt.")] = "tensorrt-rtx",
@@ -113,3 +135,5 @@ def build(
     with progress_bar("build") as progress:
         report = build_engines(request, progress)
     answer(json, lambda: json_text(report, 1), lambda: show(report))
+    if not proven(report):
+        raise typer.Exit(1)

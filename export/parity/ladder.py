@@ -288,7 +288,7 @@ def climb(subject: Subject, backends: Sequence[str], steps: int, progress: Progr
     news = _News(progress, len(backends) * (len(bundle.manifest.graphs) + 2 * len(requests)))
     ladders = []
     for name in backends:
-        with open_backend(name, bundle) as backend:
+        with open_backend(name, bundle, quarantined=True) as backend:
             ladder = _Ladder(backend, subject, draws, news)
             ladder.graphs(requests[-1])
             for request in requests:

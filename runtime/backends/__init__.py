@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.errors import BackendError, BundleError, EngineError, briefly, raise_interrupt
+from stiv_deploy.runtime.bundle.verified import read_result
+from stiv_deploy.runtime.errors import BackendError, BundleError, EngineError, Quarantined, briefly, raise_interrupt
 from stiv_deploy.runtime.tensorrt_library import FLAVOURS, Flavour
 
 if TYPE_CHECKING:
@@ -114,33 +115,59 @@ def _reason_against(name: str, bundle: Bundle, device: int) -> str | None:
     return unavailable_reason(name, device)
 
 
-def _open_best(bundle: Bundle, threads: int | None, device: int) -> Backend:
+def quarantine(bundle: Bundle, backend: Backend) -> str | None:
+    """Why ``backend`` is not to be used with ``bundle``: it gave wrong results, as it is now; ``None`` if it may be."""
+    if bundle.manifest.golden is None:
+        return None
+    verdict = read_result(bundle, backend.machine)
+    return verdict.reason if verdict.state == "failed" else None
+
+
+def _open_proven(name: str, bundle: Bundle, threads: int | None, device: int) -> Backend:
+    """The backend ``name``; :class:`~stiv_deploy.runtime.errors.Quarantined` where it gave wrong results."""
+    backend = TABLE[name].open(bundle, threads, device)
+    reason = quarantine(bundle, backend)
+    if reason is None:
+        return backend
+    backend.close()
+    raise Quarantined(
+        f"backend {name} is quarantined: {reason}; run that again after an update, or make bundle and engines again"
+    )
+
+
+def _open_best(bundle: Bundle, threads: int | None, device: int, *, quarantined: bool) -> Backend:
     reasons = []
     for name in PREFERENCE:
         reason = _reason_against(name, bundle, device)
         if reason is None:
             try:
-                return TABLE[name].open(bundle, threads, device)
+                return (TABLE[name].open if quarantined else partial(_open_proven, name))(bundle, threads, device)
             except (BackendError, EngineError) as error:
                 if name == PREFERENCE[-1]:
                     raise
                 reason = str(error)
+                if isinstance(error, Quarantined):
+                    log.warning("%s; the next one is taken", reason)
         log.info("backend %s is passed over: %s", name, reason)
         reasons.append(f"{name}: {reason}")
     raise BackendError(f"no backend works on device {device}: {'; '.join(reasons)}")
 
 
-def open_backend(name: str | None, bundle: Bundle, threads: int | None = None, device: int = 0) -> Backend:
+def open_backend(
+    name: str | None, bundle: Bundle, threads: int | None = None, device: int = 0, *, quarantined: bool = False
+) -> Backend:
     """Open a backend on ``bundle``; ``None`` or ``"auto"`` takes the best that works here (see ``PREFERENCE``).
 
     ``threads`` is for the CPU; by default all cores, or ``STIV_THREADS``. ``device`` is the GPU's index as CUDA counts;
-    the CPU has none but 0. Raises :class:`BackendError` for a name or device that is unknown or cannot run here,
-    :class:`EngineError` where an engine does not fit, :class:`BundleError` for damage.
+    the CPU has none but 0. A backend that gave wrong results in 'stiv verify' is passed over with a line, and refused
+    where it is named; with ``quarantined`` it is opened nevertheless, to be measured. Raises :class:`BackendError` for
+    a name or device that is unknown or cannot run here, :class:`EngineError` where an engine does not fit,
+    :class:`BundleError` for damage.
     """
     if not 0 <= device <= DEVICE_LIMIT:
         raise BackendError(f"the device is a GPU's index, 0 or more; got {briefly(device)}")
     if name is None or name == AUTO:
-        return _open_best(bundle, threads, device)
+        return _open_best(bundle, threads, device, quarantined=quarantined)
     if name not in BACKENDS:
         works = [backend for backend, reason in available().items() if reason is None]
         raise BackendError(
@@ -150,7 +177,7 @@ def open_backend(name: str | None, bundle: Bundle, threads: int | None = None, d
     reason = unavailable_reason(name, device)
     if reason is not None:
         raise BackendError(f"backend {name} does not work here: {reason}")
-    return TABLE[name].open(bundle, threads, device)
+    return TABLE[name].open(bundle, threads, device) if quarantined else _open_proven(name, bundle, threads, device)
 
 
 def runnable(bundle: Bundle, asked: Sequence[str], device: int = 0) -> list[str]:

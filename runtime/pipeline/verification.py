@@ -6,12 +6,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from time import monotonic
 
-from stiv_deploy.runtime.backends import open_backend, runnable
+from stiv_deploy.runtime.backends import open_backend, quarantine, runnable
+from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import Frozen
 from stiv_deploy.runtime.bundle.engine_files import buckets_holding
 from stiv_deploy.runtime.bundle.golden import Golden, GraphAnswer, read_golden
-from stiv_deploy.runtime.bundle.verified import VerifyResult, keep_result, results_file
+from stiv_deploy.runtime.bundle.verified import VerifyResult, keep_result, read_result, results_file
+from stiv_deploy.runtime.errors import Quarantined
 from stiv_deploy.runtime.files import check_file
 from stiv_deploy.runtime.progress import Progress, unheard
 from stiv_deploy.runtime.sampling.golden_run import VerifyRow, graph_rows
@@ -80,13 +82,13 @@ def verify(request: VerifyRequest, progress: Progress = unheard) -> VerifyReport
 
 def _proof(bundle: Bundle, golden: Golden, name: str, request: VerifyRequest, progress: Progress) -> BackendProof:
     started = monotonic()
-    with open_backend(name, bundle, request.threads, request.device) as backend:
+    with open_backend(name, bundle, request.threads, request.device, quarantined=True) as backend:
         machine = backend.machine
     rows: list[VerifyRow] = []
     groups = _by_graph(chosen([case for case in golden.graphs if runs(bundle, name, case)], request.quick))
     for done, (graph, cases) in enumerate(groups.items()):
         progress(f"{name}: {graph}", done, len(groups))
-        with open_backend(name, bundle, request.threads, request.device) as backend:
+        with open_backend(name, bundle, request.threads, request.device, quarantined=True) as backend:
             rows += graph_rows(backend, bundle, golden, cases)
     result = VerifyResult(
         bundle=bundle.hash,
@@ -98,6 +100,35 @@ def _proof(bundle: Bundle, golden: Golden, name: str, request: VerifyRequest, pr
         finished=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     )
     return BackendProof(result=result, rows=tuple(rows), seconds=monotonic() - started)
+
+
+def proven_backend(
+    bundle: Bundle, name: str | None, threads: int | None = None, device: int = 0, *, strict: bool = False
+) -> Backend:
+    """Open a backend as ``open_backend`` does, and only one that gives right results.
+
+    One that has no result as it is now is verified first, at one size of each graph. Where no backend is named, the
+    next one is taken instead of one that is wrong; with ``strict`` that is refused, and so is a bundle without answers.
+    Raises :class:`~stiv_deploy.runtime.errors.Quarantined`, and what ``open_backend`` and :func:`verify` do.
+    """
+    if bundle.manifest.golden is None:
+        if strict:
+            read_golden(bundle)
+        return open_backend(name, bundle, threads, device)
+    while True:
+        backend = open_backend(name, bundle, threads, device, quarantined=strict)
+        if read_result(bundle, backend.machine).state != "not verified":
+            break
+        backend.close()
+        names = (backend.name,)
+        request = VerifyRequest(bundle=bundle.folder, backends=names, device=device, threads=threads, quick=True)
+        if verify(request).passed:
+            return open_backend(backend.name, bundle, threads, device)
+    reason = quarantine(bundle, backend)
+    if reason is None:
+        return backend
+    backend.close()
+    raise Quarantined(f"backend {backend.name} is quarantined: {reason}; without --strict another one is taken")
 
 
 def runs(bundle: Bundle, backend: str, case: GraphAnswer) -> bool:

@@ -13,10 +13,10 @@ import time
 from contextlib import suppress
 from threading import Event, Thread
 
-from stiv_deploy.runtime.backends import open_backend
 from stiv_deploy.runtime.backends.cuda import count_gpus
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.errors import StivError, one_line
+from stiv_deploy.runtime.pipeline.verification import proven_backend
 from stiv_deploy.serving.errors import StoreError
 from stiv_deploy.serving.logs import set_up
 from stiv_deploy.serving.settings import ServeSettings
@@ -44,7 +44,8 @@ class Worker:
         self.name = name or f"worker-{index}-{secrets.token_hex(4)}"
         self._store = SqliteJobStore(settings.database)
         bundle = Bundle.open(settings.bundle)
-        backend = open_backend(settings.backend, bundle, settings.threads, device_of(settings, index))
+        device = device_of(settings, index)
+        backend = proven_backend(bundle, settings.backend, settings.threads, device, strict=settings.strict)
         self._workshop = Workshop(bundle, backend)
         self._scheduler = Scheduler(self._store, Results(settings.data), self._workshop, settings, self.name)
         self.ready = False

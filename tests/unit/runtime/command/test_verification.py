@@ -1,16 +1,23 @@
 """``stiv verify``: a bundle that is right passes, planted faults do not, and bad input is one line."""
 
 import json
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
+from stiv_deploy.runtime import backends
 from stiv_deploy.runtime.backends import open_backend
+from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, read_manifest, write_manifest
 from stiv_deploy.runtime.bundle.verified import read_result, results_file
+from stiv_deploy.runtime.errors import BundleError, Quarantined
+from stiv_deploy.runtime.pipeline import verification
+from stiv_deploy.runtime.pipeline.verification import proven_backend
 from stiv_deploy.runtime.sampling.golden_run import rounded_bfloat16
 
 Run = Callable[..., tuple[int, str, str]]
@@ -57,7 +64,7 @@ def test_a_planted_weight_is_found_by_its_graph(run: Run, proven: Path) -> None:
     code, out, _ = run("verify", proven)
     assert code == 1
     assert "onnxruntime: WRONG results in 1 of 9: block_01" in out
-    with open_backend("onnxruntime", Bundle.open(proven)) as backend:
+    with open_backend("onnxruntime", Bundle.open(proven), quarantined=True) as backend:
         assert read_result(Bundle.open(proven), backend.machine).state == "failed"
 
 
@@ -115,3 +122,63 @@ def test_bfloat16_is_rounded_to_even() -> None:
     values = np.array([1.0, 1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-7), np.inf, np.nan], np.float32)
     assert rounded_bfloat16(values)[:5].tolist() == [0x3F80, 0x3F80, 0x3F82, 0xBF81, 0x7F80]
     assert rounded_bfloat16(values)[5] == 0x7FC0
+
+
+@pytest.fixture
+def wrong_gpu(proven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A right bundle on a machine whose better backend computes something else."""
+    other = tmp_path / "other"
+    shutil.copytree(proven, other)
+    planted(other, "block_01", slightly_other)
+
+    def opens(bundle: Bundle, threads: int | None, device: int) -> OnnxRuntimeBackend:
+        backend = OnnxRuntimeBackend(Bundle.open(other))
+        backend.name = "onnxruntime-cuda"
+        return backend
+
+    entry = backends.Entry(lambda _: None, lambda _: None, opens)
+    monkeypatch.setitem(backends.TABLE, "onnxruntime-cuda", entry)
+    return proven
+
+
+def test_a_wrong_backend_is_passed_over_and_refused_by_name(wrong_gpu: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bundle = Bundle.open(wrong_gpu)
+    with proven_backend(bundle, None) as backend:
+        assert backend.name == "onnxruntime"
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line.startswith("backend onnxruntime-cuda is quarantined: block_01 gave wrong results in 'stiv verify'")
+    with open_backend(None, bundle) as backend:
+        assert backend.name == "onnxruntime"
+    for refused in (partial(open_backend, "onnxruntime-cuda"), partial(proven_backend, name="onnxruntime-cuda")):
+        with pytest.raises(Quarantined, match="block_01 gave wrong results"):
+            refused(bundle=bundle)
+    with pytest.raises(Quarantined, match="without --strict another one is taken"):
+        proven_backend(bundle, None, strict=True)
+    with open_backend("onnxruntime-cuda", bundle, quarantined=True) as backend:
+        assert backend.name == "onnxruntime-cuda"
+
+
+def test_a_right_backend_is_verified_once(proven: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(proven)
+    with proven_backend(bundle, "onnxruntime"):
+        pass
+    with open_backend("onnxruntime", bundle) as backend:
+        verdict = read_result(bundle, backend.machine)
+    assert verdict.state == "verified"
+    monkeypatch.setattr(verification, "verify", None)
+    with proven_backend(bundle, "onnxruntime"):
+        pass
+
+
+def test_nothing_but_a_wrong_one_is_an_error(proven: Path) -> None:
+    planted(proven, "head", lambda model: model.graph.node[-1].__setattr__("op_type", "Sub"))
+    with pytest.raises(Quarantined, match="head gave wrong results"):
+        proven_backend(Bundle.open(proven), None)
+
+
+def test_an_older_bundle_is_taken_but_not_strictly(proven: Path) -> None:
+    write_manifest(proven, read_manifest(proven).model_copy(update={"golden": None}))
+    with proven_backend(Bundle.open(proven), "onnxruntime"):
+        pass
+    with pytest.raises(BundleError, match="has no golden answers"):
+        proven_backend(Bundle.open(proven), "onnxruntime", strict=True)
