@@ -1,7 +1,7 @@
 """The stage of ``stiv verify``: a bundle held against its golden answers, where it runs, and the result kept."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from time import monotonic
@@ -13,7 +13,7 @@ from stiv_deploy.runtime.bundle.contract import Frozen
 from stiv_deploy.runtime.bundle.engine_files import buckets_holding
 from stiv_deploy.runtime.bundle.golden import Golden, GraphAnswer, read_golden
 from stiv_deploy.runtime.bundle.verified import VerifyResult, keep_result, read_result, results_file
-from stiv_deploy.runtime.errors import Quarantined
+from stiv_deploy.runtime.errors import OutputError, Quarantined, few
 from stiv_deploy.runtime.files import check_file
 from stiv_deploy.runtime.progress import Progress, unheard
 from stiv_deploy.runtime.sampling.golden_run import VerifyRow, graph_rows
@@ -120,15 +120,30 @@ def proven_backend(
         if read_result(bundle, backend.machine).state != "not verified":
             break
         backend.close()
-        names = (backend.name,)
-        request = VerifyRequest(bundle=bundle.folder, backends=names, device=device, threads=threads, quick=True)
-        if verify(request).passed:
+        if _proves(bundle, backend.name, threads, device):
             return open_backend(backend.name, bundle, threads, device)
     reason = quarantine(bundle, backend)
     if reason is None:
         return backend
     backend.close()
     raise Quarantined(f"backend {backend.name} is quarantined: {reason}; without --strict another one is taken")
+
+
+def _proves(bundle: Bundle, name: str, threads: int | None, device: int) -> bool:
+    """Verify the backend ``name`` at one size of each graph, and keep the result.
+
+    Where the place beside the bundle takes no files, nothing is kept, and a wrong backend is
+    :class:`~stiv_deploy.runtime.errors.Quarantined`.
+    """
+    request = VerifyRequest(bundle=bundle.folder, backends=(name,), device=device, threads=threads, quick=True)
+    try:
+        return verify(request).passed
+    except OutputError as error:
+        report = verify(replace(request, record=False))
+        if report.passed:
+            return True
+        failed = few([each for proof in report.proofs for each in proof.result.failed])
+        raise Quarantined(f"backend {name}: {failed} gave wrong results; {error}, or name another backend") from None
 
 
 def runs(bundle: Bundle, backend: str, case: GraphAnswer) -> bool:

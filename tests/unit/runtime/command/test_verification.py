@@ -15,7 +15,7 @@ from stiv_deploy.runtime.backends import open_backend
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, read_manifest, write_manifest
 from stiv_deploy.runtime.bundle.verified import read_result, results_file
-from stiv_deploy.runtime.errors import BundleError, Quarantined
+from stiv_deploy.runtime.errors import BundleError, OutputError, Quarantined
 from stiv_deploy.runtime.pipeline import verification
 from stiv_deploy.runtime.pipeline.verification import proven_backend
 from stiv_deploy.runtime.sampling.golden_run import rounded_bfloat16
@@ -168,6 +168,19 @@ def test_a_right_backend_is_verified_once(proven: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(verification, "verify", None)
     with proven_backend(bundle, "onnxruntime"):
         pass
+
+
+def test_a_place_that_takes_no_files_is_no_hindrance(proven: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OutputError("no files here")
+
+    monkeypatch.setattr(verification, "check_file", refused)
+    with proven_backend(Bundle.open(proven), "onnxruntime") as backend:
+        assert backend.name == "onnxruntime"
+    assert not results_file(proven).exists()
+    planted(proven, "block_01", slightly_other)
+    with pytest.raises(Quarantined, match="block_01 gave wrong results; no files here, or name another backend"):
+        proven_backend(Bundle.open(proven), None)
 
 
 def test_nothing_but_a_wrong_one_is_an_error(proven: Path) -> None:
