@@ -14,6 +14,7 @@ from stiv_deploy.export.errors import ExportError
 from stiv_deploy.export.graphs.golden import golden_answers
 from stiv_deploy.export.graphs.modules import model_facts
 from stiv_deploy.export.graphs.onnx_from_module import OPSET
+from stiv_deploy.export.graphs.preview import fit_preview
 from stiv_deploy.export.graphs.quantization import Quantization, check_shapes, load_quantization
 from stiv_deploy.export.graphs.writer import GRAPH_FOLDER, GraphWriter
 from stiv_deploy.export.request import ExportRequest
@@ -118,6 +119,7 @@ def _write(
         checkpoint=checkpoint.sha256,
         trained=trained_facts(checkpoint.config),
         quantization=None if quantization is None else quantization.record(),
+        preview=fit_preview(checkpoint.vae),
         golden=write_golden(folder, golden_answers(writer, graphs, buckets, progress)),
         tools=tool_versions(),
     )

@@ -12,6 +12,7 @@ from stiv_deploy.runtime.bundle.bounds import (
     BLOCK_LIMIT,
     RATE_LIMIT,
     SHIFT_LIMITS,
+    SIZE_LIMIT,
     STEP_LIMIT,
     Bytes,
     Digest,
@@ -191,6 +192,18 @@ class ParityRow(Frozen):
     passed: bool
 
 
+class Preview(Frozen):
+    """Colours of latents: RGB in [-1, 1] is about ``latents @ weights + bias``, without the decoder.
+
+    ``weights`` [latent channels, 3] and ``bias`` [3] are a least-squares fit to the VAE's own decode of coded pictures,
+    averaged over a latent's pixels, and ``error`` is the root of its mean squared residual.
+    """
+
+    weights: Annotated[tuple[tuple[Scale, Scale, Scale], ...], Field(min_length=1, max_length=SIZE_LIMIT)]
+    bias: tuple[Scale, Scale, Scale]
+    error: float = Field(ge=0)
+
+
 class QuantizationRecord(Frozen):
     """How a bundle was quantized; ``precision`` of the manifest is the type of everything else.
 
@@ -223,12 +236,21 @@ class Manifest(Frozen):
     """Which layers run in 8 bits; None where none does."""
     tuned: Tuned | None = None
     """The best solvers and time shifts, by steps; None where nobody has looked for them."""
+    preview: Preview | None = None
+    """Colours of latents, to look at what is being made; None where an older export made it."""
     golden: FileRecord | None = None
     """Answers that prove the bundle where it runs; None where an older export made it."""
     tools: dict[Name, Name] = Field(max_length=1_000)
     """Versions of the tools that made the bundle."""
     parity: tuple[ParityRow, ...] = ()
     engines: tuple[EngineRecord, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_preview(self) -> Self:
+        wanted = self.model.latent_channels
+        if self.preview is not None and len(self.preview.weights) != wanted:
+            raise ValueError(f"want preview weights of {wanted} channels, got {len(self.preview.weights)}")
+        return self
 
     def recommended(self, steps: int | None = None, solver: str | None = None) -> SamplingDefaults:
         """What a request with so many ``steps`` and this ``solver``, where it names them, gets for the rest."""
@@ -240,8 +262,8 @@ class Manifest(Frozen):
     def bundle_hash(self) -> str:
         """SHA-256 (hex) of what the bundle's results follow from: model, precision, graphs, weights and tokenizer.
 
-        Not of engines, parity rows, recommended and tuned settings, golden answers, buckets or the graphs' forms with
-        plugins.
+        Not of engines, parity rows, recommended and tuned settings, previews, golden answers, buckets or the graphs'
+        forms with plugins.
         """
         graphs = {
             name: [graph.file.sha256, None if graph.data is None else graph.data.sha256]

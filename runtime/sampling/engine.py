@@ -218,6 +218,20 @@ class StepEngine:
         velocity = self.backend.read(self._inputs.velocities[self._side][slot]) if back else None
         return Pause(position=running.position, latents=latents, inputs=np.stack(inputs), velocity=velocity)
 
+    def estimate(self, slot: int) -> np.ndarray | None:
+        """The clip of ``slot`` as it looks like becoming, latents fp32 [T, C, h, w]; waits for the device.
+
+        From where it is, straight on with its last guided velocity. ``None`` if it is not between two steps, or at the
+        beginning.
+        """
+        running = self._running[slot]
+        if not running.between or not running.position:
+            return None
+        latents = self.backend.read(self._latents[slot])
+        left = np.float32(1 - running.planned[running.position - 1].next_timestep)
+        ahead = latents + left * self.backend.read(self._inputs.velocities[self._side][slot])
+        return np.where(self._inputs.given(slot)[:, None, None, None], latents, ahead)
+
     def _fill_slot(self, slot: int, sample: Sample) -> None:
         self.backend.write(self._inputs.noise[slot], sample.noise)
         self.backend.write(self._inputs.clean[slot], sample.clean)

@@ -1,11 +1,14 @@
 """The routes: OpenAI's videos API, and what is ours beside it."""
 
+import json
 import logging
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 from anyio import CancelScope
 from anyio.lowlevel import checkpoint
 from fastapi import APIRouter, FastAPI, Header, Query, Request
@@ -17,6 +20,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
 from stiv_deploy.runtime.errors import StivError, one_line
+from stiv_deploy.runtime.pipeline.films import open_film
+from stiv_deploy.runtime.pipeline.media import write_video
 from stiv_deploy.serving.api.answers import error_answer, poll_after
 from stiv_deploy.serving.api.body import read_body
 from stiv_deploy.serving.api.events import changes, stream
@@ -32,6 +37,7 @@ from stiv_deploy.serving.store.results import SPRITESHEET, THUMBNAIL, VIDEO
 log = logging.getLogger(__name__)
 VARIANTS = {
     "video": (VIDEO, "video/mp4"),
+    "gif": (VIDEO, "image/gif"),
     "thumbnail": (THUMBNAIL, "image/webp"),
     "spritesheet": (SPRITESHEET, "image/png"),
 }
@@ -174,11 +180,21 @@ def cancel(request: Request, video_id: str) -> VideoResource:
 @router.head("/v1/videos/{video_id}/content", include_in_schema=False)
 @router.get("/v1/videos/{video_id}/content")
 def content(
-    request: Request, video_id: str, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
+    request: Request, video_id: str, variant: Literal["video", "gif", "thumbnail", "spritesheet"] = "video"
 ) -> Response:
     """The file of a completed job; ranges of it too."""
     service = _service(request)
     return _file(service, service.job(_owner(request), video_id), variant)
+
+
+def _gif(video: Path, job: Job) -> Response:
+    """The frames of ``video`` as a GIF, made now."""
+    frames = np.concatenate([*open_film(video).windows(job.frames, job.height, job.width)])
+    rate = float(json.loads(job.facts)["fps"])
+    with tempfile.TemporaryDirectory() as folder:
+        content = write_video(Path(folder) / "video.gif", frames, rate).read_bytes()
+    headers = {"x-video-id": job.id, "content-disposition": f'attachment; filename="{job.id}.gif"'}
+    return Response(content, 200, headers, "image/gif")
 
 
 def _file(service: Service, job: Job, variant: str) -> Response:
@@ -190,6 +206,8 @@ def _file(service: Service, job: Job, variant: str) -> Response:
     path = service.results.place(job.id) / name
     if not path.is_file():
         raise ApiError(404, "not_found", "the file of this video is gone", "video_id")
+    if variant == "gif":
+        return _gif(path, job)
     headers = {"x-video-id": job.id}
     return FileResponse(path, 200, headers, kind, filename=f"{job.id}{Path(name).suffix}")
 

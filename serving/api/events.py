@@ -1,16 +1,19 @@
-"""Server-sent events of one job: its resource whenever it has changed, until it is done."""
+"""Server-sent events of one job: its resource whenever it has changed, and how it looks like becoming, to its end."""
 
 import asyncio
+import base64
 import time
 from collections.abc import AsyncIterator
 
 from starlette.concurrency import run_in_threadpool
 
 from stiv_deploy.serving.api.service import Service
-from stiv_deploy.serving.store.jobs import Job
+from stiv_deploy.serving.store.jobs import Job, State
 
 LOOK = 0.1
 """Seconds between two looks."""
+WANTED = 4.0
+"""Seconds between two signs that somebody looks."""
 ALIVE = 15.0
 """Seconds of silence after which a comment says that the connection lives."""
 
@@ -36,9 +39,13 @@ async def changes(service: Service, job: Job) -> AsyncIterator[Job | None]:
 
 
 async def stream(service: Service, job: Job) -> AsyncIterator[str]:
-    """The events ``video`` (a resource) and, at the end of a job that was deleted, ``deleted``."""
-    told, last = time.monotonic(), None
+    """The events ``video`` (a resource), ``preview`` (a picture of it) and, if it was deleted, at last ``deleted``."""
+    told, last, seen = time.monotonic(), None, None
+    looked = -ALIVE
     async for current in changes(service, job):
+        if time.monotonic() > looked + WANTED:
+            looked = time.monotonic()
+            await run_in_threadpool(_look, service, current)
         if current is None:
             yield f'event: deleted\ndata: {{"id": "{job.id}"}}\n\n'
         elif current is not last:
@@ -48,3 +55,21 @@ async def stream(service: Service, job: Job) -> AsyncIterator[str]:
         elif time.monotonic() > told + ALIVE:
             told = time.monotonic()
             yield ": alive\n\n"
+        picture = await run_in_threadpool(_preview, service, current)
+        if picture is not None and picture != seen:
+            seen, told = picture, time.monotonic()
+            yield f'event: preview\ndata: {{"id": "{job.id}", "image": "data:image/webp;base64,{picture}"}}\n\n'
+
+
+def _look(service: Service, job: Job | None) -> None:
+    """Tell who makes ``job`` that somebody looks."""
+    if job is not None and job.live and service.bundle.manifest.preview is not None:
+        service.results.previews.want(job.id)
+
+
+def _preview(service: Service, job: Job | None) -> str | None:
+    """The newest preview of a running ``job`` in base64."""
+    if job is None or job.state != State.IN_PROGRESS:
+        return None
+    picture = service.results.previews.get(job.id)
+    return None if picture is None else base64.b64encode(picture).decode()

@@ -348,6 +348,7 @@ function add(video) {
   on("cancel", cancel);
   on("sheet", showSheet);
   on("mp4", (it) => save(it, "video", "mp4"));
+  on("gif", (it) => save(it, "gif", "gif"));
   on("png", (it) => save(it, "spritesheet", "png"));
   on("again", again);
   on("delete", forget);
@@ -388,10 +389,16 @@ function draw({ item, video }) {
   part(".warnings").textContent = stiv.warnings.join(" ");
   Object.assign(part("progress"), { max: stiv.steps, value: stiv.step, hidden: done(video), ariaLabel: "Progress" });
   part(".cancel").hidden = done(video);
-  for (const name of [".sheet", ".mp4", ".png"]) part(name).hidden = video.status !== "completed";
+  for (const name of [".sheet", ".mp4", ".gif", ".png"]) part(name).hidden = video.status !== "completed";
   part(".screen").hidden = video.status !== "completed";
+  if (done(video)) part(".preview").hidden = true;
   part(".play").hidden = Boolean(part("video"));
   part(".actions").ariaLabel = video.prompt;
+}
+
+// How it looks like becoming, as long as it is made.
+function preview({ item, video }, src) {
+  Object.assign(item.querySelector(".preview"), { src, hidden: done(video) });
 }
 
 // A video tag and a link cannot send a token: what is shown and saved is fetched here, once.
@@ -475,6 +482,7 @@ async function watch(card) {
   try {
     for await (const { kind, data } of events(card.video.id, card.stream.signal)) {
       if (kind === "video") update(data);
+      if (kind === "preview") preview(card, data.image);
     }
   } catch {
     // a server that went away or a page that was hidden: the next look at the list begins again

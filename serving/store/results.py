@@ -14,6 +14,7 @@ import numpy as np
 from stiv_deploy.runtime.errors import OutputError
 from stiv_deploy.runtime.files import draft, replaced_file, told
 from stiv_deploy.serving.store.jobs import JobStore, State
+from stiv_deploy.serving.store.previews import Previews
 
 log = logging.getLogger(__name__)
 ABANDONED = 3600.0
@@ -24,10 +25,14 @@ RESULT, LATENTS = (State.COMPLETED,), (State.QUEUED,)
 
 
 class Results:
-    """The folders below ``folder``: ``results/ID`` with the files of a completed job, ``latents/ID.npz``."""
+    """Below ``folder``: ``results/ID`` with the files of a completed job, ``latents/ID.npz``, and ``previews``."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._latents = folder / "results", folder / "latents"
+        self._folder, self._latents, self.previews = (
+            folder / "results",
+            folder / "latents",
+            Previews(folder / "previews"),
+        )
         for each in (self._folder, self._latents):
             each.mkdir(parents=True, exist_ok=True)
 
@@ -85,31 +90,38 @@ class Results:
             return None
 
     def forget_latents(self, job: str) -> None:
-        """Remove what :meth:`save_latents` kept."""
+        """Remove what :meth:`save_latents` kept, and the preview."""
         self._saved(job).unlink(missing_ok=True)
+        self.previews.forget(job)
 
     def _saved(self, job: str) -> Path:
         return self._latents / f"{job}.npz"
 
     def sweep_abandoned(self) -> None:
         """Remove what killed processes left half-written, while others write."""
-        for file in [*self._folder.iterdir(), *self._latents.iterdir()]:
+        hidden = [file for each in (self._folder, self._latents) for file in each.iterdir() if file.name[0] == "."]
+        for file in [*hidden, *self.previews]:
             with suppress(FileNotFoundError):  # somebody has finished it
-                if file.name.startswith(".") and file.stat().st_mtime < time.time() - ABANDONED:
-                    shutil.rmtree(file, ignore_errors=True)
+                if file.stat().st_mtime < time.time() - ABANDONED:
+                    _remove(file)
 
     def sweep(self, store: JobStore) -> int:
         """Remove files whose job is gone or has no use for them, and tell the store of results that are; how many."""
         results, latents = [*self._folder.iterdir()], [*self._latents.iterdir()]
         states = store.states()  # after the files: what was made since then is in neither
         useless = [file for file in results if not _wanted(file, states, RESULT)]
+        useless += [file for file in self.previews if states.get(file.stem) != State.IN_PROGRESS]
         useless += [file for file in latents if not _wanted(file, states, LATENTS)]
         for file in useless:
-            shutil.rmtree(file, ignore_errors=True) if file.is_dir() else file.unlink(missing_ok=True)
+            _remove(file)
         for job, state in states.items():
             if state == State.COMPLETED and not (self.place(job) / VIDEO).is_file():
                 store.lose(job)
         return len(useless)
+
+
+def _remove(file: Path) -> None:
+    shutil.rmtree(file, ignore_errors=True) if file.is_dir() else file.unlink(missing_ok=True)
 
 
 def _wanted(file: Path, states: Mapping[str, State], wanted: Collection[State]) -> bool:

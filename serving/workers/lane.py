@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from stiv_deploy.runtime.sampling.engine import StepEngine, Tick
 from stiv_deploy.serving.store.jobs import Size
 from stiv_deploy.serving.workers.clips import Clip
@@ -77,6 +79,10 @@ class Lane:
         slot = self._slot(clip)
         if self._engine.between_steps(slot):
             clip.pause = self._engine.pause(slot)
+
+    def estimate(self, clip: Clip) -> np.ndarray | None:
+        """What ``clip`` looks like becoming, see :meth:`StepEngine.estimate`."""
+        return self._engine.estimate(self._slot(clip)) if clip in self.running else None
 
     def pause(self, clip: Clip) -> None:
         """Take ``clip`` out, to go on later; it must be between two steps."""

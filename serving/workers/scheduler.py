@@ -16,6 +16,7 @@ from threading import Event
 import numpy as np
 
 from stiv_deploy.runtime.errors import OutputError, StivError, one_line
+from stiv_deploy.runtime.pipeline.previews import preview_picture
 from stiv_deploy.runtime.sampling.engine import Tick
 from stiv_deploy.serving.costs import SHARED, Costs, worthwhile_rows
 from stiv_deploy.serving.errors import StoreError
@@ -403,10 +404,26 @@ class Scheduler:
             return
         self._told = now
         self._tell_tallies()
+        self._show()
         steps = {clip.job.id: clip.step for _, clip in self._clips()}
         if steps:
             self._store.advance(self._name, steps)
             self._tell_costs()
+
+    def _show(self) -> None:
+        """Save a preview of each clip that somebody looks at."""
+        preview = self._workshop.bundle.manifest.preview
+        for lane, clip in self._clips():
+            if preview is None or not self._results.previews.wanted(clip.job.id):
+                continue
+            latents = lane.estimate(clip)
+            if latents is None:
+                continue
+            seconds = clip.job.frames / (clip.video.request.fps or 1)
+            try:
+                self._results.previews.save(clip.job.id, preview_picture(latents, preview, seconds))
+            except OutputError as error:
+                log.warning("no preview of %s (%s)", clip.job.id, error)
 
     def _tell_tallies(self) -> None:
         hits = self._workshop.prompt_hits

@@ -15,6 +15,7 @@ from toys import bundle_path, bundle_with, toy
 
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stiv_deploy.runtime.bundle.bundle import Bundle, write_manifest
+from stiv_deploy.runtime.bundle.manifest import Preview
 from stiv_deploy.runtime.bundle.tuned import Tuned, TunedGrid
 from stiv_deploy.serving.api.app import create_app
 from stiv_deploy.serving.api.guard import Tokens
@@ -136,4 +137,14 @@ def tuned_path(bundle_with: Callable[..., Path]) -> Path:
     ]
     tuned = Tuned(bundle=manifest.bundle_hash, clips=2, reference_error=0.0, grids=grids)
     write_manifest(path, manifest.model_copy(update={"tuned": tuned}))
+    return path
+
+
+@pytest.fixture
+def previewed_path(bundle_with: Callable[..., Path]) -> Path:
+    """A bundle whose latents have colours."""
+    path = bundle_with()
+    manifest = Bundle.open(path).manifest
+    preview = Preview(weights=tuple((1.0, 0.5, 0.1 * index) for index in range(4)), bias=(0.0, 0.1, 0.2), error=0.0)
+    write_manifest(path, manifest.model_copy(update={"preview": preview}))
     return path

@@ -588,3 +588,26 @@ def test_an_idle_call_changes_nobody(toy_bundle: Bundle) -> None:
     for rung in engine.rungs:
         engine.idle(rung)
     np.testing.assert_array_equal(run(engine, sample), before)
+
+
+@pytest.mark.parametrize("solver", [Solver.EULER, Solver.HEUN])
+def test_an_estimate_goes_straight_on_to_the_end(toy_bundle: Bundle, solver: Solver) -> None:
+    """With the velocity that the last step went with, as two looks at the latents tell; given frames are as given."""
+    engine, sample = make_engine(toy_bundle), sample_of(settings_of(solver=solver), frames=[1])
+    slot = engine.admit(sample)
+    assert engine.estimate(slot) is None
+    before, at = engine.read()[slot], 0.0
+    while True:
+        tick = engine.tick()
+        if tick.finished:
+            break
+        if slot not in tick.moved:
+            assert engine.estimate(slot) is None  # within a step of two evaluations
+            continue
+        now, to = engine.read()[slot], tick.moved[slot]
+        found = engine.estimate(slot)
+        if solver is Solver.EULER:
+            expected = now + (1 - to) * (now - before) / (to - at)
+            np.testing.assert_allclose(found[[0, 2]], expected[[0, 2]], rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(found[1], sample.clean[1])
+        before, at = now, to

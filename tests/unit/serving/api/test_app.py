@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stiv_deploy.runtime.pipeline.records import read_requests
+from stiv_deploy.serving.api import events
 
 SCHEMA = Path(__file__).with_name("videos.schema.json")
 
@@ -357,6 +358,45 @@ def test_events_tell_of_every_change_to_the_end(place: Any) -> None:
     assert states[0] in ("queued", "in_progress")  # the worker may be faster than the first look
     assert states[-1] == "completed"
     assert {line for line in lines if line.startswith("event: ")} == {"event: video"}
+
+
+def test_events_show_how_it_looks_like_becoming(
+    place_of: Callable[..., Any], previewed_path: Path, finished: Callable[..., None]
+) -> None:
+    """Only to who looks, and only while it is made."""
+    place = place_of(previewed_path)
+    watched, other = (place.store.get(place.ask(seed=seed, num_inference_steps=9)["id"]) for seed in (1, 2))
+    worker = place.worker()
+
+    async def said() -> list[str]:
+        stream = events.stream(place.service, watched)
+        kinds = [(await anext(stream)).partition("\n")[0]]
+        while "event: preview" not in kinds:
+            worker._told = 0.0
+            worker.turn()
+            block = await anext(stream)
+            kinds.append(block.partition("\n")[0])
+        return [*kinds, block]
+
+    *kinds, block = anyio.run(said)
+    assert kinds[0] == "event: video"
+    data = json.loads(block.partition("data: ")[2])
+    picture = base64.b64decode(data["image"].removeprefix("data:image/webp;base64,"))
+    with Image.open(io.BytesIO(picture)) as image:
+        assert (data["id"], image.size, image.n_frames) == (watched.id, (4, 4), 4)
+    assert place.results.previews.get(other.id) is None
+    finished(worker)
+    assert [*(place.settings.data / "previews").iterdir()] == []
+
+
+def test_a_gif_has_all_frames(place: Any, finished: Callable[..., None]) -> None:
+    job = place.ask()["id"]
+    finished(place.worker())
+    answer = place.client.get(f"/v1/videos/{job}/content?variant=gif")
+    assert (answer.headers["content-type"], answer.headers["x-video-id"]) == ("image/gif", job)
+    assert f'filename="{job}.gif"' in answer.headers["content-disposition"]
+    with Image.open(io.BytesIO(answer.content)) as image:
+        assert (image.size, image.n_frames, image.info["duration"]) == ((8, 8), 4, 130)
 
 
 def test_what_is_kept_long_enough_goes_with_its_files(place: Any, finished: Callable[..., None]) -> None:

@@ -147,8 +147,10 @@ def fits(tab: Any) -> bool:
 
 
 @pytest.mark.slow
-def test_a_video_is_asked_for_watched_through_a_reload_and_played(visit: Any, finished: Callable[..., None]) -> None:
-    place, tab = visit()
+def test_a_video_is_asked_for_watched_through_a_reload_and_played(
+    visit: Any, finished: Callable[..., None], previewed_path: Path
+) -> None:
+    place, tab = visit(None, previewed_path)
     tab.get_by_label("Picture of frame 0").set_input_files(picture())
     tab.get_by_label("Picture of frame 3").set_input_files(picture(50))
     card = ask(tab, "digit three", 40)
@@ -159,8 +161,18 @@ def test_a_video_is_asked_for_watched_through_a_reload_and_played(visit: Any, fi
     assert fits(tab)
     tab.reload()
     says(card, "Step 1 of 40")
+    preview = card.locator(".preview")
+    for _ in range(30):
+        worker._told = 0.0
+        worker.turn()
+        if preview.is_visible():
+            break
+        tab.wait_for_timeout(100)
+    until(tab, "document.querySelector('.preview').naturalWidth === 4")
+    assert fits(tab)
     finished(worker)
     says(card, "Done")
+    assert not preview.is_visible()
     card.get_by_role("button", name="Play").click()
     until(tab, "document.querySelector('video')?.currentTime > 0")
     card.get_by_role("button", name="Contact sheet").click()
