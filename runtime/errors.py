@@ -41,6 +41,10 @@ class RegisterError(StivError):
     """A kernel spills, or uses more registers than the ceiling, or there is no report."""
 
 
+class MeasurementError(StivError):
+    """A measurement would not be fair, or two of them do not compare."""
+
+
 class OutputError(StivError):
     """The output cannot be written."""
 

@@ -8,9 +8,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from stiv_deploy.export.demo.html import Html, element
 from stiv_deploy.export.parity.ladder import DIRECT, ParityReport
 from stiv_deploy.runtime.bundle.manifest import ParityRow
+from stiv_deploy.runtime.command.html import Html, element
 
 LEVELS = {
     "op": "single graphs",

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stiv_deploy.export.demo.html import Html, data_uri, element, joined, page, png_uri
 from stiv_deploy.export.demo.ladder_plot import ladder_plot
 from stiv_deploy.export.parity.ladder import ParityReport
+from stiv_deploy.runtime.command.html import Html, data_uri, element, joined, page, png_uri
 from stiv_deploy.runtime.pipeline.animations import webp
 
 MIB, KIB = 2**20, 2**10

@@ -70,7 +70,7 @@ DEPENDENCIES = (
     Dependency("openai", "openai", ("dev",)),
     Dependency("playwright", "playwright", ("dev",)),
     Dependency("pre_commit", "pre-commit", ("dev",)),
-    Dependency("psutil", "psutil", ("dev",)),
+    Dependency("psutil", "psutil", ("bench", "dev")),
     Dependency("pytest", "pytest", ("dev",)),
     Dependency("pytest_timeout", "pytest-timeout", ("dev",)),
     Dependency("xdist", "pytest-xdist", ("dev",)),

@@ -235,6 +235,17 @@ class StivPipeline(LongVideos):
             self._check_open()
             return self._coder.decoder(plan, len(latents))(latents)
 
+    @property
+    def clock(self) -> GraphClock:
+        """Calls of each graph so far, and seconds in them; those of a captured sequence are called :data:`REPLAY`."""
+        return self._clock
+
+    def forget_texts(self) -> None:
+        """Encode every prompt anew from now on, those that were kept too: so that times do not tell of what was."""
+        with self._alone():
+            self._check_open()
+            self._loop.forget_texts()
+
     def _told(self, plan: GenerationPlan) -> dict[str, str]:
         """What is lost of the prompts, by prompt, after a warning of it, and one for each that the plan has."""
         lost = self._loop.lost(plan)

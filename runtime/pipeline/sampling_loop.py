@@ -100,6 +100,11 @@ class SamplingLoop:
         self._engines.clear()
         self.__dict__.pop("_text", None)
 
+    def forget_texts(self) -> None:
+        """Compute every prompt anew, the empty one of guidance too."""
+        if "_text" in self.__dict__:
+            self._text.forget()
+
     @cached_property
     def _text(self) -> TextStage:
         """Prompts are the same at every size."""

@@ -16,7 +16,7 @@ def no_hook(_graph: str, call: Call) -> Call:
 
 
 class GraphClock:
-    """A hook that sums the seconds spent in each graph.
+    """A hook that counts how often each graph was bound and called, and sums the seconds spent in it.
 
     Without ``synchronize`` these are the seconds until a call returns; with a backend's ``synchronize`` they include
     the device's work, at the price of a wait after every graph.
@@ -24,6 +24,8 @@ class GraphClock:
 
     def __init__(self, synchronize: Call | None = None) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self.calls: dict[str, int] = defaultdict(int)
+        self.bound: dict[str, int] = defaultdict(int)
         self._synchronize = synchronize
 
     @property
@@ -33,7 +35,8 @@ class GraphClock:
 
     def __call__(self, graph: str, call: Call) -> Call:
         """Wrap ``call``."""
-        seconds, synchronize, now = self.seconds, self._synchronize, time.perf_counter
+        self.bound[graph] += 1
+        seconds, calls, synchronize, now = self.seconds, self.calls, self._synchronize, time.perf_counter
 
         def timed() -> None:
             start = now()
@@ -41,5 +44,6 @@ class GraphClock:
             if synchronize is not None:
                 synchronize()
             seconds[graph] += now() - start
+            calls[graph] += 1
 
         return timed

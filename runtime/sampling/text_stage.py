@@ -79,6 +79,10 @@ class TextStage:
         self._kept.move_to_end(tokens.key)
         return self._kept[tokens.key]
 
+    def forget(self) -> None:
+        """Keep no prompt: each is computed anew when it comes again. Those in use live on with their users."""
+        self._kept.clear()
+
     def _make_room(self) -> None:
         """Forget prompts until one more fits; the memory of one that is still used lives on with its user."""
         sizes = [row.nbytes for row in self._kept.values()]

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from stiv_deploy.export.demo.html import POLICY, VOID, element
 from stiv_deploy.export.demo.ladder_plot import Axis, axis_of
 from stiv_deploy.export.demo.report import DemoReport, ShownClip, ShownStage, report_page, size_text
 from stiv_deploy.export.parity.ladder import ParityReport, VideoGate
 from stiv_deploy.runtime.bundle.manifest import ParityRow
+from stiv_deploy.runtime.command.html import POLICY, VOID, element
 
 HOSTILE = "<script>alert(\"1\")</script> & 'more'"
 ERRORS = {

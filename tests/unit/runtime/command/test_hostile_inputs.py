@@ -18,8 +18,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+sys.path.append(str(Path(__file__).parent / "bench"))
+from measured import a_report
+
 from stiv_deploy.runtime import StivPipeline
 from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.command.bench.compare import compare
+from stiv_deploy.runtime.command.bench.record import BenchReport
 from stiv_deploy.runtime.command.main import main
 from stiv_deploy.runtime.errors import StivError
 from stiv_deploy.runtime.pipeline.plan import plan_generation
@@ -158,7 +163,16 @@ def test_manifests(bundle_path: Path, tmp_path: Path, edits: Any, damage: str | 
     one_line_or_well(lambda: Bundle.open(folder), folder)
 
 
-@cases(0.2, changes, damages)
+@cases(0.1, changes, damages)
+def test_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edits: Any, damage: str | None) -> None:
+    values = a_report().model_dump(mode="json")
+    monkeypatch.setattr("stiv_deploy.runtime.command.bench.statistics.ROUNDS", 10)
+    target = tmp_path / "bench.json"
+    target.write_bytes(damaged(json.dumps(changed(values, edits)), damage))
+    one_line_or_well(lambda: compare(a_report(), BenchReport.read(target)), tmp_path)
+
+
+@cases(0.1, changes, damages)
 def test_checkpoint_configs(root: Path, tmp_path: Path, edits: Any, damage: str | None) -> None:
     values = json.loads((root / "checkpoints/tiny/config.json").read_text())
     (tmp_path / "config.json").write_bytes(damaged(json.dumps(changed(values, edits)), damage))

@@ -9,3 +9,4 @@ def test_clock_sums_seconds_by_graph_and_can_wait_for_the_device() -> None:
     call()
     assert len(waits) == 2
     assert clock.seconds["head"] == clock.total > 0
+    assert (clock.bound, clock.calls) == ({"head": 1}, {"head": 2})

@@ -41,6 +41,8 @@ def test_prompts_used_last_are_kept_within_the_limit(toy_bundle: Bundle) -> None
     assert [encodes(3), encodes(4), encodes(3)] == [True, True, False]
     assert encodes(5), "4 was used least recently and goes"
     assert [encodes(3), encodes(4)] == [False, True]
+    stage.forget()
+    assert [encodes(3), encodes(4), encodes(3)] == [True, True, False]
 
 
 def test_a_prompt_in_use_survives_being_forgotten(toy_bundle: Bundle) -> None:

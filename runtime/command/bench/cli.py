@@ -1,0 +1,158 @@
+"""``stiv bench``: measure a bundle, and compare two measurements."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from stiv_deploy.runtime.command.terminal import Command, JsonTarget, answer, check_json, json_text, progress_bar
+
+if TYPE_CHECKING:
+    from stiv_deploy.runtime.command.bench.stage import Size
+
+RUN = "run"
+SIZE_PARTS = 3
+
+
+class Measuring(TyperGroup):
+    """A group whose first command is meant where none is named: ``stiv bench bundle``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the name of the first command in front, where the arguments begin with another word."""
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
+            args = [RUN, *args]
+        return super().parse_args(ctx, args)
+
+
+bench = typer.Typer(
+    cls=Measuring,
+    help="""Measure how long a bundle takes, and refuse what would not be fair.
+
+    stiv bench bundle --json bench.json --html bench.html
+    """,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+
+
+@bench.callback(invoke_without_command=True)
+def _group(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@bench.command(RUN, cls=Command)
+def run(
+    context: typer.Context,
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder, made by 'stiv export'.", show_default=False)],
+    batch: Annotated[list[int] | None, typer.Option(help="Clips made at once (repeatable). Default: 1.")] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FxHxW", help="Frames, height and width (repeatable). Default: the bundle's."),
+    ] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="Sampling steps (repeatable). Default: the bundle's.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the bundle's.")] = None,
+    guidance_mode: Annotated[
+        Literal["jit", "sit", "none"] | None,
+        typer.Option(help="Text and image together, separately, or no guidance. Default: the bundle's."),
+    ] = None,
+    solver: Annotated[
+        Literal["euler", "heun", "ab2"] | None, typer.Option(help="Solver of the sampling ODE. Default: the bundle's.")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture that every clip starts from.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to show, in turns (repeatable).")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text file of more prompts, one a line; empty lines are none.")
+    ] = None,
+    percentile: Annotated[
+        list[float] | None, typer.Option(help="Percentile of the latency (repeatable). Default: 50 and 90.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Samples of each kind of work. Default: as few as the percentiles take.")
+    ] = None,
+    keep_texts: Annotated[
+        bool, typer.Option("--keep-texts", help="Let prompts that come again cost nothing; the result says so.")
+    ] = False,
+    cold: Annotated[bool, typer.Option(help="Measure a cold start and its peak memory, in a fresh process.")] = True,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Measure where it is not fair; every output then calls it invalid.")
+    ] = False,
+    backend: Annotated[str | None, typer.Option(help="Backend ('stiv doctor' lists them); default: the best.")] = None,
+    device: Annotated[int, typer.Option(metavar="INDEX", help="GPU, as CUDA counts them.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
+    json: JsonTarget = None,
+) -> None:
+    """Measure the latency of clips by stage, the throughput, and a cold start.
+
+    Every batch, size and number of steps is warmed up until it gets no faster, then sampled, each sample with a new
+    seed. What would not be fair is refused: other work on the machine, too few samples, results that are kept.
+
+    stiv bench run bundle --batch 1 --batch 4 --steps 10 --steps 30 --json bench.json
+    """
+    from stiv_deploy.runtime.command.bench import show, stage
+    from stiv_deploy.runtime.command.generation import requests_from_options
+
+    check_json(json, bundle, prompts, image)
+    fixed = {"request": None, "seed": 0, "steps": None}
+    read, _ = requests_from_options(context.params | fixed | {"prompt": prompt or (None if prompts else [""])})
+    asked = stage.BenchRequest(
+        bundle=bundle,
+        template=read[0],
+        prompts=tuple(each.prompt for each in read) if prompt or prompts else stage.PROMPTS,
+        batches=tuple(dict.fromkeys(batch or [1])),
+        sizes=tuple(dict.fromkeys(map(parse_size, size or []))),
+        steps=tuple(dict.fromkeys(steps or [])),
+        percentiles=tuple(each / 100 for each in sorted(set(percentile or [50, 90]))),
+        count=samples,
+        texts=keep_texts,
+        cold=cold,
+        anyway=anyway,
+        backend=backend,
+        device=device,
+        threads=threads,
+    )
+    with progress_bar("bench") as progress:
+        report = stage.bench(asked, progress)
+    answer(json, lambda: json_text(report), lambda: show.report(report))
+
+
+def parse_size(text: str) -> "Size":
+    """``16x256x256`` as a size; :class:`~stiv_deploy.runtime.errors.RequestError`."""
+    from stiv_deploy.runtime.command.bench.stage import Size
+    from stiv_deploy.runtime.errors import RequestError, briefly
+
+    parts = text.split("x")
+    if len(parts) != SIZE_PARTS or not all(each.isdecimal() and len(each) < 7 for each in parts):
+        raise RequestError(f"--size {briefly(text)}: want FRAMESxHEIGHTxWIDTH, as in 16x256x256")
+    return Size(*map(int, parts))
+
+
+@bench.command("compare", cls=Command)
+def compare(
+    base: Annotated[Path, typer.Argument(metavar="A.json", help="What to compare with.", show_default=False)],
+    ours: Annotated[Path, typer.Argument(metavar="B.json", help="What to compare.", show_default=False)],
+    differ: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[steps|guidance|solver|caches|machine]", help="What differs on purpose (repeatable); it is told."
+        ),
+    ] = None,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Compare what does not compare; every output then calls it invalid.")
+    ] = False,
+    json: JsonTarget = None,
+) -> None:
+    """Compare two measurements: seconds of B over those of A, with intervals of 95 %.
+
+    Refused are measurements that are invalid, and those of different work, threads, clocks, transport or caches.
+
+    stiv bench compare A.json B.json
+    """
+    from stiv_deploy.runtime.command.bench import show
+    from stiv_deploy.runtime.command.bench.compare import compare as compared
+    from stiv_deploy.runtime.command.bench.record import BenchReport
+
+    check_json(json, base, ours)
+    found = compared(BenchReport.read(base), BenchReport.read(ours), differ or [], anyway=anyway)
+    answer(json, lambda: json_text(found), lambda: show.comparison(found))

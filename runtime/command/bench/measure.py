@@ -1,0 +1,80 @@
+"""Warm-up, samples, and the probe for results that are kept."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from stiv_deploy.runtime.command.bench.maker import Maker
+from stiv_deploy.runtime.command.bench.record import CacheProbe, Sample, WarmUp, Work
+from stiv_deploy.runtime.command.bench.statistics import ratio
+from stiv_deploy.runtime.pipeline.request import GenerationRequest
+
+LEAST_WARM, MOST_WARM = 6, 40
+WINDOW = 3
+"""Samples whose median is compared with that of as many before them."""
+GETS_FASTER = 0.05
+"""A median that is less than this share below the one before is no faster."""
+PROBES = 6
+"""Requests of either kind in a probe."""
+
+
+@dataclass
+class Requests:
+    """Ever new requests of one kind of work: prompts in turns, and for every clip a seed that was not there before."""
+
+    template: GenerationRequest
+    prompts: tuple[str, ...]
+    batch: int
+    seed: int = 0
+    _made: int = field(default=0)
+
+    def __call__(self) -> list[GenerationRequest]:
+        """The clips of the next sample."""
+        numbers = range(self._made, self._made + self.batch)
+        self._made += self.batch
+        return [self.template.changed(prompt=self._prompt(each), seed=self.seed + each) for each in numbers]
+
+    def _prompt(self, number: int) -> str:
+        return self.prompts[number % len(self.prompts)]
+
+
+def settled(seconds: Sequence[float]) -> bool:
+    """Whether the last of ``seconds`` are no faster than those before."""
+    last, before = seconds[-WINDOW:], seconds[-2 * WINDOW : -WINDOW]
+    return statistics.median(last) > (1 - GETS_FASTER) * statistics.median(before)
+
+
+def warm_up(maker: Maker, requests: Requests, work: Work, news: Callable[[], object]) -> WarmUp:
+    """Make samples until they get no faster, or there were enough."""
+    seconds: list[float] = []
+    while len(seconds) < LEAST_WARM or (not settled(seconds) and len(seconds) < MOST_WARM):
+        seconds.append(maker.make(requests()).seconds)
+        news()
+    return WarmUp(work=work, seconds=tuple(seconds), stable=settled(seconds))
+
+
+def samples(maker: Maker, requests: Requests, count: int, news: Callable[[], object]) -> list[Sample]:
+    """``count`` of them."""
+    made = []
+    for _ in range(count):
+        made.append(maker.make(requests()))
+        news()
+    return made
+
+
+def probe(maker: Maker, requests: Requests) -> CacheProbe:
+    """The same request by turns with new ones; who keeps results makes it faster (as MLPerf's TEST04 audit does)."""
+    same = requests()
+    maker.make(same)
+    repeated: list[float] = []
+    fresh: list[float] = []
+    for turn in range(PROBES):
+        pair = [(repeated, same), (fresh, requests())]
+        for times, asked in pair if turn % 2 else reversed(pair):
+            times.append(_modelled(maker.make(asked)))
+    return CacheProbe(repeated=tuple(repeated), fresh=tuple(fresh), ratio=ratio(repeated, fresh))
+
+
+def _modelled(sample: Sample) -> float:
+    """Seconds without those of prompts, whose cache is declared, and of files, which are written every time."""
+    return max(1e-9, sample.seconds - sample.stages["text"] - sample.stages["write"])

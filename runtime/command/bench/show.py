@@ -1,0 +1,116 @@
+"""Measurements as tables on the terminal."""
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+
+from stiv_deploy.runtime.command.bench.compare import Comparison, Side
+from stiv_deploy.runtime.command.bench.record import STAGES, BenchReport, Point
+from stiv_deploy.runtime.command.bench.statistics import Estimate
+from stiv_deploy.runtime.command.terminal import table
+
+MIB, GIGA = 2**20, 1e9
+
+
+def report(found: BenchReport) -> None:
+    """Print ``found``."""
+    console = Console()
+    _warn(console, found.invalid)
+    title = f"{found.bundle.hash[:12]} ({found.bundle.precision}) on {found.backend}, {found.device}"
+    names = list(found.points[0].latency)
+    columns = ("work", *names, "clips/s", "step", "CPU", "others")
+    rows = [_latencies(point, names) for point in found.points]
+    console.print(table(title, columns, rows, columns[1:], "seconds, with intervals of 95 %"))
+    columns = ("stage", *(str(point.work) for point in found.points))
+    console.print(table("Medians by stage", columns, _stages(found.points), columns[1:]))
+    for line in _lines(found):
+        console.print(line, highlight=False, markup=False)
+
+
+def _warn(console: Console, invalid: Sequence[str]) -> None:
+    for reason in invalid:
+        console.print(f"INVALID: {reason}", highlight=False, markup=False, style="bold red")
+
+
+def _latencies(point: Point, names: Sequence[str]) -> tuple[str, ...]:
+    return (
+        str(point.work),
+        *(interval(point.latency[name]) for name in names),
+        f"{point.clips_per_second:.3g}",
+        seconds(point.evaluation_seconds * point.work.evaluations / point.work.steps),
+        seconds(point.cpu_seconds),
+        "unknown" if point.others is None else f"{point.others:.0%}",
+    )
+
+
+def interval(estimate: Estimate | None) -> str:
+    """A time and its interval."""
+    if estimate is None:
+        return "too few samples"
+    return f"{seconds(estimate.value)} ({seconds(estimate.low)} to {seconds(estimate.high)})"
+
+
+def seconds(value: float) -> str:
+    """A time in the unit that suits it."""
+    if value >= 1:
+        return f"{value:.2f} s"
+    return f"{1e3 * value:.1f} ms" if value >= 1e-3 else f"{1e6 * value:.0f} us"
+
+
+def _stages(points: Sequence[Point]) -> Iterator[tuple[str, ...]]:
+    for name in STAGES:
+        yield name, *(f"{seconds(point.stages[name])}, {share(point, name):.0%}" for point in points)
+
+
+def share(point: Point, stage: str) -> float:
+    """Of all stages."""
+    total = sum(point.stages[name] for name in STAGES)
+    return point.stages[stage] / total if total else 0.0
+
+
+def _lines(found: BenchReport) -> Iterator[str]:
+    """What has no table."""
+    for point in found.points:
+        gap = "" if point.host_gap is None else f", {point.host_gap:.1%} of the time outside them"
+        yield f"{point.work}: {point.graphs} graphs in {point.launches:g} calls an evaluation{gap}; {rates(point)}"
+    if found.cold is not None:
+        cold = found.cold
+        yield f"cold start: {seconds(cold.seconds)} to the first clip, {cold.peak_bytes / MIB:.0f} MiB at most"
+    yield f"kept from sample to sample: {', '.join(found.caches) or 'nothing'}; {found.threads} threads"
+
+
+def rates(point: Point) -> str:
+    """What was reached, and of what."""
+    line = point.roofline
+    reached = f"{line.operations_per_second / GIGA:.3g} GFLOP/s, {line.bytes_per_second / GIGA:.3g} GB/s or more"
+    return reached if line.share is None else f"{reached}, {line.share:.0%} of what this device allows"
+
+
+def comparison(found: Comparison) -> None:
+    """Print ``found``."""
+    console = Console()
+    _warn(console, found.invalid)
+    for name, words in found.said.items():
+        console.print(f"on purpose, {name} differ: {words}", highlight=False, markup=False)
+    columns = ("work", "A", "B", "B / A", "steps only")
+    rows = [
+        (
+            str(each.work),
+            seconds(each.base_seconds),
+            seconds(each.our_seconds),
+            times(each.latency),
+            times(each.denoise),
+        )
+        for each in found.points
+    ]
+    title = f"A {_side(found.base)}; B {_side(found.ours)}"
+    console.print(table(title, columns, rows, columns[1:], "medians; intervals of 95 % by bootstrap"))
+
+
+def _side(side: Side) -> str:
+    return f"{side.bundle[:12]} {side.precision} on {side.backend}"
+
+
+def times(estimate: Estimate) -> str:
+    """A ratio and its interval."""
+    return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"

@@ -1,0 +1,80 @@
+"""Percentiles and their intervals, against scipy, tables and what they promise."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from stiv_deploy.runtime.command.bench.statistics import (
+    interval_ranks,
+    least_samples,
+    nearest_rank,
+    percentile,
+    ratio,
+)
+
+SHARES = st.sampled_from([0.05, 0.25, 0.5, 0.9, 0.99])
+
+
+@given(st.integers(1, 400), SHARES)
+def test_the_interval_holds_by_the_binomial_distribution(count: int, share: float) -> None:
+    ranks = interval_ranks(count, share)
+    assert (ranks is None) == (count < least_samples(share))
+    if ranks is not None:
+        low, high = ranks
+        inside = stats.binom.cdf(high - 1, count, share) - stats.binom.cdf(low - 1, count, share)
+        assert inside >= 0.95 - 1e-9
+        assert stats.binom.cdf(low, count, share) > 0.025 - 1e-9, "one rank nearer would be too near"
+        assert low <= nearest_rank(count, share) <= high
+
+
+@pytest.mark.parametrize(("share", "least"), [(0.5, 6), (0.9, 36), (0.1, 36), (0.99, 368)])
+def test_least_samples_are_those_of_the_extremes(share: float, least: int) -> None:
+    # the largest of n samples lies below the percentile p with probability p**n, which must be at most 2.5 %
+    assert least_samples(share) == least
+    assert max(share, 1 - share) ** least <= 0.025 < max(share, 1 - share) ** (least - 1)
+
+
+def test_a_table_of_the_median() -> None:
+    # Hahn and Meeker, Statistical Intervals, and any table of the sign test
+    assert [interval_ranks(count, 0.5) for count in (5, 6, 10, 20)] == [None, (1, 6), (2, 9), (6, 15)]
+
+
+def test_percentiles_are_samples() -> None:
+    found = percentile([5.0, 1.0, 4.0, 2.0, 3.0, 6.0], 0.5)
+    assert found is not None
+    assert (found.value, found.low, found.high) == (3.0, 1.0, 6.0)
+    assert percentile([1.0] * 35, 0.9) is None
+    assert nearest_rank(100, 0.9) == 90
+
+
+def test_intervals_cover_what_they_say() -> None:
+    random = np.random.default_rng(0)
+    truth = math.exp(stats.norm.ppf(0.9))
+    found = [percentile(list(random.lognormal(size=60)), 0.9) for _ in range(400)]
+    covered = np.mean([each.low <= truth <= each.high for each in found if each is not None])
+    assert covered > 0.93  # 0.95 less two standard errors of 400 trials
+
+
+def test_equal_work_has_the_ratio_one_inside_and_other_work_has_not() -> None:
+    random = np.random.default_rng(1)
+    one, other = (list(1 + 0.02 * random.standard_normal(40)) for _ in range(2))
+    same = ratio(one, other)
+    assert same.low < 1 < same.high
+    assert same.half_width < 0.03
+    faster = ratio([0.8 * each for each in one], other)
+    assert faster.high < 0.85
+    assert faster.value == pytest.approx(0.8 * same.value)
+
+
+def test_bootstrapped_ratios_cover_what_they_say() -> None:
+    random = np.random.default_rng(2)
+    hits = 0
+    for seed in range(60):
+        ours, base = random.normal(2.0, 0.1, 30), random.normal(1.0, 0.1, 30)
+        found = ratio(list(ours), list(base), seed=seed)
+        hits += found.low <= 2.0 <= found.high
+    assert hits >= 52  # 57 expected of 60; fewer than 52 has a probability below 1 %
