@@ -10,7 +10,7 @@ import numpy as np
 
 from stiv_deploy.export.demo.ladder_plot import ladder_plot
 from stiv_deploy.export.parity.ladder import ParityReport
-from stiv_deploy.runtime.command.html import Html, data_uri, element, joined, page, png_uri
+from stiv_deploy.runtime.command.html import Html, data_uri, element, grid, joined, page, png_uri, section
 from stiv_deploy.runtime.pipeline.animations import webp
 
 MIB, KIB = 2**20, 2**10
@@ -70,12 +70,12 @@ def report_page(report: DemoReport) -> str:
     return page(
         f"{report.title}: {verdict}",
         _header(report, verdict),
-        *_section("Clips", *map(_clip, report.clips)),
-        *_section("Parity", *_parity(report.parity)),
-        *_section("Stages", *_stages(report.stages)),
-        *_section("Sizes", *_table(("what", "size"), [(what, size_text(size)) for what, size in report.sizes])),
-        *_section("Machine and versions", *_table(("", ""), report.machine)),
-        *_section("What next", *(_next(*each) for each in report.following)),
+        *section("Clips", *map(_clip, report.clips)),
+        *section("Parity", *_parity(report.parity)),
+        *section("Stages", *_stages(report.stages)),
+        *section("Sizes", *grid(("what", "size"), [(what, size_text(size)) for what, size in report.sizes])),
+        *section("Machine and versions", *grid(("", ""), report.machine)),
+        *section("What next", *(_next(*each) for each in report.following)),
     )
 
 
@@ -94,11 +94,6 @@ def _header(report: DemoReport, verdict: str) -> Html:
     facts = f"Checkpoint {report.checkpoint}, {report.date}, {total:.0f} s in all."
     notes = (element("p", note, class_="note") for note in report.notes)
     return element("header", element("h1", report.title, " ", badge), element("p", facts), *notes)
-
-
-def _section(title: str, *content: Html) -> Iterator[Html]:
-    if content:
-        yield element("section", element("h2", title), *content)
 
 
 def _clip(clip: ShownClip) -> Html:
@@ -135,15 +130,7 @@ def _parity(report: ParityReport | None) -> Iterator[Html]:
         ]
         if gates:
             yield element("h3", "Properties of the videos")
-        yield from _table(("video", "backend", "value", "at least", "passed"), gates)
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[Html]:
-    """``rows`` under ``columns``, if there are any."""
-    if rows:
-        head = element("tr", *(element("th", column) for column in columns)) if any(columns) else ""
-        body = [element("tr", *(element("td", cell) for cell in row)) for row in rows]
-        yield element("div", element("table", head, *body), class_="wide")
+        yield from grid(("video", "backend", "value", "at least", "passed"), gates)
 
 
 def _stages(stages: Sequence[ShownStage]) -> Iterator[Html]:

@@ -70,6 +70,8 @@ DEPENDENCIES = (
     Dependency("openai", "openai", ("dev",)),
     Dependency("playwright", "playwright", ("dev",)),
     Dependency("pre_commit", "pre-commit", ("dev",)),
+    Dependency("mlperf_loadgen", "mlcommons-loadgen", ("bench",)),
+    Dependency("pynvml", "nvidia-ml-py", ("bench",)),
     Dependency("psutil", "psutil", ("bench", "dev")),
     Dependency("pytest", "pytest", ("dev",)),
     Dependency("pytest_timeout", "pytest-timeout", ("dev",)),

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Iterator, Sequence
 from html import escape
 from importlib.resources import files
 
@@ -58,3 +59,17 @@ def page(title: str, *content: str) -> Html:
     )
     body = element("body", element("main", *content))
     return Html(f"<!doctype html>\n{element('html', head, body, lang='en')}\n")
+
+
+def section(title: str, *content: Html) -> Iterator[Html]:
+    """``content`` under ``title``, if there is any."""
+    if content:
+        yield element("section", element("h2", title), *content)
+
+
+def grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[Html]:
+    """``rows`` under ``columns``, if there are any."""
+    if rows:
+        head = element("tr", *(element("th", column) for column in columns)) if any(columns) else ""
+        body = [element("tr", *(element("td", cell) for cell in row)) for row in rows]
+        yield element("div", element("table", head, *body), class_="wide")

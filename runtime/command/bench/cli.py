@@ -71,6 +71,14 @@ def run(
     samples: Annotated[
         int | None, typer.Option(help="Samples of each kind of work. Default: as few as the percentiles take.")
     ] = None,
+    scenario: Annotated[
+        Literal["singlestream", "offline"] | None,
+        typer.Option(help="Let MLPerf's LoadGen ask for clips: MLPerf-style, not an MLPerf result."),
+    ] = None,
+    queries: Annotated[
+        int | None, typer.Option(help="Clips that a scenario asks for at least. Default: 64; offline 248.")
+    ] = None,
+    least_seconds: Annotated[float, typer.Option("--seconds", help="How long a scenario lasts at least.")] = 600.0,
     keep_texts: Annotated[
         bool, typer.Option("--keep-texts", help="Let prompts that come again cost nothing; the result says so.")
     ] = False,
@@ -81,6 +89,9 @@ def run(
     backend: Annotated[str | None, typer.Option(help="Backend ('stiv doctor' lists them); default: the best.")] = None,
     device: Annotated[int, typer.Option(metavar="INDEX", help="GPU, as CUDA counts them.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Page of its own: every sample, stages, the machine.")
+    ] = None,
     json: JsonTarget = None,
 ) -> None:
     """Measure the latency of clips by stage, the throughput, and a cold start.
@@ -91,9 +102,12 @@ def run(
     stiv bench run bundle --batch 1 --batch 4 --steps 10 --steps 30 --json bench.json
     """
     from stiv_deploy.runtime.command.bench import show, stage
+    from stiv_deploy.runtime.command.bench.page import bench_page, check_page
     from stiv_deploy.runtime.command.generation import requests_from_options
+    from stiv_deploy.runtime.files import write_text
 
     check_json(json, bundle, prompts, image)
+    check_page(html, json)
     fixed = {"request": None, "seed": 0, "steps": None}
     read, _ = requests_from_options(context.params | fixed | {"prompt": prompt or (None if prompts else [""])})
     asked = stage.BenchRequest(
@@ -105,6 +119,9 @@ def run(
         steps=tuple(dict.fromkeys(steps or [])),
         percentiles=tuple(each / 100 for each in sorted(set(percentile or [50, 90]))),
         count=samples,
+        scenario=scenario,
+        queries=queries,
+        least_seconds=least_seconds,
         texts=keep_texts,
         cold=cold,
         anyway=anyway,
@@ -114,6 +131,8 @@ def run(
     )
     with progress_bar("bench") as progress:
         report = stage.bench(asked, progress)
+    if html is not None:
+        write_text(html, bench_page(report), "choose another --html")
     answer(json, lambda: json_text(report), lambda: show.report(report))
 
 

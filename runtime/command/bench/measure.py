@@ -30,12 +30,14 @@ class Requests:
 
     def __call__(self) -> list[GenerationRequest]:
         """The clips of the next sample."""
-        numbers = range(self._made, self._made + self.batch)
-        self._made += self.batch
-        return [self.template.changed(prompt=self._prompt(each), seed=self.seed + each) for each in numbers]
+        return self.of(range(self._made, self._made + self.batch))
 
-    def _prompt(self, number: int) -> str:
-        return self.prompts[number % len(self.prompts)]
+    def of(self, numbers: Sequence[int]) -> list[GenerationRequest]:
+        """Clips of the prompts with these ``numbers``, counted round."""
+        first = self.seed + self._made
+        self._made += len(numbers)
+        prompts = [self.prompts[number % len(self.prompts)] for number in numbers]
+        return [self.template.changed(prompt=each, seed=seed) for seed, each in enumerate(prompts, first)]
 
 
 def settled(seconds: Sequence[float]) -> bool:

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from stiv_deploy.runtime.bundle.bounds import Digest, Name
 from stiv_deploy.runtime.bundle.contract import Format, Frozen, ModelFacts, Precision
 from stiv_deploy.runtime.bundle.faults import fault_text
+from stiv_deploy.runtime.command.bench.mllog import LoadgenResult
 from stiv_deploy.runtime.command.bench.roofline import Roofline
 from stiv_deploy.runtime.command.bench.statistics import Estimate
 from stiv_deploy.runtime.errors import MeasurementError
@@ -197,6 +198,7 @@ class BenchReport(Frozen):
     versions: dict[Name, Name]
     points: tuple[Point, ...] = Field(min_length=1)
     cold: ColdStart | None = None
+    loadgen: LoadgenResult | None = None
     probe: CacheProbe | None = None
     invalid: tuple[Line, ...] = ()
 

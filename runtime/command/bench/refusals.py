@@ -22,14 +22,14 @@ def refuse(reasons: Sequence[str], *, anyway: bool) -> None:
         raise MeasurementError(f"{reasons[0]}{more}; {ANYWAY}")
 
 
-def loaded(others: float | None) -> Iterator[str]:
+def loaded(others: float | None, what: str = "this machine's cores") -> Iterator[str]:
     """Whether other processes are at work."""
     if others is None:
         yield "what else this machine does is not known"
     elif others > LOAD_LIMIT:
         yield (
-            f"other processes keep {others:.0%} of this machine's cores busy, {LOAD_LIMIT:.0%} are allowed; end them, "
-            "or measure when it is quiet"
+            f"other processes keep {others:.0%} of {what} busy, {LOAD_LIMIT:.0%} are allowed; end them, or measure "
+            "when it is quiet"
         )
 
 
@@ -49,6 +49,8 @@ def faults(report: BenchReport) -> list[str]:
             f"a request that comes again takes {report.probe.ratio.value:.0%} of the time of a new one: results are "
             "kept somewhere"
         )
+    if report.loadgen is not None and not report.loadgen.valid:
+        found.append(f"LoadGen calls it INVALID: {report.loadgen.reason}")
     return list(dict.fromkeys(found))
 
 
@@ -85,6 +87,7 @@ def differences(base: BenchReport, ours: BenchReport) -> dict[str, str]:
         "caches": (", ".join(base.caches) or "none", ", ".join(ours.caches) or "none"),
         "threads": (str(base.threads), str(ours.threads)),
         "machine": (_machine(base), _machine(ours)),
+        "scenario": (_scenario(base), _scenario(ours)),
         "number of points": (str(len(base.points)), str(len(ours.points))),
     }
     if base.bundle.model != ours.bundle.model and base.bundle.model.name == ours.bundle.model.name:
@@ -93,6 +96,10 @@ def differences(base: BenchReport, ours: BenchReport) -> dict[str, str]:
     for one, other in zip(base.points, ours.points, strict=False):
         told |= _work_differences(one, other) | _clock_difference(one.clocks, other.clocks)
     return told
+
+
+def _scenario(report: BenchReport) -> str:
+    return "none" if report.loadgen is None else report.loadgen.scenario
 
 
 def _machine(report: BenchReport) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 
 from stiv_deploy.runtime.command.bench.compare import Comparison, Side
+from stiv_deploy.runtime.command.bench.mllog import LoadgenResult
 from stiv_deploy.runtime.command.bench.record import STAGES, BenchReport, Point
 from stiv_deploy.runtime.command.bench.statistics import Estimate
 from stiv_deploy.runtime.command.terminal import table
@@ -19,11 +20,10 @@ def report(found: BenchReport) -> None:
     title = f"{found.bundle.hash[:12]} ({found.bundle.precision}) on {found.backend}, {found.device}"
     names = list(found.points[0].latency)
     columns = ("work", *names, "clips/s", "step", "CPU", "others")
-    rows = [_latencies(point, names) for point in found.points]
-    console.print(table(title, columns, rows, columns[1:], "seconds, with intervals of 95 %"))
+    console.print(table(title, columns, points_rows(found.points), columns[1:], "with intervals of 95 %"))
     columns = ("stage", *(str(point.work) for point in found.points))
     console.print(table("Medians by stage", columns, _stages(found.points), columns[1:]))
-    for line in _lines(found):
+    for line in remarks(found):
         console.print(line, highlight=False, markup=False)
 
 
@@ -32,12 +32,17 @@ def _warn(console: Console, invalid: Sequence[str]) -> None:
         console.print(f"INVALID: {reason}", highlight=False, markup=False, style="bold red")
 
 
-def _latencies(point: Point, names: Sequence[str]) -> tuple[str, ...]:
+def points_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
+    """Work, its percentiles, throughput, time of a step and of all threads, and what others did."""
+    return [_row(point, list(points[0].latency)) for point in points]
+
+
+def _row(point: Point, names: Sequence[str]) -> tuple[str, ...]:
     return (
         str(point.work),
-        *(interval(point.latency[name]) for name in names),
+        *(interval(point.latency.get(name)) for name in names),
         f"{point.clips_per_second:.3g}",
-        seconds(point.evaluation_seconds * point.work.evaluations / point.work.steps),
+        seconds(point.stages["denoise"] / max(1, point.work.steps)),
         seconds(point.cpu_seconds),
         "unknown" if point.others is None else f"{point.others:.0%}",
     )
@@ -68,15 +73,32 @@ def share(point: Point, stage: str) -> float:
     return point.stages[stage] / total if total else 0.0
 
 
-def _lines(found: BenchReport) -> Iterator[str]:
+def remarks(found: BenchReport) -> Iterator[str]:
     """What has no table."""
     for point in found.points:
         gap = "" if point.host_gap is None else f", {point.host_gap:.1%} of the time outside them"
         yield f"{point.work}: {point.graphs} graphs in {point.launches:g} calls an evaluation{gap}; {rates(point)}"
+        if point.joules is not None:
+            yield f"{point.work}: {point.joules:.3g} J a clip on the GPU"
+        if point.device_bytes is not None:
+            yield f"{point.work}: {point.device_bytes / MIB:.0f} MiB of the GPU's memory in use"
+    if found.loadgen is not None:
+        yield scenario(found.loadgen)
     if found.cold is not None:
         cold = found.cold
         yield f"cold start: {seconds(cold.seconds)} to the first clip, {cold.peak_bytes / MIB:.0f} MiB at most"
     yield f"kept from sample to sample: {', '.join(found.caches) or 'nothing'}; {found.threads} threads"
+
+
+def scenario(found: LoadgenResult) -> str:
+    """LoadGen's account, under the label that it needs."""
+    if found.scenario == "offline":
+        told = f"{found.samples_per_second:.4g} samples/s"
+    else:
+        told = "unknown" if found.p90_seconds is None else seconds(found.p90_seconds)
+        told = f"p90 {told} by early stopping ({seconds(found.measured_p90_seconds)} measured)"
+    verdict = "VALID" if found.valid else "INVALID"
+    return f"{found.label}: {found.scenario}, {told}; {found.queries} queries, {verdict} by LoadGen ({found.reason})"
 
 
 def rates(point: Point) -> str:

@@ -11,12 +11,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from stiv_deploy.runtime.command.bench.cold import cold_start
+from stiv_deploy.runtime.command.bench.loadgen import (
+    LEAST_QUERIES,
+    LEAST_SECONDS,
+    Order,
+    check_loadgen,
+    run_loadgen,
+)
 from stiv_deploy.runtime.command.bench.machine import LoadMeter, cpu_clocks, machine, versions
 from stiv_deploy.runtime.command.bench.maker import PipelineMaker, dims_of, threads_of, work_of
 from stiv_deploy.runtime.command.bench.measure import MOST_WARM, Requests, probe, samples, warm_up
+from stiv_deploy.runtime.command.bench.mllog import LoadgenResult, Scenario
+from stiv_deploy.runtime.command.bench.nvidia import Gpu
 from stiv_deploy.runtime.command.bench.record import (
     STAGES,
     BenchReport,
@@ -41,6 +51,7 @@ PROMPTS = (
     "rain falls on a window at night",
     "a hand writes a letter with a pen",
 )
+SECONDS_LIMIT = 1e6
 LOOK_SECONDS = 1.0
 """How long the machine is watched before anything is measured."""
 
@@ -59,7 +70,8 @@ class BenchRequest:
 
     ``template`` says the rest, and what an empty ``sizes`` or ``steps`` means. ``percentiles`` are from 0 to 1;
     ``count`` None takes as many samples of each piece of work as they need. Seeds count on from ``seed``, by default
-    another one each time, so that results which are kept beyond the process show, too. Raises :class:`RequestError`.
+    another one each time, so that results which are kept beyond the process show, too. In a ``scenario`` LoadGen asks,
+    for ``queries`` clips (None: what it takes at least) and ``least_seconds`` or more. Raises :class:`RequestError`.
     """
 
     bundle: Path
@@ -71,6 +83,9 @@ class BenchRequest:
     percentiles: tuple[float, ...] = (0.5, 0.9)
     count: int | None = None
     seed: int = field(default_factory=new_seed)
+    scenario: Scenario | None = None
+    queries: int | None = None
+    least_seconds: float = LEAST_SECONDS
     texts: bool = False
     cold: bool = True
     anyway: bool = False
@@ -86,10 +101,34 @@ class BenchRequest:
             raise RequestError(f"the number of samples must be 1 or more, got {self.count}")
         if not self.prompts:
             raise RequestError("no prompt to measure with; give one or more")
+        if self.scenario is not None:
+            self._check_scenario()
+
+    def _check_scenario(self) -> None:
+        kinds = len(self.batches) * max(1, len(self.sizes)) * max(1, len(self.steps))
+        if kinds > 1:
+            raise RequestError(f"a scenario is of one kind of work, got {kinds}; give one batch, size and steps")
+        if self.scenario == "singlestream" and self.batches != (1,):
+            raise RequestError(f"a single stream asks for one clip at a time, got --batch {self.batches[0]}")
+        if self.count is not None:
+            raise RequestError("--samples is for the quick mode; give --queries with a scenario")
+        if self.least_queries < 1 or not 0 <= self.least_seconds <= SECONDS_LIMIT:
+            raise RequestError(
+                f"a scenario takes 1 query or more and 0 to {SECONDS_LIMIT:g} seconds, got {self.least_queries} and "
+                f"{self.least_seconds:g}"
+            )
+
+    @property
+    def least_queries(self) -> int:
+        """Of a scenario."""
+        assert self.scenario is not None
+        return LEAST_QUERIES[self.scenario] if self.queries is None else self.queries
 
     @property
     def samples(self) -> int:
         """Of each piece of work."""
+        if self.scenario is not None:
+            return -(-self.least_queries // self.batches[0])
         return max(map(least_samples, self.percentiles)) if self.count is None else self.count
 
     def kinds(self) -> Iterator[Requests]:
@@ -106,6 +145,8 @@ def bench(request: BenchRequest, progress: Progress = unheard) -> BenchReport:
 
     Raises what :meth:`StivPipeline.from_bundle` and its plan do, too, before anything is measured.
     """
+    if request.scenario is not None:
+        check_loadgen()
     reasons = [*too_few(request.samples, request.percentiles)]
     refuse(reasons, anyway=request.anyway)
     progress("loading", 0, 1)
@@ -118,7 +159,7 @@ def bench(request: BenchRequest, progress: Progress = unheard) -> BenchReport:
     ):
         kinds = [(each, _work(pipe, each)) for each in request.kinds()]
         progress("what else runs here", 0, 1)
-        refuse([*reasons, *loaded(watched())], anyway=request.anyway)
+        refuse([*reasons, *loaded(watched()), *_gpu_loaded(request, maker)], anyway=request.anyway)
         report = _measured(request, pipe, maker, kinds, progress)
     found = faults(report)
     refuse(found, anyway=request.anyway)
@@ -130,6 +171,13 @@ def watched(seconds: float = LOOK_SECONDS) -> float:
     meter = LoadMeter()
     time.sleep(seconds)
     return meter.others()
+
+
+def _gpu_loaded(request: BenchRequest, maker: PipelineMaker) -> list[str]:
+    """Whether the GPU is at work, of which this process gives it none yet."""
+    gpu = Gpu.open(request.device) if maker.queues else None
+    busy = None if gpu is None else gpu.busy()
+    return [*loaded(busy, "the GPU")] if busy is not None else []
 
 
 @contextmanager
@@ -160,7 +208,10 @@ def _measured(
     progress: Progress,
 ) -> BenchReport:
     cold = _cold(request, pipe, kinds[0][0], progress) if request.cold else None
-    points = tuple(_point(request, pipe, maker, each, work, _news(progress, work, request)) for each, work in kinds)
+    results: list[LoadgenResult] = []
+    points = tuple(
+        _point(request, pipe, maker, each, work, _news(progress, work, request), results) for each, work in kinds
+    )
     progress("are results kept?", 0, 1)
     manifest = pipe.bundle.manifest
     return BenchReport(
@@ -182,6 +233,7 @@ def _measured(
         versions=versions(),
         points=points,
         cold=cold,
+        loadgen=results[0] if results else None,
         probe=probe(maker, kinds[-1][0]),
     )
 
@@ -211,11 +263,17 @@ def _point(
     requests: Requests,
     work: Work,
     news: Callable[[], None],
+    results: list[LoadgenResult],
 ) -> Point:
     warm = warm_up(maker, requests, work, news)
-    meter = LoadMeter()
-    made = samples(maker, requests, request.samples, news)
-    others = meter.others()
+    gpu = Gpu.open(request.device) if maker.queues else None
+    meter, before = LoadMeter(), None if gpu is None else gpu.joules()
+    if request.scenario is None:
+        made = samples(maker, requests, request.samples, news)
+    else:
+        made, result = _asked(request, maker, requests, statistics.median(warm.seconds), news)
+        results.append(result)
+    others, after = meter.others(), None if gpu is None else gpu.joules()
     per_evaluation = statistics.median(each.stages["denoise"] for each in made) / work.evaluations
     return Point(
         work=work,
@@ -232,9 +290,35 @@ def _point(
         launches=statistics.median(each.launches for each in made) / work.evaluations,
         host_gap=None if maker.queues else statistics.median(map(_gap, made)),
         roofline=roofline(pipe.bundle.manifest, dims_of(pipe, work), per_evaluation, pipe.backend.device),
+        joules=None if before is None or after is None else (after - before) / (len(made) * work.batch),
+        device_bytes=None if gpu is None else gpu.used_bytes(),
         others=others,
-        clocks=cpu_clocks(),
+        clocks=cpu_clocks() if gpu is None else gpu.clocks(cpu_clocks()),
     )
+
+
+def _asked(
+    request: BenchRequest, maker: PipelineMaker, requests: Requests, seconds: float, news: Callable[[], None]
+) -> tuple[list[Sample], LoadgenResult]:
+    """Samples that LoadGen asked for, each of which took ``seconds`` before, and its account."""
+    assert request.scenario is not None
+    made: list[Sample] = []
+
+    def make(numbers: Sequence[int]) -> None:
+        full = [numbers[index % len(numbers)] for index in range(requests.batch)]
+        made.append(maker.make(requests.of(full)))
+        news()
+
+    order = Order(
+        scenario=request.scenario,
+        queries=request.least_queries,
+        seconds=request.least_seconds,
+        prompts=len(request.prompts),
+        expected=requests.batch / seconds,
+    )
+    with TemporaryDirectory(prefix="stiv-loadgen-") as folder:
+        result = run_loadgen(order, make, requests.batch, Path(folder))
+    return made, result
 
 
 def _gap(sample: Sample) -> float:

@@ -18,7 +18,11 @@ GPU = {"tensorrt", "tensorrt_bindings", "tensorrt_rtx", "tensorrt_rtx_bindings",
 DATA = {"cv2", "scenedetect", "webdataset", "skvideo"}
 ENCODERS = {"diffusers", "transformers"}
 SERVE = {"fastapi", "starlette", "uvicorn", "python_multipart", "prometheus_client"}
-TOOLS = {"pytest", "hypothesis", "psutil", "modelopt", "tensorboard", "openai"} | DATA | ENCODERS
+TOOLS = (
+    {"pytest", "hypothesis", "psutil", "mlperf_loadgen", "pynvml", "modelopt", "tensorboard", "openai"}
+    | DATA
+    | ENCODERS
+)
 BLOCKED = {
     "base": REF | EXPORT | GPU | SERVE | TOOLS,
     "ref": EXPORT | GPU | SERVE | TOOLS,
