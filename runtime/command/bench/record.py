@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from stiv_deploy.runtime.bundle.bounds import Digest, Name
 from stiv_deploy.runtime.bundle.contract import Format, Frozen, ModelFacts, Precision
 from stiv_deploy.runtime.bundle.faults import fault_text
+from stiv_deploy.runtime.bundle.verified import State
 from stiv_deploy.runtime.command.bench.mllog import LoadgenResult
 from stiv_deploy.runtime.command.bench.roofline import Roofline
 from stiv_deploy.runtime.command.bench.statistics import Estimate
@@ -178,6 +179,13 @@ class BundleFacts(Frozen):
     engines: Count
 
 
+class Verification(Frozen):
+    """What ``stiv verify`` knows of this bundle on this machine by this backend, and why, in one line."""
+
+    state: State
+    reason: Line
+
+
 class BenchReport(Frozen):
     """A whole measurement. ``invalid`` has every reason why it should not be believed: it was asked for anyway."""
 
@@ -186,6 +194,7 @@ class BenchReport(Frozen):
     date: Name
     command: str
     bundle: BundleFacts
+    verification: Verification
     backend: Name
     device: Name
     seed: Count

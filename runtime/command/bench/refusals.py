@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from stiv_deploy.runtime.command.bench.record import BenchReport, Clocks, Point, share_of
+from stiv_deploy.runtime.command.bench.record import BenchReport, Clocks, Point, Verification, share_of
 from stiv_deploy.runtime.command.bench.statistics import least_samples
 from stiv_deploy.runtime.errors import MeasurementError
 
@@ -41,9 +41,16 @@ def too_few(count: int, percentiles: Sequence[float]) -> Iterator[str]:
             yield f"{count} samples are too few for the percentile {100 * share:g}; take {least} or more"
 
 
+def unproven(verification: Verification) -> Iterator[str]:
+    """Whether nobody knows that the outputs are right: a wrong engine can be fast."""
+    if verification.state != "verified":
+        yield f"the outputs are {verification.state}: {verification.reason}; run 'stiv verify' on the bundle here"
+
+
 def faults(report: BenchReport) -> list[str]:
     """Every reason not to believe ``report``."""
-    found = [fault for point in report.points for fault in _point_faults(point)]
+    found = [*unproven(report.verification)]
+    found += [fault for point in report.points for fault in _point_faults(point)]
     if report.probe is not None and report.probe.ratio.high < KEPT:
         found.append(
             f"a request that comes again takes {report.probe.ratio.value:.0%} of the time of a new one: results are "

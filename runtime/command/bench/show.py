@@ -87,6 +87,7 @@ def remarks(found: BenchReport) -> Iterator[str]:
     if found.cold is not None:
         cold = found.cold
         yield f"cold start: {seconds(cold.seconds)} to the first clip, {cold.peak_bytes / MIB:.0f} MiB at most"
+    yield f"outputs {found.verification.state}: {found.verification.reason}"
     yield f"kept from sample to sample: {', '.join(found.caches) or 'nothing'}; {found.threads} threads"
 
 

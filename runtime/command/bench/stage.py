@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+from stiv_deploy.runtime.bundle.verified import read_result
 from stiv_deploy.runtime.command.bench.cold import cold_start
 from stiv_deploy.runtime.command.bench.loadgen import (
     LEAST_QUERIES,
@@ -35,9 +36,10 @@ from stiv_deploy.runtime.command.bench.record import (
     Point,
     Sample,
     Stages,
+    Verification,
     Work,
 )
-from stiv_deploy.runtime.command.bench.refusals import faults, loaded, refuse, too_few
+from stiv_deploy.runtime.command.bench.refusals import faults, loaded, refuse, too_few, unproven
 from stiv_deploy.runtime.command.bench.roofline import roofline
 from stiv_deploy.runtime.command.bench.statistics import least_samples, percentile
 from stiv_deploy.runtime.errors import RequestError
@@ -158,12 +160,20 @@ def bench(request: BenchRequest, progress: Progress = unheard) -> BenchReport:
         _quiet(),
     ):
         kinds = [(each, _work(pipe, each)) for each in request.kinds()]
+        reasons += unproven(verification(pipe))
+        refuse(reasons, anyway=request.anyway)
         progress("what else runs here", 0, 1)
         refuse([*reasons, *loaded(watched()), *_gpu_loaded(request, maker)], anyway=request.anyway)
         report = _measured(request, pipe, maker, kinds, progress)
     found = faults(report)
     refuse(found, anyway=request.anyway)
     return report.model_copy(update={"invalid": tuple(found)})
+
+
+def verification(pipe: StivPipeline) -> Verification:
+    """What is known of the outputs of ``pipe``."""
+    verdict = read_result(pipe.bundle, pipe.backend.machine)
+    return Verification(state=verdict.state, reason=verdict.reason)
 
 
 def watched(seconds: float = LOOK_SECONDS) -> float:
@@ -224,6 +234,7 @@ def _measured(
             model=manifest.model,
             engines=sum(each.backend == pipe.backend.name for each in manifest.engines),
         ),
+        verification=verification(pipe),
         backend=pipe.backend.name,
         device=pipe.backend.device,
         seed=request.seed,

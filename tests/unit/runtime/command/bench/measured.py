@@ -13,6 +13,7 @@ from stiv_deploy.runtime.command.bench.record import (
     Point,
     Sample,
     Stages,
+    Verification,
     WarmUp,
     Work,
 )
@@ -66,6 +67,7 @@ def a_report(points: tuple[Point, ...] = (), **values: Any) -> BenchReport:
         "date": "2026-11-28T12:00:00+00:00",
         "command": "stiv bench bundle",
         "bundle": BundleFacts(hash="0" * 64, precision="float32", quantization=None, model=MODEL, engines=0),
+        "verification": Verification(state="verified", reason="all was right"),
         "backend": "onnxruntime",
         "device": "CPU (2 cores)",
         "seed": 0,

@@ -22,7 +22,7 @@ def words(text: str) -> str:
     return " ".join(text.split())
 
 
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.usefixtures("quiet", "verified")
 def test_a_sweep_is_measured_shown_and_kept(run: Run, bundle_path: Path, tmp_path: Path) -> None:
     target = tmp_path / "bench.json"
     sweep = ("--batch", 1, "--batch", 2, "--steps", 2, "--steps", 3, "--size", "4x8x8", "--json", target)
@@ -57,7 +57,7 @@ PLANTED = {
 }
 
 
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.usefixtures("quiet", "verified")
 @pytest.mark.parametrize("case", PLANTED)
 def test_what_cannot_be_measured_is_one_line(run: Run, bundle_path: Path, tmp_path: Path, case: str) -> None:
     options, said = PLANTED[case]
@@ -84,7 +84,7 @@ def invalid(run: Run, bundle: Path, target: Path, said: str, *options: object) -
     assert any("A is invalid" in each for each in json.loads(out)["invalid"])
 
 
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.usefixtures("quiet", "verified")
 def test_other_work_on_the_machine(
     run: Run, bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,12 +92,12 @@ def test_other_work_on_the_machine(
     invalid(run, bundle_path, tmp_path / "a.json", "other processes keep 30% of this machine's cores busy")
 
 
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.usefixtures("quiet", "verified")
 def test_too_few_samples(run: Run, bundle_path: Path, tmp_path: Path) -> None:
     invalid(run, bundle_path, tmp_path / "a.json", "2 samples are too few for the percentile 50", "--samples", 2)
 
 
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.usefixtures("quiet", "verified")
 def test_a_warm_up_of_another_size(
     run: Run, bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +110,7 @@ def test_a_warm_up_of_another_size(
     invalid(run, bundle_path, tmp_path / "a.json", "had to load graphs or make buffers")
 
 
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.usefixtures("quiet", "verified")
 def test_results_that_are_kept(run: Run, bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: dict[str, StivOutput] = {}
 
@@ -126,7 +126,7 @@ def test_results_that_are_kept(run: Run, bundle_path: Path, tmp_path: Path, monk
     invalid(run, bundle_path, tmp_path / "a.json", said)
 
 
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.usefixtures("quiet", "verified")
 def test_kept_texts_are_declared(run: Run, bundle_path: Path, tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("cold.json", "kept.json")]
     for target, option in zip(files, ((), ("--keep-texts", "--prompt", "digit")), strict=True):
@@ -156,6 +156,16 @@ def test_files_that_are_no_measurement(run: Run, tmp_path: Path, text: str, said
 
 
 @pytest.mark.usefixtures("quiet")
+def test_outputs_have_to_be_verified_first(run: Run, proven: Path, tmp_path: Path) -> None:
+    invalid(run, proven, tmp_path / "a.json", "the outputs are not verified: 'stiv verify' has not run for onnxruntime")
+    code, _, err = run("verify", proven)
+    assert code == 0, err
+    code, _, err = run("bench", proven, *FEW, "--steps", 2, "--json", tmp_path / "b.json")
+    assert code == 0, err
+    assert BenchReport.read(tmp_path / "b.json").verification.state == "verified"
+
+
+@pytest.mark.usefixtures("quiet", "verified")
 def test_a_cold_start_is_told(run: Run, bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     orders: list[dict[str, Any]] = []
 

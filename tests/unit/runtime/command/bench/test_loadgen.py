@@ -63,7 +63,7 @@ def test_loadgen_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 FEW = ("--backend", "onnxruntime", "--threads", 1, "--no-cold", "--steps", 1, "--percentile", 50)
 
 
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.usefixtures("quiet", "verified")
 def test_a_scenario_of_the_command(run: Run, bundle_path: Path, tmp_path: Path) -> None:
     target = tmp_path / "a.json"
     options: tuple[Any, ...] = ("--scenario", "offline", "--queries", 15, "--batch", 2, "--seconds", 0)
@@ -86,7 +86,7 @@ WRONG: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.usefixtures("quiet", "verified")
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_no_scenario(run: Run, bundle_path: Path, case: str) -> None:
     options, words = WRONG[case]
@@ -95,7 +95,7 @@ def test_what_is_no_scenario(run: Run, bundle_path: Path, case: str) -> None:
     assert words in err
 
 
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.usefixtures("quiet", "verified")
 def test_loadgen_absent_is_one_line(run: Run, bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent() -> None:
         raise ModuleNotFoundError("No module named 'mlperf_loadgen'", name="mlperf_loadgen")

@@ -33,7 +33,7 @@ def test_what_is_invalid_is_called_so() -> None:
     assert "INVALID: too &lt;loud&gt;" in text
 
 
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.usefixtures("quiet", "verified")
 def test_the_command_writes_it(run: Run, bundle_path: Path, tmp_path: Path) -> None:
     few = ("--percentile", 50, "--backend", "onnxruntime", "--threads", 1, "--no-cold", "--steps", 1)
     assert run("bench", bundle_path, *few, "--html", tmp_path / "a.html")[0] == 0

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from measured import MODEL, SECONDS, WORK, a_point, a_report, a_sample
 
-from stiv_deploy.runtime.command.bench.record import BenchReport, CacheProbe, Clocks, Machine, WarmUp
+from stiv_deploy.runtime.bundle.verified import State
+from stiv_deploy.runtime.command.bench.record import BenchReport, CacheProbe, Clocks, Machine, Verification, WarmUp
 from stiv_deploy.runtime.command.bench.refusals import SAID, faults, pair_faults, refuse
 from stiv_deploy.runtime.command.bench.statistics import ratio
 from stiv_deploy.runtime.errors import MeasurementError
@@ -51,6 +52,14 @@ def test_results_that_are_kept_are_told() -> None:
     kept = CacheProbe(repeated=(0.1,) * 6, fresh=(1.0,) * 6, ratio=ratio((0.1,) * 6, (1.0,) * 6))
     (fault,) = faults(a_report(probe=kept))
     assert fault.startswith("a request that comes again takes 10% of the time of a new one")
+
+
+@pytest.mark.parametrize("state", ["not verified", "failed"])
+def test_outputs_that_nobody_has_proven_are_told(state: State) -> None:
+    told = Verification(state=state, reason="block_01 gave wrong results")
+    assert faults(a_report(verification=told)) == [
+        f"the outputs are {state}: block_01 gave wrong results; run 'stiv verify' on the bundle here"
+    ]
 
 
 def worked(**values: Any) -> BenchReport:
