@@ -154,8 +154,8 @@ class ColdStart(Frozen):
 class CacheProbe(Frozen):
     """Seconds of the same request again and again, and by turns of ever new ones: results that were kept show."""
 
-    repeated: tuple[Took, ...]
-    fresh: tuple[Took, ...]
+    repeated: tuple[Took, ...] = Field(min_length=1)
+    fresh: tuple[Took, ...] = Field(min_length=1)
     ratio: Estimate
 
 

@@ -174,8 +174,8 @@ def test_a_cold_start_is_told(run: Run, bundle_path: Path, monkeypatch: pytest.M
         return ColdStart(seconds=3.0, imported=1.0, opened=1.0, first=1.0, peak_bytes=2**20)
 
     monkeypatch.setattr(stage, "cold_start", started)
-    code, out, _ = run("bench", bundle_path, *FEW[:-1], "--steps", 2)
-    assert code == 0
+    code, out, err = run("bench", bundle_path, *FEW[:-1], "--steps", 2)
+    assert code == 0, err
     assert "cold start: 3.00 s to the first clip, 1 MiB at most" in out
     (order,) = orders
     assert (order["backend"], order["threads"], len(order["requests"])) == ("onnxruntime", 1, 1)
