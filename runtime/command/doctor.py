@@ -65,6 +65,7 @@ DEPENDENCIES = (
     Dependency("tensorrt", "tensorrt-cu13", ("tensorrt",)),
     Dependency("onnxruntime", "onnxruntime-gpu", ("gpu",)),
     Dependency("hypothesis", "hypothesis", ("dev",)),
+    Dependency("httpx2", "httpx2", ("dev",)),
     Dependency("ml_dtypes", "ml_dtypes", ("dev",)),
     Dependency("mypy", "mypy", ("dev",)),
     Dependency("openai", "openai", ("dev",)),
@@ -76,6 +77,7 @@ DEPENDENCIES = (
     Dependency("pytest", "pytest", ("dev",)),
     Dependency("pytest_timeout", "pytest-timeout", ("dev",)),
     Dependency("xdist", "pytest-xdist", ("dev",)),
+    Dependency("yaml", "pyyaml", ("dev",)),
     Dependency("ruff", "ruff", ("dev",)),
     Dependency("", "scikit-video", ("dev",)),
 )
