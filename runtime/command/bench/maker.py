@@ -15,6 +15,7 @@ from stiv_deploy.runtime.pipeline.plan import GenerationPlan
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
 from stiv_deploy.runtime.pipeline.timing import PHASES
 from stiv_deploy.runtime.sampling.replay import REPLAY
+from stiv_deploy.runtime.sampling.settings import SamplingSettings
 from stiv_deploy.runtime.sampling.solvers import evaluations
 
 TEXTS = "texts"
@@ -101,25 +102,33 @@ def work_of(plan: GenerationPlan) -> Work:
     scales = [f"{settings.guidance_scale:g}"]
     scales += [f"image {settings.image_scale:g}"] if settings.guidance_mode == "sit" else []
     scales += ["renormalized"] if settings.renormalizes else []
+    scales += [f"from {settings.guidance_from:g} until {settings.guidance_until:g}"] if _partial(settings) else []
+    planned = evaluations(settings)
     return Work(
         batch=len(plan.videos),
         frames=size.frames,
         height=size.height,
         width=size.width,
         steps=settings.steps,
-        evaluations=len(evaluations(settings)),
+        evaluations=len(planned),
         solver=settings.solver,
         guidance=" ".join([settings.guidance_mode, *scales]) if settings.guidance_mode != "none" else "none",
-        rows=sum(len(each.settings.rows()) for each in plan.videos),
+        rows=len(plan.videos) * len(settings.rows()),
+        row_evaluations=len(plan.videos) * sum(len(settings.rows(each.guided)) for each in planned),
         given=len(video.given.images) + len(video.given.latents),
         decode_tile=plan.decode_tile,
     )
 
 
-def dims_of(pipe: StivPipeline, work: Work) -> dict[str, int]:
-    """Values of all symbols of a sample of ``work``."""
+def _partial(settings: SamplingSettings) -> bool:
+    """Whether guidance begins late or ends early."""
+    return (settings.guidance_from, settings.guidance_until) != (0.0, 1.0)
+
+
+def dims_of(pipe: StivPipeline, work: Work) -> dict[str, float]:
+    """Values of all symbols of a sample of ``work``, and the mean rows of its evaluations."""
     model = pipe.bundle.manifest.model
-    return dimensions(
+    dims = dimensions(
         model,
         batch=work.batch,
         model_batch=work.rows,
@@ -128,6 +137,7 @@ def dims_of(pipe: StivPipeline, work: Work) -> dict[str, int]:
         width=work.width,
         text_tokens=model.max_text_tokens,
     )
+    return dims | {"model_batch": work.row_evaluations / work.evaluations}
 
 
 def threads_of(asked: int | None) -> int:

@@ -60,8 +60,8 @@ class Stages(Frozen):
 class Work(Frozen):
     """What one sample makes: ``batch`` clips, and all that their time may follow from.
 
-    ``guidance`` has the mode, the scales and renormalization; ``rows`` of the model are those of all clips; ``given``
-    are pictures of a clip.
+    ``guidance`` has the mode, the scales, renormalization and the interval; ``rows`` of the model are the most that all
+    clips need at once, ``row_evaluations`` those of all evaluations together; ``given`` are pictures of a clip.
     """
 
     batch: Count
@@ -73,6 +73,7 @@ class Work(Frozen):
     solver: Name
     guidance: Name
     rows: Count
+    row_evaluations: Count
     given: Count
     decode_tile: Count | None
 

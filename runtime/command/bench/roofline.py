@@ -5,6 +5,7 @@ element-wise work nothing. Bytes are a lower bound: every weight once, tokens in
 of the text once. Peaks are those of NVIDIA's data sheets, dense, with accumulation in float32.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from stiv_deploy.runtime.backends.base import ITEM_BYTES
@@ -78,7 +79,7 @@ def _weight_bytes(manifest: Manifest) -> float:
     return high * plain + (1 - high)
 
 
-def operations(model: ModelFacts, ffn: int, dims: dict[str, int]) -> tuple[float, float]:
+def operations(model: ModelFacts, ffn: int, dims: Mapping[str, float]) -> tuple[float, float]:
     """Of linear layers and of attention, in all blocks over all rows of ``dims``."""
     frames, places, text = dims["token_frames"], dims["tokens"], dims["text_tokens"]
     tokens = dims["model_batch"] * frames * places * model.blocks
@@ -87,7 +88,7 @@ def operations(model: ModelFacts, ffn: int, dims: dict[str, int]) -> tuple[float
     return float(tokens * linear), float(tokens * attention)
 
 
-def least_bytes(manifest: Manifest, dims: dict[str, int]) -> float:
+def least_bytes(manifest: Manifest, dims: Mapping[str, float]) -> float:
     """Bytes that all blocks have to read and write over all rows of ``dims``."""
     model, item = manifest.model, ITEM_BYTES[manifest.precision]
     records = [manifest.graphs[name] for name in block_names(model.blocks)]
@@ -101,7 +102,7 @@ def peak_of(device: str) -> Peak | None:
     return next((peak for name, peak in PEAKS.items() if name in device), None)
 
 
-def roofline(manifest: Manifest, dims: dict[str, int], seconds: float, device: str) -> Roofline:
+def roofline(manifest: Manifest, dims: Mapping[str, float], seconds: float, device: str) -> Roofline:
     """Where an evaluation of ``seconds`` over ``dims`` stands."""
     linear, attention = operations(manifest.model, ffn_ratio(manifest), dims)
     nbytes, peak = least_bytes(manifest, dims), peak_of(device)

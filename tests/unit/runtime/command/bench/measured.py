@@ -25,7 +25,8 @@ MODEL = ModelFacts(
     base_frames=2, base_grid=(2, 2), rope_theta=100.0, temporal=True, spatial_factor=2, temporal_factor=1,
 )  # fmt: skip
 WORK = Work(
-    batch=1, frames=4, height=8, width=8, steps=4, evaluations=4, solver="euler", guidance="jit 3", rows=2, given=0,
+    batch=1, frames=4, height=8, width=8, steps=4, evaluations=4, solver="euler", guidance="jit 3", rows=2,
+    row_evaluations=8, given=0,
     decode_tile=None,
 )  # fmt: skip
 SECONDS = [1.0 + 0.001 * (index % 7) for index in range(36)]
