@@ -1,4 +1,4 @@
-"""A worker as a process of its own: ``python -m stiv_deploy.serving.workers.process INDEX SETTINGS-AS-JSON``.
+"""A worker as a process: ``python -m stiv_deploy.serving.workers.process INDEX SETTINGS-AS-JSON NAME PARENT-PID``.
 
 It ends by SIGTERM, and when its parent is gone; with 2, and a line on standard error, if it cannot start, and with 1 if
 something ends it later.
@@ -38,9 +38,15 @@ def device_of(settings: ServeSettings, index: int) -> int:
 
 
 class Worker:
-    """Worker number ``index`` of a service: a scheduler, and a thread that tells that it lives."""
+    """Worker number ``index`` of a service: a scheduler, and a thread that tells that it lives.
 
-    def __init__(self, settings: ServeSettings, index: int = 0, name: str | None = None) -> None:
+    It ends when ``parent``, the process that it is to work for, is not its parent any more.
+    """
+
+    def __init__(
+        self, settings: ServeSettings, index: int = 0, name: str | None = None, parent: int | None = None
+    ) -> None:
+        self._parent = os.getppid() if parent is None else parent
         self.name = name or f"worker-{index}-{secrets.token_hex(4)}"
         self._store = SqliteJobStore(settings.database)
         bundle = Bundle.open(settings.bundle)
@@ -71,14 +77,13 @@ class Worker:
 
     def _live(self, ended: Event, stop: Event) -> None:
         """Tell that we live, and free what others left; an orphan stops."""
-        parent = os.getppid()
         while not ended.is_set():
             try:
                 self._beat()
                 self._store.expire_leases()
             except Exception:  # a busy store is no reason to die
                 log.exception("%s cannot tell that it lives", self.name)
-            if os.getppid() != parent:
+            if os.getppid() != self._parent:
                 stop.set()
             ended.wait(BEAT)
 
@@ -94,10 +99,11 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C reaches the parent, which tells us
     index, settings, name = int(sys.argv[1]), ServeSettings.model_validate_json(sys.argv[2]), sys.argv[3]
+    parent = int(sys.argv[4])  # told, not asked for: it may have been gone before we began
     set_up(as_json=settings.log_json)
     worker = None
     try:
-        worker = Worker(settings, index, name)
+        worker = Worker(settings, index, name, parent)
         worker.run(stop)
     except StivError as error:
         sys.stderr.write(f"error: {one_line(str(error))}\n")

@@ -1,6 +1,7 @@
 """The workers of a service: started, watched, started again when they die, and ended in good order."""
 
 import logging
+import os
 import secrets
 import subprocess
 import sys
@@ -39,7 +40,7 @@ class _Watched:
 
     def start(self) -> None:
         self.name = f"worker-{self._index}-{secrets.token_hex(4)}"
-        command = [*COMMAND, str(self._index), self._settings.model_dump_json(), self.name]
+        command = [*COMMAND, str(self._index), self._settings.model_dump_json(), self.name, str(os.getpid())]
         self.starts += 1
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         self._started = time.monotonic()

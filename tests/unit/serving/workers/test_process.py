@@ -35,3 +35,9 @@ def test_a_worker_tells_that_it_lives_and_signs_off(place: Any) -> None:
     stop.set()
     thread.join()
     assert place.store.workers() == []
+
+
+def test_an_orphan_from_the_start_ends(place: Any) -> None:
+    """Its parent was killed before it could look who that is."""
+    Worker(place.settings, name="w", parent=2**22 + 1).run(Event())
+    assert place.store.workers() == []
