@@ -147,6 +147,49 @@ def parse_size(text: str) -> "Size":
     return Size(*map(int, parts))
 
 
+@bench.command("plan", cls=Command)
+def plan(
+    what: Annotated[str, typer.Argument(metavar="BUNDLE|XL|XXL|M", help="Bundle folder, or a size of the paper.")],
+    size: Annotated[
+        str | None, typer.Option(metavar="FxHxW", help="Frames, height and width. Default: the bundle's; 20x256x256.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(help="Guidance branches. Default: the bundle's; 2.")] = None,
+    evaluations: Annotated[int | None, typer.Option(help="Of the model. Default: the bundle's; 50.")] = None,
+    gpu: Annotated[list[str] | None, typer.Option(help="GPU (repeatable). Default: all that are known.")] = None,
+    precision: Annotated[
+        Literal["bfloat16", "fp8", "int8"] | None, typer.Option(help="Of the linear layers. Default: all.")
+    ] = None,
+    form: Annotated[
+        Literal["native", "plugins"] | None, typer.Option(help="Without or with our kernels. Default: both.")
+    ] = None,
+    measured: Annotated[
+        list[Path] | None, typer.Option(metavar="REPORT.json", help="Report of 'stiv bench' to compare (repeatable).")
+    ] = None,
+    json: JsonTarget = None,
+) -> None:
+    """Predict how long denoising would take on GPUs, from operations and bytes; nothing is run.
+
+    stiv bench plan XL --size 20x512x512 --gpu H100 --gpu "RTX 5090" --precision fp8
+    """
+    from stiv_deploy.runtime.command.bench import plan as planning
+    from stiv_deploy.runtime.command.bench import show
+    from stiv_deploy.runtime.command.bench.predict import EFFICIENCIES, FORMS, PRECISIONS
+
+    check_json(json, *(measured or []))
+    asked = planning.PlanRequest(
+        what=what,
+        size=None if size is None else parse_size(size),
+        rows=rows,
+        evaluations=evaluations,
+        gpus=tuple(dict.fromkeys(gpu or EFFICIENCIES)),
+        precisions=PRECISIONS if precision is None else (precision,),
+        forms=FORMS if form is None else (form,),
+        measured=tuple(measured or ()),
+    )
+    found = planning.plan(asked)
+    answer(json, lambda: json_text(found), lambda: show.plan(found))
+
+
 @bench.command("compare", cls=Command)
 def compare(
     base: Annotated[Path, typer.Argument(metavar="A.json", help="What to compare with.", show_default=False)],

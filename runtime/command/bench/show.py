@@ -6,6 +6,7 @@ from rich.console import Console
 
 from stiv_deploy.runtime.command.bench.compare import Comparison, Side
 from stiv_deploy.runtime.command.bench.mllog import LoadgenResult
+from stiv_deploy.runtime.command.bench.plan import Plan, Planned
 from stiv_deploy.runtime.command.bench.record import STAGES, BenchReport, Point
 from stiv_deploy.runtime.command.bench.statistics import Estimate
 from stiv_deploy.runtime.command.terminal import table
@@ -107,6 +108,23 @@ def rates(point: Point) -> str:
     line = point.roofline
     reached = f"{line.operations_per_second / GIGA:.3g} GFLOP/s, {line.bytes_per_second / GIGA:.3g} GB/s or more"
     return reached if line.share is None else f"{reached}, {line.share:.0%} of what this device allows"
+
+
+def plan(found: Plan) -> None:
+    """Print ``found``."""
+    title = f"PREDICTED, not measured: {found.what}, {found.size}, {found.rows} rows, {found.evaluations} evaluations"
+    beside = ["measured step"] if any(each.measured is not None for each in found.planned) else []
+    columns = ["GPU", "precision", "form", "GEMMs", "attention", "memory", "predicted step", "predicted clip", *beside]
+    rows = [_planned_row(each, found.evaluations)[: len(columns)] for each in found.planned]
+    caption = "denoising alone, without launches (some 0.1 ms a graph that is in no CUDA graph); plugins: our kernels"
+    Console().print(table(title, columns, rows, columns[3:], caption))
+
+
+def _planned_row(planned: Planned, evaluations: int) -> tuple[str, ...]:
+    each = planned.prediction
+    terms = (each.linear, each.attention, each.memory, each.seconds, each.seconds * evaluations)
+    told = "" if planned.measured is None else f"{seconds(planned.measured)}, {planned.measured / each.seconds:.2f}x"
+    return (each.gpu, each.precision, each.form, *map(seconds, terms), told)
 
 
 def comparison(found: Comparison) -> None:
