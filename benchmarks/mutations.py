@@ -15,18 +15,22 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import typer
+from command import run
 from onnx import numpy_helper
 
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.golden import Answer, GraphAnswer, read_golden
 from stiv_deploy.runtime.sampling.golden_inputs import golden_inputs
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 Plant = Callable[[onnx.GraphProto, random.Random], str | None]
 """Plants one fault and says where; None where the graph has no place for it."""
@@ -34,11 +38,7 @@ TRIES = 100
 """Graphs that are tried for a fault that needs a place."""
 SWAPPED = {"Add": "Sub", "Sub": "Add", "Mul": "Div", "Div": "Mul", "Sin": "Cos", "Cos": "Sin", "Tanh": "Sigmoid"}
 ORDERED = ("Sub", "Div", "MatMul", "Concat", "Where")
-LEVELS = (
-    ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
-    ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-    ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-)
+LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_ALL")
 
 
 def _weight(graph: onnx.GraphProto, chance: random.Random, dims: int) -> tuple[onnx.TensorProto, np.ndarray] | None:
@@ -178,8 +178,10 @@ class Subject:
         self._vocabulary = golden.vocabulary
         self._right: dict[str, list[dict[str, np.ndarray]]] = {}
 
-    def run(self, model: onnx.ModelProto, graph: str, options: ort.SessionOptions) -> Iterator[dict[str, np.ndarray]]:
+    def run(self, model: onnx.ModelProto, graph: str, options: "ort.SessionOptions") -> Iterator[dict[str, np.ndarray]]:
         """Outputs for each case of ``graph``."""
+        import onnxruntime as ort
+
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         spec, facts = self.bundle.manifest.graphs[graph].spec, self.bundle.manifest.model
         names = {each.name for each in session.get_inputs()}
@@ -219,12 +221,14 @@ def _share(answer: Answer, found: dict[str, np.ndarray]) -> float:
     return answer.error(found[answer.name]) / answer.gate
 
 
-def options_of(threads: int, level: int = 2) -> ort.SessionOptions:
+def options_of(threads: int, level: int = 2) -> "ort.SessionOptions":
     """Quiet sessions of so many threads; ``level`` 0 to 2 of optimization."""
+    import onnxruntime as ort
+
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
-    options.graph_optimization_level = LEVELS[level]
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[level])
     return options
 
 
@@ -286,7 +290,7 @@ def main(
     report = {
         "command": f"python benchmarks/mutations.py {bundle} --faults {faults} --clean {clean} --seed {seed}",
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, onnxruntime {ort.__version__}",
+        "machine": f"{platform.machine()}, onnxruntime {version('onnxruntime')}",
         "bundle": subject.bundle.hash,
         "kinds": table(outcomes),
         "clean": {"runs": clean, "alarms": false, "largest share of a gate": nearest},
@@ -300,4 +304,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -19,6 +19,9 @@ from stiv_deploy.stiv_ref.guidance import GuidanceMode, Unseen, cfg_renorm, jit_
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.text import TextStates
 
+TIE = 1e-9
+"""Times this near to an end of the guidance interval are at it: their last bits depend on who computes them."""
+
 
 class Solver(StrEnum):
     """Ordinary differential equation solver: Euler (one model call a step), Heun (two, second order) or AB2.
@@ -53,7 +56,7 @@ class SamplingSettings:
 
     def guides(self, time: float) -> bool:
         """Whether an evaluation at ``time`` is guided."""
-        return self.guidance_from <= time <= self.guidance_until
+        return self.guidance_from - TIE <= time <= self.guidance_until + TIE
 
 
 class SamplingInputs(NamedTuple):

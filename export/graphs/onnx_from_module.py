@@ -17,6 +17,7 @@ from onnxscript import opset23
 from torch import Tensor, nn
 
 from stiv_deploy.export.graphs import passes, plugin_nodes
+from stiv_deploy.export.graphs.translations import read_once
 from stiv_deploy.runtime.bundle.contract import GraphSpec, ModelFacts, TensorSpec, dimensions
 from stiv_deploy.runtime.bundle.manifest import FileRecord
 from stiv_deploy.stiv_ref.quiet import quiet
@@ -66,6 +67,7 @@ def trace(module: nn.Module, name: str, spec: GraphSpec, facts: ModelFacts) -> T
     )
     with (
         quiet("torch.onnx._internal.exporter._registration"),  # remarks on optional packages and deprecations
+        read_once(),
         # Symbolic sizes rarely hit the cache of fake tensors: without it tracing takes a fifth less time.
         torch._dynamo.config.patch(fake_tensor_cache_enabled=False),
     ):

@@ -16,6 +16,9 @@ from stiv_deploy.runtime.sampling.guidance import (
 )
 from stiv_deploy.runtime.sampling.schedule import schedule
 
+TIE = 1e-9
+"""Times this near to an end of the guidance interval are at it: their last bits depend on who computes them."""
+
 
 class Solver(StrEnum):
     """Ordinary differential equation solver: Euler (one model call a step), Heun (two, second order) or AB2.
@@ -71,7 +74,7 @@ class SamplingSettings:
 
     def guides(self, timestep: float) -> bool:
         """Whether an evaluation at ``timestep`` is guided."""
-        return self.guidance_from <= timestep <= self.guidance_until
+        return self.guidance_from - TIE <= timestep <= self.guidance_until + TIE
 
     def rows(self, guided: bool = True) -> list[GuidanceRow]:
         """The rows of the model that an evaluation of a sample needs, the conditional one first."""

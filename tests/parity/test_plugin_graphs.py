@@ -135,7 +135,7 @@ def test_the_bundle_is_the_native_one_and_plugin_files(plugin_bundle: Bundle, bu
     stripped = {name: record.model_copy(update={"plugin": None}) for name, record in manifest.graphs.items()}
     assert stripped == native.graphs
     assert [name for name, record in manifest.graphs.items() if record.plugin] == list(BLOCKS)
-    same = {name: getattr(native, name) for name in ("graphs", "buckets", "sampling")}
+    same = {name: getattr(native, name) for name in ("graphs", "buckets", "sampling", "golden")}
     assert manifest.model_copy(update=same) == native
     before, after = (
         {path.name for path in (folder / GRAPH_FOLDER).iterdir()} for folder in (bundle, plugin_bundle.folder)

@@ -110,6 +110,14 @@ def test_where_guidance_begins_and_ends_nothing_looks_back() -> None:
     assert planned[2].weights == evaluations(settings_of(5, Solver.AB2))[2].weights
 
 
+def test_a_time_at_the_end_of_guidance_is_guided_whatever_its_last_bits_are() -> None:
+    chosen = dataclasses.replace(settings_of(3, Solver.EULER, 2.0), guidance_from=0.2, guidance_until=0.5)
+    assert [each.guided for each in evaluations(chosen)] == [False, True, True]
+    for bits in (-1, 1):
+        assert chosen.guides(np.nextafter(0.5, bits).item())
+        assert chosen.guides(np.nextafter(0.2, bits).item())
+
+
 @pytest.mark.parametrize("position", [0, 3])
 def test_a_run_whose_latents_were_changed_looks_not_back_once(position: int) -> None:
     planned = evaluations(settings_of(6, Solver.AB2))
