@@ -18,7 +18,7 @@ from stiv_deploy.stiv_ref.training.run import VAE_STAGE, Run
 from stiv_deploy.stiv_ref.vae import Vae, vae_loss
 
 MEASURED = 256
-"""Single frames that standardize the latents, if the VAE was trained on as many."""
+"""Single frames that standardize the latents."""
 TRIES = 4
 """Crops of a frame, of which the VAE sees the busiest."""
 
@@ -88,9 +88,6 @@ def vae_step(run: Run, batches: Sequence[Batch], parts: Sequence[range]) -> dict
 
 def finish_vae(run: Run, source: Source) -> None:
     """Measure the standardization of the latents of the trained VAE on ``source``, and freeze it."""
-    settings = run.recipe.vae
-    assert isinstance(settings, TrainedVae)
     assert isinstance(run.vae, Vae)
-    count = min(MEASURED, settings.steps * settings.batch)
-    run.vae.standardize(source.stills(count).to(run.team.device))
+    run.vae.standardize(source.stills(MEASURED).to(run.team.device))
     run.vae.eval().requires_grad_(False)
