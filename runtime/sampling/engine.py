@@ -78,6 +78,11 @@ class _Running:
         return max(len(self.rows), len(self.sample.settings.rows(later)))
 
     @property
+    def turns(self) -> bool:
+        """Whether the next evaluation begins guidance or ends it."""
+        return self.planned[self.position - 1].guided != self.planned[self.position].guided
+
+    @property
     def done(self) -> bool:
         return self.position == len(self.planned)
 
@@ -182,17 +187,19 @@ class StepEngine:
             return
         extra, running.rows = running.rows[len(guidance) :], running.rows[: len(guidance)]
         self._close(extra)
-        self._join(slot, guidance[len(running.rows) :])
+        if joining := guidance[len(running.rows) :]:
+            self._join(slot, joining)
         self._guide(slot, guidance)
 
     def _join(self, slot: int, joining: Sequence[GuidanceRow]) -> None:
         """Add rows to a clip on its way: what the conditional one sees, and given frames as each of them sees those."""
         running = self._running[slot]
         given, timestep = running.sample.frame_mask, running.planned[running.position].timestep
+        seen = self.backend.read(self.denoiser.model_input[running.rows[0]])
+        path = running.sample.between(timestep)
         for each in joining:
             hidden = given & ~row_mask(each.branch, given)
-            seen = self.backend.read(self.denoiser.model_input[running.rows[0]])
-            self._add_row(slot, each, np.where(hidden[:, None, None, None], running.sample.between(timestep), seen))
+            self._add_row(slot, each, np.where(hidden[:, None, None, None], path, seen))
 
     def _go_on(self, slot: int, pause: Pause) -> None:
         running = self._running[slot]
@@ -288,8 +295,9 @@ class StepEngine:
                     self._look(slot, running, evaluation, tick)
         if tick.finished or tick.failed:
             self._release([*tick.finished, *tick.failed])
-        for slot in self._running:
-            self._regroup(slot)
+        for slot, running in self._running.items():
+            if running.turns:
+                self._regroup(slot)
         return tick
 
     def _look(self, slot: int, running: _Running, evaluation: Evaluation, tick: Tick) -> None:

@@ -140,13 +140,13 @@ def intervals(
     ``rows`` tells how many rows of the model a clip takes by a grid, all its evaluations together.
     """
     taken = [(rows(each.grid), each) for each in best]
-    for point in best:
+    for own, point in taken:
         for until in UNTIL:
             grid = point.grid.model_copy(update={"guidance_until": until})
             cost = rows(grid)
             fewer = [each for needed, each in taken if needed <= cost]
             told(grid)
-            if fewer and cost < rows(point.grid):
+            if fewer and cost < own:
                 cheapest = min(fewer, key=lambda each: each.tried)
                 yield Interval(point=measured(sampled, exact, grid), rows=cost, fewer=cheapest)
 
