@@ -19,7 +19,7 @@ from stiv_deploy.runtime.pipeline.request import GenerationRequest
 from stiv_deploy.runtime.pipeline.tokenization import lost_line
 from stiv_deploy.runtime.progress import Progress, unheard
 from stiv_deploy.runtime.sampling.settings import Solver
-from stiv_deploy.runtime.sampling.solvers import evaluations
+from stiv_deploy.runtime.sampling.solvers import row_evaluations
 from stiv_deploy.runtime.sampling.tuning import (
     UNTIL,
     Grid,
@@ -199,8 +199,7 @@ def _changed(request: GenerationRequest, grid: Grid) -> GenerationRequest:
 
 def _rows(plan: GenerationPlan) -> float:
     """Rows of the model that a clip of ``plan`` takes, all its evaluations together."""
-    chosen = [video.settings for video in plan.videos]
-    return sum(len(each.rows(one.guided)) for each in chosen for one in evaluations(each)) / len(chosen)
+    return sum(row_evaluations(video.settings) for video in plan.videos) / len(plan.videos)
 
 
 class _News:

@@ -52,6 +52,11 @@ def most_rows(settings: SamplingSettings) -> int:
     return len(settings.rows(any(each.guided for each in evaluations(settings))))
 
 
+def row_evaluations(settings: SamplingSettings) -> int:
+    """Rows of the model that a run with ``settings`` takes, all its evaluations together."""
+    return sum(len(settings.rows(each.guided)) for each in evaluations(settings))
+
+
 def anew(planned: tuple[Evaluation, ...], position: int) -> tuple[Evaluation, ...]:
     """``planned`` for a sample whose latents were changed before evaluation ``position``.
 

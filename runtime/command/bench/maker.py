@@ -16,7 +16,7 @@ from stiv_deploy.runtime.pipeline.request import GenerationRequest
 from stiv_deploy.runtime.pipeline.timing import PHASES
 from stiv_deploy.runtime.sampling.replay import REPLAY
 from stiv_deploy.runtime.sampling.settings import SamplingSettings
-from stiv_deploy.runtime.sampling.solvers import evaluations
+from stiv_deploy.runtime.sampling.solvers import evaluations, row_evaluations
 
 TEXTS = "texts"
 """The cache of prompts that were encoded."""
@@ -103,18 +103,17 @@ def work_of(plan: GenerationPlan) -> Work:
     scales += [f"image {settings.image_scale:g}"] if settings.guidance_mode == "sit" else []
     scales += ["renormalized"] if settings.renormalizes else []
     scales += [f"from {settings.guidance_from:g} until {settings.guidance_until:g}"] if _partial(settings) else []
-    planned = evaluations(settings)
     return Work(
         batch=len(plan.videos),
         frames=size.frames,
         height=size.height,
         width=size.width,
         steps=settings.steps,
-        evaluations=len(planned),
+        evaluations=len(evaluations(settings)),
         solver=settings.solver,
         guidance=" ".join([settings.guidance_mode, *scales]) if settings.guidance_mode != "none" else "none",
         rows=len(plan.videos) * len(settings.rows()),
-        row_evaluations=len(plan.videos) * sum(len(settings.rows(each.guided)) for each in planned),
+        row_evaluations=len(plan.videos) * row_evaluations(settings),
         given=len(video.given.images) + len(video.given.latents),
         decode_tile=plan.decode_tile,
     )
