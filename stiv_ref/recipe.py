@@ -188,7 +188,7 @@ class Stage(Objective):
     anew. ``text_from`` says which of the two origins gives what reads the text (cross-attention, projections of the
     text, a trained text encoder). ``patch_frames`` changes the temporal patch size (patch inflation). Learning rate:
     linear over ``warmup`` steps, then constant, as in the paper, or a cosine to a tenth. ``batch`` is that of all
-    processes together.
+    processes together. ``optimizer``: the recipe's, unless the stage has its own.
     """
 
     name: Name = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")
@@ -206,6 +206,7 @@ class Stage(Objective):
     warmup: int = Field(default=100, ge=0, le=COUNT_LIMIT)
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(default=0.0, ge=0, le=1_000)
+    optimizer: Optimizer | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -139,7 +139,7 @@ def begin_stage(run: Run, *, fresh: bool = True) -> None:
         if fresh:
             _spread(module, first.get(name), team)
     parameters = run.parameters
-    run.optimizer = make_optimizer(recipe.optimizer, run.current, parameters)
+    run.optimizer = make_optimizer(run.current.optimizer or recipe.optimizer, run.current, parameters)
     run.averages = start_averages(parameters, recipe.efficiency.ema_device)
 
 

@@ -12,8 +12,9 @@ from stiv_deploy.stiv_ref.data.moving_digits import WORDS, micro_conditions
 from stiv_deploy.stiv_ref.data.open_source import open_source
 from stiv_deploy.stiv_ref.errors import CheckpointError
 from stiv_deploy.stiv_ref.initialization import is_temporal
-from stiv_deploy.stiv_ref.recipe import Recipe, Stage
+from stiv_deploy.stiv_ref.recipe import Optimizer, Recipe, Stage
 from stiv_deploy.stiv_ref.text import tokenize
+from stiv_deploy.stiv_ref.training.muon import Muon
 from stiv_deploy.stiv_ref.training.parallel import Team
 from stiv_deploy.stiv_ref.training.run import Run, new_run
 from stiv_deploy.stiv_ref.training.stages import begin_stage, origins, untrained_checkpoint
@@ -158,6 +159,15 @@ def test_a_stage_continues_from_the_result_of_the_one_before(recipe: Recipe, aft
     assert all(torch.equal(run.parameters[name], each) for name, each in wanted.items())
     assert all(is_temporal(name.removeprefix("model.")) for name in run.parameters if name not in wanted)
     assert all(torch.equal(run.averages[name], parameter) for name, parameter in run.parameters.items())
+
+
+@pytest.mark.parametrize(("own", "used"), [(None, torch.optim.AdamW), ({"name": "muon"}, Muon)])
+def test_a_stage_has_the_optimizer_of_the_recipe_or_its_own(
+    recipe: Recipe, after_images: Path, own: dict[str, str] | None, used: type[torch.optim.Optimizer]
+) -> None:
+    second = recipe.stages[1].model_copy(update={"optimizer": own and Optimizer.model_validate(own)})
+    stages = (recipe.stages[0], second)
+    assert type(fresh(recipe.model_copy(update={"stages": stages}), after_images, 2).optimizer) is used
 
 
 def test_a_stage_from_scratch_takes_nothing(recipe: Recipe, after_images: Path) -> None:
