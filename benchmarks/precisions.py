@@ -16,7 +16,7 @@ from stiv_deploy.calibration.layers import Format
 from stiv_deploy.calibration.plan import PrecisionPlan, default_plan, everything
 from stiv_deploy.calibration.scales import Scales
 from stiv_deploy.export.graphs.draws import fake_quantized_wide
-from stiv_deploy.export.parity.oracle import Boundary
+from stiv_deploy.export.graphs.reference import Boundary
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 
 FORMATS: tuple[Format, ...] = ("fp8", "int8")

@@ -5,7 +5,8 @@ size where it loses most, and 4 units of rounding. In 8 bits right implementatio
 answer is that of the fake-quantized reference, and the gate follows from its draws
 (:mod:`~stiv_deploy.export.graphs.draws`).
 
-Graphs are taken one after another, so that memory holds one of them in float64.
+Graphs are taken one after another, so that memory holds one of them in float64. The runs of the sampling loop are in
+:mod:`~stiv_deploy.export.graphs.golden_runs`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,15 +30,18 @@ from stiv_deploy.export.graphs.draws import (
     quantized_gate,
     rel_l2,
 )
+from stiv_deploy.export.graphs.golden_runs import Simulated, run_answers
 from stiv_deploy.export.graphs.modules import graph_modules
+from stiv_deploy.export.graphs.reference import Boundary
 from stiv_deploy.export.graphs.writer import GraphWriter, in_precision
 from stiv_deploy.runtime.bundle.contract import ModelFacts, TensorSpec
-from stiv_deploy.runtime.bundle.golden import Golden, GraphAnswer, Sizes, answer
+from stiv_deploy.runtime.bundle.golden import Golden, GraphAnswer, RunAnswers, Sizes, answer
 from stiv_deploy.runtime.bundle.manifest import Bucket, GraphRecord
 from stiv_deploy.runtime.bundle.sketch import seed_of, uniform
 from stiv_deploy.runtime.pipeline.tiling import plan_tiles
 from stiv_deploy.runtime.progress import Progress
 from stiv_deploy.runtime.sampling.golden_inputs import golden_inputs
+from stiv_deploy.stiv_ref.model import Stiv
 
 FACTOR, FLOOR = 2.0, 4.0
 ROW_BYTES = 2**20
@@ -61,7 +65,8 @@ def golden_answers(
         progress(f"golden answers: {name}", len(records), len(records))
         graphs += answers(name, answer_sizes(name, buckets, writer.facts, everywhere=record.topology not in seen))
         seen.add(record.topology)
-    return Golden(vocabulary=answers.vocabulary, graphs=tuple(graphs))
+    progress("golden answers: sampling", len(records), len(records))
+    return Golden(vocabulary=answers.vocabulary, graphs=tuple(graphs), sampling=answers.runs(buckets[0]))
 
 
 def answer_sizes(name: str, buckets: Sequence[Bucket], facts: ModelFacts, *, everywhere: bool) -> dict[str, Sizes]:
@@ -118,6 +123,15 @@ class _Answers:
             for label, outputs in zip(sizes, found, strict=True)
         ]
 
+    def runs(self, bucket: Bucket) -> RunAnswers | None:
+        """Of the sampling loop; none where 8 bits cannot be simulated here."""
+        if self.writer.quantization is None:
+            return run_answers(self.writer, bucket, None)
+        if not can_simulate():
+            return None
+        simulated = Simulated(Boundary(self.writer.simulated_model), Boundary(self._simulated_wide_model))
+        return run_answers(self.writer, bucket, simulated)
+
     def _answer(self, name: str, label: str, sizes: Sizes, truth: list[Tensor], gates: list[float]) -> GraphAnswer:
         tensors = zip(self.writer.specs[name].outputs, truth, gates, strict=True)
         outputs = tuple(answer(tensor.name, right.numpy(), gate) for tensor, right, gate in tensors)
@@ -149,13 +163,17 @@ class _Answers:
         return _Outputs(truth, [quantized_gate(precision, each) for each in zip(*distances, strict=True)])
 
     @cached_property
-    def _simulated_wide(self) -> Mapping[str, nn.Module]:
-        """Modules of the fake-quantized model that computes in float32, on the grid of the bundle's precision."""
+    def _simulated_wide_model(self) -> Stiv:
+        """The fake-quantized model that computes in float32, on the grid of the bundle's precision."""
         writer = self.writer
         assert writer.quantization is not None
         scales, plan = writer.quantization.scales, writer.quantization.plan
-        model = fake_quantized_wide(writer.checkpoint.model, writer.dtype, scales, plan)
-        return graph_modules(replace(writer.checkpoint, model=model))
+        return fake_quantized_wide(writer.checkpoint.model, writer.dtype, scales, plan)
+
+    @cached_property
+    def _simulated_wide(self) -> Mapping[str, nn.Module]:
+        """Its graphs' modules."""
+        return graph_modules(replace(self.writer.checkpoint, model=self._simulated_wide_model))
 
 
 def can_simulate() -> bool:

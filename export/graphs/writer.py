@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from stiv_deploy.runtime.bundle.manifest import Bucket, FileRecord, GraphRecord,
 from stiv_deploy.runtime.progress import Progress
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.fused.modules import fuse
+from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.pretrained.text import text_dtype
 
 GRAPH_FOLDER = "onnx"
@@ -58,7 +60,6 @@ class GraphWriter:
         self.modules = graph_modules(checkpoint)
         self._templates: dict[tuple[str, tuple[LayerScheme, ...], Attention], Template] = {}
         self._checked: set[str] = set()
-        self._simulated: Mapping[str, nn.Module] | None = None
 
     def write_all(self, buckets: Sequence[Bucket], check: bool, progress: Progress) -> dict[str, GraphRecord]:
         """Write every graph and, with ``check``, compare it with the reference at the sizes of ``buckets``."""
@@ -156,16 +157,22 @@ class GraphWriter:
         """Whether the graph has layers in 8 bits."""
         return bool(self._scheme(name))
 
+    @cached_property
+    def simulated_model(self) -> Stiv:
+        """The fake-quantized model, in the bundle's precision."""
+        from stiv_deploy.calibration.quantize import fake_quantized
+
+        assert self.quantization is not None
+        model = in_precision(self.checkpoint.model, self.dtype)
+        return fake_quantized(model, self.quantization.scales, self.quantization.plan)
+
     def simulated(self, name: str) -> nn.Module:
         """The graph's module of the fake-quantized model, in the bundle's precision."""
-        if self._simulated is None:
-            from stiv_deploy.calibration.quantize import fake_quantized
-
-            assert self.quantization is not None
-            model = in_precision(self.checkpoint.model, self.dtype)
-            simulated = fake_quantized(model, self.quantization.scales, self.quantization.plan)
-            self._simulated = graph_modules(replace(self.checkpoint, model=simulated))
         return self._simulated[name]
+
+    @cached_property
+    def _simulated(self) -> Mapping[str, nn.Module]:
+        return graph_modules(replace(self.checkpoint, model=self.simulated_model))
 
 
 def in_precision(module: Module, dtype: torch.dtype) -> Module:

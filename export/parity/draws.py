@@ -11,7 +11,8 @@ from stiv_deploy.calibration.plan import PrecisionPlan
 from stiv_deploy.calibration.quantize import fake_quantized
 from stiv_deploy.calibration.scales import Scales
 from stiv_deploy.export.graphs.draws import DRAWS, EXACT, WIGGLE, fake_quantized_wide
-from stiv_deploy.export.parity.oracle import Boundary, Oracle, Tensors
+from stiv_deploy.export.graphs.reference import Boundary
+from stiv_deploy.export.parity.oracle import Oracle, Tensors
 from stiv_deploy.export.parity.requests import Request
 from stiv_deploy.export.precision import torch_dtype
 from stiv_deploy.runtime.bundle.manifest import Manifest

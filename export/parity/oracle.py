@@ -9,14 +9,15 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from stiv_deploy.export.graphs.reference import Boundary
 from stiv_deploy.runtime.bundle.contract import block_names
 from stiv_deploy.stiv_ref.block import RopeTables
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.conditioning import noise_frames, replace_frames
 from stiv_deploy.stiv_ref.guidance import cfg_renorm
-from stiv_deploy.stiv_ref.model import Stiv, TextKV
+from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.pretrained.text import text_dtype
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, guided_velocity
 from stiv_deploy.stiv_ref.text import TextStates
@@ -28,23 +29,6 @@ Tensors = dict[str, Tensor]
 HOST_GRAPHS = ("embed", "step")
 """Graphs whose host inputs (times, micro-conditions, latents) do not bear half precision."""
 GraphFunction = Callable[[Mapping[str, Tensor]], Tensors]
-
-
-class Boundary(nn.Module):
-    """A model of low precision whose velocity leaves as fp32, as the ``head`` graph's does (fp64 stays fp64)."""
-
-    def __init__(self, model: Stiv) -> None:
-        super().__init__()
-        self.model = model
-
-    def text_kv(self, text_states: Tensor) -> TextKV:
-        """Keys and values of all blocks."""
-        return self.model.text_kv(text_states)
-
-    def forward(self, *args: Tensor, **kwargs: Any) -> Tensor:
-        """The velocity, in at least fp32."""
-        velocity: Tensor = self.model(*args, **kwargs)
-        return velocity.to(torch.promote_types(velocity.dtype, torch.float32))
 
 
 class Oracle:

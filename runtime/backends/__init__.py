@@ -123,16 +123,37 @@ def quarantine(bundle: Bundle, backend: Backend) -> str | None:
     return verdict.reason if verdict.state == "failed" else None
 
 
+def other_engines(bundle: Bundle, backend: Backend) -> Bundle | None:
+    """``bundle`` without the engines that ``backend`` has in use; ``None`` where none of its kind are left."""
+    used = {record.file.path for record in backend.records}
+    left = [record for record in bundle.manifest.engines if record.file.path not in used]
+    return bundle.with_engines(left) if used and any(record.backend == backend.name for record in left) else None
+
+
 def _open_proven(name: str, bundle: Bundle, threads: int | None, device: int) -> Backend:
-    """The backend ``name``; :class:`~stiv_deploy.runtime.errors.Quarantined` where it gave wrong results."""
+    """The backend ``name``, with others of its engines where the first gave wrong results, which is said.
+
+    Raises :class:`~stiv_deploy.runtime.errors.Quarantined` where there are none that are right.
+    """
     backend = TABLE[name].open(bundle, threads, device)
     reason = quarantine(bundle, backend)
     if reason is None:
         return backend
     backend.close()
-    raise Quarantined(
-        f"backend {name} is quarantined: {reason}; run that again after an update, or make bundle and engines again"
-    )
+    said = f"backend {name} is quarantined: {reason}"
+    found = _open_others(name, bundle, backend, threads, device)
+    if found is None:
+        raise Quarantined(f"{said}; run that again after an update, or make bundle and engines again")
+    log.warning("%s; its engines for %s are taken", said, found.records[0].sm)
+    return found
+
+
+def _open_others(name: str, bundle: Bundle, backend: Backend, threads: int | None, device: int) -> Backend | None:
+    rest = other_engines(bundle, backend)
+    try:
+        return None if rest is None else _open_proven(name, rest, threads, device)
+    except (EngineError, Quarantined):
+        return None
 
 
 def _open_best(bundle: Bundle, threads: int | None, device: int, *, quarantined: bool) -> Backend:

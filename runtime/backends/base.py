@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from stiv_deploy.runtime.bundle.contract import DType
+from stiv_deploy.runtime.bundle.manifest import EngineRecord
 from stiv_deploy.runtime.bundle.verified import Machine
 
 ITEM_BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
@@ -78,6 +79,8 @@ class Backend(ABC):
     """The GPU's driver; on a CPU the CPU itself."""
     engines: str | None = None
     """SHA-256 over those of the engine files in use; None where the graphs themselves are run."""
+    records: Sequence[EngineRecord] = ()
+    """What the bundle says of the engine files in use."""
 
     @property
     def machine(self) -> Machine:

@@ -176,7 +176,8 @@ class TensorRTBackend(Backend):
         self._records = self._checked_records(gpu.sm)
         self.library = f"{TITLES[flavour]} {self._trt.__version__}"
         self.driver = driver_version()
-        self.engines = engines_hash(self._records.values())
+        self.records = tuple(self._records.values())
+        self.engines = engines_hash(self.records)
         self._logger = self._trt.Logger(self._trt.Logger.ERROR)
         self._runtime = self._trt.Runtime(self._logger)
         self._load_plugins()

@@ -14,6 +14,7 @@ from stiv_deploy.runtime.bundle.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     Bucket,
+    EngineRecord,
     FileRecord,
     GraphRecord,
     Manifest,
@@ -192,6 +193,12 @@ class Bundle:
                 raise BundleError(f"{path}: damaged (its SHA-256 differs from the manifest's); {AGAIN}")
             self._verified.add(record.path)
         return path
+
+    def with_engines(self, records: Iterable[EngineRecord]) -> "Bundle":
+        """The same bundle with these of its engines alone."""
+        view = Bundle(self.folder, self.manifest.model_copy(update={"engines": tuple(records)}))
+        view._verified = self._verified
+        return view
 
     def graph_file(self, name: str) -> Path:
         """Path of the ONNX file of graph ``name``, it and its external weights verified before first use."""

@@ -24,6 +24,7 @@ from stiv_deploy.export.parity.requests import Request, parity_requests
 from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.manifest import Manifest, QuantizationRecord
+from stiv_deploy.runtime.pipeline.verification import VerifyRequest, verify
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, load_checkpoint
 from stiv_deploy.stiv_ref.sampler import sample
 
@@ -63,6 +64,7 @@ def test_fp8_bundle_passes_and_one_with_a_lost_bit_fails(
     assert {"op", "block", "step", "teacher_forced", "free_run"} <= levels
     assert {"direct_block", "direct_step", "direct_teacher_forced", "direct_free_run"} <= levels
     assert {row.precision for row in report.rows} == {"fp8/float16"}
+    assert wrong(opened.folder) == ()
 
     record = opened.manifest.graphs["block_03"]
     assert record.data is not None
@@ -74,6 +76,16 @@ def test_fp8_bundle_passes_and_one_with_a_lost_bit_fails(
     failed = {(row.level, row.name) for row in spoiled.rows if not row.passed}
     assert {name for level, name in failed if level == "block"} == {"block_03"}
     assert ("direct_block", "block_03") in failed
+    assert wrong(opened.folder)[0] == "block_03"
+
+
+def wrong(folder: Path) -> tuple[str, ...]:
+    """What 'stiv verify' finds."""
+    report = verify(VerifyRequest(bundle=folder, backends=("onnxruntime",), record=False))
+    assert not report.unanswered
+    (proof,) = report.proofs
+    assert sum(row.subject.startswith("sampling") for row in proof.rows) == 14
+    return proof.result.failed
 
 
 def spoil_low_bits(data: bytearray) -> None:

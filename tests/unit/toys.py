@@ -7,6 +7,7 @@ answers, and uses every input of every graph, so that a wrong binding shows.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,9 +16,20 @@ from onnx import parser
 
 from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, write_manifest
 from stiv_deploy.runtime.bundle.contract import ModelFacts, graph_specs
-from stiv_deploy.runtime.bundle.golden import GOLDEN, Golden, GraphAnswer, Sizes, answer
+from stiv_deploy.runtime.bundle.golden import (
+    GOLDEN,
+    Golden,
+    GraphAnswer,
+    RunAnswer,
+    RunAnswers,
+    Sizes,
+    answer,
+    read_golden,
+)
 from stiv_deploy.runtime.bundle.manifest import Bucket, GraphRecord, Manifest, Range, SamplingDefaults
 from stiv_deploy.runtime.sampling.golden_inputs import golden_inputs
+from stiv_deploy.runtime.sampling.golden_samples import golden_sample
+from stiv_deploy.runtime.sampling.rope import rope_tables
 
 WORDS = ("digit", "three", "moving", "left", "right")
 EMBEDDING = np.array([0.05, -0.02, 0.03, 0.01], dtype=np.float32)
@@ -342,10 +354,64 @@ def with_answers(folder: Path, gate: float = 1e-6) -> Path:
     return folder
 
 
+class _TorchToy:
+    """The toy model as the reference's sampler calls it."""
+
+    def __init__(self, toy: Toy) -> None:
+        self.toy = toy
+
+    def text_kv(self, states: Any) -> Any:
+        return states
+
+    def __call__(self, *inputs: Any, text_kv: Any) -> Any:
+        import torch
+
+        model_input, *others = (each.numpy() for each in inputs)
+        _, frames, _, height, width = model_input.shape
+        dims = {"latent_height": height, "latent_width": width, "token_frames": frames}
+        tables = rope_tables(FACTS, dims)
+        space, time = (tables[f"{kind}_cos"] + tables[f"{kind}_sin"] for kind in ("spatial", "temporal"))
+        place = space.sum(axis=1) + time.sum(axis=1, keepdims=True)
+        return torch.from_numpy(self.toy.velocity(model_input, *others, place))
+
+
+def with_runs(folder: Path, toy: Toy | None = None, gate: float = 1e-5) -> Path:
+    """The bundle in ``folder``, which has answers, with runs of the reference's sampler over the toy in numpy."""
+    import torch
+
+    from stiv_deploy.export.graphs import golden_runs
+    from stiv_deploy.stiv_ref.text import TextStates
+
+    toy = toy or Toy()
+
+    def encode(tokens: Any) -> TextStates:
+        states, pooled = toy.text(*(each[None] for each in tokens))
+        return TextStates(torch.from_numpy(states), torch.from_numpy(tokens.mask[None]), torch.from_numpy(pooled))
+
+    bundle = Bundle.open(folder)
+    sizes, runs = golden_runs.run_sizes(BUCKET, FACTS), []
+    for name, settings in golden_runs.RUNS.items():
+        clip = golden_runs.Clip(name, settings, golden_sample(name, settings, sizes, FACTS, len(WORDS)))
+        outputs = golden_runs.played(golden_runs.Reference(_TorchToy(toy), encode, torch.float32), clip)
+        answers = tuple(answer(each, value[0].numpy(), gate) for each, value in outputs.items())
+        runs.append(RunAnswer(name=name, settings=settings, outputs=answers))
+    sampling = RunAnswers(size="small", sizes=sizes, runs=tuple(runs))
+    golden = read_golden(bundle).model_copy(update={"sampling": sampling})
+    (folder / GOLDEN).write_text(golden.model_dump_json())
+    write_manifest(folder, bundle.manifest.model_copy(update={"golden": file_record(folder, GOLDEN)}))
+    return folder
+
+
 @pytest.fixture
 def proven(own_bundle: Path) -> Path:
     """A toy bundle with golden answers, to damage."""
     return with_answers(own_bundle)
+
+
+@pytest.fixture
+def sampled(proven: Path) -> Path:
+    """The same with runs of the sampling loop."""
+    return with_runs(proven)
 
 
 @pytest.fixture(scope="session")
