@@ -148,6 +148,8 @@ def _only_once_by_slot(right: Callable[..., Any]) -> Callable[..., Any]:
 def planted(fault: str) -> Iterator[None]:
     """A context in which the runtime has ``fault``."""
     solvers.evaluations.cache_clear()
-    with FAULTS[fault]():
-        yield
-    solvers.evaluations.cache_clear()
+    try:
+        with FAULTS[fault]():
+            yield
+    finally:
+        solvers.evaluations.cache_clear()

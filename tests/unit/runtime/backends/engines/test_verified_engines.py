@@ -108,7 +108,7 @@ def test_other_engines_are_taken_then_onnxruntime(engines: Path, caplog: pytest.
         assert (backend.name, {record.sm for record in backend.records}) == ("tensorrt", {PORTABLE})
     said = {record.getMessage() for record in caplog.records if record.levelname == "WARNING"}
     assert said == {
-        f"backend tensorrt is quarantined: {graph}, sampling without guidance, sampling forced jit and 2 more gave "
+        f"backend tensorrt is quarantined: {graph}, sampling without guidance, sampling sit by heun and 2 more gave "
         "wrong results in 'stiv verify'; its engines for portable are taken"
     }
     with open_backend("tensorrt", bundle) as backend:
