@@ -5,7 +5,7 @@ differ in values only, so one trace serves them all.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset23
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from stiv_deploy.export.graphs import passes, plugin_nodes
-from stiv_deploy.export.graphs.translations import read_once
+from stiv_deploy.export.graphs.lowering import rewritten_if_possible
+from stiv_deploy.export.graphs.translations import read_once, translated
 from stiv_deploy.runtime.bundle.contract import GraphSpec, ModelFacts, TensorSpec, dimensions
 from stiv_deploy.runtime.bundle.manifest import FileRecord
 from stiv_deploy.stiv_ref.quiet import quiet
@@ -62,33 +64,45 @@ def parameters_of(module: nn.Module) -> dict[str, Tensor]:
 
 def trace(module: nn.Module, name: str, spec: GraphSpec, facts: ModelFacts) -> Template:
     """Export ``module`` with the contract's names and dynamic dimensions; ``name`` becomes the graph's name."""
-    example = tuple(
-        torch.zeros(tensor.sized(_example_sizes(facts)), dtype=getattr(torch, tensor.dtype)) for tensor in spec.inputs
-    )
     with (
         quiet("torch.onnx._internal.exporter._registration"),  # remarks on optional packages and deprecations
-        read_once(),
+        read_once(OPSET),
         # Symbolic sizes rarely hit the cache of fake tensors: without it tracing takes a fifth less time.
         torch._dynamo.config.patch(fake_tensor_cache_enabled=False),
     ):
-        program = torch.export.export(
-            module,
-            example,
-            dynamic_shapes=_dynamic_shapes(module, spec, facts),
-            strict=False,
-            # The token count of `head` is rows * columns, which no Dim can say: assert it instead of refusing.
-            prefer_deferred_runtime_asserts_over_guards=True,
-        )
+        exported = _translated(_program(module, spec, facts))
+    return _finished(exported.model, name, spec, set(module.state_dict()))
+
+
+def _program(module: nn.Module, spec: GraphSpec, facts: ModelFacts) -> ExportedProgram:
+    sizes = _example_sizes(facts)
+    example = tuple(torch.zeros(tensor.sized(sizes), dtype=getattr(torch, tensor.dtype)) for tensor in spec.inputs)
+    return torch.export.export(
+        module,
+        example,
+        dynamic_shapes=_dynamic_shapes(module, spec, facts),
+        strict=False,
+        # The token count of `head` is rows * columns, which no Dim can say: assert it instead of refusing.
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+
+
+def _translated(program: ExportedProgram) -> torch.onnx.ONNXProgram:
+    own = _own_translations()
+    with rewritten_if_possible(program, lambda operator: operator in own or translated(operator, OPSET)):
         exported = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=OPSET,
-            custom_translation_table={torch.ops.aten.scalar_tensor.default: _scalar, **plugin_nodes.translations()},
-            optimize=False,
-            verbose=False,
+            program, dynamo=True, opset_version=OPSET, custom_translation_table=own, optimize=False, verbose=False
         )
     assert exported is not None
-    return _finished(exported.model, name, spec, set(module.state_dict()))
+    return exported
+
+
+def _own_translations() -> dict[Any, Callable[..., Any]]:
+    """Translations in the place of the exporter's. Its reshape takes a size of 0 for the input's, its view does not."""
+    from onnxscript.function_libs.torch_lib.ops.core import aten_view  # reads all translations
+
+    aten = torch.ops.aten
+    return {aten.scalar_tensor.default: _scalar, aten.reshape.default: aten_view, **plugin_nodes.translations()}
 
 
 def _scalar(value: Any, dtype: int = ir.DataType.FLOAT, **_: object) -> Any:
