@@ -5,6 +5,8 @@ the caption's way.
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,14 +45,28 @@ def micro_conditions(count: int, frames: int, size: int = SIZE) -> Tensor:
     return torch.tensor([[size, size, 0, 0, 1, frames]], dtype=torch.float32).repeat(count, 1)
 
 
+def handwriting() -> tuple[np.ndarray, np.ndarray]:
+    """Scikit-learn's pictures of digits fp64 [N, 64], 8x8 in shades from 0 to 16, and which digits they are [N].
+
+    Its file is read without it, as importing it takes seconds of every process that draws digits.
+    """
+    spec = find_spec("sklearn")
+    places = [Path(place) / "datasets/data/digits.csv.gz" for place in (spec and spec.submodule_search_locations) or ()]
+    found = [place for place in places if place.is_file()]
+    if not found:  # elsewhere in another version; or there is none, as the import says
+        from sklearn.datasets import load_digits
+
+        return load_digits(return_X_y=True)
+    table = np.loadtxt(found[0], delimiter=",")
+    return table[:, :-1], table[:, -1].astype(int)
+
+
 class MovingDigits:
     """Draws clips of one split ('train' or 'test') of the handwriting samples, on a canvas of ``size`` pixels."""
 
     def __init__(self, split: str, size: int = SIZE) -> None:
-        from sklearn.datasets import load_digits
-
         self.size, self.digit, self.speed = size, size // 2, speed_of(size)
-        images, labels = load_digits(return_X_y=True)
+        images, labels = handwriting()
         held_out = np.arange(len(labels)) % TEST_SHARE == 0
         chosen = held_out if split == "test" else ~held_out
         self.labels = labels[chosen]

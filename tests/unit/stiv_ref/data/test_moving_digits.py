@@ -1,10 +1,13 @@
 """The data: what moves is the caption's digit, the caption's way, at the stated speed, inside the canvas."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from stiv_deploy.stiv_ref.data import moving_digits
 from stiv_deploy.stiv_ref.data.moving_digits import (
     DIGIT,
     DIGIT_WORDS,
@@ -14,6 +17,7 @@ from stiv_deploy.stiv_ref.data.moving_digits import (
     Clips,
     MovingDigits,
     caption,
+    handwriting,
     micro_conditions,
 )
 from stiv_deploy.stiv_ref.digit_canvas import SIZE
@@ -100,3 +104,17 @@ def test_most_frames_fit_and_one_more_is_refused() -> None:
 
 def test_micro_conditions() -> None:
     assert micro_conditions(2, 8).tolist() == [[32, 32, 0, 0, 1, 8]] * 2
+
+
+def test_the_handwriting_is_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file read without it, or asked of it where there is no such file."""
+    from sklearn.datasets import load_digits
+
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "sklearn.datasets", None)  # to import it would raise
+        read = handwriting()
+    monkeypatch.setattr(moving_digits, "find_spec", lambda _: None)
+    for found in (read, handwriting()):
+        for part, wanted in zip(found, load_digits(return_X_y=True), strict=True):
+            np.testing.assert_array_equal(part, wanted)
+            assert part.dtype == wanted.dtype
