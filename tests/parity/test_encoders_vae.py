@@ -28,7 +28,13 @@ from stiv_deploy.runtime.bundle.contract import GraphSpec, dimensions, graph_spe
 from stiv_deploy.runtime.bundle.manifest import Range
 from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.sampling.noise import draw_noise
-from stiv_deploy.stiv_ref.checkpoint import Checkpoint, CheckpointConfig, SamplingDefaults, save_checkpoint
+from stiv_deploy.stiv_ref.checkpoint import (
+    Checkpoint,
+    CheckpointConfig,
+    SamplingDefaults,
+    load_checkpoint,
+    save_checkpoint,
+)
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.pretrained.vae import CLASSES, PretrainedVae, PretrainedVaeConfig, load_pretrained_vae
@@ -69,16 +75,18 @@ def checkpoint_of(vae: PretrainedVae) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def exported(vae_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def exported(vae_folder: Callable[..., Path], once: Callable[[str, Callable[[Path], object]], Path]) -> Iterator[Any]:
     """By VAE class: the checkpoint, an fp64 copy, and the pipeline of its bundle."""
     pipes: list[StivPipeline] = []
 
+    def export(name: str, folder: Path) -> None:
+        save_checkpoint(folder / "checkpoint", checkpoint_of(load_pretrained_vae(vae_folder(name))))
+        export_bundle(ExportRequest(checkpoint=folder / "checkpoint", out=folder / "bundle", check=False))
+
     @functools.cache
     def make(name: str) -> SimpleNamespace:
-        folder = tmp_path_factory.mktemp(name)
-        single = checkpoint_of(load_pretrained_vae(vae_folder(name)))
-        save_checkpoint(folder / "checkpoint", single)
-        export_bundle(ExportRequest(checkpoint=folder / "checkpoint", out=folder / "bundle", check=False))
+        folder = once(f"{name} pair", functools.partial(export, name))
+        single = load_checkpoint(folder / "checkpoint")
         pipes.append(StivPipeline.from_bundle(folder / "bundle", "onnxruntime", 1))
         parts = {part: copy.deepcopy(getattr(single, part)).double() for part in ("model", "text_encoder", "vae")}
         double = Checkpoint(config=single.config, tokenizer=single.tokenizer, **parts)

@@ -50,8 +50,9 @@ def test_the_training_section_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_progressive_recipe_ends_in_image_to_video(tmp_path: Path) -> None:
-    """On digits: low and high resolution, masked and not, short and long."""
+    """On digits: low and high resolution, masked and not, short and long; sheets of samples in two steps each."""
     recipe = load_recipe(ROOT / "recipes" / "progressive.toml")
+    recipe = recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update={"steps": 2})})
     threads = torch.get_num_threads()
     train(TrainRequest(recipe=recipe.rehearsal(2), out=tmp_path))
     torch.set_num_threads(threads)
