@@ -147,6 +147,69 @@ def parse_size(text: str) -> "Size":
     return Size(*map(int, parts))
 
 
+@bench.command("against", cls=Command)
+def against(
+    context: typer.Context,
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder, made by 'stiv export'.", show_default=False)],
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(help="torch-eager, torch-compile, or a backend (repeatable). Default: both of torch."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="What the bundle was exported from. Default: the one in checkpoints/.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Clips made at once.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps. Default: the bundle's.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the bundle's.")] = None,
+    guidance_mode: Annotated[
+        Literal["jit", "sit", "none"] | None,
+        typer.Option(help="Text and image together, separately, or no guidance. Default: the bundle's."),
+    ] = None,
+    solver: Annotated[
+        Literal["euler", "heun", "ab2"] | None, typer.Option(help="Solver of the sampling ODE. Default: the bundle's.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Samples of each. Default: as few as the median's interval takes.")
+    ] = None,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Measure where it is not fair; every output then calls it invalid.")
+    ] = False,
+    backend: Annotated[str | None, typer.Option(help="Backend of the bundle; default: the best.")] = None,
+    device: Annotated[int, typer.Option(metavar="INDEX", help="GPU, as CUDA counts them.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each; default: all cores.")] = None,
+    json: JsonTarget = None,
+) -> None:
+    """Measure a bundle against PyTorch and other backends: the same clips, by turns, each in its own process.
+
+    Times are from prompts to frames in memory. Refused is what makes other clips than the bundle does of the same
+    prompts and seeds, and all that 'stiv bench run' refuses of a machine.
+
+    stiv bench against bundle --baseline torch-eager --baseline torch-compile
+    """
+    from stiv_deploy.runtime.command.bench import against as rivalry
+    from stiv_deploy.runtime.command.bench import show
+    from stiv_deploy.runtime.command.bench.rivals import TORCH
+    from stiv_deploy.runtime.command.generation import requests_from_options
+
+    check_json(json, bundle)
+    read, _ = requests_from_options(context.params | {"request": None, "seed": 0, "prompt": [""], "prompts": None})
+    asked = rivalry.AgainstRequest(
+        bundle=bundle,
+        template=read[0],
+        baselines=tuple(dict.fromkeys(baseline or TORCH)),
+        checkpoint=checkpoint,
+        batch=batch,
+        count=samples,
+        backend=backend,
+        device=device,
+        threads=threads,
+        anyway=anyway,
+    )
+    with progress_bar("against") as progress:
+        found = rivalry.against(asked, progress)
+    answer(json, lambda: json_text(found), lambda: show.against(found))
+
+
 @bench.command("plan", cls=Command)
 def plan(
     what: Annotated[str, typer.Argument(metavar="BUNDLE|XL|XXL|M", help="Bundle folder, or a size of the paper.")],

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
+from stiv_deploy.runtime.command.bench.against import Against
 from stiv_deploy.runtime.command.bench.compare import Comparison, Side
 from stiv_deploy.runtime.command.bench.mllog import LoadgenResult
 from stiv_deploy.runtime.command.bench.plan import Plan, Planned
@@ -146,6 +147,19 @@ def comparison(found: Comparison) -> None:
     ]
     title = f"A {_side(found.base)}; B {_side(found.ours)}"
     console.print(table(title, columns, rows, columns[1:], "medians; intervals of 95 % by bootstrap"))
+
+
+def against(found: Against) -> None:
+    """Print ``found``."""
+    console = Console()
+    _warn(console, found.invalid)
+    columns = ("", "prompts to frames", "times the bundle's", "clips differ by")
+    rows = [
+        (each.name, interval(each.median), times(each.ratio), f"{each.difference:.2g}") for each in found.contestants
+    ]
+    title = f"{found.work} on {found.backend}, {found.device}, {found.threads} threads"
+    console.print(table(title, columns, rows, columns[1:], "medians by turns; intervals of 95 %"))
+    console.print(f"clips of another seed differ by {found.elsewhere:.2g}", highlight=False, markup=False)
 
 
 def _side(side: Side) -> str:

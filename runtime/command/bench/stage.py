@@ -159,7 +159,7 @@ def bench(request: BenchRequest, progress: Progress = unheard) -> BenchReport:
         PipelineMaker(pipe, texts=request.texts) as maker,
         _quiet(),
     ):
-        kinds = [(each, _work(pipe, each)) for each in request.kinds()]
+        kinds = [(each, work(pipe, each)) for each in request.kinds()]
         reasons += unproven(verification(pipe))
         refuse(reasons, anyway=request.anyway)
         progress("what else runs here", 0, 1)
@@ -174,6 +174,18 @@ def verification(pipe: StivPipeline) -> Verification:
     """What is known of the outputs of ``pipe``."""
     verdict = read_result(pipe.bundle, pipe.backend.machine)
     return Verification(state=verdict.state, reason=verdict.reason)
+
+
+def facts(pipe: StivPipeline) -> BundleFacts:
+    """Which bundle ``pipe`` runs."""
+    manifest = pipe.bundle.manifest
+    return BundleFacts(
+        hash=pipe.bundle.hash,
+        precision=manifest.precision,
+        quantization=None if manifest.quantization is None else manifest.quantization.format,
+        model=manifest.model,
+        engines=sum(each.backend == pipe.backend.name for each in manifest.engines),
+    )
 
 
 def watched(seconds: float = LOOK_SECONDS) -> float:
@@ -202,7 +214,7 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _work(pipe: StivPipeline, requests: Requests) -> Work:
+def work(pipe: StivPipeline, requests: Requests) -> Work:
     """What ``requests`` ask for; raises :class:`RequestError` where the bundle has it not, or not in one batch."""
     plan = pipe.plan(Requests(requests.template, requests.prompts, requests.batch)())
     if len(plan.batches) > 1:
@@ -223,17 +235,10 @@ def _measured(
         _point(request, pipe, maker, each, work, _news(progress, work, request), results) for each, work in kinds
     )
     progress("are results kept?", 0, 1)
-    manifest = pipe.bundle.manifest
     return BenchReport(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         command=shlex.join(["stiv", *sys.argv[1:]]),
-        bundle=BundleFacts(
-            hash=pipe.bundle.hash,
-            precision=manifest.precision,
-            quantization=None if manifest.quantization is None else manifest.quantization.format,
-            model=manifest.model,
-            engines=sum(each.backend == pipe.backend.name for each in manifest.engines),
-        ),
+        bundle=facts(pipe),
         verification=verification(pipe),
         backend=pipe.backend.name,
         device=pipe.backend.device,
