@@ -43,9 +43,14 @@ def rival(order: Mapping[str, Any]) -> Clips:
 
 
 def settings_of(values: Mapping[str, Any]) -> SamplingSettings:
-    """Settings from plain values by name."""
-    kinds = {"guidance_mode": GuidanceMode, "solver": Solver, "unseen": Unseen}
-    return SamplingSettings(**{name: kinds[name](each) if name in kinds else each for name, each in values.items()})
+    """Settings from plain values by name, of all fields."""
+    chosen: dict[str, Any] = {
+        **values,
+        "guidance_mode": GuidanceMode(values["guidance_mode"]),
+        "solver": Solver(values["solver"]),
+        "unseen": Unseen(values["unseen"]),
+    }
+    return SamplingSettings(**chosen)
 
 
 def _found(order: Mapping[str, Any]) -> CheckpointFolder:
