@@ -53,7 +53,7 @@ class BundleSource:
                 guidance_renorm=settings.renorm,
                 unseen=settings.unseen,
                 time_shift=settings.time_shift,
-                solver="euler",
+                solver=settings.solver,
                 seed=seed,
             )
             return as_video(np.asarray(output.frames))

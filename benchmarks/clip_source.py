@@ -28,6 +28,7 @@ class Settings:
     frames: int | None = None
     stride: int | None = None
     unseen: str = "noised"
+    solver: str = "euler"
 
 
 class Source(Protocol):

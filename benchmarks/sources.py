@@ -11,7 +11,7 @@ from clip_source import Given, Settings, Source, Video, digest
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, load_checkpoint
 from stiv_deploy.stiv_ref.generation import sampling_inputs
 from stiv_deploy.stiv_ref.guidance import GuidanceMode, Unseen
-from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, sample
+from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, Solver, sample
 from stiv_deploy.stiv_ref.training.state import find_state
 
 
@@ -37,6 +37,7 @@ class ReferenceSource:
             image_scale=settings.image_scale,
             renorm=settings.renorm,
             unseen=Unseen(settings.unseen),
+            solver=Solver(settings.solver),
             time_shift=own_shift if settings.time_shift is None else settings.time_shift,
         )
         inputs = self._inputs(prompts, seeds, settings, given or {})

@@ -38,6 +38,7 @@ from stiv_deploy.stiv_ref.data.world.scores import Scores, Wanted, aggregate, as
 from stiv_deploy.stiv_ref.errors import ConfigError
 from stiv_deploy.stiv_ref.plots import Row, contact_sheet
 from stiv_deploy.stiv_ref.recipe import load_recipe
+from stiv_deploy.stiv_ref.sampler import Solver
 from stiv_deploy.stiv_ref.world_settings import ViewsData, WorldData
 
 VALIDATION_CLIPS = 100
@@ -233,7 +234,7 @@ def table(report: Result) -> str:
     faults = "".join(f"| {name} | {share:g} |\n" for name, share in scorers["faults_caught"].items())
     return (
         f"# Scores in the world, {report['date']}\n\n`{report['command']}`\n\n{about}; {report['samples']} held-out "
-        f"clips a task, {report['steps']} Euler steps, guidance {report['scale']:g}, of views "
+        f"clips a task, {report['steps']} {report['solver']} steps, guidance {report['scale']:g}, of views "
         f"{report['views_scale']:g}; {report['cpu']}.\n\n"
         f"{markdown(rows)}{others}\nPercent, but for means, PSNR (dB) and seconds.\n"
         + (f"\n| planted fault | caught % |\n|---|---|\n{faults}" if faults else "")
@@ -269,6 +270,7 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Clips generated at once.")] = 20,
     backend: Annotated[str, typer.Option(help="Runtime backend, for a bundle.")] = "onnxruntime",
     threads: Annotated[int, typer.Option(min=1)] = 1,
+    solver: Annotated[Solver, typer.Option()] = Solver.EULER,
     time_shift: Annotated[float | None, typer.Option(help="Of the times.", show_default="the checkpoint's")] = None,
 ) -> None:
     """Score SOURCE on held-out clips of the world."""
@@ -285,7 +287,8 @@ def main(
     )
     scorers = validate(opened, [world.clip(index) for index in range(VALIDATION_CLIPS)])
     typer.echo(json.dumps(scorers), err=True)
-    experiment = Experiment(opened, Settings(steps=steps, scale=scale, time_shift=time_shift), batch, views_scale)
+    sampled = Settings(steps=steps, scale=scale, time_shift=time_shift, solver=solver.value)
+    experiment = Experiment(opened, sampled, batch, views_scale)
     measure(experiment, names, world, Views(views, frames=view_frames, side=side, split="test"), samples)
     report: Result = {
         "command": f"python {shlex.join(sys.argv)}",
@@ -296,6 +299,7 @@ def main(
         "world": settings.model_dump(mode="json"),
         "samples": samples,
         "steps": steps,
+        "solver": solver.value,
         "scale": scale,
         "views_scale": views_scale,
         "scorers": scorers,
@@ -304,7 +308,9 @@ def main(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     out.with_suffix(".md").write_text(table(report), encoding="utf-8")
-    heading = f"guidance {scale:g}, {steps} steps; green: all that was asked and kept; given frames are shown too"
+    heading = (
+        f"guidance {scale:g}, {steps} steps ({solver.value}); green: all that was asked; given frames are shown too"
+    )
     contact_sheet(experiment.sheet, out.with_suffix(".png"), columns=2, zoom=1, heading=heading)
     typer.echo(table(report))
 

@@ -1,4 +1,4 @@
-"""What calibration asks for: prompts, and the first frames for image-to-video."""
+"""Prompts, and first frames for image-to-video, that are given to calibration in files."""
 
 import hashlib
 from pathlib import Path
@@ -10,19 +10,9 @@ from torch import Tensor
 from stiv_deploy.calibration.errors import CalibrationError
 from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.pipeline.pictures import read_picture
-from stiv_deploy.stiv_ref.checkpoint import Checkpoint
-from stiv_deploy.stiv_ref.data.digit_requests import DigitRequests, balanced_requests, real_clips
-from stiv_deploy.stiv_ref.data.moving_digits import DIGIT_WORDS, DIRECTIONS, WORDS
-from stiv_deploy.stiv_ref.digit_canvas import SIZE
 from stiv_deploy.stiv_ref.files import read_text
-from stiv_deploy.stiv_ref.text import END, PAD, UNKNOWN
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif")
-
-
-def knows_moving_digits(checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint's tokenizer has just the words of the moving digits."""
-    return set(checkpoint.tokenizer.get_vocab()) == {PAD, UNKNOWN, END, *WORDS}
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -37,33 +27,9 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def default_requests(checkpoint: Checkpoint) -> DigitRequests:
-    """All captions of the moving digits; :class:`CalibrationError` if the checkpoint knows other words."""
-    if not knows_moving_digits(checkpoint):
-        raise CalibrationError(
-            "this checkpoint was not trained on the moving digits, so there are no default prompts; give --prompts FILE"
-        )
-    moving = checkpoint.config.model.temporal
-    return balanced_requests(len(DIGIT_WORDS) * (len(DIRECTIONS) if moving else 1), moving=moving)
-
-
 def prompts_hash(prompts: list[str]) -> str:
     """SHA-256 (hex) of prompts, in their order."""
     return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-
-
-def dataset_images(checkpoint: Checkpoint, seed: int) -> Tensor:
-    """First frames fp32 [40, 3, H, W] in [-1, 1] of training clips, one for each caption of the moving digits.
-
-    Raises :class:`CalibrationError` if the checkpoint was not trained on them.
-    """
-    defaults = checkpoint.config.sampling
-    if not knows_moving_digits(checkpoint) or (defaults.height, defaults.width) != (SIZE, SIZE):
-        raise CalibrationError(
-            "this checkpoint was not trained on the moving digits, so there are no default first frames; "
-            "give --images FOLDER"
-        )
-    return real_clips(default_requests(checkpoint), defaults.frames, split="train", seed=seed)[:, 0]
 
 
 def read_images(folder: Path, height: int, width: int) -> Tensor:

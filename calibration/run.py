@@ -9,13 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stiv_deploy.calibration.collect import CalibrationSettings, Material, Statistics, collect
-from stiv_deploy.calibration.prompts import (
-    dataset_images,
-    default_requests,
-    prompts_hash,
-    read_images,
-    read_prompts,
-)
+from stiv_deploy.calibration.known_data import default_images, default_prompts
+from stiv_deploy.calibration.prompts import prompts_hash, read_images, read_prompts
 from stiv_deploy.calibration.quantize import require_modelopt
 from stiv_deploy.calibration.ranges import ranges_of
 from stiv_deploy.calibration.report import make_report, save_report
@@ -39,17 +34,17 @@ class Calibration:
 
 
 def material_of(checkpoint: Checkpoint, request: CalibrationRequest) -> Material:
-    """Prompts and images of a run: those of the moving digits, or the given ones.
+    """Prompts and images of a run: the given ones, or those of the data that the checkpoint was trained on.
 
     A model without temporal attention makes images and takes none.
     """
-    prompts = read_prompts(request.prompts) if request.prompts else default_requests(checkpoint).prompts
+    prompts = read_prompts(request.prompts) if request.prompts else default_prompts(checkpoint, request.settings.seed)
     defaults = checkpoint.config.sampling
     if not checkpoint.config.model.temporal:
         return Material(prompts=prompts, images=None)
     if request.images:
         return Material(prompts=prompts, images=read_images(request.images, defaults.height, defaults.width))
-    return Material(prompts=prompts, images=dataset_images(checkpoint, request.settings.seed))
+    return Material(prompts=prompts, images=default_images(checkpoint, request.settings.seed))
 
 
 def tool_versions() -> dict[str, str]:

@@ -70,6 +70,10 @@ class WorldData(FrozenConfig):
             )
 
 
+EASY = WorldData(kind="world", backgrounds=("plain",), least_radius=8.5)
+"""Large objects on plain backgrounds: what small models learn, and are asked for."""
+
+
 class ViewsData(FrozenConfig):
     """Views of a shaded solid from all around, drawn on the fly: the first frame is the given view, at any elevation,
     the others stand evenly around it, as ``layout`` in ``data/views/sets.py`` says. Captions are empty, as in STIV.

@@ -103,6 +103,7 @@ def test_scorers_are_validated_beside_and_all_is_in_the_table(scores: ModuleType
         "source": source.describe(),
         "samples": SAMPLES,
         "steps": 7,
+        "solver": "euler",
         "scale": 3.0,
         "views_scale": 3.5,
         "scorers": checked,

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from stiv_deploy.calibration.collect import CalibrationSettings, Material, Statistics, collect
+from stiv_deploy.calibration.known_data import default_images, default_prompts
 from stiv_deploy.calibration.layers import Format
-from stiv_deploy.calibration.prompts import dataset_images, default_requests
 from stiv_deploy.calibration.ranges import ranges_of
 from stiv_deploy.calibration.scales import Provenance, Scales
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, CheckpointConfig, SamplingDefaults, save_checkpoint
@@ -96,7 +96,7 @@ def image_checkpoint() -> Checkpoint:
 @pytest.fixture(scope="session")
 def material(micro: Checkpoint) -> Material:
     """Default prompts and first frames of the small checkpoint."""
-    return Material(prompts=default_requests(micro).prompts, images=dataset_images(micro, 0))
+    return Material(prompts=default_prompts(micro, 0), images=default_images(micro, 0))
 
 
 @pytest.fixture(scope="session")

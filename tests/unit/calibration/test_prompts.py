@@ -1,52 +1,11 @@
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from stiv_deploy.calibration.errors import CalibrationError
-from stiv_deploy.calibration.prompts import (
-    dataset_images,
-    default_requests,
-    prompts_hash,
-    read_images,
-    read_prompts,
-)
-from stiv_deploy.stiv_ref.checkpoint import Checkpoint
-from stiv_deploy.stiv_ref.data.moving_digits import DIGIT_WORDS, DIRECTIONS, caption
-from stiv_deploy.stiv_ref.text import word_tokenizer
-
-
-def foreign(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with a tokenizer of other words."""
-    object.__setattr__(checkpoint, "tokenizer", word_tokenizer(["cat", "dog"], 8))
-    return checkpoint
-
-
-def test_default_prompts_are_all_training_captions(micro: Checkpoint, image_checkpoint: Checkpoint) -> None:
-    moving = {caption(digit, direction) for digit in range(len(DIGIT_WORDS)) for direction in DIRECTIONS}
-    assert set(default_requests(micro).prompts) == moving
-    assert len(default_requests(micro)) == 40
-    assert set(default_requests(image_checkpoint).prompts) == {caption(digit, None) for digit in range(10)}
-
-
-def test_default_images_are_training_frames_of_the_captions_digits(micro: Checkpoint) -> None:
-    images = dataset_images(micro, 0)
-    assert images.shape == (40, 3, 32, 32)
-    assert images.min() == -1
-    assert images.max() <= 1
-    assert torch.equal(images, dataset_images(micro, 0))
-    assert not torch.equal(images, dataset_images(micro, 1))
-
-
-def test_other_checkpoints_need_prompts_and_images(make_checkpoint: Callable[[], Checkpoint]) -> None:
-    checkpoint = foreign(make_checkpoint())
-    with pytest.raises(CalibrationError, match="no default prompts; give --prompts FILE"):
-        default_requests(checkpoint)
-    with pytest.raises(CalibrationError, match="no default first frames; give --images FOLDER"):
-        dataset_images(checkpoint, 0)
+from stiv_deploy.calibration.prompts import prompts_hash, read_images, read_prompts
 
 
 def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:

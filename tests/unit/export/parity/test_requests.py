@@ -1,17 +1,22 @@
 """The requests of the ladder: what of the sampler they go through."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from stiv_deploy.export.bundle_from_checkpoint import default_bucket, sampling_defaults
 from stiv_deploy.export.graphs.modules import model_facts
-from stiv_deploy.export.parity.requests import parity_requests
+from stiv_deploy.export.parity.requests import PROMPTS, parity_requests, understood
 from stiv_deploy.runtime.sampling.solvers import evaluations
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+from stiv_deploy.stiv_ref.data.moving_digits import WORDS
+from stiv_deploy.stiv_ref.data.world.captions import words
 from stiv_deploy.stiv_ref.guidance import GuidanceMode
 from stiv_deploy.stiv_ref.sampler import Solver
+from stiv_deploy.stiv_ref.text import word_tokenizer
 
 
 def manifest_of(checkpoint: Checkpoint, **facts: Any) -> Any:
@@ -29,6 +34,11 @@ def test_every_solver_and_guidance_is_gone_through_with_and_without_a_given_fram
     for each in requests:
         assert all(word in each.name for word in (each.settings.solver, each.settings.guidance_mode))
         assert bool(each.inputs.frame_mask.any()) == each.name.startswith("ti2v")
+
+
+@pytest.mark.parametrize(("words", "pair"), [(words(), 0), (WORDS, 1)])
+def test_a_checkpoint_is_asked_in_the_words_that_it_knows(words: Sequence[str], pair: int) -> None:
+    assert understood(word_tokenizer(words, 16)) == PROMPTS[pair]
 
 
 def test_ab2_has_steps_of_other_lengths(micro: Checkpoint) -> None:
