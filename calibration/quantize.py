@@ -150,14 +150,17 @@ def fake_quantized(model: Stiv, scales: Scales, plan: PrecisionPlan) -> Stiv:
     """A copy of ``model`` (fp64, fp32 or fp16) whose layers in ``plan`` compute with 8-bit values.
 
     The ranges are exactly those of ``scales``, their scales rounded to the model's type: cast the model before, not
-    the copy after. Raises :class:`CalibrationError` if plan or scales are for another model.
+    the copy after. ``model`` may be a view with some of its modules only. Raises :class:`CalibrationError` if plan or
+    scales are for another model.
     """
     config = model.config
     if scales.provenance.model != config:
         raise CalibrationError(f"the scales are for model {scales.provenance.model.name}, this one is {config.name}")
     checked_plan(plan, config, scales.quantization, "precision plan")
     own = copy.deepcopy(model)
-    return quantized_copy(own, scales, [layer for layer in model_layers(config) if plan.quantized(layer.name)])
+    there = {name for name, _ in own.named_modules()}
+    layers = [layer for layer in model_layers(config) if layer.module in there and plan.quantized(layer.name)]
+    return quantized_copy(own, scales, layers)
 
 
 def _sharing_copy(model: Stiv) -> Stiv:

@@ -10,6 +10,7 @@ from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json,
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from stiv_deploy.export.parity.explain import ExplainReport
     from stiv_deploy.export.parity.ladder import ParityReport
 
 
@@ -31,6 +32,12 @@ def parity(
     ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Sampling steps of the trajectories.")] = 10,
     record: Annotated[bool, typer.Option(help="Keep the rows in the bundle's manifest.")] = True,
+    explain: Annotated[
+        Path | None,
+        typer.Option(
+            help="Look at graphs alone; of the first that fails name the module, and write it here to reproduce."
+        ),
+    ] = None,
 ) -> None:
     """Compare every graph, every step and whole runs with the reference; exit 1 if a gate fails.
 
@@ -38,7 +45,11 @@ def parity(
     bundle with 8-bit layers that is the fake-quantized reference, and direct_ rows compare with it.
 
     stiv parity bundle --json parity.json
+    stiv parity bundle --explain out/why
     """
+    if explain is not None:
+        explain_failure(bundle, explain, json, checkpoint, scales, backend)
+        return
     from stiv_deploy.export.parity.files import report_json
     from stiv_deploy.export.parity.stage import ParityRequest, run_parity
     from stiv_deploy.runtime.bundle.manifest import MANIFEST
@@ -57,6 +68,47 @@ def parity(
     answer(json, lambda: report_json(report), lambda: show(report))
     if not report.passed:
         raise typer.Exit(1)
+
+
+def explain_failure(
+    bundle: Path, out: Path, json: Path | None, checkpoint: Path | None, scales: Path | None, backend: list[str] | None
+) -> None:
+    """Print the modules of the first graph that fails; exit 1 if one does."""
+    from stiv_deploy.export.parity.explain import ExplainRequest, explain
+    from stiv_deploy.runtime.bundle.manifest import MANIFEST
+    from stiv_deploy.runtime.command.terminal import json_text
+
+    check_json(json, bundle / MANIFEST, checkpoint, scales)
+    request = ExplainRequest(
+        bundle=bundle,
+        out=out,
+        checkpoint=checkpoint,
+        scales=scales,
+        backends=tuple(dict.fromkeys(backend or ())),
+    )
+    with progress_bar("parity") as progress:
+        report = explain(request, progress)
+    answer(json, lambda: json_text(report), lambda: show_explanation(report))
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def show_explanation(report: "ExplainReport") -> None:
+    """Print the row that failed, the errors of its graph's modules, and where the reproduction is."""
+    from rich.console import Console
+
+    from stiv_deploy.export.parity.explanation import COLUMNS, NUMBERS
+
+    console, found = Console(), report.explanation
+    if found is None:
+        console.print(f"nothing to explain: {len(report.rows)} rows passed, every graph alone is right")
+        return
+    row = found.row
+    title = f"{row.level} {row.name} on {row.backend}, {row.precision}: error {row.rel_l2:.1e}, gate {row.gate:.1e}"
+    caption = f"each module alone, on {found.measured_on}, on what the reference feeds it"
+    console.print(table(title, COLUMNS, found.lines(), NUMBERS, caption))
+    console.print(found.verdict, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"to reproduce: python {found.reproduction / 'reproduce.py'}", markup=False, soft_wrap=True)
 
 
 def show(report: "ParityReport") -> None:

@@ -2,7 +2,7 @@
 :mod:`~stiv_deploy.export.graphs.draws`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from stiv_deploy.calibration.quantize import fake_quantized
 from stiv_deploy.calibration.scales import Scales
 from stiv_deploy.export.graphs.draws import DRAWS, EXACT, WIGGLE, fake_quantized_wide
 from stiv_deploy.export.graphs.reference import Boundary
+from stiv_deploy.export.parity.lean import OneAtATime, only
 from stiv_deploy.export.parity.oracle import Oracle, Tensors
 from stiv_deploy.export.parity.requests import Request
 from stiv_deploy.export.precision import torch_dtype
@@ -22,9 +23,12 @@ from stiv_deploy.stiv_ref.text import TextStates
 
 
 class Draws:
-    """Right implementations of a quantized bundle; every method gives one result for each, the plainest first."""
+    """Right implementations of a quantized bundle; every method gives one result for each, the plainest first.
 
-    def __init__(self, checkpoint: Checkpoint, manifest: Manifest, scales: Scales) -> None:
+    With ``lean`` they hold one graph at a time, and can do nothing but run single graphs.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, manifest: Manifest, scales: Scales, *, lean: bool = False) -> None:
         record = manifest.quantization
         assert record is not None
         plan = PrecisionPlan(quantization=record.format, model=manifest.model.name, layers=dict(record.layers))
@@ -32,10 +36,12 @@ class Draws:
         self.graphs = {name.partition(".")[0] for name in plan.layers if plan.quantized(name)}
         """Graphs with layers in 8 bits."""
         self.wiggle = WIGGLE[manifest.precision]
-        self.plain = quantized_oracle(checkpoint, dtype, scales, plan)
-        self._wide = Oracle(checkpoint, torch.float32)
-        self._wide.model = fake_quantized_wide(checkpoint.model, dtype, scales, plan)
-        self._wide.boundary = Boundary(self._wide.model)
+
+        def made(make: Callable[[Checkpoint], Oracle]) -> Oracle:
+            return OneAtATime(lambda graph: make(only(checkpoint, graph))) if lean else make(checkpoint)
+
+        self.plain = made(lambda source: quantized_oracle(source, dtype, scales, plan))
+        self.wide = made(lambda source: wide_oracle(source, dtype, scales, plan))
 
     def _wiggled(self, value: Tensor, seed: int) -> Tensor:
         """``value`` with relative changes uniform within :data:`WIGGLE`."""
@@ -56,13 +62,13 @@ class Draws:
 
         return [
             self.plain.run(graph, given),
-            *(self._wide.run(graph, moved(seed)) for seed in range(1, DRAWS)),
+            *(self.wide.run(graph, moved(seed)) for seed in range(1, DRAWS)),
         ]
 
     def _inputs(self, request: Request) -> SamplingInputs:
         """Sampling inputs of the wide draws, which run as one batch."""
         count = DRAWS - 1
-        noise, clean, mask, text, null, micro = self._wide.sampling_inputs(request)
+        noise, clean, mask, text, null, micro = self.wide.sampling_inputs(request)
 
         def each(value: Tensor) -> Tensor:
             return value.expand(count, *value.shape[1:])
@@ -76,14 +82,14 @@ class Draws:
         found = []
         for latents, time in zip(points, request.times(), strict=False):
             first = self.plain.guided_velocity(latents.float(), plain, settings, time)
-            others = self._wide.guided_velocity(self._repeated(latents.float()), wide, settings, time)
+            others = self.wide.guided_velocity(self._repeated(latents.float()), wide, settings, time)
             found.append(torch.cat([first.double(), others.double()]))
         return list(torch.stack(found, dim=1))
 
     def free_runs(self, request: Request) -> list[Tensor]:
         """Latents [1, T, C, h, w] of whole runs."""
         first = sample(self.plain.boundary, self.plain.sampling_inputs(request), request.settings)
-        others = sample(self._wide.boundary, self._inputs(request), request.settings)
+        others = sample(self.wide.boundary, self._inputs(request), request.settings)
         return [first, *others.split(1)]
 
 
@@ -91,5 +97,13 @@ def quantized_oracle(checkpoint: Checkpoint, dtype: torch.dtype, scales: Scales,
     """The oracle whose model is the fake-quantized reference in ``dtype``."""
     oracle = Oracle(checkpoint, dtype)
     oracle.model = fake_quantized(oracle.model, scales, plan)
+    oracle.boundary = Boundary(oracle.model)
+    return oracle
+
+
+def wide_oracle(checkpoint: Checkpoint, dtype: torch.dtype, scales: Scales, plan: PrecisionPlan) -> Oracle:
+    """The oracle whose model is on the grid of the fake-quantized one in ``dtype`` and computes in float32."""
+    oracle = Oracle(checkpoint, torch.float32)
+    oracle.model = fake_quantized_wide(checkpoint.model, dtype, scales, plan)
     oracle.boundary = Boundary(oracle.model)
     return oracle

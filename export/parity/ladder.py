@@ -19,6 +19,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from torch import Tensor
 from stiv_deploy.calibration.scales import Scales
 from stiv_deploy.export.graphs.draws import UNIT_ROUNDING, quantized_gate, rel_l2
 from stiv_deploy.export.parity.draws import Draws
+from stiv_deploy.export.parity.lean import OneAtATime, only
 from stiv_deploy.export.parity.oracle import Oracle, Tensors
 from stiv_deploy.export.parity.requests import Request, parity_requests
 from stiv_deploy.export.parity.runs import TeacherForced, free_run, probe
@@ -46,7 +48,7 @@ DIRECT = "direct_"
 """Prefix of the levels that compare with the fake-quantized reference."""
 
 
-class _News:
+class News:
     """Tells ``progress`` what is measured: the next of ``total`` pieces, or how far the one at hand is."""
 
     def __init__(self, progress: Progress, total: int) -> None:
@@ -69,6 +71,25 @@ class Subject:
     bundle: Bundle
     checkpoint: Checkpoint
     scales: Scales | None = None
+
+
+class Sides(NamedTuple):
+    """What a backend is measured by: the reference in float64 and in the bundle's precision, and draws in 8 bits."""
+
+    truth: Oracle
+    plain: Oracle
+    draws: Draws | None
+
+
+def sides_of(subject: Subject, *, lean: bool = False) -> Sides:
+    """The sides of ``subject``; with ``lean`` they hold one graph at a time, and can run nothing else."""
+    checkpoint, manifest, scales = subject.checkpoint, subject.bundle.manifest, subject.scales
+
+    def oracle(dtype: torch.dtype) -> Oracle:
+        return OneAtATime(lambda graph: Oracle(only(checkpoint, graph), dtype)) if lean else Oracle(checkpoint, dtype)
+
+    draws = None if scales is None else Draws(checkpoint, manifest, scales, lean=lean)
+    return Sides(oracle(torch.float64), oracle(torch_dtype(manifest.precision)), draws)
 
 
 @dataclass(frozen=True)
@@ -106,15 +127,14 @@ def gate_of(level: str, precision: str, yardstick: float) -> float:
     return min(derived, FLOAT32_CAPS.get(level, derived)) if precision == "float32" else derived
 
 
-class _Ladder:
+class Ladder:
     """Collects rows for one backend."""
 
-    def __init__(self, backend: Backend, subject: Subject, draws: Draws | None, news: _News) -> None:
-        self.backend, self.bundle, self.draws, self.news = backend, subject.bundle, draws, news
-        self.manifest = subject.bundle.manifest
+    def __init__(self, backend: Backend, bundle: Bundle, sides: Sides, news: News) -> None:
+        self.backend, self.bundle, self.news = backend, bundle, news
+        self.truth, self.plain, self.draws = sides
+        self.manifest = bundle.manifest
         self.precision = self.manifest.precision
-        self.truth = Oracle(subject.checkpoint, torch.float64)
-        self.plain = Oracle(subject.checkpoint, torch_dtype(self.precision))
         self.rows: list[ParityRow] = []
         self.yardsticks: list[float] = []
         self.video: list[VideoGate] = []
@@ -173,21 +193,25 @@ class _Ladder:
 
     def graphs(self, request: Request) -> None:
         """Levels op and block: every graph alone, on inputs that the oracle really feeds it half-way through a run."""
-        dims = self.dims(request)
         for graph, inputs in probe(self.truth, request, self.manifest.model.blocks):
             self.news.next(f"{self.backend.name}: {graph}")
-            given = self.as_given(graph, inputs)
-            truth = self.truth.run(graph, given)
-            quantized = self.draws is not None and graph in self.draws.graphs
-            draws = self.draws.graph(graph, given) if self.draws is not None and quantized else []
-            plain = {} if quantized else self.plain.run(graph, given)
-            level = "block" if is_block(graph) else "op"
-            for name, got in self.execute(graph, given, dims).items():
-                label = graph if level == "block" else f"{graph}.{name}"
-                if quantized:
-                    self.add_quantized(level, label, got, [draw[name] for draw in draws], truth[name])
-                else:
-                    self.add(level, label, got, plain[name], truth[name])
+            self.graph(graph, self.as_given(graph, inputs), self.dims(request))
+
+    def graph(self, graph: str, given: Tensors, dims: dict[str, int]) -> list[ParityRow]:
+        """The rows of one graph, a block or an op, on ``given`` inputs of the contract's types."""
+        before = len(self.rows)
+        truth = self.truth.run(graph, given)
+        quantized = self.draws is not None and graph in self.draws.graphs
+        draws = self.draws.graph(graph, given) if self.draws is not None and quantized else []
+        plain = {} if quantized else self.plain.run(graph, given)
+        level = "block" if is_block(graph) else "op"
+        for name, got in self.execute(graph, given, dims).items():
+            label = graph if level == "block" else f"{graph}.{name}"
+            if quantized:
+                self.add_quantized(level, label, got, [draw[name] for draw in draws], truth[name])
+            else:
+                self.add(level, label, got, plain[name], truth[name])
+        return self.rows[before:]
 
     def as_given(self, graph: str, inputs: Mapping[str, Tensor]) -> Tensors:
         """``inputs`` rounded to the types of the contract, which all three sides then start from."""
@@ -284,12 +308,12 @@ def climb(subject: Subject, backends: Sequence[str], steps: int, progress: Progr
     """
     bundle, checkpoint = subject.bundle, subject.checkpoint
     requests = parity_requests(bundle.manifest, checkpoint, steps)
-    draws = None if subject.scales is None else Draws(checkpoint, bundle.manifest, subject.scales)
-    news = _News(progress, len(backends) * (len(bundle.manifest.graphs) + 2 * len(requests)))
+    sides = sides_of(subject)
+    news = News(progress, len(backends) * (len(bundle.manifest.graphs) + 2 * len(requests)))
     ladders = []
     for name in backends:
         with open_backend(name, bundle, quarantined=True) as backend:
-            ladder = _Ladder(backend, subject, draws, news)
+            ladder = Ladder(backend, subject.bundle, sides, news)
             ladder.graphs(requests[-1])
             for request in requests:
                 ladder.trajectory(request)

@@ -54,6 +54,7 @@ DEPENDENCIES = (
     Dependency("requests", "requests", ("calibration",)),
     Dependency("onnx", "onnx", ("export",)),
     Dependency("onnxscript", "onnxscript", ("export",)),
+    Dependency("polygraphy", "polygraphy", ("export",)),
     Dependency("fastapi", "fastapi", ("serve",)),
     Dependency("starlette", "starlette", ("serve",)),
     Dependency("uvicorn", "uvicorn", ("serve",)),

@@ -13,7 +13,7 @@ from pkgutil import iter_modules
 from types import ModuleType
 
 REF = {"torch", "safetensors", "sklearn", "scipy", "matplotlib"}
-EXPORT = {"onnx", "onnxscript", "onnx_ir"}
+EXPORT = {"onnx", "onnxscript", "onnx_ir", "polygraphy"}
 GPU = {"tensorrt", "tensorrt_bindings", "tensorrt_rtx", "tensorrt_rtx_bindings", "cuda"}
 DATA = {"cv2", "scenedetect", "webdataset", "skvideo"}
 ENCODERS = {"diffusers", "transformers"}
