@@ -19,7 +19,11 @@ from onnx.utils import Extractor
 
 from stiv_deploy.export.graphs.passes import NAME_SCOPES
 
-FLOATS = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
+FLOATS: dict[int, str] = {
+    TensorProto.FLOAT: "float32",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+}
 """ONNX element types that can be cut at, by the names of the contract."""
 DEQUANTIZE = "DequantizeLinear"
 QUANTIZERS = frozenset({"QuantizeLinear", DEQUANTIZE})

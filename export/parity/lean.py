@@ -1,6 +1,6 @@
 """Oracles that hold one graph at a time: the memory of a block in float64 instead of that of the whole model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class OneAtATime(Oracle):
             self._last = graph, self._make(graph)
         return self._last[1]
 
-    def run(self, graph: str, inputs: "Tensors") -> Tensors:  # type: ignore[override]
+    def run(self, graph: str, inputs: Mapping[str, Tensor]) -> Tensors:
         """Outputs of ``graph``."""
         return self.of(graph).run(graph, inputs)
 

@@ -36,7 +36,7 @@ class Pieces:
         set_quantization(self._options, quantization, precision)
         self._half = precision == "bfloat16"
         self._settings = settings_of(quantization, precision)
-        self._disabled = () if quantization is None else UNFIT_FOR_8_BITS
+        self._disabled: tuple[str, ...] = () if quantization is None else UNFIT_FOR_8_BITS
         self.providers = execution_providers("cuda" if self.on_gpu else "cpu", 0)
 
     @property
