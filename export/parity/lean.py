@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ IN_MODEL = ("text_kv", "embed", "head")
 
 def only(checkpoint: Checkpoint, graph: str) -> Checkpoint:
     """A view of ``checkpoint`` with nothing but what ``graph`` computes with, sharing its weights."""
-    absent = nn.Identity()
+    absent: Any = nn.Identity()
     return replace(
         checkpoint,
         model=_model_part(checkpoint, graph),

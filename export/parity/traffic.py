@@ -70,9 +70,10 @@ def traffic(
 def _watched(
     root: nn.Module | None, modules: Iterable[str], seen: Traffic, forced: Mapping[str, Forced]
 ) -> Iterator[None]:
+    children = {} if root is None else dict(root.named_modules())
     with ExitStack() as stack:
-        for name in modules if root is not None else ():
-            module = root.get_submodule(name)
+        for name in modules:
+            module = children[name]
             watch = _Watch(name, seen, forced.get(name))
             stack.callback(module.register_forward_pre_hook(watch.before).remove)
             stack.callback(module.register_forward_hook(watch.after).remove)

@@ -128,7 +128,7 @@ def test_the_command_prints_the_modules_and_exits_1(
 
     monkeypatch.setattr(stage, "explain", answer)
     printed: list[str] = []
-    monkeypatch.setattr("rich.console.Console.print", lambda _, what, **__: printed.append(lines_of(what)))
+    monkeypatch.setattr("rich.console.Console.print", lambda _, *what, **__: printed.extend(map(lines_of, what)))
     code, _ = stiv("parity", words_bundle, "--explain", "out/why", "--json", tmp_path / "why.json")
     assert code == 1
     assert asked[0].out == Path("out/why")
