@@ -144,7 +144,10 @@ def built(graph: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "quantization"), [("float32", None), ("float16", None), ("float32", "int8")])
+@pytest.mark.parametrize(
+    ("precision", "quantization"),
+    [("float32", None), ("float16", None), ("float32", "int8"), ("float32", "fp8")],
+)
 def test_a_block_in_onnxruntime_passes_by_polygraphys_account(
     block: MakeBlock, tmp_path: Path, precision: Precision, quantization: Format | None
 ) -> None:
