@@ -4,12 +4,9 @@ Every contestant has a process of its own and the same number of threads. They t
 (A B C, C B A, ...), so that a machine that slows down slows all of them alike; one is at work at a time.
 """
 
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
@@ -19,10 +16,10 @@ import numpy as np
 from stiv_deploy.runtime.bundle.bounds import Name
 from stiv_deploy.runtime.bundle.contract import Frozen
 from stiv_deploy.runtime.command.bench import stage
-from stiv_deploy.runtime.command.bench.machine import LoadMeter, machine, own_seconds, versions
+from stiv_deploy.runtime.command.bench.machine import LoadMeter, own_seconds
 from stiv_deploy.runtime.command.bench.maker import threads_of
 from stiv_deploy.runtime.command.bench.measure import LEAST_WARM, MOST_WARM, Requests, settled
-from stiv_deploy.runtime.command.bench.record import BundleFacts, Count, Line, Machine, Took, Verification, Work
+from stiv_deploy.runtime.command.bench.record import Circumstances, Line, Took, Work
 from stiv_deploy.runtime.command.bench.refusals import loaded, refuse, too_few, unproven
 from stiv_deploy.runtime.command.bench.rivals import BUNDLE, REFERENCE, TORCH, Rival, check_names, rival
 from stiv_deploy.runtime.command.bench.statistics import Estimate, least_samples, percentile, ratio
@@ -88,20 +85,11 @@ class Contestant(Frozen):
     difference: float
 
 
-class Against(Frozen):
+class Against(Circumstances):
     """The bundle, the first of ``contestants``, and the others. ``elsewhere`` is how far other seeds are from it."""
 
     format: Literal["stiv-bench-against"] = "stiv-bench-against"
     version: Literal[1] = 1
-    date: Name
-    command: str
-    bundle: BundleFacts
-    verification: Verification
-    backend: Name
-    device: Name
-    threads: Count
-    machine: Machine
-    versions: dict[Name, Name]
     work: Work
     contestants: tuple[Contestant, ...]
     elsewhere: float
@@ -112,10 +100,7 @@ class Against(Frozen):
 class Known(NamedTuple):
     """What a pipeline tells of the bundle before anything runs."""
 
-    facts: BundleFacts
-    verification: Verification
-    backend: str
-    device: str
+    circumstances: Mapping[str, Any]
     work: Work
     orders: Mapping[str, Mapping[str, Any]]
 
@@ -126,7 +111,7 @@ def against(request: AgainstRequest, progress: Progress = unheard) -> Against:
     refuse(reasons, anyway=request.anyway)
     progress("loading", 0, 1)
     known = _known(request)
-    reasons += unproven(known.verification)
+    reasons += unproven(known.circumstances["verification"])
     refuse(reasons, anyway=request.anyway)
     refuse([*reasons, *loaded(stage.watched())], anyway=request.anyway)
     with ExitStack() as open_ones, TemporaryDirectory(prefix="stiv-against-") as folder:
@@ -168,14 +153,7 @@ def _known(request: AgainstRequest) -> Known:
             name: reference | {"compile": TORCH[name]} if name in TORCH else ours | {"backend": name}
             for name in request.baselines
         }
-        return Known(
-            stage.facts(pipe),
-            stage.verification(pipe),
-            pipe.backend.name,
-            pipe.backend.device,
-            work,
-            {OURS: ours, **orders},
-        )
+        return Known(stage.circumstances(pipe, request.threads), work, {OURS: ours, **orders})
 
 
 def _measured(
@@ -191,15 +169,7 @@ def _measured(
     seconds = _by_turns(rivals, requests, request.samples, progress)
     others = meter.others()
     return Against(
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=shlex.join(["stiv", *sys.argv[1:]]),
-        bundle=known.facts,
-        verification=known.verification,
-        backend=known.backend,
-        device=known.device,
-        threads=threads_of(request.threads),
-        machine=machine(),
-        versions=versions(),
+        **known.circumstances,
         work=known.work,
         contestants=tuple(
             Contestant(

@@ -187,25 +187,30 @@ class Verification(Frozen):
     reason: Line
 
 
-class BenchReport(Frozen):
-    """A whole measurement. ``invalid`` has every reason why it should not be believed: it was asked for anyway."""
+class Circumstances(Frozen):
+    """When, by what command, of which bundle, and where something was measured."""
 
-    format: Literal["stiv-bench"] = "stiv-bench"
-    version: Literal[1] = 1
     date: Name
     command: str
     bundle: BundleFacts
     verification: Verification
     backend: Name
     device: Name
+    threads: Count
+    machine: Machine
+    versions: dict[Name, Name]
+
+
+class BenchReport(Circumstances):
+    """A whole measurement. ``invalid`` has every reason why it should not be believed: it was asked for anyway."""
+
+    format: Literal["stiv-bench"] = "stiv-bench"
+    version: Literal[1] = 1
     seed: Count
     """Of the first clip; the others count on."""
-    threads: Count
     transport: Literal["in-process", "http"] = "in-process"
     caches: tuple[Name, ...] = ()
     """What is kept from sample to sample, by name."""
-    machine: Machine
-    versions: dict[Name, Name]
     points: tuple[Point, ...] = Field(min_length=1)
     cold: ColdStart | None = None
     loadgen: LoadgenResult | None = None

@@ -176,16 +176,26 @@ def verification(pipe: StivPipeline) -> Verification:
     return Verification(state=verdict.state, reason=verdict.reason)
 
 
-def facts(pipe: StivPipeline) -> BundleFacts:
-    """Which bundle ``pipe`` runs."""
+def circumstances(pipe: StivPipeline, threads: int | None) -> dict[str, Any]:
+    """What :class:`~stiv_deploy.runtime.command.bench.record.Circumstances` has of what ``pipe`` makes now."""
     manifest = pipe.bundle.manifest
-    return BundleFacts(
-        hash=pipe.bundle.hash,
-        precision=manifest.precision,
-        quantization=None if manifest.quantization is None else manifest.quantization.format,
-        model=manifest.model,
-        engines=sum(each.backend == pipe.backend.name for each in manifest.engines),
-    )
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["stiv", *sys.argv[1:]]),
+        "bundle": BundleFacts(
+            hash=pipe.bundle.hash,
+            precision=manifest.precision,
+            quantization=None if manifest.quantization is None else manifest.quantization.format,
+            model=manifest.model,
+            engines=sum(each.backend == pipe.backend.name for each in manifest.engines),
+        ),
+        "verification": verification(pipe),
+        "backend": pipe.backend.name,
+        "device": pipe.backend.device,
+        "threads": threads_of(threads),
+        "machine": machine(),
+        "versions": versions(),
+    }
 
 
 def watched(seconds: float = LOOK_SECONDS) -> float:
@@ -236,17 +246,9 @@ def _measured(
     )
     progress("are results kept?", 0, 1)
     return BenchReport(
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=shlex.join(["stiv", *sys.argv[1:]]),
-        bundle=facts(pipe),
-        verification=verification(pipe),
-        backend=pipe.backend.name,
-        device=pipe.backend.device,
+        **circumstances(pipe, request.threads),
         seed=request.seed,
-        threads=threads_of(request.threads),
         caches=maker.caches,
-        machine=machine(),
-        versions=versions(),
         points=points,
         cold=cold,
         loadgen=results[0] if results else None,
