@@ -4,6 +4,7 @@ Every contestant has a process of its own and the same number of threads. They t
 (A B C, C B A, ...), so that a machine that slows down slows all of them alike; one is at work at a time.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ from stiv_deploy.runtime.bundle.contract import Frozen
 from stiv_deploy.runtime.command.bench import stage
 from stiv_deploy.runtime.command.bench.machine import LoadMeter, own_seconds
 from stiv_deploy.runtime.command.bench.maker import threads_of
-from stiv_deploy.runtime.command.bench.measure import LEAST_WARM, MOST_WARM, Requests, settled
+from stiv_deploy.runtime.command.bench.measure import LEAST_WARM, Requests, settled, warmed
 from stiv_deploy.runtime.command.bench.record import Circumstances, Line, Took, Work
 from stiv_deploy.runtime.command.bench.refusals import loaded, refuse, too_few, unproven
 from stiv_deploy.runtime.command.bench.rivals import BUNDLE, REFERENCE, TORCH, Rival, check_names, rival
@@ -195,12 +196,12 @@ def _distance(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def _warmed(one: Rival, requests: Callable[[], list[GenerationRequest]], progress: Progress) -> list[float]:
-    """Seconds of clips until they get no faster, or there were enough."""
-    seconds: list[float] = []
-    while len(seconds) < LEAST_WARM or (not settled(seconds) and len(seconds) < MOST_WARM):
-        seconds.append(one.make(requests()))
-        progress(f"warming up {one.name}", min(len(seconds), LEAST_WARM), LEAST_WARM)
-    return seconds
+    """Seconds of the clips of its warm-up."""
+    made = itertools.count(1)
+    return warmed(
+        lambda: one.make(requests()),
+        lambda: progress(f"warming up {one.name}", min(next(made), LEAST_WARM), LEAST_WARM),
+    )
 
 
 def _by_turns(

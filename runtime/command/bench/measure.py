@@ -48,11 +48,17 @@ def settled(seconds: Sequence[float]) -> bool:
 
 def warm_up(maker: Maker, requests: Requests, work: Work, news: Callable[[], object]) -> WarmUp:
     """Make samples until they get no faster, or there were enough."""
+    seconds = warmed(lambda: maker.make(requests()).seconds, news)
+    return WarmUp(work=work, seconds=tuple(seconds), stable=settled(seconds))
+
+
+def warmed(make: Callable[[], float], news: Callable[[], object]) -> list[float]:
+    """Seconds that ``make`` took, called until it got no faster, or often enough."""
     seconds: list[float] = []
     while len(seconds) < LEAST_WARM or (not settled(seconds) and len(seconds) < MOST_WARM):
-        seconds.append(maker.make(requests()).seconds)
+        seconds.append(make())
         news()
-    return WarmUp(work=work, seconds=tuple(seconds), stable=settled(seconds))
+    return seconds
 
 
 def samples(maker: Maker, requests: Requests, count: int, news: Callable[[], object]) -> list[Sample]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -82,10 +82,12 @@ class Rival:
 
 
 @contextmanager
-def rival(name: str, order: Order, errors: IO[bytes] | int = subprocess.DEVNULL) -> Iterator[Rival]:
+def rival(name: str, order: Order) -> Iterator[Rival]:
     """The contestant of ``order``, ready; it ends with the block, however that ends."""
     command = [sys.executable, "-m", CHILD]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
         try:
             yield Rival(name, process).start(order)
         finally:
