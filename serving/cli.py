@@ -43,6 +43,9 @@ def serve(
     log_json: Annotated[
         bool, typer.Option("--log-json", help="Log lines of JSON, every job's way among them.")
     ] = False,
+    spans: Annotated[
+        bool, typer.Option("--spans", help="Send OpenTelemetry spans of every job to OTEL_EXPORTER_OTLP_ENDPOINT.")
+    ] = False,
     grace: Annotated[float, typer.Option(min=0.0, max=600.0, help="Seconds to finish running jobs at the end.")] = 15.0,
 ) -> None:
     """Serve a bundle: an HTTP API in the format of OpenAI's videos, with jobs that outlive the server.
@@ -84,6 +87,7 @@ def serve(
         free_bytes=int(free_gib * GIB),
         latents_every=latents_every,
         log_json=log_json,
+        spans=spans,
         grace_seconds=grace,
     )
     set_up(as_json=log_json)

@@ -19,6 +19,7 @@ from stiv_deploy.serving.errors import ServeError
 from stiv_deploy.serving.settings import ServeSettings
 from stiv_deploy.serving.store.results import Results
 from stiv_deploy.serving.store.sqlite import SqliteJobStore
+from stiv_deploy.serving.tracing import open_spans
 from stiv_deploy.serving.workers.supervisor import Supervisor
 
 TIDY = 30.0
@@ -61,7 +62,8 @@ class Server:
         prepare_folder(settings.data)
         self._store = SqliteJobStore(settings.database)
         results = Results(settings.data)
-        self._service = Service(settings, bundle, self._store, results)
+        self._spans = open_spans(settings)
+        self._service = Service(settings, bundle, self._store, results, spans=self._spans)
         swept = results.sweep(self._store)
         if swept:
             log.warning("%s: removed %d files that belong to no job", settings.data, swept)
@@ -110,6 +112,7 @@ class Server:
         with suppress(KeyboardInterrupt):  # uvicorn ends well, and then raises what it was told again
             self._server.run([listening])
         self._store.close()
+        self._spans.close()
         return 2 if self._failed else 0
 
 

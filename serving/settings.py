@@ -17,7 +17,7 @@ class ServeSettings(Frozen):
     ``keep_bytes``. Nothing is accepted while the disk has less than ``free_bytes``, or ``queue`` jobs are waiting.
     Latents of running clips are written every ``latents_every`` steps (0: never). A worker that stops has
     ``grace_seconds`` to finish what runs. ``rate`` new jobs a minute may come from one client. With ``log_json``
-    logs are lines of JSON and tell of every job's way.
+    logs are lines of JSON and tell of every job's way; with ``spans`` OpenTelemetry is told of it.
     A worker whose backend gives wrong results takes another one; it ends if ``strict``.
     """
 
@@ -38,6 +38,7 @@ class ServeSettings(Frozen):
     free_bytes: int = Field(default=GIB // 2, ge=0)
     latents_every: int = Field(default=10, ge=0)
     log_json: bool = False
+    spans: bool = False
     grace_seconds: float = Field(default=15.0, ge=0, le=600)
 
     @property

@@ -60,6 +60,8 @@ DEPENDENCIES = (
     Dependency("uvicorn", "uvicorn", ("serve",)),
     Dependency("python_multipart", "python-multipart", ("serve",)),
     Dependency("prometheus_client", "prometheus-client", ("serve",)),
+    Dependency("opentelemetry.sdk", "opentelemetry-sdk", ("otel",)),
+    Dependency("opentelemetry.exporter.otlp.proto.http", "opentelemetry-exporter-otlp-proto-http", ("otel",)),
     Dependency("tensorrt_rtx_bindings", "tensorrt_rtx_cu13_bindings", ("rtx",)),
     Dependency("tensorrt_rtx_libs", "tensorrt_rtx_cu13_libs", ("rtx",)),
     Dependency("cuda.bindings", "cuda-python", ("rtx", "tensorrt", "gpu")),

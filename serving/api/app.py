@@ -94,7 +94,7 @@ async def _submitted(request: Request, key: str | None) -> Job:
     _check_key(key)
     asked = await read_body(request)
     with CancelScope(shield=True):  # who is cancelled meanwhile still learns of the job that is stored
-        job = await run_in_threadpool(_service(request).submit, _owner(request), asked, key)
+        job = await run_in_threadpool(_service(request).submit, _owner(request), asked, key, request.headers)
     return job
 
 
@@ -167,7 +167,8 @@ def remix(request: Request, video_id: str, body: Remix, key: Key = None) -> Vide
     """Ask for a video once more, with another prompt or seed."""
     service = _service(request)
     _check_key(key)
-    return _answer(service.seen(service.remix(_owner(request), video_id, body, key)))  # type: ignore[return-value]
+    job = service.remix(_owner(request), video_id, body, key, request.headers)
+    return _answer(service.seen(job))  # type: ignore[return-value]
 
 
 @router.post("/v1/videos/{video_id}/cancel")

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
@@ -29,6 +29,7 @@ from stiv_deploy.serving.api.schema import ModelResource, Remix, VideoResource
 from stiv_deploy.serving.costs import Costs
 from stiv_deploy.serving.errors import ApiError, IdempotencyError, QueueFullError
 from stiv_deploy.serving.settings import ServeSettings
+from stiv_deploy.serving.spans import TRACE, Carrier, Spans
 from stiv_deploy.serving.store.jobs import LEASE, Job, JobStore, State, new_id
 from stiv_deploy.serving.store.results import Results
 from stiv_deploy.serving.workers.order import rank
@@ -78,8 +79,10 @@ class Service:
         store: JobStore,
         results: Results,
         clock: Callable[[], float] = time.time,
+        spans: Spans | None = None,
     ) -> None:
         self.settings, self.bundle, self.store, self.results = settings, bundle, store, results
+        self._spans = spans or Spans()
         self.accepting = True
         self._clock = clock
         self._started = clock()
@@ -88,16 +91,22 @@ class Service:
         self._lock, self._planning = Lock(), Lock()
         self._looked: tuple[float, Outlook] | None = None
 
-    def submit(self, owner: str, asked: Asked, key: str | None) -> Job:
+    def submit(self, owner: str, asked: Asked, key: str | None, headers: Mapping[str, str]) -> Job:
         """Plan and store what ``asked`` says; the job of the same idempotency ``key``, if there is one.
 
-        Raises :class:`ApiError`, and what planning does.
+        The request's ``headers`` may name the trace that it is part of. Raises :class:`ApiError`, and what planning
+        does.
         """
         self._check_open(owner)
-        return self._stored(owner, lambda: wanted(asked, self.bundle.manifest, self.settings.name), key, asked.digest)
+        with self._spans.submitting(headers) as trace:
 
-    def remix(self, owner: str, job: str, remix: Remix, key: str | None) -> Job:
-        """A new job with the request and priority of ``job``, but for what ``remix`` says.
+            def what() -> Wanted:
+                return wanted(asked, self.bundle.manifest, self.settings.name)
+
+            return self._stored(owner, what, key, asked.digest, trace)
+
+    def remix(self, owner: str, job: str, remix: Remix, key: str | None, headers: Mapping[str, str]) -> Job:
+        """A new job with the request and priority of ``job``, but for what ``remix`` says; else as :meth:`submit`.
 
         Raises :class:`ApiError`, and what planning does.
         """
@@ -111,12 +120,13 @@ class Service:
         def what() -> Wanted:
             return Wanted(GenerationRequest.from_json(text).changed(**said), source.priority, None, job)
 
-        return self._stored(owner, what, key, digest)
+        with self._spans.submitting(headers) as trace:
+            return self._stored(owner, what, key, digest, trace)
 
-    def _stored(self, owner: str, make: Callable[[], Wanted], key: str | None, digest: str) -> Job:
+    def _stored(self, owner: str, make: Callable[[], Wanted], key: str | None, digest: str, trace: Carrier) -> Job:
         with self._planning:  # one request's pictures at a time are in memory
             what = make()
-            job, request = self._job(owner, what)
+            job, request = self._job(owner, what, trace)
         job = self._made_before(job)
         if job.live:
             self._check_deadline(job, what)
@@ -150,7 +160,7 @@ class Service:
         if self.results.free_bytes() < self.settings.free_bytes:
             raise ApiError(507, "insufficient_storage", "the disk of this server is full; nothing can be stored")
 
-    def _job(self, owner: str, what: Wanted) -> tuple[Job, str]:
+    def _job(self, owner: str, what: Wanted, trace: Carrier) -> tuple[Job, str]:
         """The job, and its request as JSON: pictures as the model sees them, every default filled in."""
         plan = plan_generation(self.bundle, what.request)
         (video,) = plan.videos
@@ -170,7 +180,7 @@ class Service:
             rows=most_rows(video.settings),
             evaluations=len(planned),
             steps=sum(not each.hold for each in planned),
-            facts=json.dumps(self._facts(video) | {"remixed_from": what.source}),
+            facts=json.dumps(self._facts(video) | {"remixed_from": what.source, TRACE: trace}),
             twin=hashlib.sha256(f"{plan.bundle} {text}".encode()).hexdigest(),
             priority=what.priority,
             due=None if what.deadline is None else now + what.deadline,

@@ -23,6 +23,7 @@ from stiv_deploy.serving.settings import ServeSettings
 from stiv_deploy.serving.store.jobs import LEASE, WorkerState
 from stiv_deploy.serving.store.results import Results
 from stiv_deploy.serving.store.sqlite import SqliteJobStore
+from stiv_deploy.serving.tracing import open_spans
 from stiv_deploy.serving.workers.scheduler import Scheduler
 from stiv_deploy.serving.workers.workshop import Workshop
 
@@ -53,7 +54,9 @@ class Worker:
         device = device_of(settings, index)
         backend = proven_backend(bundle, settings.backend, settings.threads, device, strict=settings.strict)
         self._workshop = Workshop(bundle, backend)
-        self._scheduler = Scheduler(self._store, Results(settings.data), self._workshop, settings, self.name)
+        self._spans = open_spans(settings, worker=self.name)
+        results = Results(settings.data)
+        self._scheduler = Scheduler(self._store, results, self._workshop, settings, self.name, spans=self._spans)
         self.ready = False
         """Whether it takes jobs, or has done so."""
 
@@ -74,6 +77,7 @@ class Worker:
                 self._store.sign_off(self.name)
             self._workshop.close()
             self._store.close()
+            self._spans.close()
 
     def _live(self, ended: Event, stop: Event) -> None:
         """Tell that we live, and free what others left; an orphan stops."""

@@ -21,6 +21,7 @@ from stiv_deploy.runtime.sampling.engine import Tick
 from stiv_deploy.serving.costs import SHARED, Costs, worthwhile_rows
 from stiv_deploy.serving.errors import StoreError
 from stiv_deploy.serving.settings import ServeSettings
+from stiv_deploy.serving.spans import Spans
 from stiv_deploy.serving.store.jobs import ATTEMPTS, CANCELLED, Job, JobStore, Measured, Size, State
 from stiv_deploy.serving.store.results import Results
 from stiv_deploy.serving.store.tallies import Tallies
@@ -63,9 +64,10 @@ class Scheduler:
         settings: ServeSettings,
         name: str,
         clock: Callable[[], float] = time.time,
+        spans: Spans | None = None,
     ) -> None:
         self._store, self._results, self._workshop, self._settings = store, results, workshop, settings
-        self._name, self._clock = name, clock
+        self._name, self._clock, self._spans = name, clock, spans or Spans()
         self._lanes: dict[Size, Lane] = {}
         self._turns: Turns[Size] = Turns(QUANTUM)
         self._writer = ThreadPoolExecutor(1, "writer")
@@ -256,7 +258,9 @@ class Scheduler:
             return None
         self._note("begun", job.id)
         if claimed[0].attempts == 1:
-            self._tallies.time("queue_wait", self._clock() - job.created)
+            waited = self._clock() - job.created
+            self._tallies.time("queue_wait", waited)
+            self._spans.note("queue", claimed[0], waited)
         start = time.perf_counter()
         try:
             clip = self._workshop.clip(*claimed)
@@ -267,9 +271,13 @@ class Scheduler:
             log.exception("%s cannot be prepared", job.id, extra={"job": job.id})
             self._fail(job.id, "internal_error", f"it could not be prepared ({type(error).__name__})")
             return None
-        self._tallies.time("stage", time.perf_counter() - start, "prepare")
+        self._note_stage("prepare", clip.job, time.perf_counter() - start)
         self._go_on(clip)
         return clip
+
+    def _note_stage(self, stage: str, job: Job, seconds: float) -> None:
+        self._tallies.time("stage", seconds, stage)
+        self._spans.note(stage, job, seconds)
 
     def _note(self, what: str, job: str) -> None:
         log.info(what, extra={"job": job, "worker": self._name})
@@ -284,7 +292,13 @@ class Scheduler:
         expires = self._clock() + self._settings.keep_seconds
         if self._store.fail(job, self._name, code, one_line(message), expires):
             self._note(f"failed: {code}", job)
+            self._note_failure(job, code)
         self._clean_up(job)
+
+    def _note_failure(self, job: str, code: str) -> None:
+        found = self._store.get(job)
+        if found is not None:
+            self._spans.note("failed", found, 0.0, code=code)
 
     def _clean_up(self, job: str) -> None:
         """Remove the files of a job that is no longer ours, unless another worker makes it, or has made it."""
@@ -319,7 +333,7 @@ class Scheduler:
             self._fail(lane.leave(slot).job.id, "not_finite", str(error))
         for slot, latents in tick.finished.items():
             clip = lane.leave(slot)
-            self._tallies.time("stage", time.perf_counter() - clip.since, "denoise")
+            self._note_stage("denoise", clip.job, time.perf_counter() - clip.since)
             self._decoding.append(Decoding(clip, latents, self._workshop.decoding(clip, latents)))
         self._room = self._room or bool(tick.failed or tick.finished)
 
@@ -331,7 +345,7 @@ class Scheduler:
         if not first.go_on():
             self._decoding.popleft()
             self._measure(first.clip.job.size, 0, first.seconds)
-            self._tallies.time("stage", first.seconds, "decode")
+            self._note_stage("decode", first.clip.job, first.seconds)
             assert first.frames is not None
             self._hand_over(first.clip, first.frames, first.latents)
         return True
@@ -353,7 +367,7 @@ class Scheduler:
         try:
             with self._results.writing(job) as folder:
                 write_files(clip, frames, latents, self._workshop.backend.name, folder)
-            self._tallies.time("stage", time.perf_counter() - start, "write")
+            self._note_stage("write", clip.job, time.perf_counter() - start)
             self._finish(clip.job)
         except StoreError as error:
             self._unwritten = error

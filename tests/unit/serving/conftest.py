@@ -21,6 +21,7 @@ from stiv_deploy.serving.api.app import create_app
 from stiv_deploy.serving.api.guard import Tokens
 from stiv_deploy.serving.api.service import Service
 from stiv_deploy.serving.settings import ServeSettings
+from stiv_deploy.serving.spans import Spans
 from stiv_deploy.serving.store.results import Results
 from stiv_deploy.serving.store.sqlite import SqliteJobStore
 from stiv_deploy.serving.workers.scheduler import Scheduler
@@ -43,13 +44,13 @@ class Clock:
 class Place:
     """All parts of a service of a bundle in one folder; each worker has its own connection to the store."""
 
-    def __init__(self, bundle: Path, folder: Path, tokens: Tokens, **settings: Any) -> None:
-        self.clock = Clock()
+    def __init__(self, bundle: Path, folder: Path, tokens: Tokens, spans: Spans | None = None, **settings: Any) -> None:
+        self.clock, self.spans = Clock(), spans
         self.settings = ServeSettings(bundle=bundle, data=folder, name="toy", **({"free_bytes": 0} | settings))
         self.bundle = Bundle.open(bundle)
         self.results = Results(folder)
         self.store = SqliteJobStore(self.settings.database, self.clock)
-        self.service = Service(self.settings, self.bundle, self.store, self.results, self.clock)
+        self.service = Service(self.settings, self.bundle, self.store, self.results, self.clock, spans)
         self.client = TestClient(create_app(self.service, tokens), base_url=ADDRESS)
         self.stores = [self.store]
 
@@ -58,7 +59,7 @@ class Place:
         backend = OnnxRuntimeBackend(self.bundle, threads=1)
         workshop = Workshop(self.bundle, backend)
         self.stores.append(SqliteJobStore(self.settings.database, self.clock))
-        return Scheduler(self.stores[-1], self.results, workshop, self.settings, name, self.clock)
+        return Scheduler(self.stores[-1], self.results, workshop, self.settings, name, self.clock, spans=self.spans)
 
     def ask(self, **body: Any) -> dict[str, Any]:
         """The resource of a new job."""
