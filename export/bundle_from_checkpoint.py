@@ -106,7 +106,14 @@ def _write(
 ) -> Manifest:
     """Graphs, tokenizer, manifest and README, into ``folder``."""
     (folder / GRAPH_FOLDER).mkdir()
-    writer = GraphWriter(checkpoint, folder / GRAPH_FOLDER, request.precision, quantization, request.attention)
+    writer = GraphWriter(
+        checkpoint,
+        folder / GRAPH_FOLDER,
+        request.precision,
+        quantization,
+        request.attention,
+        request.engine_vae_precision,
+    )
     graphs = writer.write_all(buckets, request.check, progress)
     manifest = Manifest(
         precision=request.precision,

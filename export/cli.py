@@ -43,6 +43,13 @@ def export(
     attention: Annotated[
         str, typer.Option(help="native, or plugin: the blocks also in a form with nodes for the attention plugins.")
     ] = "native",
+    vae_precision: Annotated[
+        str | None,
+        typer.Option(
+            help="What engines compute the VAE in: float32, bfloat16 or float16. "
+            "[default: bfloat16, float32 of a float32 bundle]"
+        ),
+    ] = None,
     no_check: Annotated[bool, typer.Option("--no-check", help="Skip the comparison with the reference.")] = False,
     json: JsonTarget = None,
 ) -> None:
@@ -64,6 +71,7 @@ def export(
         out=out,
         sizes={name: parse_range(name, text) for name, text in sizes.items() if text is not None},
         attention=parse_attention(attention),
+        vae_precision=None if vae_precision is None else parse_precision(vae_precision, "vae-precision"),
         check=not no_check,
     )
     with progress_bar("export") as progress:

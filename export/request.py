@@ -21,8 +21,9 @@ class ExportRequest:
     ``precision`` is the type of its tensors. With ``format`` layers run in 8 bits, by the ranges of the file ``scales``
     and the file ``plan`` (None: the usual plan). ``sizes`` are ranges of the default bucket, which goes from half to
     twice the checkpoint's own sizes; ``buckets``, if any, stand instead of it. With ``attention`` ``plugin`` each block
-    has a second file with plugin nodes for its attention in space and time, over the same weights. With ``check`` each
-    graph is compared with the reference at the sizes of every bucket; the structural checks always run.
+    has a second file with plugin nodes for its attention in space and time, over the same weights. ``vae_precision`` is
+    what engines compute the VAE in, None for :attr:`engine_vae_precision`; on a CPU it is always float32. With
+    ``check`` each graph is compared with the reference at the sizes of every bucket; the structural checks always run.
 
     Raises :class:`ExportError` where these do not go together.
     """
@@ -36,6 +37,7 @@ class ExportRequest:
     sizes: Mapping[str, Range] = field(default_factory=dict)
     buckets: tuple[Bucket, ...] = ()
     attention: Attention = "native"
+    vae_precision: Precision | None = None
     check: bool = True
 
     def __post_init__(self) -> None:
@@ -51,11 +53,17 @@ class ExportRequest:
         if self.sizes and self.buckets:
             raise ExportError("sizes are of the default bucket, and buckets stand instead of it; give one of them")
 
+    @property
+    def engine_vae_precision(self) -> Precision:
+        """What is asked for, else bfloat16, and float32 of a bundle that is float32 throughout."""
+        return self.vae_precision or ("float32" if self.precision == "float32" else "bfloat16")
+
     def _check_names(self) -> None:
         for what, given, known in (
             ("precision", self.precision, get_args(Precision)),
             ("format", self.format or FORMATS[0], FORMATS),
             ("attention", self.attention, get_args(Attention)),
+            ("VAE precision", self.vae_precision or "float32", get_args(Precision)),
             *(("size", name, SIZES) for name in self.sizes),
         ):
             if given not in known:

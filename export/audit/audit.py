@@ -14,7 +14,7 @@ from stiv_deploy.export.engines.job import EngineJob
 from stiv_deploy.export.engines.processes import BuilderProcesses
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import Format, Frozen, Precision, is_block
-from stiv_deploy.runtime.bundle.engine_files import profile, sm_folder
+from stiv_deploy.runtime.bundle.engine_files import profile, reduced_for, sm_folder, takes_tf32
 from stiv_deploy.runtime.bundle.manifest import PORTABLE, Bucket, Manifest
 from stiv_deploy.runtime.errors import EngineError
 from stiv_deploy.runtime.progress import Progress, unheard
@@ -97,8 +97,9 @@ def _kind(manifest: Manifest, graph: str) -> str:
 
 
 def default_graphs(manifest: Manifest) -> list[str]:
-    """All blocks and :data:`AUDITED`, in the bundle's order."""
-    return [name for name in manifest.graphs if name in AUDITED or is_block(name)]
+    """All blocks, :data:`AUDITED`, and the VAE where it has a form in 16 bits, in the bundle's order."""
+    graphs = manifest.graphs.items()
+    return [name for name, record in graphs if name in AUDITED or is_block(name) or record.reduced is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,17 +144,19 @@ class Audit:
     def _task(self, graph: str, same: tuple[str, ...], sm: str, bucket: Bucket) -> _Task:
         """The engine of ``graph`` for one target and bucket: what fuses depends on the sizes, so each is looked at."""
         manifest = self.bundle.manifest
+        reduced = reduced_for(manifest.graphs[graph], sm)
         path = f"{self._folder.name}/{sm_folder(sm)}-{graph}-{bucket.name}"
         job = EngineJob(
             graph=graph,
-            onnx=str(self.bundle.graph_file(graph)),
+            onnx=str(self.bundle.reduced_file(graph) if reduced else self.bundle.graph_file(graph)),
             plan=f"{path}.plan",
             backend=self.backend,
             sm=None if sm == PORTABLE else sm,
             profiles=(profile(manifest.graphs[graph].spec, manifest.model, bucket),),
             report=f"{path}.txt",
+            tf32=takes_tf32(manifest, graph) and reduced is None,
         )
-        expected = expectation(manifest, graph)
+        expected = expectation(manifest, graph, reduced)
         return _Task(job=job, expected=expected, target=sm_folder(sm), bucket=bucket.name, same=same)
 
     def _run(self, task: _Task) -> tuple[list[AuditRow], AuditedEngine]:

@@ -25,7 +25,9 @@ def audit(
     ] = None,
     graphs: Annotated[
         list[str] | None,
-        typer.Option(help="Graphs to audit; 'blocks' is all blocks. [default: blocks, text_kv, embed, head, step]"),
+        typer.Option(
+            help="Graphs to audit; 'blocks' is all blocks. [default: blocks, text_kv, embed, head, step, 16-bit VAE]"
+        ),
     ] = None,
     log: Annotated[
         Path | None,

@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from stiv_deploy.export.audit.layer_report import EngineLayer
-from stiv_deploy.runtime.bundle.contract import Choice, Format, Frozen, Precision, is_block
-from stiv_deploy.runtime.bundle.manifest import Manifest
+from stiv_deploy.runtime.bundle.contract import VAE_GRAPHS, Choice, Format, Frozen, Precision, is_block
+from stiv_deploy.runtime.bundle.manifest import Manifest, ReducedForm
 
 Activations = Literal["float32", "16-bit"]
 TABLE = "expected_fusions.json"
@@ -97,8 +97,11 @@ def expected_fusions() -> ExpectedFusions:
     return ExpectedFusions.model_validate_json((files("stiv_deploy.export.audit") / TABLE).read_text(encoding="utf-8"))
 
 
-def expectation(manifest: Manifest, graph: str) -> Expectation:
-    """What to expect of ``graph``: the plan of quantized bundles, else all linears and attention of blocks high."""
+def expectation(manifest: Manifest, graph: str, reduced: ReducedForm | None = None) -> Expectation:
+    """What to expect of ``graph``: the plan of quantized bundles, else all linears and attention of blocks high.
+
+    A graph of the VAE is float32, or of the type of its ``reduced`` form, from which it is built.
+    """
     plan = manifest.quantization.layers if manifest.quantization else {}
     mine: dict[str, Choice] = {
         name.removeprefix(f"{graph}."): choice for name, choice in plan.items() if name.startswith(f"{graph}.")
@@ -109,9 +112,10 @@ def expectation(manifest: Manifest, graph: str) -> Expectation:
         attention = {name: mine.pop(f"{name}.attention", "high") for name in names}
         linears = [name for name in BLOCK_LINEARS if name.split(".")[0] in (*names, "ffn")]
         mine = {name: mine.get(name, "high") for name in linears}
+    inner: Precision = "float32" if reduced is None else reduced.precision
     return Expectation(
         graph=graph,
-        precision=manifest.precision,
+        precision=inner if graph in VAE_GRAPHS else manifest.precision,
         quantization=manifest.quantization.format if manifest.quantization else None,
         choices=mine,
         attention=attention,
@@ -155,6 +159,8 @@ class Check(NamedTuple):
 def _checks(kernels: Sequence[EngineLayer], expected: Expectation) -> Iterator[Check]:
     yield from (_linear(kernels, expected, name, choice) for name, choice in expected.choices.items())
     yield from (_attention(kernels, expected, name, choice) for name, choice in expected.attention.items())
+    if expected.graph in VAE_GRAPHS:
+        yield _convolutions(kernels, expected)
     if expected.activations != "float32":
         yield _no_float32(kernels, expected)
     limit = _kernel_limit(expected)
@@ -207,6 +213,14 @@ def _fused_words(fused: Sequence[EngineLayer], types: str, inside: Sequence[Engi
 
 def _is_linear(layer: EngineLayer) -> bool:
     return any(computes(layer, linear) for linear in BLOCK_LINEARS)
+
+
+def _convolutions(kernels: Sequence[EngineLayer], expected: Expectation) -> Check:
+    """Every convolution of the VAE multiplies the type that it was exported in."""
+    wanted = f"{expected.type_name} x {expected.type_name}"
+    found = Counter(layer.operands for layer in kernels if layer.is_convolution)
+    words = ", ".join(f"{count} of {operands}" for operands, count in found.items())
+    return Check("convolutions", wanted, words or "none", bool(found) and all(_same(each, wanted) for each in found))
 
 
 def _no_float32(kernels: Sequence[EngineLayer], expected: Expectation) -> Check:

@@ -83,6 +83,11 @@ class EngineLayer:
         return bool(named) and not self.is_attention
 
     @property
+    def is_convolution(self) -> bool:
+        """Whether the layer computes a convolution of the graph."""
+        return any(node.rpartition(".")[2].startswith("Conv") for node in self.nodes)
+
+    @property
     def operands(self) -> str:
         """Types of what a product multiplies, ``FP8 x FP8``; ``FP8 x ?`` where the report does not show the weight."""
         matrices = [tensor for tensor in self.constants if tensor.is_matrix] or list(self.inputs[1:2])

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from stiv_deploy.export.engines.install import commit, staged
-from stiv_deploy.export.engines.job import BUILDER_REVISION, FLAGS_CLEARED, FLAGS_SET, EngineJob
+from stiv_deploy.export.engines.job import BUILDER_REVISION, FLAGS_SET, EngineJob
 from stiv_deploy.export.engines.plan_cache import CachedPlan, PlanCache, default_cache, plan_key
 from stiv_deploy.export.engines.plugin_graphs import BuildAttention, Packaging, choose_packaging
 from stiv_deploy.export.engines.processes import BuilderProcesses
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import Frozen, is_block
-from stiv_deploy.runtime.bundle.engine_files import graph_hash, profile, sm_folder
+from stiv_deploy.runtime.bundle.engine_files import graph_hash, profile, reduced_for, sm_folder, takes_tf32
 from stiv_deploy.runtime.bundle.manifest import PORTABLE, Bucket, EngineRecord, FileRecord, Manifest
 from stiv_deploy.runtime.errors import BackendError, EngineError, OutputError, few
 from stiv_deploy.runtime.progress import Progress, unheard
@@ -185,19 +185,27 @@ class EngineBuild:
                 f"{bundle.folder}: engines cannot be written into this bundle; copy it to a folder you own"
             )
         self.cache = PlanCache(request.cache)
-        self._onnx = {
-            name: bundle.graph_file(name) if self.packaging_of(name) is None else bundle.plugin_file(name)
-            for name in self.graphs
-        }
+        self._onnx = {name: self._file(name) for name in self.graphs}
         self._builders = BuilderProcesses()
 
     def packaging_of(self, graph: str) -> Packaging | None:
         """What becomes of the plugin nodes of ``graph``, None if it is built from its native form."""
         return None if self.bundle.manifest.graphs[graph].plugin is None else self.packaging
 
+    def _file(self, graph: str) -> Path:
+        """The file that ``graph`` is built from, verified."""
+        if self.packaging_of(graph) is not None:
+            return self.bundle.plugin_file(graph)
+        return self.bundle.reduced_file(graph) if self.reduces(graph) else self.bundle.graph_file(graph)
+
+    def reduces(self, graph: str) -> bool:
+        """Whether ``graph`` is built from its form in 16 bits."""
+        return reduced_for(self.bundle.manifest.graphs[graph], self.sm) is not None
+
     def _hash(self, graph: str) -> str:
         """Of the file that ``graph`` is built from, with its weights."""
-        return graph_hash(self.bundle.manifest.graphs[graph], plugin=self.packaging_of(graph) is not None)
+        record = self.bundle.manifest.graphs[graph]
+        return graph_hash(record, plugin=self.packaging_of(graph) is not None, reduced=self.reduces(graph))
 
     def job(self, graph: str, plan: Path) -> EngineJob:
         """The job of ``graph``, to be written to ``plan``."""
@@ -216,6 +224,7 @@ class EngineBuild:
             timing_cache=None if timing is None else str(timing),
             plugins=None if library is None else str(library.path),
             quick=packaging is not None and library is None,
+            tf32=takes_tf32(manifest, graph) and not self.reduces(graph),
         )
 
     def key(self, graph: str) -> str:
@@ -230,7 +239,7 @@ class EngineBuild:
             sm=self.sm,
             optimization_level=job.optimization_level,
             revision=BUILDER_REVISION,
-            flags=[FLAGS_SET[job.backend], FLAGS_CLEARED],
+            flags=[FLAGS_SET[job.backend], job.flags_cleared],
             **extra,
         )
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stiv_deploy.export.engines.job import FLAGS_CLEARED, FLAGS_SET, EngineJob, EngineResult, Profile
+from stiv_deploy.export.engines.job import FLAGS_SET, EngineJob, EngineResult, Profile
 from stiv_deploy.export.engines.plugin_graphs import prepare_plugins
 from stiv_deploy.runtime.errors import EngineError, one_line
 from stiv_deploy.runtime.files import replaced_file
@@ -124,7 +124,7 @@ def configure(trt: Any, builder: Any, network: Any, job: EngineJob) -> Any:
     config = builder.create_builder_config()
     for name in FLAGS_SET[job.backend]:
         config.set_flag(getattr(trt.BuilderFlag, name))
-    for name in FLAGS_CLEARED:
+    for name in job.flags_cleared:
         config.clear_flag(getattr(trt.BuilderFlag, name))
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layer names and types stay readable in the engine
     if job.optimization_level is not None:

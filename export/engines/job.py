@@ -16,7 +16,9 @@ Flags are in the key themselves.
 FLAGS_SET: dict[Flavour, tuple[str, ...]] = {"tensorrt": (), "tensorrt-rtx": ("REQUIRE_USER_ALLOCATION",)}
 """``BuilderFlag`` names. RTX may allocate while it runs unless told not to, and cannot be captured then."""
 FLAGS_CLEARED = ("TF32",)
-"""TF32 would round the inputs of fp32 products to 10 bits of mantissa; who wants speed takes a 16-bit bundle."""
+"""TF32 would round the inputs of fp32 products to 10 bits of mantissa; who wants speed takes a 16-bit bundle.
+
+Its VAE, where it is float32, may have it."""
 
 Shape = tuple[int, ...]
 Profile = dict[str, tuple[Shape, Shape, Shape]]
@@ -31,7 +33,7 @@ class EngineJob:
     ``timing_cache`` is a file that TensorRT reads and extends (RTX measures nothing while building and has none).
     ``report`` is a text file to write the builder's layer report to: which kernels it chose, and their types.
     ``plugins`` is the plugin library that the plugin nodes of ``onnx`` need; with ``quick`` they become quickly
-    deployable plugins instead, as far as there are such.
+    deployable plugins instead, as far as there are such. With ``tf32`` float32 products may be rounded to TF32.
     """
 
     graph: str
@@ -45,6 +47,12 @@ class EngineJob:
     report: str | None = None
     plugins: str | None = None
     quick: bool = False
+    tf32: bool = False
+
+    @property
+    def flags_cleared(self) -> tuple[str, ...]:
+        """``BuilderFlag`` names that are cleared for it."""
+        return tuple(name for name in FLAGS_CLEARED if not (self.tf32 and name == "TF32"))
 
     def to_json(self) -> str:
         """This job as one line of JSON."""

@@ -16,6 +16,7 @@ from stiv_deploy.runtime.backends.onnxruntime import set_quantization
 from stiv_deploy.runtime.bundle.contract import (
     MASKED,
     SAMPLE_ROWS,
+    VAE_GRAPHS,
     Format,
     GraphSpec,
     ModelFacts,
@@ -49,7 +50,6 @@ FLOOR = {torch.float32: FLOAT32_GATE, torch.float16: 2.0**-11, torch.bfloat16: 2
 """Floor of the gates, the unit roundoff of half precisions: two right results may round each value differently."""
 
 
-VAE_GRAPHS = ("image_encoder", "decoder")
 VAE_PIXELS = 2**18
 """Pixels of a frame, times latent frames, that a check of the VAE takes: a frame of 512x512, some 10 s of a CPU."""
 TOKEN_BYTES = 2**26

@@ -9,7 +9,7 @@ Graphs are taken one after another, so that memory holds one of them in float64.
 :mod:`~stiv_deploy.export.graphs.golden_runs`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from stiv_deploy.calibration.errors import CalibrationError
 from stiv_deploy.calibration.quantize import require_modelopt
-from stiv_deploy.export.graphs.check import VAE_GRAPHS, check_sizes
 from stiv_deploy.export.graphs.check import VAE_PIXELS as CHECKED_PIXELS
+from stiv_deploy.export.graphs.check import check_sizes
 from stiv_deploy.export.graphs.draws import (
     DRAWS,
     EXACT,
@@ -34,7 +34,7 @@ from stiv_deploy.export.graphs.golden_runs import Simulated, run_answers
 from stiv_deploy.export.graphs.modules import graph_modules
 from stiv_deploy.export.graphs.reference import Boundary
 from stiv_deploy.export.graphs.writer import GraphWriter, in_precision
-from stiv_deploy.runtime.bundle.contract import ModelFacts, TensorSpec
+from stiv_deploy.runtime.bundle.contract import VAE_GRAPHS, ModelFacts, TensorSpec
 from stiv_deploy.runtime.bundle.golden import Golden, GraphAnswer, RunAnswers, Sizes, answer
 from stiv_deploy.runtime.bundle.manifest import Bucket, GraphRecord
 from stiv_deploy.runtime.bundle.sketch import seed_of, uniform
@@ -97,11 +97,19 @@ def _few_rows(dims: Mapping[str, int], bucket: Bucket, facts: ModelFacts) -> Siz
     return Sizes(**values | {name: min(values[name], most) for name in ("batch", "model_batch")})
 
 
+TF32_ROUNDING = 2.0**-11
+"""Of the operands of TF32 products: as many bits as float16 has."""
+
+
 class _Outputs(NamedTuple):
-    """A graph's outputs at one size: what is right, in float64, and the largest relative errors that pass."""
+    """A graph's outputs at one size: what is right, in float64, and the largest relative errors that pass.
+
+    ``engine_gates`` are those of engines, where they compute in another type.
+    """
 
     truth: list[Tensor]
     gates: list[float]
+    engine_gates: list[float] | None = None
 
 
 class _Answers:
@@ -117,9 +125,11 @@ class _Answers:
         if quantized and not can_simulate():
             return []
         found = [(self._drawn if quantized else self._exact)(name, self.inputs(name, each)) for each in sizes.values()]
-        gates = [max(each) for each in zip(*(outputs.gates for outputs in found), strict=True)]
+        gates = _largest(outputs.gates for outputs in found)
+        reduced = [outputs.engine_gates for outputs in found if outputs.engine_gates is not None]
+        engine_gates = _largest(reduced) if reduced else [None] * len(gates)
         return [
-            self._answer(name, label, sizes[label], outputs.truth, gates)
+            self._answer(name, label, sizes[label], outputs.truth, list(zip(gates, engine_gates, strict=True)))
             for label, outputs in zip(sizes, found, strict=True)
         ]
 
@@ -132,9 +142,11 @@ class _Answers:
         simulated = Simulated(Boundary(self.writer.simulated_model), Boundary(self._simulated_wide_model))
         return run_answers(self.writer, bucket, simulated)
 
-    def _answer(self, name: str, label: str, sizes: Sizes, truth: list[Tensor], gates: list[float]) -> GraphAnswer:
+    def _answer(
+        self, name: str, label: str, sizes: Sizes, truth: list[Tensor], gates: list[tuple[float, float | None]]
+    ) -> GraphAnswer:
         tensors = zip(self.writer.specs[name].outputs, truth, gates, strict=True)
-        outputs = tuple(answer(tensor.name, right.numpy(), gate) for tensor, right, gate in tensors)
+        outputs = tuple(answer(tensor.name, right.numpy(), *gate) for tensor, right, gate in tensors)
         return GraphAnswer(graph=name, size=label, sizes=sizes, outputs=outputs)
 
     def inputs(self, name: str, sizes: Sizes) -> dict[str, Tensor]:
@@ -149,9 +161,21 @@ class _Answers:
         wide = wide_type(module)
         truth = _run(in_precision(module, wide), inputs, wide)
         tensors = zip(self.writer.specs[name].outputs, _run(plain, inputs), truth, strict=True)
-        return _Outputs(
-            truth, [FACTOR * rel_l2(value, right) + FLOOR * unit_of(plain, tensor) for tensor, value, right in tensors]
-        )
+        gates = [FACTOR * rel_l2(value, right) + FLOOR * unit_of(plain, tensor) for tensor, value, right in tensors]
+        return _Outputs(truth, gates, self._engine_gates(name, inputs, truth))
+
+    def _engine_gates(self, name: str, inputs: Mapping[str, Tensor], truth: Sequence[Tensor]) -> list[float] | None:
+        """The same rule for the type that engines compute the VAE in: its 16 bits, else TF32.
+
+        What plain PyTorch loses there is what it loses in bfloat16, in proportion to the units of rounding.
+        """
+        writer = self.writer
+        if name not in VAE_GRAPHS or writer.dtype == torch.float32:
+            return None
+        unit = TF32_ROUNDING if writer.vae_precision == "float32" else UNIT_ROUNDING[writer.vae_precision]
+        reduced = _run(in_precision(writer.modules[name], torch.bfloat16), inputs, torch.bfloat16)
+        errors = [rel_l2(*pair) * unit / UNIT_ROUNDING["bfloat16"] for pair in zip(reduced, truth, strict=True)]
+        return [FACTOR * error + FLOOR * unit for error in errors]
 
     def _drawn(self, name: str, inputs: Mapping[str, Tensor]) -> _Outputs:
         """What the fake-quantized reference gives in float32, and gates from the distances of other draws to it."""
@@ -174,6 +198,11 @@ class _Answers:
     def _simulated_wide(self) -> Mapping[str, nn.Module]:
         """Its graphs' modules."""
         return graph_modules(replace(self.writer.checkpoint, model=self._simulated_wide_model))
+
+
+def _largest(gates: Iterable[Sequence[float]]) -> list[float]:
+    """Of each output, over sizes."""
+    return [max(each) for each in zip(*gates, strict=True)]
 
 
 def can_simulate() -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stiv_deploy.export.errors import CheckError
-from stiv_deploy.export.graphs.check import CheckRow, check_graph, executable, graph_sizes
+from stiv_deploy.export.graphs.check import CheckRow, check_graph, draw_inputs, executable, graph_sizes
 from stiv_deploy.export.graphs.modules import FLOAT32_GRAPHS, Module, graph_modules, model_facts
 from stiv_deploy.export.graphs.onnx_from_module import (
     Template,
@@ -22,10 +22,20 @@ from stiv_deploy.export.graphs.onnx_from_module import (
 from stiv_deploy.export.graphs.plugin_nodes import plugin_names
 from stiv_deploy.export.graphs.quantization import LayerScheme, Quantization, StoredTensors, graph_scheme
 from stiv_deploy.export.graphs.quantized_graph import quantized_template
+from stiv_deploy.export.graphs.reduced_check import check_reduced
+from stiv_deploy.export.graphs.reduced_form import reduced_template
 from stiv_deploy.export.precision import torch_dtype
-from stiv_deploy.runtime.bundle.contract import GraphSpec, ModelFacts, Precision, graph_specs, is_block
+from stiv_deploy.runtime.bundle.contract import (
+    VAE_GRAPHS,
+    GraphSpec,
+    ModelFacts,
+    Precision,
+    Reduced,
+    graph_specs,
+    is_block,
+)
 from stiv_deploy.runtime.bundle.engine_files import Attention
-from stiv_deploy.runtime.bundle.manifest import Bucket, FileRecord, GraphRecord, PluginForm
+from stiv_deploy.runtime.bundle.manifest import Bucket, FileRecord, GraphRecord, PluginForm, ReducedForm
 from stiv_deploy.runtime.progress import Progress
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.fused.modules import fuse
@@ -39,7 +49,7 @@ class GraphWriter:
     """Writes the graphs of ``checkpoint`` into ``folder``, in ``precision`` and 8 bits where ``quantization`` says so.
 
     The blocks share one trace, and blocks with equal plans one quantized template. With ``attention`` ``plugin`` each
-    block has a second file with plugin nodes.
+    block has a second file with plugin nodes, with a ``vae_precision`` of 16 bits each graph of the VAE one in it.
     """
 
     def __init__(
@@ -49,12 +59,14 @@ class GraphWriter:
         precision: Precision,
         quantization: Quantization | None = None,
         attention: Attention = "native",
+        vae_precision: Precision = "float32",
     ) -> None:
         self.checkpoint = checkpoint
         self.folder = folder
         self.dtype = torch_dtype(precision)
         self.quantization = quantization
         self.attention = attention
+        self.vae_precision = vae_precision
         self.facts = model_facts(checkpoint.config)
         self.specs = graph_specs(self.facts, precision)
         self.modules = graph_modules(checkpoint)
@@ -71,6 +83,7 @@ class GraphWriter:
                 progress(f"{name}, compared with the reference", done, len(self.modules))
                 self.check(name, records[name].topology, buckets)
                 self.check_plugin(name, records[name], buckets)
+                self.check_reduced(name, records[name], buckets)
         progress("manifest", len(self.modules), len(self.modules))
         return records
 
@@ -81,6 +94,8 @@ class GraphWriter:
         tensors = StoredTensors(self.modules[name], name, self._dtype(name), scheme, amax)
         native = self._template(name, scheme, "native")
         record = write_checked(native, tensors, self.folder, name, self.specs[name])
+        if name in VAE_GRAPHS and self.vae_precision != "float32":
+            return record.model_copy(update={"reduced": self._reduced_form(native, name, self.vae_precision)})
         if self.attention == "native" or not is_block(name):
             return record
         plugin = self._plugin_form(native, self._template(name, scheme, "plugin"), name)
@@ -94,6 +109,26 @@ class GraphWriter:
         return PluginForm(
             file=_inside(written.file), topology=written.topology, plugins=plugin_names(template.model.graph)
         )
+
+    def _reduced_form(self, native: Template, name: str, precision: Reduced) -> ReducedForm:
+        """Write the form in 16 bits of a graph, over the data file that ``native`` was just written with."""
+        form = f"{name}.{precision}"
+        written = write_second_form(reduced_template(native, precision), native, self.folder, form)
+        check_structure(self.folder, form, self.specs[name])
+        return ReducedForm(file=_inside(written.file), topology=written.topology, precision=precision)
+
+    def check_reduced(self, name: str, record: GraphRecord, buckets: Sequence[Bucket]) -> None:
+        """Compare the form in 16 bits of a graph, if it has one, with the reference at one size.
+
+        Raises :class:`CheckError` where it differs by more than its type does, or a decoded video by more than
+        :data:`~stiv_deploy.export.graphs.reduced_check.LEAST_PSNR` allows.
+        """
+        if record.reduced is not None:
+            (dims,) = _sizes(name, buckets, self.facts, everywhere=False).values()
+            inputs = draw_inputs(self.specs[name], dims, self.checkpoint.config.text.vocabulary)
+            precision, module = record.reduced.precision, self.modules[name]
+            plain = in_precision(module, torch_dtype(precision))
+            check_reduced(name, self.folder / f"{name}.{precision}.onnx", precision, module, plain, inputs)
 
     def check(self, name: str, topology: str, buckets: Sequence[Bucket]) -> None:
         """Compare a written graph with the reference; raises :class:`CheckError` where it differs.

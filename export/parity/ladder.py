@@ -26,6 +26,7 @@ from torch import Tensor
 
 from stiv_deploy.calibration.scales import Scales
 from stiv_deploy.export.graphs.draws import UNIT_ROUNDING, quantized_gate, rel_l2
+from stiv_deploy.export.graphs.reduced_check import LEAST_PSNR, psnr, reduced_session
 from stiv_deploy.export.parity.draws import Draws
 from stiv_deploy.export.parity.lean import OneAtATime, only
 from stiv_deploy.export.parity.oracle import Oracle, Tensors
@@ -35,7 +36,7 @@ from stiv_deploy.export.precision import torch_dtype
 from stiv_deploy.runtime.backends import open_backend
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.bundle.contract import dimensions, graph_specs, is_block
+from stiv_deploy.runtime.bundle.contract import VAE_GRAPHS, Precision, dimensions, graph_specs, is_block
 from stiv_deploy.runtime.bundle.manifest import ParityRow
 from stiv_deploy.runtime.progress import Progress, unheard
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
@@ -139,10 +140,20 @@ class Ladder:
         self.yardsticks: list[float] = []
         self.video: list[VideoGate] = []
 
-    def add(self, level: str, name: str, got: Tensor, plain: Tensor, truth: Tensor) -> None:
-        """Record one comparison."""
+    def add(
+        self, level: str, name: str, got: Tensor, plain: Tensor, truth: Tensor, precision: Precision | None = None
+    ) -> None:
+        """Record one comparison of what was computed in ``precision``, by default the bundle's."""
         yardstick = rel_l2(plain, truth)
-        self._record(level, name, got, truth, yardstick, gate_of(level, self.precision, yardstick))
+        self._record(level, name, got, truth, yardstick, gate_of(level, precision or self.precision, yardstick))
+
+    def type_of(self, graph: str) -> Precision:
+        """The coarsest type in which ``graph`` is computed; TF32, which engines may take, rounds as float16 does."""
+        if graph not in VAE_GRAPHS or not self.backend.engines or self.precision == "float32":
+            return self.precision
+        reduced = self.manifest.vae_precision
+        types: tuple[Precision, ...] = (self.precision, "float16" if reduced == "float32" else reduced)
+        return max(types, key=UNIT_ROUNDING.__getitem__)
 
     def add_quantized(self, level: str, name: str, got: Tensor, draws: Sequence[Tensor], truth: Tensor) -> None:
         """Record the comparisons with the truth and with the first of ``draws``."""
@@ -210,7 +221,7 @@ class Ladder:
             if quantized:
                 self.add_quantized(level, label, got, [draw[name] for draw in draws], truth[name])
             else:
-                self.add(level, label, got, plain[name], truth[name])
+                self.add(level, label, got, plain[name], truth[name], self.type_of(graph))
         return self.rows[before:]
 
     def as_given(self, graph: str, inputs: Mapping[str, Tensor]) -> Tensors:
@@ -280,7 +291,10 @@ class Ladder:
         self.gate_video(request, latents, truth)
 
     def gate_video(self, request: Request, latents: Tensor, truth: Tensor) -> None:
-        """Finite, not constant, not frozen (against the oracle's clip), and given frames untouched."""
+        """Finite, not constant, not frozen (against the oracle's clip), and given frames untouched.
+
+        A VAE in 16 bits is emulated, whatever the backend: what engines give is a row of its own.
+        """
 
         def gate(name: str, value: float, least: float) -> None:
             self.video.append(VideoGate(f"{request.name}: {name}", self.backend.name, value, least))
@@ -291,6 +305,11 @@ class Ladder:
         gate("contrast, of the oracle's", decoded.std().item() / expected.std().item(), 0.9)
         if decoded.shape[1] > 1:
             gate("motion, of the oracle's", _motion(decoded) / _motion(expected), 0.9)
+        reduced = self.manifest.graphs["decoder"].reduced
+        if reduced is not None:
+            session = reduced_session(self.bundle.reduced_file("decoder"), reduced.precision)
+            (found,) = session.run(None, {"latents": latents.numpy()})
+            gate(f"decoder in {reduced.precision}, dB", psnr(found, expected.numpy()), LEAST_PSNR)
         mask = request.inputs.frame_mask
         if mask.any():
             equal = (latents[mask] == request.inputs.clean[mask]).double().mean().item()

@@ -114,9 +114,13 @@ def check_tuned(path: Path, manifest: Manifest) -> None:
 
 def _misnamed(name: str, record: GraphRecord) -> Iterator[str]:
     """Files of graph ``name`` that are called like those of another one: hashes hold for swapped graphs too."""
-    plugin = None if record.plugin is None else record.plugin.file
-    for file, end in ((record.file, ""), (record.data, ".data"), (plugin, "")):
-        wanted = f"{name}.plugin.onnx" if file is plugin else f"{name}.onnx{end}"
+    plugin, reduced = record.plugin, record.reduced
+    for file, wanted in (
+        (record.file, f"{name}.onnx"),
+        (record.data, f"{name}.onnx.data"),
+        (None if plugin is None else plugin.file, f"{name}.plugin.onnx"),
+        (None if reduced is None else reduced.file, f"{name}.{reduced and reduced.precision}.onnx"),
+    ):
         if file is not None and PurePosixPath(file.path).name != wanted:
             yield f"its file is {file.path}, wanted {wanted}"
 
@@ -170,8 +174,8 @@ class Bundle:
 
     def _files(self) -> Iterator[FileRecord]:
         for graph in self.manifest.graphs.values():
-            plugin = None if graph.plugin is None else graph.plugin.file
-            yield from (record for record in (graph.file, graph.data, plugin) if record is not None)
+            forms = (form.file for form in (graph.plugin, graph.reduced) if form is not None)
+            yield from (record for record in (graph.file, graph.data, *forms) if record is not None)
         yield self.manifest.tokenizer
         if self.manifest.golden is not None:
             yield self.manifest.golden
@@ -225,6 +229,12 @@ class Bundle:
                 "--attention plugin'"
             )
         return self._with_weights(record.plugin.file, record.data)
+
+    def reduced_file(self, name: str) -> Path:
+        """Path of the ONNX file of graph ``name``, which has one, in 16 bits; it and its weights verified."""
+        record = self.manifest.graphs[name]
+        assert record.reduced is not None, name
+        return self._with_weights(record.reduced.file, record.data)
 
     def tokenizer_file(self) -> Path:
         """Path of ``tokenizer.json``, verified."""

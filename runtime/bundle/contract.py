@@ -25,7 +25,12 @@ MASKED = -1e4
 SAMPLE_ROWS = 3
 """Rows of the model that one sample can have: its guidance branches."""
 
+VAE_GRAPHS = ("image_encoder", "decoder")
+"""The VAE: float32 for the CPU in every bundle; engines may compute it in :data:`Reduced` types."""
+
 Precision = Literal["float32", "float16", "bfloat16"]
+Reduced = Literal["float16", "bfloat16"]
+"""Types of 16 bits."""
 Format = Literal["fp8", "int8"]
 """8-bit formats of quantized layers: E4M3, and symmetric -127 to 127."""
 Choice = Literal[Format, "high"]

@@ -7,22 +7,38 @@ import hashlib
 from collections.abc import Iterable
 from typing import Literal
 
-from stiv_deploy.runtime.bundle.contract import GraphSpec, ModelFacts
-from stiv_deploy.runtime.bundle.manifest import PORTABLE, Bucket, EngineRecord, GraphRecord, Manifest
+from stiv_deploy.runtime.bundle.contract import VAE_GRAPHS, GraphSpec, ModelFacts
+from stiv_deploy.runtime.bundle.manifest import PORTABLE, Bucket, EngineRecord, GraphRecord, Manifest, ReducedForm
 
 Shape = tuple[int, ...]
 Attention = Literal["native", "plugin"]
 """The two forms of a graph: attention of standard operators, or of plugin nodes."""
+BFLOAT16_SM = 80
+"""The first compute capability whose tensor cores take bfloat16 and TF32 (Ampere)."""
 
 
-def graph_hash(record: GraphRecord, plugin: bool = False) -> str:
+def graph_hash(record: GraphRecord, plugin: bool = False, reduced: bool = False) -> str:
     """SHA-256 (hex) over the hashes of a graph's ONNX file and external weights: ``EngineRecord.onnx``.
 
-    With ``plugin`` that of its form with plugin nodes, where it has one; both read the same weights.
+    With ``plugin`` that of its form with plugin nodes, with ``reduced`` that of its form in 16 bits, where it has one;
+    all read the same weights.
     """
-    file = record.plugin.file if plugin and record.plugin is not None else record.file
+    second = record.plugin if plugin else record.reduced if reduced else None
+    file = record.file if second is None else second.file
     parts = [file.sha256, "" if record.data is None else record.data.sha256]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def reduced_for(record: GraphRecord, sm: str) -> ReducedForm | None:
+    """The form in 16 bits that engines of a graph are built from for ``sm``; None where it has none that fits."""
+    form = record.reduced
+    takes_it = form is not None and (form.precision == "float16" or sm == PORTABLE or int(sm) >= BFLOAT16_SM)
+    return form if takes_it else None
+
+
+def takes_tf32(manifest: Manifest, graph: str) -> bool:
+    """Whether engines may round float32 products of ``graph`` to TF32: the VAE's, where a bundle is not float32."""
+    return graph in VAE_GRAPHS and manifest.precision != "float32"
 
 
 def engines_hash(records: Iterable[EngineRecord]) -> str:
@@ -32,9 +48,12 @@ def engines_hash(records: Iterable[EngineRecord]) -> str:
 
 
 def attention_form(record: EngineRecord, manifest: Manifest) -> Attention | None:
-    """Which form of its graph, as it is now, an engine was built from; None if from neither."""
+    """Which form of its graph, as it is now, an engine was built from; None if from neither.
+
+    A form in 16 bits has the attention of the native one.
+    """
     graph = manifest.graphs.get(record.graph)
-    if graph is not None and record.onnx == graph_hash(graph):
+    if graph is not None and record.onnx in (graph_hash(graph), graph_hash(graph, reduced=True)):
         return "native"
     if graph is not None and graph.plugin is not None and record.onnx == graph_hash(graph, plugin=True):
         return "plugin"

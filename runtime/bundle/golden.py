@@ -26,12 +26,16 @@ GOLDEN = "golden.json"
 
 
 class Answer(Frozen):
-    """One output tensor: the L2 norm and the sketch of what is right, and the largest relative error that passes."""
+    """One output tensor: the L2 norm and the sketch of what is right, and the largest relative error that passes.
+
+    ``engine_gate`` is that of engines where they compute the graph in another type than the bundle's graph is in.
+    """
 
     name: Name
     norm: float = Field(ge=0)
     sketch: str = Field(max_length=1_000)
     gate: float = Field(gt=0)
+    engine_gate: float | None = Field(default=None, gt=0)
 
     @field_validator("sketch")
     @classmethod
@@ -50,10 +54,10 @@ class Answer(Frozen):
         return difference / self.norm
 
 
-def answer(name: str, truth: np.ndarray, gate: float) -> Answer:
+def answer(name: str, truth: np.ndarray, gate: float, engine_gate: float | None = None) -> Answer:
     """The answer that ``truth`` is."""
     norm = float(np.linalg.norm(truth.astype(np.float64).reshape(-1)))
-    return Answer(name=name, norm=norm, sketch=packed(sketch(truth)), gate=gate)
+    return Answer(name=name, norm=norm, sketch=packed(sketch(truth)), gate=gate, engine_gate=engine_gate)
 
 
 class Sizes(Frozen):

@@ -28,6 +28,7 @@ from stiv_deploy.runtime.bundle.contract import (
     GraphSpec,
     ModelFacts,
     Precision,
+    Reduced,
     dimensions,
 )
 from stiv_deploy.runtime.bundle.tuned import SolverName, Tuned
@@ -70,6 +71,17 @@ class PluginForm(Frozen):
     plugins: tuple[Name, ...] = Field(min_length=1, max_length=100)
 
 
+class ReducedForm(Frozen):
+    """A float32 graph's second file, whose inside is in ``precision``; it reads the same weights, which stay float32.
+
+    Engines are built from it where the GPU has the type (:func:`~stiv_deploy.runtime.bundle.engine_files.reduced_for`).
+    """
+
+    file: FileRecord
+    topology: Digest
+    precision: Reduced
+
+
 class GraphRecord(Frozen):
     """One ONNX graph: its file, its external weights (if any), its contract, and the hash of its topology.
 
@@ -81,6 +93,7 @@ class GraphRecord(Frozen):
     topology: Digest
     spec: GraphSpec
     plugin: PluginForm | None = None
+    reduced: ReducedForm | None = None
 
 
 class Range(Frozen):
@@ -259,11 +272,17 @@ class Manifest(Frozen):
         return own if grid is None else own.model_copy(update={"solver": grid.solver, "time_shift": grid.time_shift})
 
     @property
+    def vae_precision(self) -> Precision:
+        """What engines compute the VAE in, where the GPU has the type; on a CPU it is float32."""
+        reduced = self.graphs["decoder"].reduced if "decoder" in self.graphs else None
+        return "float32" if reduced is None else reduced.precision
+
+    @property
     def bundle_hash(self) -> str:
         """SHA-256 (hex) of what the bundle's results follow from: model, precision, graphs, weights and tokenizer.
 
         Not of engines, parity rows, recommended and tuned settings, previews, golden answers, buckets or the graphs'
-        forms with plugins.
+        second forms.
         """
         graphs = {
             name: [graph.file.sha256, None if graph.data is None else graph.data.sha256]

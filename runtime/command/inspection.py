@@ -95,12 +95,15 @@ def inspect_bundle(folder: Path) -> BundleReport:
 
 
 def precision_text(manifest: Manifest) -> str:
-    """``float16``, or ``float16, fp8 in 48 of 76 layers``."""
-    record = manifest.quantization
-    if record is None:
-        return manifest.precision
-    quantized = sum(choice != "high" for choice in record.layers.values())
-    return f"{manifest.precision}, {record.format} in {quantized} of {len(record.layers)} layers"
+    """``float16``, or ``float16, fp8 in 48 of 76 layers, VAE bfloat16 in engines``."""
+    record, vae = manifest.quantization, manifest.vae_precision
+    parts: list[str] = [manifest.precision]
+    if record is not None:
+        quantized = sum(choice != "high" for choice in record.layers.values())
+        parts.append(f"{record.format} in {quantized} of {len(record.layers)} layers")
+    if vae != "float32":
+        parts.append(f"VAE {vae} in engines")
+    return ", ".join(parts)
 
 
 def plan_rows(record: QuantizationRecord) -> list[tuple[str, str, str]]:

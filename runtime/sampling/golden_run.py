@@ -45,11 +45,17 @@ def graph_rows(backend: Backend, bundle: Bundle, golden: Golden, cases: Iterable
 
 def _case_rows(backend: Backend, bundle: Bundle, golden: Golden, case: GraphAnswer) -> list[VerifyRow]:
     try:
-        return list(compared(case.graph, case.size, case.outputs, _outputs(backend, bundle, golden, case)))
+        answers = [_of_engines(each) for each in case.outputs] if backend.engines else case.outputs
+        return list(compared(case.graph, case.size, answers, _outputs(backend, bundle, golden, case)))
     except BundleError:
         raise
     except StivError as error:
         return list(failed(case.graph, case.size, case.outputs, error))
+
+
+def _of_engines(each: Answer) -> Answer:
+    """``each`` with the gate that engines have."""
+    return each if each.engine_gate is None else each.model_copy(update={"gate": each.engine_gate})
 
 
 def compared(subject: str, size: str, answers: Iterable[Answer], got: Mapping[str, np.ndarray]) -> Iterator[VerifyRow]:

@@ -26,6 +26,7 @@ def asked(**values: Any) -> ExportRequest:
         ({"precision": "float64"}, "^precision 'float64': there is none; use float32, float16, bfloat16$"),
         ({"format": "fp4", "scales": Path("s")}, "^format 'fp4': there is none; use fp8, int8$"),
         ({"attention": "fused"}, "^attention 'fused': there is none; use native, plugin$"),
+        ({"vae_precision": "tf32"}, "^VAE precision 'tf32': there is none; use float32, float16, bfloat16$"),
         ({"sizes": {"depth": ONE}}, "^size 'depth': there is none; use batch, frames, height, width$"),
         (
             {"sizes": {"batch": ONE}, "buckets": (BUCKET,)},
@@ -36,6 +37,14 @@ def asked(**values: Any) -> ExportRequest:
 def test_what_does_not_go_together_is_one_line(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ExportError, match=message):
         asked(**values)
+
+
+def test_the_vae_of_engines_is_bfloat16_where_nobody_says_and_the_bundle_is_not_float32() -> None:
+    assert asked().engine_vae_precision == "float32"
+    assert asked(precision="float16").engine_vae_precision == asked(precision="bfloat16").engine_vae_precision
+    assert asked(precision="bfloat16").engine_vae_precision == "bfloat16"
+    assert asked(precision="bfloat16", vae_precision="float32").engine_vae_precision == "float32"
+    assert asked(vae_precision="float16").engine_vae_precision == "float16"
 
 
 def test_what_goes_together_opens_nothing() -> None:

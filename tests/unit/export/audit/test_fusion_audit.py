@@ -17,6 +17,7 @@ from stiv_deploy.export.audit.fusion_audit import (
 )
 from stiv_deploy.export.audit.layer_report import EngineLayer, parse_report, read_report
 from stiv_deploy.runtime.bundle.bundle import read_manifest
+from stiv_deploy.runtime.bundle.contract import Precision
 from stiv_deploy.runtime.bundle.manifest import Manifest, QuantizationRecord
 
 REPORTS = Path(__file__).parent / "reports"
@@ -253,3 +254,32 @@ def test_failures_say_what_and_where() -> None:
     )
     assert failures([row]) == ["block_00: ffn.up GEMM: expected FP8, found Half (sm89, bucket large)"]
     assert failures([row.model_copy(update={"passed": True})]) == []
+
+
+@pytest.mark.parametrize(
+    ("operands", "precision", "found"),
+    [
+        (("BFloat16", "BFloat16"), "bfloat16", {}),
+        (("Float", "Float"), "float32", {}),
+        (("Float", "Float"), "bfloat16", {"convolutions": "1 of Float x Float"}),
+        (("BFloat16", "Float"), "bfloat16", {"convolutions": "1 of BFloat16 x Float"}),
+        (("BFloat16", ""), "bfloat16", {}),  # TensorRT's report, which does not show weights
+    ],
+)
+def test_convolutions_of_the_vae_are_in_its_type(
+    operands: tuple[str, str], precision: Precision, found: dict[str, str]
+) -> None:
+    entering, weight = operands
+    constants = f" {{ Name: w, Dimensions: [8,4,3,3], Datatype: {weight} }}" if weight else ""
+    line = (
+        f"Name: conv, LayerType: correlation, Inputs: [ {{ Name: x, Dimensions: [1,4,8,8], Datatype: {entering} }}], "
+        f"Constants: [{constants}], Outputs: [ {{ Name: y, Dimensions: [1,8,8,8], Datatype: {entering} }}], "
+        "TacticName: t, StreamId: 0, Metadata: [ONNX Layer: decoder.0.Conv]"
+    )
+    expected = replace_expectation(expect("high", linears=()), "decoder", precision)
+    assert failed(parse_report(line, "here"), expected) == found
+    assert failed(parse_report(line.replace(".Conv", ".Mul"), "here"), expected) == {"convolutions": "none"}
+
+
+def replace_expectation(expected: Expectation, graph: str, precision: Precision) -> Expectation:
+    return expected.model_copy(update={"graph": graph, "precision": precision, "attention": {}})

@@ -6,23 +6,25 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from stiv_deploy.export.engines import build as build_module
 from stiv_deploy.export.engines import install as engine_install
+from stiv_deploy.export.engines import job as job_module
 from stiv_deploy.export.engines.build import BuildRequest, BuiltEngine, build_engines, choose_graphs, default_jobs
 from stiv_deploy.export.engines.job import EngineJob, EngineResult
 from stiv_deploy.export.engines.processes import BuilderProcesses
 from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, write_manifest
-from stiv_deploy.runtime.bundle.engine_files import graph_hash
-from stiv_deploy.runtime.bundle.manifest import Manifest
+from stiv_deploy.runtime.bundle.contract import Reduced, graph_specs
+from stiv_deploy.runtime.bundle.engine_files import attention_form, graph_hash
+from stiv_deploy.runtime.bundle.manifest import Manifest, ReducedForm
 from stiv_deploy.runtime.errors import BundleError, EngineError, OutputError
 
 RTX = SimpleNamespace(
     __version__="1.7.1",
-    ComputeCapability=SimpleNamespace(__members__={"NONE": 0, "SM86": 86, "SM89": 89, "SM120": 120}),
+    ComputeCapability=SimpleNamespace(__members__={"NONE": 0, "SM75": 75, "SM86": 86, "SM89": 89, "SM120": 120}),
 )
 
 
@@ -130,12 +132,15 @@ def test_what_decides_the_plan_is_in_its_key(folder: Path, builders: Builders, u
     assert len(builders.jobs) == 2
 
 
-@pytest.mark.parametrize(("table", "value"), [("FLAGS_SET", {"tensorrt-rtx": ("STRICT_NANS",)}), ("FLAGS_CLEARED", ())])
+@pytest.mark.parametrize(
+    ("module", "table", "value"),
+    [(build_module, "FLAGS_SET", {"tensorrt-rtx": ("STRICT_NANS",)}), (job_module, "FLAGS_CLEARED", ())],
+)
 def test_builder_flags_are_in_the_key(
-    folder: Path, builders: Builders, monkeypatch: pytest.MonkeyPatch, table: str, value: object
+    folder: Path, builders: Builders, monkeypatch: pytest.MonkeyPatch, module: ModuleType, table: str, value: object
 ) -> None:
     build(folder, graphs=("head",))
-    monkeypatch.setattr(build_module, table, value)
+    monkeypatch.setattr(module, table, value)
     build(folder, graphs=("head",))
     assert len(builders.jobs) == 2
 
@@ -153,6 +158,65 @@ def test_weights_and_library_version_are_in_the_key(
     write_manifest(folder, manifest.model_copy(update={"graphs": {**manifest.graphs, "head": head}}))
     build(folder, graphs=("head",))
     assert len(builders.jobs) == 3
+
+
+def with_reduced_vae(folder: Path, reduced: Reduced | None) -> None:
+    """Make the bundle one of float16 whose decoder has a form in ``reduced``, or none."""
+    manifest = read(folder)
+    graphs = {
+        name: record.model_copy(update={"spec": spec})
+        for (name, record), spec in zip(
+            manifest.graphs.items(), graph_specs(manifest.model, "float16").values(), strict=True
+        )
+    }
+    if reduced is not None:
+        path = f"onnx/decoder.{reduced}.onnx"
+        (folder / path).write_text("rounded graph over decoder.onnx.data")
+        form = ReducedForm(file=file_record(folder, path), topology="1" * 64, precision=reduced)
+        graphs["decoder"] = graphs["decoder"].model_copy(update={"reduced": form})
+    write_manifest(folder, manifest.model_copy(update={"precision": "float16", "graphs": graphs}))
+
+
+@pytest.mark.parametrize(
+    ("reduced", "sm", "file", "tf32"),
+    [
+        ("bfloat16", "89", "decoder.bfloat16.onnx", False),
+        ("bfloat16", "portable", "decoder.bfloat16.onnx", False),
+        ("bfloat16", "75", "decoder.onnx", True),  # which has neither: the flag says nothing there
+        ("float16", "75", "decoder.float16.onnx", False),
+        (None, "89", "decoder.onnx", True),
+    ],
+)
+def test_the_vae_is_built_in_what_the_gpu_has(
+    folder: Path, builders: Builders, reduced: Reduced | None, sm: str, file: str, tf32: bool
+) -> None:
+    with_reduced_vae(folder, reduced)
+    build(folder, graphs=("decoder", "head"), sm=sm)
+    jobs = {job.graph: job for job in builders.jobs}
+    assert (Path(jobs["decoder"].onnx).name, jobs["decoder"].tf32) == (file, tf32)
+    assert (Path(jobs["head"].onnx).name, jobs["head"].tf32) == ("head.onnx", False)
+    assert EngineJob.from_json(jobs["decoder"].to_json()) == jobs["decoder"]
+    manifest = Bundle.open(folder).manifest
+    record = next(each for each in manifest.engines if each.graph == "decoder")
+    assert attention_form(record, manifest) == "native"
+    assert record.onnx == graph_hash(manifest.graphs["decoder"], reduced=file != "decoder.onnx")
+
+
+def test_a_float32_bundle_has_no_tf32(folder: Path, builders: Builders) -> None:
+    build(folder, graphs=("decoder",))
+    assert [(job.tf32, job.flags_cleared) for job in builders.jobs] == [(False, ("TF32",))]
+
+
+def test_a_damaged_reduced_form(folder: Path, builders: Builders) -> None:
+    with_reduced_vae(folder, "bfloat16")
+    path = folder / "onnx/decoder.bfloat16.onnx"
+    path.write_text("R" + path.read_text()[1:])
+    with pytest.raises(BundleError, match=r"decoder\.bfloat16\.onnx: damaged"):
+        build(folder)
+    assert not builders.jobs
+    path.unlink()
+    with pytest.raises(BundleError, match=r"decoder\.bfloat16\.onnx: missing from the bundle"):
+        Bundle.open(folder)
 
 
 def read(folder: Path) -> Manifest:

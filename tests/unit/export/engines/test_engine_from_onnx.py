@@ -91,6 +91,8 @@ def test_flags_of_every_build(tmp_path: Path) -> None:
     builder = trt.Builder(logger)
     config = configure(trt, builder, parse(trt, builder, logger, Path(task.onnx)), task)
     assert not config.get_flag(trt.BuilderFlag.TF32)
+    network = parse(trt, builder, logger, Path(task.onnx))
+    assert configure(trt, builder, network, replace(task, tf32=True)).get_flag(trt.BuilderFlag.TF32)
     assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION), "else RTX cannot be captured in a CUDA graph"
     default = builder.create_builder_config()
     assert default.get_flag(trt.BuilderFlag.TF32), "else clearing it means nothing"

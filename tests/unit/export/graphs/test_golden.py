@@ -10,6 +10,7 @@ from stiv_deploy.export.bundle_from_checkpoint import default_bucket
 from stiv_deploy.export.graphs.golden import _Answers, answer_sizes, wide_type
 from stiv_deploy.export.graphs.writer import GraphWriter
 from stiv_deploy.export.parity.oracle import Oracle
+from stiv_deploy.runtime.bundle.contract import Precision
 from stiv_deploy.runtime.bundle.manifest import Bucket, Range
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, open_checkpoint
 
@@ -53,6 +54,24 @@ def test_gates_are_twice_what_half_precision_loses(opened: Checkpoint, tmp_path:
     assert output.error(truth) < 1e-6
     wrong["text_mask"] = torch.zeros_like(wrong["text_mask"])
     assert output.error(Oracle(opened, torch.float64).run("block_00", wrong)["x_out"].numpy()) > 3 * output.gate
+
+
+def test_engines_have_gates_of_their_own_for_the_vae(opened: Checkpoint, tmp_path: Path) -> None:
+    """In proportion to the rounding of what they compute in; a float32 bundle's engines have the bundle's gates."""
+
+    def gates(precision: Precision, vae: Precision, graph: str) -> tuple[float, float | None]:
+        writer = GraphWriter(opened, tmp_path, precision, vae_precision=vae)
+        (found,) = _Answers(writer)(graph, answer_sizes(graph, [bucket_of(writer)], writer.facts, everywhere=False))
+        return found.outputs[0].gate, found.outputs[0].engine_gate
+
+    own, bfloat16 = gates("float16", "bfloat16", "decoder")
+    assert own < 5e-6
+    assert bfloat16 is not None
+    assert 4 * 2.0**-8 < bfloat16 < 5e-2
+    for vae in ("float16", "float32"):  # the latter by TF32
+        assert gates("float16", vae, "decoder") == (own, pytest.approx(bfloat16 / 8))  # type: ignore[arg-type]
+    assert gates("float32", "float32", "decoder") == (own, None)
+    assert gates("float16", "bfloat16", "head")[1] is None
 
 
 def test_sizes_lie_in_their_bucket_and_are_small(writer: GraphWriter) -> None:

@@ -2,12 +2,13 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from stiv_deploy.export.parity.files import report_json
-from stiv_deploy.export.parity.ladder import UNIT_ROUNDING, ParityReport, VideoGate, gate_of, rel_l2
+from stiv_deploy.export.parity.ladder import UNIT_ROUNDING, Ladder, ParityReport, VideoGate, gate_of, rel_l2
 from stiv_deploy.runtime.bundle.manifest import ParityRow
 
 
@@ -43,6 +44,25 @@ def test_gates_follow_the_yardstick_below_the_cap() -> None:
     assert gate_of("block", "float32", 1e-7) == pytest.approx(2e-7 + 4 * UNIT_ROUNDING["float32"])
     assert gate_of("free_run", "float32", 1e-2) == pytest.approx(4e-2, rel=1e-4)
     assert gate_of("block", "bfloat16", 1e-2) == pytest.approx(2e-2 + 4 * UNIT_ROUNDING["bfloat16"])
+
+
+@pytest.mark.parametrize(
+    ("graph", "engines", "precision", "vae", "type_of"),
+    [
+        ("decoder", None, "float16", "bfloat16", "float16"),
+        ("decoder", "0" * 64, "float16", "bfloat16", "bfloat16"),
+        ("image_encoder", "0" * 64, "bfloat16", "float16", "bfloat16"),
+        ("decoder", "0" * 64, "bfloat16", "float32", "bfloat16"),
+        ("decoder", "0" * 64, "float32", "float32", "float32"),
+        ("head", "0" * 64, "float16", "bfloat16", "float16"),
+    ],
+)
+def test_the_vae_of_engines_is_gated_by_what_they_compute_it_in(
+    graph: str, engines: str | None, precision: str, vae: str, type_of: str
+) -> None:
+    backend, manifest = SimpleNamespace(engines=engines), SimpleNamespace(precision=precision, vae_precision=vae)
+    ladder = SimpleNamespace(backend=backend, manifest=manifest, precision=precision)
+    assert Ladder.type_of(ladder, graph) == type_of  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

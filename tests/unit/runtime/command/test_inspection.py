@@ -19,6 +19,7 @@ from stiv_deploy.runtime.bundle.manifest import (
     ParityRow,
     PluginForm,
     QuantizationRecord,
+    ReducedForm,
     TrainedOn,
 )
 from stiv_deploy.runtime.command.cli import inspect as inspect_command
@@ -218,7 +219,12 @@ def test_plans_of_mixed_blocks_are_told_apart() -> None:
 
 def test_bundles_without_8_bits_have_no_plan(own_bundle: Path) -> None:
     assert "Precision plan" not in show(own_bundle)
-    assert precision_text(read_manifest(own_bundle)) == "float32"
+    manifest = read_manifest(own_bundle)
+    assert precision_text(manifest) == "float32"
+    decoder = manifest.graphs["decoder"]
+    form = ReducedForm(file=decoder.file, topology="1" * 64, precision="bfloat16")
+    graphs = {**manifest.graphs, "decoder": decoder.model_copy(update={"reduced": form})}
+    assert precision_text(manifest.model_copy(update={"graphs": graphs})) == "float32, VAE bfloat16 in engines"
 
 
 def test_the_vae_in_words(own_bundle: Path) -> None:
