@@ -32,8 +32,8 @@ def reduced_template(native: Template, precision: Reduced) -> Template:
         _retype(node, dtype)
     for output in list(graph.outputs):
         _widen(graph, output, dtype)
-    for value in [value for name, value in graph.initializers.items() if name not in parameters and not value.uses()]:
-        del graph.initializers[value.name]
+    for name in [name for name, value in graph.initializers.items() if name not in parameters and not value.uses()]:
+        del graph.initializers[name]
     return Template(model=model, parameters=native.parameters, transposed=native.transposed)
 
 
