@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from stiv_deploy.runtime.backends.onnxruntime import set_quantization
 from stiv_deploy.runtime.bundle.contract import (
     MASKED,
+    PIXEL_GRAPHS,
     SAMPLE_ROWS,
-    VAE_GRAPHS,
     Format,
     GraphSpec,
     ModelFacts,
@@ -93,9 +93,9 @@ def check_sizes(bucket: Bucket, facts: ModelFacts) -> dict[str, dict[str, int]]:
 
 
 def graph_sizes(graph: str, bucket: Bucket, facts: ModelFacts) -> dict[str, dict[str, int]]:
-    """:func:`check_sizes`, for the VAE's graphs cut to pieces of :data:`VAE_PIXELS`, which the runtime cuts too."""
+    """:func:`check_sizes`, for graphs of pictures cut to pieces of :data:`VAE_PIXELS`, which the runtime cuts too."""
     sizes = check_sizes(bucket, facts)
-    if graph not in VAE_GRAPHS:
+    if graph not in PIXEL_GRAPHS:
         return sizes
     return {which: plan_tiles(facts, bucket, dims, pixels=VAE_PIXELS).piece(facts) for which, dims in sizes.items()}
 
@@ -235,7 +235,7 @@ class _Judge:
         dtype = _dtype(exported)
         self.name, self.reference, self.exported = name, reference, exported
         self.factor = HALF_FACTOR if quantization is None else QUANTIZED_FACTOR
-        self.floors = [max(FLOOR[dtype], FLOOR[getattr(torch, tensor.dtype)]) for tensor in spec.outputs]
+        self.floors = [max(FLOOR[dtype], FLOOR.get(getattr(torch, tensor.dtype), 0.0)) for tensor in spec.outputs]
         self._exact: nn.Module | None = None
 
     def __call__(

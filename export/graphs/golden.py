@@ -34,7 +34,7 @@ from stiv_deploy.export.graphs.golden_runs import Simulated, run_answers
 from stiv_deploy.export.graphs.modules import graph_modules
 from stiv_deploy.export.graphs.reference import Boundary
 from stiv_deploy.export.graphs.writer import GraphWriter, in_precision
-from stiv_deploy.runtime.bundle.contract import VAE_GRAPHS, ModelFacts, TensorSpec
+from stiv_deploy.runtime.bundle.contract import PIXEL_GRAPHS, VAE_GRAPHS, ModelFacts, TensorSpec
 from stiv_deploy.runtime.bundle.golden import Golden, GraphAnswer, RunAnswers, Sizes, answer
 from stiv_deploy.runtime.bundle.manifest import Bucket, GraphRecord
 from stiv_deploy.runtime.bundle.sketch import seed_of, uniform
@@ -82,8 +82,8 @@ def answer_sizes(name: str, buckets: Sequence[Bucket], facts: ModelFacts, *, eve
 
 
 def _piece(name: str, dims: dict[str, int], bucket: Bucket, facts: ModelFacts) -> dict[str, int]:
-    """``dims``, for the VAE's graphs of few frames: :data:`VAE_PIXELS`, or one frame in the pieces of a check."""
-    if name not in VAE_GRAPHS:
+    """``dims``, for graphs of pictures few frames: :data:`VAE_PIXELS`, or one frame in the pieces of a check."""
+    if name not in PIXEL_GRAPHS:
         return dims
     pixels = min(CHECKED_PIXELS, max(VAE_PIXELS, dims["height"] * dims["width"]))
     return plan_tiles(facts, bucket, dims | {"batch": bucket.batch.min}, pixels=pixels).piece(facts)

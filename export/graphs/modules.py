@@ -13,14 +13,14 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from stiv_deploy.runtime.bundle.contract import ModelFacts, block_names
+from stiv_deploy.runtime.bundle.contract import FRAMES, ModelFacts, block_names
 from stiv_deploy.stiv_ref.block import RopeTables, StivBlock
 from stiv_deploy.stiv_ref.checkpoint import AnyTextEncoder, AnyVae, Checkpoint, CheckpointConfig
 from stiv_deploy.stiv_ref.guidance import NORM_FLOOR
 from stiv_deploy.stiv_ref.model import Stiv
 
 Module = TypeVar("Module", bound=nn.Module)
-FLOAT32_GRAPHS = frozenset({"image_encoder", "step", "decoder"})
+FLOAT32_GRAPHS = frozenset({"image_encoder", "step", "decoder", FRAMES})
 """Graphs that are float32 throughout in a bundle of any precision. Activations of large VAEs overflow float16."""
 
 
@@ -107,6 +107,18 @@ class DecoderGraph(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """[B, T, C, h, w] -> [B, F, 3, H, W] in [-1, 1]."""
         return self.source.decode(latents)
+
+
+class FramesGraph(nn.Module):
+    """``frames``: video -> pictures of 8 bits, channels last, so that a quarter of the bytes leaves the device.
+
+    NaN becomes 0, as where the runtime does the same in numpy: by what a clamp or the cast makes of it.
+    """
+
+    def forward(self, video: Tensor) -> Tensor:
+        """[B, F, 3, H, W] in [-1, 1] -> uint8 [B, F, H, W, 3]; what lies beyond is clamped, halves go to even."""
+        levels = (video * 127.5 + 127.5).round().clamp(0, 255)
+        return levels.to(torch.uint8).permute(0, 1, 3, 4, 2)
 
 
 def rope_of(
@@ -263,4 +275,5 @@ def graph_modules(checkpoint: Checkpoint) -> Mapping[str, nn.Module]:
         "head": HeadGraph(model),
         "step": StepGraph(),
         "decoder": DecoderGraph(checkpoint.vae),
+        FRAMES: FramesGraph(),
     }

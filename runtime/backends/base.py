@@ -17,7 +17,7 @@ from stiv_deploy.runtime.bundle.contract import DType
 from stiv_deploy.runtime.bundle.manifest import EngineRecord
 from stiv_deploy.runtime.bundle.verified import Machine
 
-ITEM_BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
+ITEM_BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1, "uint8": 1}
 Call = Callable[[], None]
 """Runs a bound graph; work may be queued, see :meth:`Backend.synchronize`."""
 
@@ -104,6 +104,16 @@ class Backend(ABC):
     @abstractmethod
     def read(self, buffer: Buffer) -> np.ndarray:
         """Wait for queued work and return a host copy (a bfloat16 buffer comes back as float32)."""
+
+    def staging(self, buffer: Buffer) -> np.ndarray:
+        """A host array to :meth:`fetch` ``buffer`` into again and again; page-locked where copies are faster so."""
+        view = self.host_view(buffer)
+        return np.empty(buffer.shape, buffer.dtype) if view is None else view
+
+    def fetch(self, buffer: Buffer, staged: np.ndarray) -> None:
+        """Wait for queued work; the contents of ``buffer`` are then in ``staged``, which is of :meth:`staging`."""
+        if self.host_view(buffer) is None:
+            staged[...] = self.read(buffer)
 
     @abstractmethod
     def bind(self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:

@@ -177,6 +177,10 @@ class Cuda:
         """``size`` bytes of device memory, at least one."""
         return Memory(self, max(size, 1))
 
+    def pinned(self, size: int) -> "PinnedMemory":
+        """``size`` bytes of page-locked host memory, at least one."""
+        return PinnedMemory(self, max(size, 1))
+
     def release_with(self, owner: object, function: str, handle: Any) -> None:
         """Give ``handle`` back by ``function`` when ``owner`` dies, but not while a capture is on."""
         release = partial(self._release, function, handle)
@@ -205,6 +209,23 @@ class Memory:
         self.size = size
         self.address = int(cuda.call("cudaMalloc", size))
         cuda.release_with(self, "cudaFree", self.address)
+
+
+class PinnedMemory:
+    """Page-locked host memory, which copies reach at full speed and without a stop on the way; freed as `Memory` is.
+
+    ``numpy.asarray`` of it is its bytes, and keeps it.
+    """
+
+    def __init__(self, cuda: Cuda, size: int) -> None:
+        self.address = int(cuda.call("cudaMallocHost", size))
+        self.__array_interface__ = {
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (self.address, False),
+            "version": 3,
+        }
+        cuda.release_with(self, "cudaFreeHost", self.address)
 
 
 class Stream:

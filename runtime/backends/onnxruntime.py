@@ -30,7 +30,7 @@ from stiv_deploy.runtime.errors import BackendError, BundleError, StivError, bri
 THREADS_VARIABLE = "STIV_THREADS"
 THREADS_LIMIT = 1_024
 """Most threads that may be asked for; more than there are cores are not made, since every session has its own."""
-ONNX_TYPES: dict[DType, int] = {"float32": 1, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
+ONNX_TYPES: dict[DType, int] = {"float32": 1, "uint8": 2, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
 """``TensorProto.DataType`` numbers, without importing onnx."""
 SESSION_TYPES: dict[DType, str] = {
     "float32": "tensor(float)",
@@ -38,6 +38,7 @@ SESSION_TYPES: dict[DType, str] = {
     "bfloat16": "tensor(bfloat16)",
     "int64": "tensor(int64)",
     "bool": "tensor(bool)",
+    "uint8": "tensor(uint8)",
 }
 """What a session calls them."""
 GIB = 2**30

@@ -5,6 +5,7 @@ the largest needs. Binding sets shapes and addresses once; a call then only laun
 be captured into a CUDA graph (:meth:`TensorRTBackend.capture`).
 """
 
+import logging
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour, import_tensorr
 ALIGNMENT = 256
 """Bytes; ``IExecutionContext.setTensorAddress`` demands it. ``cudaMalloc`` gives it, a view may not have it."""
 Shapes = dict[str, tuple[int, ...]]
+log = logging.getLogger(__name__)
 
 
 def unavailable_reason(flavour: Flavour, device: int = 0) -> str | None:
@@ -365,6 +367,20 @@ class TensorRTBackend(Backend):
         raw = np.empty(buffer.nbytes, np.uint8)
         self._stream.copy_out(raw, buffer.address)
         return from_bytes(raw, buffer.dtype, buffer.shape)
+
+    def staging(self, buffer: Buffer) -> np.ndarray:
+        """A page-locked host array for ``buffer``; an ordinary one where the system locks no more pages."""
+        try:
+            raw = np.asarray(self._cuda.pinned(buffer.nbytes))[: buffer.nbytes]
+        except BackendError as error:
+            log.info("an ordinary host buffer of %d bytes is taken: %s", buffer.nbytes, error)
+            return np.empty(buffer.shape, buffer.dtype)
+        return raw.view(buffer.dtype).reshape(buffer.shape)
+
+    def fetch(self, buffer: Buffer, staged: np.ndarray) -> None:
+        """Copy ``buffer`` to ``staged`` after all queued work, and wait for it."""
+        assert (staged.shape, str(staged.dtype)) == (buffer.shape, buffer.dtype)
+        self._stream.copy_out(staged, buffer.address)
 
     def copy(self, target: Buffer, source: Buffer) -> None:
         """Queue a copy on the engines' stream between buffers of equal shape and dtype."""

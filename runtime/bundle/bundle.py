@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from stiv_deploy.runtime.bundle.contract import GraphSpec, graph_specs
+from stiv_deploy.runtime.bundle.contract import FRAMES, GraphSpec, graph_specs
 from stiv_deploy.runtime.bundle.faults import fault_text
 from stiv_deploy.runtime.bundle.manifest import (
     FORMAT_VERSION,
@@ -92,7 +92,7 @@ def check_contract(path: Path, manifest: Manifest) -> None:
     """Compare the graphs of ``manifest`` (read from ``path``) with the contract; raises :class:`BundleError`."""
     wanted = graph_specs(manifest.model, manifest.precision)
     for what, names in (
-        ("missing", [name for name in wanted if name not in manifest.graphs]),
+        ("missing", [name for name in wanted if name not in manifest.graphs and name != FRAMES]),
         ("unknown", [name for name in manifest.graphs if name not in wanted]),
     ):
         if names:

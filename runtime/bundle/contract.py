@@ -7,8 +7,8 @@ guidance branches (1 to 3), in any order; ``video_frames``, ``height``, ``width`
 ``latent_height``, ``latent_width`` of the latents;
 ``token_frames``, ``tokens`` (of a frame) of the transformer; ``text_tokens``.
 
-Types: whatever the host makes or reads is float32, int64 or bool; ``FLOAT`` is the bundle's precision and stays on
-the device.
+Types: whatever the host makes or reads is float32, int64, bool or uint8; ``FLOAT`` is the bundle's precision and stays
+on the device.
 """
 
 from collections.abc import Sequence
@@ -27,6 +27,10 @@ SAMPLE_ROWS = 3
 
 VAE_GRAPHS = ("image_encoder", "decoder")
 """The VAE: float32 for the CPU in every bundle; engines may compute it in :data:`Reduced` types."""
+FRAMES = "frames"
+"""The graph that makes 8-bit frames of a decoded video; older exports have none."""
+PIXEL_GRAPHS = (*VAE_GRAPHS, FRAMES)
+"""Graphs of whole pictures, which are called piece by piece where these are large."""
 
 Precision = Literal["float32", "float16", "bfloat16"]
 Reduced = Literal["float16", "bfloat16"]
@@ -35,7 +39,7 @@ Format = Literal["fp8", "int8"]
 """8-bit formats of quantized layers: E4M3, and symmetric -127 to 127."""
 Choice = Literal[Format, "high"]
 """What a precision plan says of a layer: its 8-bit format, or the bundle's own type."""
-DType = Literal[Precision, "int64", "bool"]
+DType = Literal[Precision, "int64", "bool", "uint8"]
 Dim = int | str
 
 
@@ -237,4 +241,5 @@ def graph_specs(model: ModelFacts, precision: Precision) -> dict[str, GraphSpec]
             ],
         ),
         "decoder": graph([host("latents", "batch", *latent_size)], [video]),
+        FRAMES: graph([video], [other("frames", "uint8", "batch", "video_frames", "height", "width", 3)]),
     }

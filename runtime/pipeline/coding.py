@@ -6,12 +6,12 @@ import numpy as np
 
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.bundle.contract import dimensions, graph_specs
+from stiv_deploy.runtime.bundle.contract import FRAMES, dimensions, graph_specs
 from stiv_deploy.runtime.bundle.manifest import Bucket
 from stiv_deploy.runtime.pipeline.images import clip_from_images, frames_from_video
 from stiv_deploy.runtime.pipeline.plan import GenerationPlan, Given, VideoSize
 from stiv_deploy.runtime.pipeline.recent import Recent
-from stiv_deploy.runtime.pipeline.tiling import TiledGraph, TilePlan, plan_tiles
+from stiv_deploy.runtime.pipeline.tiling import Bind, TiledGraph, TilePlan, plan_tiles
 from stiv_deploy.runtime.sampling.hooks import GraphClock
 
 KEPT_DECODERS = 2
@@ -71,19 +71,21 @@ class Coder:
         size = plan.size
         dims = self._dims(batch, size, size.frames)
         tiles = plan_tiles(self._model, self._bucket(batch, size), dims, plan.decode_tile)
-        decode = self._decoders.get(tiles, lambda: self._graph("decoder", tiles))
+        decode = self._decoders.get(tiles, lambda: self._graph("decoder", tiles, self._after(tiles)))
         return lambda latents: _frames(decode, latents, (batch, size.frames, size.height, size.width, 3))
 
-    def _graph(self, name: str, tiles: TilePlan) -> TiledGraph:
-        """The graph ``name`` bound to buffers, timed."""
-        backend, clock = self._backend, self._clock
-        return TiledGraph(
-            backend,
-            self._specs[name],
-            lambda inputs, outputs: clock(name, backend.bind(name, inputs, outputs)),
-            self._model,
-            tiles,
-        )
+    def _after(self, tiles: TilePlan) -> str | None:
+        """The graph after the decoder: that of 8-bit frames, where the bundle has it and nothing is left to blend."""
+        return FRAMES if FRAMES in self._bundle.manifest.graphs and not tiles.tiled else None
+
+    def _graph(self, name: str, tiles: TilePlan, after: str | None = None) -> TiledGraph:
+        """The graph ``name``, and the one ``after`` it, bound to buffers."""
+        following = None if after is None else (self._specs[after], self._bind(after))
+        return TiledGraph(self._backend, self._specs[name], self._bind(name), self._model, tiles, following)
+
+    def _bind(self, name: str) -> Bind:
+        """What binds the graph ``name``, timed."""
+        return lambda inputs, outputs: self._clock(name, self._backend.bind(name, inputs, outputs))
 
     def _bucket(self, batch: int, size: VideoSize) -> Bucket:
         return self._bundle.bucket_for(batch, size.frames, size.height, size.width)
@@ -102,6 +104,6 @@ class Coder:
 
 def _frames(decode: TiledGraph, latents: np.ndarray, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     frames = np.empty(shape, dtype=np.uint8)
-    for rows, columns, video in decode(latents):
-        frames[rows, columns] = frames_from_video(video)
+    for rows, columns, part in decode(latents):
+        frames[rows, columns] = part if part.dtype == np.uint8 else frames_from_video(part)
         yield frames

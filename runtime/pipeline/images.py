@@ -126,6 +126,10 @@ def _clip(images: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def frames_from_video(video: np.ndarray) -> np.ndarray:
-    """Frames uint8 [B, F, H, W, 3] from decoded video fp32 [B, F, 3, H, W] in [-1, 1]."""
+    """Frames uint8 [B, F, H, W, 3] from decoded video fp32 [B, F, 3, H, W] in [-1, 1]; NaN is black.
+
+    The ``frames`` graph computes the same, bit by bit on a CPU.
+    """
     frames = video.transpose(0, 1, 3, 4, 2) * np.float32(127.5) + np.float32(127.5)
-    return np.rint(frames, out=frames).clip(0, 255, out=frames).astype(np.uint8)
+    with np.errstate(invalid="ignore"):  # of NaN
+        return np.rint(frames, out=frames).clip(0, 255, out=frames).astype(np.uint8)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from stiv_deploy.runtime.backends.base import Backend, Buffer, Call
+from stiv_deploy.runtime.backends.base import Backend, Buffer, Call, run_in_order
 from stiv_deploy.runtime.bundle.contract import GraphSpec, ModelFacts, dimensions
 from stiv_deploy.runtime.bundle.manifest import Bucket
 from stiv_deploy.runtime.errors import RequestError
@@ -150,22 +150,45 @@ def _automatic(model: ModelFacts, bucket: Bucket) -> int:
 
 
 class TiledGraph:
-    """The ``decoder`` or ``image_encoder`` of one video size, bound to buffers of one piece of ``plan``."""
+    """The ``decoder`` or ``image_encoder`` of one video size, bound to buffers of one piece of ``plan``.
 
-    def __init__(self, backend: Backend, spec: GraphSpec, bind: Bind, model: ModelFacts, plan: TilePlan) -> None:
+    ``after`` is a graph that takes its result on the device, and what binds it; of frames that are cut there is none,
+    as tiles are blended on the host.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        spec: GraphSpec,
+        bind: Bind,
+        model: ModelFacts,
+        plan: TilePlan,
+        after: tuple[GraphSpec, Bind] | None = None,
+    ) -> None:
+        assert after is None or not plan.tiled
         (source,), (target,) = spec.inputs, spec.outputs
         dims = plan.piece(model)
         self.plan = plan
         self._backend = backend
         self._source = backend.empty(source.sized(dims), source.dtype)
         self._target = backend.empty(target.sized(dims), target.dtype)
-        self._call = bind({source.name: self._source}, {target.name: self._target})
+        self._calls = [bind({source.name: self._source}, {target.name: self._target})]
+        self._result = self._target if after is None else self._followed(*after, dims)
+        self._staged = backend.staging(self._result)
         self._units = tuple(_units(model, shape) for shape in (source.shape, target.shape))
 
-    def __call__(self, given: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
-        """Code ``given`` [B, T or F, ...]; yields videos, frames and their result fp32, one chunk after another.
+    def _followed(self, spec: GraphSpec, bind: Bind, dims: dict[str, int]) -> Buffer:
+        """The result of the graph of ``spec``, which is called after the first."""
+        (source,), (target,) = spec.inputs, spec.outputs
+        result = self._backend.empty(target.sized(dims), target.dtype)
+        self._calls.append(bind({source.name: self._target}, {target.name: result}))
+        return result
 
-        Where chunks meet at the end, the last one yields some videos or frames again, with equal values.
+    def __call__(self, given: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
+        """Code ``given`` [B, T or F, ...]; yields videos, frames and their result, one chunk after another.
+
+        Where chunks meet at the end, the last one yields some videos or frames again, with equal values. A result is
+        there until the next is asked for.
         """
         (before, space_before), (after, _) = self._units
         for rows in self.plan.batch.slices(1):
@@ -199,8 +222,9 @@ class TiledGraph:
 
     def _run(self, piece: np.ndarray) -> np.ndarray:
         self._backend.write(self._source, np.ascontiguousarray(piece))
-        self._call()
-        return self._backend.read(self._target)
+        run_in_order(self._calls)
+        self._backend.fetch(self._result, self._staged)
+        return self._staged
 
 
 def _units(model: ModelFacts, shape: tuple[Any, ...]) -> tuple[int, int]:

@@ -8,19 +8,25 @@ from math import prod
 
 import numpy as np
 
-from stiv_deploy.runtime.bundle.contract import MASKED, DType, GraphSpec, TensorSpec
+from stiv_deploy.runtime.bundle.contract import FRAMES, MASKED, DType, GraphSpec, TensorSpec
 from stiv_deploy.runtime.bundle.sketch import integers, normal, seed_of, uniform
 
 SMALLEST = 6
 """Tokens have sizes from 1 down to 2 to minus this, so that what a norm adds to the variance shows."""
 GIVEN = 0.3
 """Share of frames that are given, and of samples that hold."""
+LEVELS = 256
+"""Of a picture of 8 bits, from -1 to 1."""
 NUMPY: dict[DType, type[np.generic]] = {"float32": np.float32, "int64": np.int64, "bool": np.bool_}
 """Types of arrays; half precisions are drawn in float32, and rounded by who uses them."""
 
 
 def golden_inputs(graph: str, spec: GraphSpec, dims: Mapping[str, int], vocabulary: int) -> dict[str, np.ndarray]:
-    """Values of every input of ``graph``, in float32, int64 or bool."""
+    """Values of every input of ``graph``, in float32, int64 or bool.
+
+    Those of :data:`~stiv_deploy.runtime.bundle.contract.FRAMES` are far from where a level of 8 bits ends: there two
+    right implementations may differ by a whole one.
+    """
     limits = {
         "token_ids": vocabulary,
         "sample_rows": dims.get("model_batch", 1),
@@ -41,7 +47,7 @@ def _drawn(graph: str, tensor: TensorSpec, dims: dict[str, int], limits: Mapping
         "next_timestep": lambda: uniform(shape, seed),
         "dt": lambda: uniform(shape, seed),
         "micro": lambda: integers(512, shape, seed),
-        "video": lambda: 2 * uniform(shape, seed) - 1,
+        "video": lambda: _near_levels(shape, seed) if graph == FRAMES else 2 * uniform(shape, seed) - 1,
         "spatial": lambda: np.pi * (2 * uniform(shape, seed) - 1),
         "temporal": lambda: np.pi * (2 * uniform(shape, seed) - 1),
         **dict.fromkeys(("frame_mask", "row_mask", "hold"), lambda: uniform(shape, seed) < GIVEN),
@@ -61,6 +67,12 @@ def _amplitudes(shape: tuple[int, ...], seed: int) -> np.ndarray:
     """A size [..., 1] for each token of ``shape`` [..., D], a power of two."""
     rows = (*shape[:-1], 1)
     return 2.0 ** -integers(SMALLEST + 1, (prod(rows),), seed + 1).reshape(rows)
+
+
+def _near_levels(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Values that are up to 0.4 levels from one of 0 to 255, or from one of 8 beyond either end."""
+    levels = integers(LEVELS + 16, shape, seed) - 8 + 0.8 * uniform(shape, seed + 1) - 0.4
+    return 2 * levels / (LEVELS - 1) - 1
 
 
 def _lengths(shape: tuple[int, ...], seed: int) -> np.ndarray:

@@ -73,7 +73,7 @@ def failed(subject: str, size: str, answers: Iterable[Answer], error: StivError)
 
 
 def _outputs(backend: Backend, bundle: Bundle, golden: Golden, case: GraphAnswer) -> dict[str, np.ndarray]:
-    """What the graph of ``case`` gives, fp32; NaN where it has written nothing."""
+    """What the graph of ``case`` gives, fp32 or uint8; NaN or 0 where it has written nothing."""
     spec = bundle.manifest.graphs[case.graph].spec
     dims = case.sizes.dims(bundle.manifest.model)
     inputs = {tensor.name: backend.empty(tensor.sized(dims), tensor.dtype) for tensor in spec.inputs}
@@ -81,7 +81,7 @@ def _outputs(backend: Backend, bundle: Bundle, golden: Golden, case: GraphAnswer
         put(backend, inputs[name], values)
     outputs = {tensor.name: backend.empty(tensor.sized(dims), tensor.dtype) for tensor in spec.outputs}
     for buffer in outputs.values():
-        put(backend, buffer, np.full(buffer.shape, np.nan, np.float32))
+        put(backend, buffer, np.full(buffer.shape, 0 if buffer.dtype == "uint8" else np.nan, np.float32))
     backend.bind(case.graph, inputs, outputs)()
     return {name: backend.read(buffer) for name, buffer in outputs.items()}
 

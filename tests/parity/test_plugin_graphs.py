@@ -162,7 +162,7 @@ def test_the_bundle_is_the_native_one_and_plugin_files(plugin_bundle: Bundle, bu
 
 def test_the_command(command_line: tuple[Path, str, str]) -> None:
     out, output, errors = command_line
-    assert output.startswith(f"{out}: 13 graphs (6 also with plugin nodes), ")
+    assert output.startswith(f"{out}: 14 graphs (6 also with plugin nodes), ")
     assert "all checked against the reference" in output
     assert [line for line in errors.splitlines() if not re.match(r"export \d+/13 after \d+ s ", line)] == []
 

@@ -213,6 +213,18 @@ STEP = """g (float[M,T,4,h,w] velocity, float[B,T,4,h,w] latents, float[B,T,4,h,
     mask = Unsqueeze (row_mask, axes)
     next_model_input = Where (mask, seen, unseen)
 }"""
+FRAMES = """g (float[B,F,3,H,W] video) => (uint8[B,F,H,W,3] frames)
+{
+    half = Constant <value_float=127.5> ()
+    scaled = Mul (video, half)
+    moved = Add (scaled, half)
+    round = Round (moved)
+    least = Constant <value_float=0.0> ()
+    most = Constant <value_float=255.0> ()
+    clipped = Clip (round, least, most)
+    levels = Cast <to=2> (clipped)
+    frames = Transpose <perm=[0, 1, 3, 4, 2]> (levels)
+}"""
 DECODER = """g (float[B,T,4,h,w] latents) => (float[B,T,3,H,W] video)
 {
     size = Shape <start=2, end=5> (latents)
@@ -252,6 +264,7 @@ class Toy:
             "head": (HEAD, {}),
             "step": (STEP, {}),
             "decoder": (DECODER, {}),
+            "frames": (FRAMES, {}),
         }
 
     def text(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,7 @@
 """Tiles cover every pixel, blend to one, and change nothing that the decoder does not see across a quarter overlap."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from stiv_deploy.runtime import StivPipeline
 from stiv_deploy.runtime.backends import open_backend
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.bundle.contract import ModelFacts, dimensions, graph_specs
+from stiv_deploy.runtime.bundle.contract import FRAMES, ModelFacts, dimensions, graph_specs
 from stiv_deploy.runtime.bundle.manifest import Bucket, Range
 from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.pipeline.images import frames_from_video
 from stiv_deploy.runtime.pipeline.tiling import (
     PIXELS_AT_ONCE,
     Cut,
@@ -269,6 +271,35 @@ def test_pipeline_in_tiles_makes_the_same_video(convolutions: Bundle) -> None:
     assert isinstance(tiled.frames, np.ndarray)
     assert isinstance(whole.frames, np.ndarray)
     assert np.abs(tiled.frames.astype(int) - whole.frames).max() <= 1  # a value next to the edge of two pixel values
+
+
+@pytest.mark.parametrize("tile", [None, 0, 8])
+def test_frames_are_the_same_with_and_without_their_graph(toy_bundle: Bundle, tile: int | None) -> None:
+    """In whole frames by the graph, in tiles by the host; a bundle of an older export always by the host."""
+    graphs = {name: record for name, record in toy_bundle.manifest.graphs.items() if name != FRAMES}
+    older = Bundle(toy_bundle.folder, toy_bundle.manifest.model_copy(update={"graphs": graphs}))
+    made, called = [], []
+    for bundle in (toy_bundle, older):
+        with open_backend("onnxruntime", bundle, 1) as opened:
+            pipe = StivPipeline(bundle, opened)
+            made.append(pipe("digit", num_inference_steps=1, seed=3, height=12, width=12, decode_tile=tile).frames)
+            called.append(pipe.clock.calls[FRAMES])
+    np.testing.assert_array_equal(made[0], made[1])
+    assert called == [int(tile != 8), 0]
+
+
+def test_chunks_go_through_the_graph_of_frames_one_after_another(toy_bundle: Bundle) -> None:
+    model, latents = toy_bundle.manifest.model, np.random.default_rng(0).standard_normal((2, 5, 4, 6, 4), np.float32)
+    specs = graph_specs(model, "float32")
+    plan = TilePlan(batch=chunks(2, 1), frames=chunks(5, 2), height=tiles(6, 6), width=tiles(4, 4))
+    frames = np.zeros((2, 5, 12, 8, 3), np.uint8)
+    with open_backend("onnxruntime", toy_bundle, 1) as opened:
+        wanted = frames_from_video(coded(opened, model, "decoder", plan, latents))
+        decoder, after = (partial(opened.bind, name) for name in ("decoder", FRAMES))
+        run = TiledGraph(opened, specs["decoder"], decoder, model, plan, (specs[FRAMES], after))
+        for rows, columns, part in run(latents):
+            frames[rows, columns] = part
+    np.testing.assert_array_equal(frames, wanted)
 
 
 def test_pipeline_refuses_an_impossible_tile_before_it_computes(convolutions: Bundle) -> None:

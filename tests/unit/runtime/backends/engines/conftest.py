@@ -54,6 +54,10 @@ class FakeCudart:
         self.chosen = threading.local()
         self.contexts: set[int] = set()
         self.limit = limit
+        self.pinned: dict[int, ctypes.Array] = {}
+        self.pinned_limit = 1 << 30
+        self.fetched: list[tuple[int, bool]] = []
+        """Bytes of every copy to the host, and whether that went to page-locked memory."""
         self.memory: dict[int, ctypes.Array] = {}
         self.streams: dict[int, int] = {}
         """GPU by stream."""
@@ -130,6 +134,17 @@ class FakeCudart:
         del self.memory[address]
         return (OK,)
 
+    def cudaMallocHost(self, size: int) -> tuple:
+        if sum(map(len, self.pinned.values())) + size > self.pinned_limit:
+            return self.fault(OUT_OF_MEMORY), None
+        block = (ctypes.c_uint8 * size)()
+        self.pinned[ctypes.addressof(block)] = block
+        return OK, ctypes.addressof(block)
+
+    def cudaFreeHost(self, address: int) -> tuple:
+        del self.pinned[address]
+        return (OK,)
+
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple:
         assert flags == self.cudaStreamNonBlocking
         stream = next(self.handles)
@@ -151,6 +166,8 @@ class FakeCudart:
             self.enqueue(lambda: ctypes.memmove(target, source, size))
         else:
             ctypes.memmove(target, source, size)
+        if kind == self.cudaMemcpyKind.cudaMemcpyDeviceToHost:
+            self.fetched.append((size, target in self.pinned))
         return (OK,)
 
     def enqueue(self, work: Callable[[], None]) -> None:

@@ -441,3 +441,36 @@ def test_engine_with_other_tensors(folder: Path, stand_ins: SimpleNamespace) -> 
     buffer = backend.upload(decoder_arrays())
     with pytest.raises(EngineError, match=r"graph decoder: the engine has tensors \['latents', 'video'\], bound are"):
         backend.bind("decoder", {"latents": buffer}, {"movie": buffer})
+
+
+def test_a_quarter_of_the_bytes_leaves_the_device_into_one_page_locked_buffer(
+    folder: Path, stand_ins: SimpleNamespace
+) -> None:
+    """Both for frames at once and for a few at a time, which go through the same buffer."""
+    request: dict[str, Any] = {"prompt": "digit three moving left", "num_inference_steps": 1, "seed": 4}
+    cudart = stand_ins.cudart()
+    backend, _ = stand_ins.open(folder, cudart)
+    with backend:
+        pipe = StivPipeline(Bundle.open(folder), backend)
+        frames = pipe(**request).frames
+        assert cudart.fetched[-1] == (frames.size, True)
+        (pinned,) = cudart.pinned
+        frames = pipe(**request).frames
+        assert cudart.fetched[-1] == (frames.size, True)
+        assert list(cudart.pinned) == [pinned], "one buffer for all clips of a size"
+        pipe.close()
+    del pipe
+    gc.collect()
+    assert not cudart.pinned
+
+
+def test_where_no_pages_can_be_locked_an_ordinary_buffer_does(folder: Path, stand_ins: SimpleNamespace) -> None:
+    cudart = stand_ins.cudart()
+    cudart.pinned_limit = 0
+    backend, _ = stand_ins.open(folder, cudart)
+    with backend:
+        source = backend.upload(np.arange(12, dtype=np.float32).reshape(3, 4))
+        staged = backend.staging(source)
+        backend.fetch(source, staged)
+        np.testing.assert_array_equal(staged, np.arange(12).reshape(3, 4))
+        assert cudart.fetched[-1] == (48, False)
