@@ -54,7 +54,7 @@ def test_a_right_bundle_passes_and_is_known_for_it(run: Run, proven: Path) -> No
     (proof,) = json.loads(out)["proofs"]
     assert proof["result"]["failed"] == []
     assert {row["subject"] for row in proof["rows"]} == set(read_manifest(proven).graphs)
-    assert len(proof["rows"]) == proof["result"]["compared"] == 2 * 15
+    assert len(proof["rows"]) == proof["result"]["compared"] == 2 * 16
     with open_backend("onnxruntime", Bundle.open(proven)) as backend:
         assert read_result(Bundle.open(proven), backend.machine).state == "verified"
 
@@ -63,7 +63,7 @@ def test_a_planted_weight_is_found_by_its_graph(run: Run, proven: Path) -> None:
     planted(proven, "block_01", slightly_other)
     code, out, _ = run("verify", proven)
     assert code == 1
-    assert "onnxruntime: WRONG results in 1 of 9: block_01" in out
+    assert "onnxruntime: WRONG results in 1 of 10: block_01" in out
     with open_backend("onnxruntime", Bundle.open(proven), quarantined=True) as backend:
         assert read_result(Bundle.open(proven), backend.machine).state == "failed"
 
@@ -87,7 +87,7 @@ def test_a_graph_that_does_not_run_is_wrong(run: Run, proven: Path) -> None:
 def test_quick_takes_one_size_of_each_graph(run: Run, proven: Path) -> None:
     code, out, _ = run("verify", proven, "--quick", "--json")
     (proof,) = json.loads(out)["proofs"]
-    assert (code, proof["result"]["quick"], len(proof["rows"])) == (0, True, 15)
+    assert (code, proof["result"]["quick"], len(proof["rows"])) == (0, True, 16)
 
 
 WRONG = {
