@@ -161,8 +161,9 @@ class Audit:
 
     def _run(self, task: _Task) -> tuple[list[AuditRow], AuditedEngine]:
         result = self._builders.run(task.job)
-        if result.error is not None:
-            raise EngineError(f"{task.job.graph}: {self.title} cannot build it for {task.target}: {result.error}")
+        fault = result.error or result.unwritten
+        if fault is not None:
+            raise EngineError(f"{task.job.graph}: {self.title} cannot build it for {task.target}: {fault}")
         assert task.job.report is not None
         layers = read_report(Path(task.job.report))
         Path(task.job.plan).unlink()

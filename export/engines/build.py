@@ -21,12 +21,16 @@ from stiv_deploy.runtime.bundle.contract import Frozen, is_block
 from stiv_deploy.runtime.bundle.engine_files import graph_hash, profile, reduced_for, sm_folder, takes_tf32
 from stiv_deploy.runtime.bundle.manifest import PORTABLE, Bucket, EngineRecord, FileRecord, Manifest
 from stiv_deploy.runtime.errors import BackendError, EngineError, OutputError, few
+from stiv_deploy.runtime.pipeline.limits import memory_bytes
 from stiv_deploy.runtime.progress import Progress, unheard
 from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour, import_tensorrt, targets
 
 AUTO = "auto"
 FP8_SM = 89
 """The first compute capability whose tensor cores take FP8 (Ada; Hopper and Blackwell do too)."""
+MOST_JOBS = 4
+MEMORY_FACTOR, BUILDER_MEMORY = 3.5, 2**28
+"""A builder process needs so many times the bytes of its weights, and so many bytes besides: measured with RTX 1.7."""
 BLOCKS = "blocks"
 """Stands for all blocks among the names of graphs."""
 
@@ -38,7 +42,8 @@ class BuildRequest:
     ``buckets`` and ``graphs`` empty mean all, ``blocks`` among the graphs all blocks; ``jobs`` None means what suits
     the machine and builder, ``cache`` is the folder of finished plans. With ``attention`` "plugin" or "quick" graphs
     that have a form with plugin nodes are built from it, the others as always; "plugin" takes the plugin library,
-    "quick" the kernels that need no library where the engine runs. Raises :class:`EngineError` for less than one job.
+    "quick" the kernels that need no library where the engine runs. ``written`` is the manifest of an export by this
+    very command, whose files then need no hashing. Raises :class:`EngineError` for less than one job.
     """
 
     bundle: Path
@@ -51,6 +56,7 @@ class BuildRequest:
     rebuild: bool = False
     optimization_level: int | None = None
     attention: BuildAttention = "native"
+    written: Manifest | None = None
 
     def __post_init__(self) -> None:
         if self.jobs is not None and self.jobs < 1:
@@ -156,10 +162,15 @@ def known_names(names: Sequence[str], known: Sequence[str], what: str) -> list[s
     return list(names or known)
 
 
-def default_jobs(flavour: Flavour) -> int:
-    """Builders to run at a time: TensorRT measures kernels, so one; RTX only compiles, so one per core up to four."""
+def default_jobs(flavour: Flavour, weights: int = 0) -> int:
+    """Builders to run at a time: TensorRT measures kernels, so one; RTX only compiles, so one per core up to four.
+
+    No more than this machine's memory has room for, where the largest graph has ``weights`` bytes of weights.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 if flavour == "tensorrt" else min(cores, 4)
+    needed = int(MEMORY_FACTOR * weights + BUILDER_MEMORY)
+    room = (memory_bytes() or MOST_JOBS * needed) // needed
+    return 1 if flavour == "tensorrt" else max(1, min(cores, MOST_JOBS, room))
 
 
 class EngineBuild:
@@ -185,7 +196,10 @@ class EngineBuild:
                 f"{bundle.folder}: engines cannot be written into this bundle; copy it to a folder you own"
             )
         self.cache = PlanCache(request.cache)
-        self._onnx = {name: self._file(name) for name in self.graphs}
+        if request.written is not None:
+            bundle.trust(request.written)
+        with ThreadPoolExecutor(2) as readers:  # hashing lets go of the interpreter
+            self._onnx = dict(zip(self.graphs, readers.map(self._file, self.graphs), strict=True))
         self._builders = BuilderProcesses()
 
     def packaging_of(self, graph: str) -> Packaging | None:
@@ -248,13 +262,27 @@ class EngineBuild:
         found = None if self.request.rebuild else self.cache.find(key)
         if found is not None:
             return self._built(graph, found, cached=True)
+        try:
+            return self._built(graph, self._plan(graph, key), cached=False)
+        except OSError as error:
+            raise self._no_room(graph, error.strerror or str(error)) from None
+
+    def _plan(self, graph: str, key: str) -> CachedPlan:
+        """A new plan, built in a process of its own and kept in the cache."""
         with self.cache.draft(key) as draft:
             result = self._builders.run(self.job(graph, draft))
+            if result.unwritten is not None:
+                raise self._no_room(graph, result.unwritten)
             if result.error is not None:
                 builder = f"{TITLES[self.request.backend]} {self.version}"
                 raise EngineError(f"{graph}: {builder} cannot build it for {sm_folder(self.sm)}: {result.error}")
-            plan = self.cache.keep(key, draft, result.seconds)
-        return self._built(graph, plan, cached=False)
+            return self.cache.keep(key, draft, result.seconds, result.sha256)
+
+    def _no_room(self, graph: str, reason: str) -> OutputError:
+        return OutputError(
+            f"{graph}: its plan cannot be written to the cache {self.cache.folder} ({reason}); make room, or give "
+            "--cache DIR; finished plans are kept there for the next build"
+        )
 
     def _built(self, graph: str, plan: CachedPlan, *, cached: bool) -> BuiltEngine:
         attention = "native" if self.packaging_of(graph) is None else self.request.attention
@@ -266,7 +294,7 @@ class EngineBuild:
         for graph in self.graphs:
             graphs_of.setdefault(self.key(graph), []).append(graph)
         built: dict[str, BuiltEngine] = {}
-        pool = ThreadPoolExecutor(self.request.jobs or default_jobs(self.request.backend))
+        pool = ThreadPoolExecutor(self.request.jobs or default_jobs(self.request.backend, self._weights()))
         progress("the first engines", 0, len(self.graphs))
         try:
             futures = {pool.submit(self._build, graphs[0], key): graphs for key, graphs in graphs_of.items()}
@@ -281,6 +309,10 @@ class EngineBuild:
         finally:
             pool.shutdown(cancel_futures=True)
         return built
+
+    def _weights(self) -> int:
+        """Bytes of the largest graph's weights."""
+        return max(data.bytes if (data := self.bundle.manifest.graphs[graph].data) else 0 for graph in self.graphs)
 
     def _path(self, graph: str) -> str:
         """Where the engine goes in the bundle; one built for chosen buckets only has a file of its own."""

@@ -3,6 +3,7 @@
 Networks are strongly typed: every type comes from the ONNX tensors, casts and Q/DQ; there are no precision flags.
 """
 
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ NO_DRIVER = "cudaError 35"
 """Ahead-of-time builds complain of the missing driver and carry on; it is never why a build failed."""
 
 
+CHUNK = 2**24
+"""Bytes of a plan that are hashed and written at a time."""
 LAYER_FIELD = "LayerType: "
 """Marks the one verbose message that lists the layers of a finished engine: its layer report."""
 
@@ -149,9 +152,23 @@ def build_engine(job: EngineJob) -> EngineResult:
     if plan is None:
         raise EngineError(last_error(logger.messages))
     seconds = time.perf_counter() - start
-    Path(job.plan).write_bytes(plan)
+    try:
+        digest = write_hashed(Path(job.plan), memoryview(plan))
+    except OSError as error:
+        return EngineResult(unwritten=one_line(error.strerror or str(error)))
     if job.report is not None:
         Path(job.report).write_text("\n".join(logger.report), encoding="utf-8")
     if job.timing_cache is not None:
         save_timing_cache(config, Path(job.timing_cache))
-    return EngineResult(seconds=round(seconds, 3), bytes=plan.nbytes)
+    return EngineResult(seconds=round(seconds, 3), bytes=plan.nbytes, sha256=digest)
+
+
+def write_hashed(path: Path, data: memoryview) -> str:
+    """Write ``data`` and return its SHA-256 (hex), without reading it again."""
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for start in range(0, len(data), CHUNK):
+            part = data[start : start + CHUNK]
+            digest.update(part)
+            file.write(part)
+    return digest.hexdigest()

@@ -1,5 +1,6 @@
 """Puts finished engines into a bundle: all of them or none, and never under their names before they are complete."""
 
+import os
 import shutil
 import signal
 import threading
@@ -18,7 +19,10 @@ HELD_BACK = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def staged(folder: Path, sources: dict[str, Path]) -> Iterator[dict[Path, Path]]:
-    """Copy ``sources`` under temporary names next to where they go; yields target by copy. Left-over copies go away."""
+    """Put ``sources`` under temporary names next to where they go; yields target by draft. Left-over drafts go away.
+
+    They are hard links, which cost neither time nor space; copies on another file system, or one that has no links.
+    """
     copies: dict[Path, Path] = {}
     try:
         with ExitStack() as drafts:
@@ -26,10 +30,18 @@ def staged(folder: Path, sources: dict[str, Path]) -> Iterator[dict[Path, Path]]
                 target = folder / relative
                 target.parent.mkdir(parents=True, exist_ok=True)
                 copies[drafts.enter_context(draft(target))] = target
-                shutil.copyfile(source, next(reversed(copies)))
+                linked_or_copied(source, next(reversed(copies)))
             yield copies
     except OSError as error:
         raise OutputError(f"{folder}: the engines cannot be written ({error.strerror or error})") from None
+
+
+def linked_or_copied(source: Path, target: Path) -> None:
+    """Make the new file ``target`` of the contents of ``source``: the same file, or where that is refused another."""
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, none with links, as many links as it can have, another owner
+        shutil.copyfile(source, target)
 
 
 def commit(bundle: Bundle, files: dict[Path, Path], records: Sequence[EngineRecord]) -> None:

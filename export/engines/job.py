@@ -71,10 +71,15 @@ class EngineJob:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineResult:
-    """How a job went: wall seconds of parsing and building and the plan's size, or the builder's error in one line."""
+    """How a job went: wall seconds of parsing and building, the plan's size and SHA-256 (hex), or what was wrong.
+
+    ``error`` is the builder's, ``unwritten`` why the finished plan could not be written, each in one line.
+    """
 
     seconds: float = 0.0
     bytes: int = 0
+    sha256: str = ""
+    unwritten: str | None = None
     error: str | None = None
 
     def to_json(self) -> str:

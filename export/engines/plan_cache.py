@@ -101,10 +101,10 @@ class PlanCache:
             (file.parent / OWNER).write_text(f"{os.getpid()} {platform.node()}", encoding="utf-8")
             yield file
 
-    def keep(self, key: str, file: Path, build_seconds: float) -> CachedPlan:
-        """Store the finished draft ``file`` under ``key``."""
+    def keep(self, key: str, file: Path, build_seconds: float, digest: str) -> CachedPlan:
+        """Store the finished draft ``file``, of the SHA-256 ``digest``, under ``key``."""
         path = self._path(key)
-        plan = CachedPlan(path=path, sha256=sha256(file), bytes=file.stat().st_size, build_seconds=build_seconds)
+        plan = CachedPlan(path=path, sha256=digest, bytes=file.stat().st_size, build_seconds=build_seconds)
         file.replace(path)
         write_text(path.with_suffix(".json"), json.dumps({k: v for k, v in asdict(plan).items() if k != "path"}))
         return plan

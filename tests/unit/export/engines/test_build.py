@@ -1,5 +1,6 @@
 """``stiv build`` without a builder: what is checked, what is cached, what is installed, and what a failure leaves."""
 
+import hashlib
 import json
 import os
 import signal
@@ -13,9 +14,11 @@ import pytest
 from stiv_deploy.export.engines import build as build_module
 from stiv_deploy.export.engines import install as engine_install
 from stiv_deploy.export.engines import job as job_module
+from stiv_deploy.export.engines import plan_cache as cache_module
 from stiv_deploy.export.engines.build import BuildRequest, BuiltEngine, build_engines, choose_graphs, default_jobs
 from stiv_deploy.export.engines.job import EngineJob, EngineResult
 from stiv_deploy.export.engines.processes import BuilderProcesses
+from stiv_deploy.runtime.bundle import bundle as bundle_module
 from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, write_manifest
 from stiv_deploy.runtime.bundle.contract import Reduced, graph_specs
 from stiv_deploy.runtime.bundle.engine_files import attention_form, graph_hash
@@ -48,7 +51,7 @@ class Builders:
             return EngineResult(error=self.fail[job.graph])
         plan = json.dumps([job.graph, job.sm, len(self.jobs)])
         Path(job.plan).write_text(plan)
-        return EngineResult(seconds=1.5, bytes=len(plan))
+        return EngineResult(seconds=1.5, bytes=len(plan), sha256=hashlib.sha256(plan.encode()).hexdigest())
 
 
 @pytest.fixture
@@ -304,6 +307,7 @@ def test_failure_while_installing_leaves_the_bundle_as_it_was(
         copies.append(target)
         Path(target).write_bytes(b"half")
 
+    monkeypatch.setattr(engine_install.os, "link", full)
     monkeypatch.setattr(engine_install.shutil, "copyfile", full)
     with pytest.raises(OutputError, match="the engines cannot be written .No space left on device"):
         build(folder)
@@ -406,6 +410,87 @@ def test_less_than_one_job(folder: Path) -> None:
         request_for(folder, jobs=0)
 
 
-def test_tensorrt_builds_one_at_a_time_by_default() -> None:
+def test_tensorrt_builds_one_at_a_time_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_jobs("tensorrt") == 1
     assert 1 <= default_jobs("tensorrt-rtx") <= 4
+    monkeypatch.setattr(build_module.os, "sched_getaffinity", lambda _: range(2), raising=False)
+    monkeypatch.setattr(build_module, "memory_bytes", lambda: 4 * 2**30)
+    jobs = {weights: default_jobs("tensorrt-rtx", weights * 2**20) for weights in (0, 180, 400, 900, 4000)}
+    assert jobs == {0: 2, 180: 2, 400: 2, 900: 1, 4000: 1}
+    monkeypatch.setattr(build_module, "memory_bytes", lambda: None)
+    assert default_jobs("tensorrt-rtx", 2**40) == 2
+
+
+def test_plans_are_linked_from_the_cache(folder: Path, builders: Builders) -> None:
+    engines = {engine.graph: engine.plan for engine in build(folder, graphs=("head", "step"))}
+    for record in read(folder).engines:
+        plan = engines[record.graph]
+        assert (folder / record.file.path).samefile(plan.path)
+        assert record.file.sha256 == hashlib.sha256(plan.path.read_bytes()).hexdigest()
+    first = snapshot(folder)
+    build(folder, graphs=("head", "step"))  # the same files once more in their own places
+    assert snapshot(folder) == first
+    assert not leftovers(folder.parent)
+
+
+def test_a_cache_on_another_file_system_is_copied(
+    folder: Path, builders: Builders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(engine_install.os, "link", refuse)
+    (engine,) = build(folder, graphs=("head",))
+    record = read(folder).engines[0]
+    assert not (folder / record.file.path).samefile(engine.plan.path)
+    assert Bundle.open(folder).verified(record.file).read_bytes() == engine.plan.path.read_bytes()
+    assert not leftovers(folder.parent)
+
+
+@pytest.mark.parametrize("where", ["builder", "cache"])
+def test_a_full_disk_amid_the_blocks_keeps_what_is_finished(
+    folder: Path, builders: Builders, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    before, run, wrote = snapshot(folder), builders.run, cache_module.write_text
+
+    def full(job: EngineJob) -> EngineResult:
+        return EngineResult(unwritten="No space left on device") if job.graph == "step" else run(job)
+
+    def no_room(path: Path, text: str) -> None:
+        if len(builders.jobs) == 3:
+            raise OSError(28, "No space left on device")
+        wrote(path, text)
+
+    with monkeypatch.context() as disk:
+        if where == "builder":
+            disk.setattr(builders, "run", full)
+        else:
+            disk.setattr(cache_module, "write_text", no_room)
+        with pytest.raises(OutputError) as told:
+            build(folder, jobs=1, graphs=("embed", "head", "step", "decoder"))
+    message = str(told.value)
+    assert message.startswith("step: its plan cannot be written to the cache ")
+    assert message.endswith(
+        "(No space left on device); make room, or give --cache DIR; finished plans are kept there for the next build"
+    )
+    assert "\n" not in message
+    assert snapshot(folder) == before
+    assert not leftovers(folder.parent)
+    built = {engine.graph: engine.cached for engine in build(folder, graphs=("embed", "head", "step", "decoder"))}
+    assert (built["embed"], built["head"], built["step"]) == (True, True, False)
+
+
+def test_files_of_an_export_by_the_same_command_are_not_hashed_again(
+    folder: Path, builders: Builders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    sha256 = bundle_module.sha256
+    monkeypatch.setattr(bundle_module, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    written = read(folder)
+    build(folder, graphs=("head",), written=written)
+    assert hashed == []
+    other = written.graphs["head"].model_copy(
+        update={"file": written.graphs["head"].file.model_copy(update={"sha256": "0" * 64})}
+    )
+    build(folder, graphs=("head",), written=written.model_copy(update={"graphs": {**written.graphs, "head": other}}))
+    assert hashed == ["head.onnx"], "the weights are the same, the graph is not"

@@ -1,5 +1,6 @@
 """The real TensorRT-RTX builder, ahead of time and without a GPU, on graphs of a few nodes."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -12,7 +13,8 @@ import pytest
 from onnx import parser
 
 from stiv_deploy.export.audit.layer_report import read_report
-from stiv_deploy.export.engines.engine_from_onnx import configure, last_error, make_logger, parse
+from stiv_deploy.export.engines import engine_from_onnx
+from stiv_deploy.export.engines.engine_from_onnx import configure, last_error, make_logger, parse, write_hashed
 from stiv_deploy.export.engines.job import EngineJob
 from stiv_deploy.export.engines.processes import BuilderProcesses
 from stiv_deploy.export.engines.worker import run
@@ -59,7 +61,21 @@ def test_builds_without_a_gpu(tmp_path: Path, sm: str | None) -> None:
     result = run(task.to_json())
     assert result.error is None
     assert Path(task.plan).stat().st_size == result.bytes > 0
+    assert result.sha256 == hashlib.sha256(Path(task.plan).read_bytes()).hexdigest()
     assert result.seconds > 0
+
+
+def test_a_plan_that_cannot_be_written(tmp_path: Path) -> None:
+    task = job(save(tmp_path / "g.onnx", PRODUCT.format(type="float")), (8,))
+    result = run(replace(task, plan="/dev/full").to_json())
+    assert (result.error, result.unwritten) == (None, "No space left on device")
+
+
+def test_long_plans_are_hashed_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_from_onnx, "CHUNK", 3)
+    for data in (b"", b"abc", b"abcd" * 5):
+        assert write_hashed(tmp_path / "plan", memoryview(data)) == hashlib.sha256(data).hexdigest()
+        assert (tmp_path / "plan").read_bytes() == data
 
 
 def test_float32_attention_is_decomposed(tmp_path: Path) -> None:

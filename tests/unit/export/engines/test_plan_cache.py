@@ -1,5 +1,6 @@
 """The plan cache: keys, damage, and files that appear only when complete."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -28,7 +29,7 @@ def test_key_tells_all_parts_apart(first: dict[str, Any], second: dict[str, Any]
 def store(cache: PlanCache, content: bytes = b"plan") -> Path:
     with cache.draft(KEY) as draft:
         draft.write_bytes(content)
-        return cache.keep(KEY, draft, 1.25).path
+        return cache.keep(KEY, draft, 1.25, hashlib.sha256(content).hexdigest()).path
 
 
 def test_kept_plan_is_found(tmp_path: Path) -> None:

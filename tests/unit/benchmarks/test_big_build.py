@@ -1,0 +1,63 @@
+"""A whole model without its values: graphs get values in turn, and make a bundle that opens and builds."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from stiv_deploy.export.errors import ExportError
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+from stiv_deploy.stiv_ref.config import CONFIGS
+
+
+@pytest.fixture(scope="module")
+def script(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_module("big_build")
+
+
+@pytest.fixture
+def hollow(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
+    narrow = CONFIGS["XL"].model_copy(update={"width": 64, "heads": 4, "text_width": 32, "blocks": 3})
+    monkeypatch.setitem(CONFIGS, "narrow", narrow)
+    checkpoint: Checkpoint = script.hollow_checkpoint("narrow", None, 4, 64)
+    return checkpoint
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bfloat16"])
+def test_every_graph_has_values_of_its_own_and_the_model_none(
+    script: ModuleType, hollow: Checkpoint, tmp_path: Path, precision: str
+) -> None:
+    bundle = Bundle.open(script.write_bundle(tmp_path / "bundle", hollow, precision, script.bucket_of(4, 64)))
+    blocks = [record for name, record in bundle.manifest.graphs.items() if name.startswith("block_")]
+    weights = {record.data.sha256 for record in blocks if record.data is not None}
+    assert len(weights) == len(blocks) == 3
+    assert len({record.topology for record in blocks}) == 1
+    assert all(parameter.is_meta for parameter in hollow.model.parameters())
+    for name in bundle.manifest.graphs:
+        bundle.graph_file(name)
+    assert bundle.manifest.vae_precision == "bfloat16"
+
+
+def test_values_come_and_go(script: ModuleType, hollow: Checkpoint) -> None:
+    block = hollow.model.blocks[0]
+    with script.filled(block, torch.Generator().manual_seed(0)):
+        assert all(parameter.isfinite().all() for parameter in block.parameters())
+        assert next(hollow.model.blocks[1].parameters()).is_meta
+    assert next(block.parameters()).is_meta
+
+
+def test_a_file_of_two_names_counts_once(script: ModuleType, tmp_path: Path) -> None:
+    first, second = tmp_path / "a/plan", tmp_path / "b/plan"
+    for path in (first, second):
+        path.parent.mkdir()
+    first.write_bytes(bytes(10))
+    second.hardlink_to(first)
+    assert script.disk_bytes([tmp_path]) == (10, 20)
+
+
+def test_unknown_precision(script: ModuleType) -> None:
+    with pytest.raises(ExportError, match="--precision fp4: there is none; use fp8, int8, bfloat16, float16"):
+        script.check_precisions(["fp8", "fp4"])
