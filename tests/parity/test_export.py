@@ -15,7 +15,7 @@ from stiv_deploy.runtime.bundle.contract import block_names
 from stiv_deploy.runtime.bundle.manifest import MANIFEST, Manifest
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, load_checkpoint
 
-GRAPHS = ("text_encoder", "text_kv", "image_encoder", "embed", *block_names(6), "head", "step", "decoder")
+GRAPHS = ("text_encoder", "text_kv", "image_encoder", "embed", *block_names(6), "head", "step", "decoder", "frames")
 
 
 @pytest.fixture(scope="module")
