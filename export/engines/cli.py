@@ -31,6 +31,18 @@ def sm_name(text: str) -> str:
     return text.lower().removeprefix("sm")
 
 
+def target(sm: str | None, gpu: str | None) -> str:
+    """What ``--sm`` or ``--for`` names, as the request has it; :class:`RequestError` if both do, or no GPU is meant."""
+    from stiv_deploy.export.engines.build import AUTO
+    from stiv_deploy.export.engines.gpus import sm_of_gpu
+
+    if gpu is None:
+        return sm_name(sm or AUTO)
+    if sm is not None:
+        raise RequestError(f"--sm {sm} and --for {gpu!r} both name what to build for; give one of them")
+    return sm_of_gpu(gpu)
+
+
 def show(report: "BuildReport") -> None:
     """Print a table of the engines made."""
     from rich.console import Console
@@ -78,11 +90,13 @@ def build(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, made by 'stiv export'.", show_default=False)],
     backend: Annotated[str, typer.Option(help="tensorrt-rtx (needs no GPU to build) or tensorrt.")] = "tensorrt-rtx",
     sm: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="GPU to build for: compute capability such as 89 or 120, 'portable', or 'auto' (the one here)."
+            help="GPU to build for: compute capability such as 89 or 120, 'portable', or 'auto' (the one here). "
+            "[default: auto]"
         ),
-    ] = "auto",
+    ] = None,
+    gpu: Annotated[str | None, typer.Option("--for", help="The same by the GPU's name: 'RTX 5090', L40S.")] = None,
     bucket: Annotated[
         list[str] | None, typer.Option(help="Only this size bucket, in an engine of its own; repeatable.")
     ] = None,
@@ -123,7 +137,7 @@ def build(
     request = BuildRequest(
         bundle=bundle,
         backend=parse_flavour(backend),
-        sm=sm_name(sm),
+        sm=target(sm, gpu),
         buckets=listed(bucket, "--bucket"),
         graphs=listed(graphs, "--graphs"),
         jobs=jobs,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from stiv_deploy.export.engines.job import EngineJob, EngineResult
 from stiv_deploy.runtime.errors import EngineError, one_line
 
-KILLED = -signal.SIGKILL
+KILLED = -getattr(signal, "SIGKILL", 9)  # which Windows has not
 WORKER = (sys.executable, "-P", "-m", "stiv_deploy.export.engines.worker")
 
 

@@ -374,3 +374,19 @@ def test_print_says_layers_and_circles() -> None:
     round_ = list(lines({"runtime/a": {"runtime/b"}, "runtime/b": {"runtime/a"}}))
     assert "runtime: 2 rooms, no layers, there are circles, 2 arrows" in round_
     assert round_[-2:] == ["circles: 1", "  runtime/a <-> runtime/b"]
+
+
+POSIX_ONLY = frozenset({"fcntl", "grp", "nis", "posix", "pty", "pwd", "resource", "spwd", "syslog", "termios", "tty"})
+"""Modules of Python that Windows has not."""
+
+
+@pytest.mark.parametrize("package", ["runtime", "export/engines"])
+def test_what_runs_on_windows_imports_nothing_that_it_has_not(package: str) -> None:
+    """Inside a function, behind a question for the system, anything goes."""
+    for path in (ROOT / package).rglob("*.py"):
+        tops = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {alias.name for node in tops if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in tops if isinstance(node, ast.ImportFrom)}
+        assert not {name.split(".")[0] for name in names} & POSIX_ONLY, path
+        text = path.read_text()
+        assert "signal.SIGKILL" not in text, f"{path}: Windows has no SIGKILL"
