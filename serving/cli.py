@@ -17,6 +17,9 @@ def serve(
     data: Annotated[
         Path | None, typer.Option(help="Folder for jobs and videos, on a local disk. Default: BUNDLE.jobs.")
     ] = None,
+    store: Annotated[
+        str | None, typer.Option(metavar="URL", help="Jobs in PostgreSQL (postgresql://HOST/NAME), for many machines.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model in the API. Default: the bundle's.")] = None,
     tokens: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Let in only who has a token of this file; see --new-token.")
@@ -68,11 +71,14 @@ def serve(
             raise ServeError("--new-token is given without --tokens FILE, where it would be written to")
         typer.echo(add_token(tokens, new_token))
         return
+    if store is not None and not store.startswith("postgresql://"):
+        raise ServeError(f"--store {store}: want postgresql://HOST/NAME; without it jobs are in a file of --data")
     known = Tokens() if tokens is None else read_tokens(tokens)
     model = Bundle.open(bundle).manifest.model.name
     settings = ServeSettings(
         bundle=bundle.absolute(),
         data=(data or bundle.absolute().with_name(f"{bundle.absolute().name}.jobs")).absolute(),
+        store=store,
         name=name or model,
         workers=workers,
         backend=backend,

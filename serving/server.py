@@ -17,8 +17,8 @@ from stiv_deploy.serving.api.guard import LOOPBACK, Tokens
 from stiv_deploy.serving.api.service import Service
 from stiv_deploy.serving.errors import ServeError
 from stiv_deploy.serving.settings import ServeSettings
+from stiv_deploy.serving.store.opening import open_store
 from stiv_deploy.serving.store.results import Results
-from stiv_deploy.serving.store.sqlite import SqliteJobStore
 from stiv_deploy.serving.tracing import open_spans
 from stiv_deploy.serving.workers.supervisor import Supervisor
 
@@ -60,7 +60,7 @@ class Server:
         self._settings = settings
         bundle = Bundle.open(settings.bundle)
         prepare_folder(settings.data)
-        self._store = SqliteJobStore(settings.database)
+        self._store = open_store(settings.jobs)
         results = Results(settings.data)
         self._spans = open_spans(settings)
         self._service = Service(settings, bundle, self._store, results, spans=self._spans)

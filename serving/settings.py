@@ -12,6 +12,8 @@ MIB, GIB, DAY = 2**20, 2**30, 86_400.0
 class ServeSettings(Frozen):
     """How the bundle in the folder ``bundle`` is served, with its jobs and their files in the folder ``data``.
 
+    With the URL of a ``store`` of PostgreSQL jobs are there, and servers on several machines may share both.
+
     ``workers`` processes make clips, worker i on GPU ``device`` + i; each has up to ``slots`` clips of one size in one
     batch. Finished jobs go after ``keep_seconds``, and the oldest of them as soon as all files have more than
     ``keep_bytes``. Nothing is accepted while the disk has less than ``free_bytes``, or ``queue`` jobs are waiting.
@@ -23,6 +25,7 @@ class ServeSettings(Frozen):
 
     bundle: Path
     data: Path
+    store: str | None = None
     name: str
     workers: int = Field(default=1, ge=1, le=64)
     backend: str | None = None
@@ -42,6 +45,6 @@ class ServeSettings(Frozen):
     grace_seconds: float = Field(default=15.0, ge=0, le=600)
 
     @property
-    def database(self) -> Path:
-        """The file of the job store."""
-        return self.data / "jobs.sqlite"
+    def jobs(self) -> str:
+        """The job store: ``store``, or a file in ``data``."""
+        return self.store or str(self.data / "jobs.sqlite")

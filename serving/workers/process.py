@@ -21,8 +21,8 @@ from stiv_deploy.serving.errors import StoreError
 from stiv_deploy.serving.logs import set_up
 from stiv_deploy.serving.settings import ServeSettings
 from stiv_deploy.serving.store.jobs import LEASE, WorkerState
+from stiv_deploy.serving.store.opening import open_store
 from stiv_deploy.serving.store.results import Results
-from stiv_deploy.serving.store.sqlite import SqliteJobStore
 from stiv_deploy.serving.tracing import open_spans
 from stiv_deploy.serving.workers.scheduler import Scheduler
 from stiv_deploy.serving.workers.workshop import Workshop
@@ -49,7 +49,7 @@ class Worker:
     ) -> None:
         self._parent = os.getppid() if parent is None else parent
         self.name = name or f"worker-{index}-{secrets.token_hex(4)}"
-        self._store = SqliteJobStore(settings.database)
+        self._store = open_store(settings.jobs)
         bundle = Bundle.open(settings.bundle)
         device = device_of(settings, index)
         backend = proven_backend(bundle, settings.backend, settings.threads, device, strict=settings.strict)

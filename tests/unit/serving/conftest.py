@@ -22,8 +22,8 @@ from stiv_deploy.serving.api.guard import Tokens
 from stiv_deploy.serving.api.service import Service
 from stiv_deploy.serving.settings import ServeSettings
 from stiv_deploy.serving.spans import Spans
+from stiv_deploy.serving.store.opening import open_store
 from stiv_deploy.serving.store.results import Results
-from stiv_deploy.serving.store.sqlite import SqliteJobStore
 from stiv_deploy.serving.workers.scheduler import Scheduler
 from stiv_deploy.serving.workers.workshop import Workshop
 
@@ -49,7 +49,7 @@ class Place:
         self.settings = ServeSettings(bundle=bundle, data=folder, name="toy", **({"free_bytes": 0} | settings))
         self.bundle = Bundle.open(bundle)
         self.results = Results(folder)
-        self.store = SqliteJobStore(self.settings.database, self.clock)
+        self.store = open_store(self.settings.jobs, self.clock)
         self.service = Service(self.settings, self.bundle, self.store, self.results, self.clock, spans)
         self.client = TestClient(create_app(self.service, tokens), base_url=ADDRESS)
         self.stores = [self.store]
@@ -58,7 +58,7 @@ class Place:
         """A new worker."""
         backend = OnnxRuntimeBackend(self.bundle, threads=1)
         workshop = Workshop(self.bundle, backend)
-        self.stores.append(SqliteJobStore(self.settings.database, self.clock))
+        self.stores.append(open_store(self.settings.jobs, self.clock))
         return Scheduler(self.stores[-1], self.results, workshop, self.settings, name, self.clock, spans=self.spans)
 
     def ask(self, **body: Any) -> dict[str, Any]:

@@ -26,14 +26,14 @@ FAULTS = {
         "workers/test_scheduler::test_decoding_waits_for_nobody_and_can_be_cancelled",
     ),
     "a deletion against the end leaves an orphan": (
-        "store/test_sqlite::test_who_ends_first_wins",
+        "store/test_sql::test_who_ends_first_wins",
         "workers/test_scheduler::test_cancelled_while_it_is_written",
     ),
     "a job that is stored after its task began waits for ever": (
         "test_faults::test_a_job_is_stored_before_anybody_can_begin_it",
     ),
     "jobs are lost at a restart": (
-        "store/test_sqlite::test_everything_outlives_the_process",
+        "store/test_sql::test_everything_outlives_the_process",
         "workers/test_scheduler::test_the_store_outlives_its_users",
         "test_cli::test_jobs_outlive_a_killed_worker_and_a_stopped_server",
     ),
@@ -120,7 +120,7 @@ def test_a_job_is_stored_before_anybody_can_begin_it(place: Any, finished: Calla
 def test_any_server_answers_for_any_job(place: Any, finished: Callable[..., None]) -> None:
     from starlette.testclient import TestClient
 
-    store = SqliteJobStore(place.settings.database, place.clock)
+    store = SqliteJobStore(Path(place.settings.jobs), place.clock)
     place.stores.append(store)
     other = Service(place.settings, place.bundle, store, place.results, place.clock)
     client = TestClient(create_app(other, Tokens()), base_url="http://127.0.0.1")
@@ -230,8 +230,8 @@ def test_nothing_unpickles_and_no_process_listens() -> None:
 
 
 def test_a_full_disk_of_the_store_is_told_as_such(place: Any) -> None:
-    (pages,) = place.store._db.execute("PRAGMA page_count").fetchone()
-    place.store._db.execute(f"PRAGMA max_page_count = {pages}")
+    (pages,) = place.store.database.connection.execute("PRAGMA page_count").fetchone()
+    place.store.database.connection.execute(f"PRAGMA max_page_count = {pages}")
     answers = [place.client.post("/v1/videos", json={"prompt": "x" * 900, "seed": seed}) for seed in range(40)]
     last = answers[-1]
     assert (last.status_code, last.json()["error"]["code"]) == (507, "insufficient_storage")

@@ -244,7 +244,7 @@ def test_the_store_outlives_its_users(place: Any, finished: Callable[..., None])
     done = place.ask()["id"]
     finished(place.worker())
     waiting = place.ask(seed=2)["id"]
-    again = SqliteJobStore(place.settings.database)
+    again = SqliteJobStore(Path(place.settings.jobs))
     assert again.get(done).state == State.COMPLETED
     assert [job.id for job in again.waiting()] == [waiting]
     again.close()
