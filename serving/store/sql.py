@@ -1,7 +1,7 @@
 """Jobs in a database of tables: what every one of them is asked, in SQL that SQLite and PostgreSQL both speak."""
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import Any, Protocol
@@ -56,7 +56,16 @@ MEASURE = """INSERT INTO measured VALUES (?, ?, ?, ?, ?, ?)
     ON CONFLICT (bundle, frames, height, width, rows) DO UPDATE SET seconds = excluded.seconds"""
 AGAIN = "UPDATE jobs SET state = 'queued', worker = NULL, lease = NULL"
 MINE = "id = ? AND worker = ? AND state = 'in_progress'"
-Row = Mapping[str, Any]
+
+
+class Row(Protocol):
+    """Values by the names of their columns."""
+
+    def keys(self) -> Iterable[str]:
+        """The names."""
+
+    def __getitem__(self, name: str, /) -> Any:
+        """The value of one."""
 
 
 class Found(Protocol):
@@ -249,7 +258,7 @@ class SqlJobStore:
     def beat(self, worker: WorkerState) -> None:
         """As the protocol says."""
         with self.database.writing() as db:
-            db.execute(BEAT, worker._replace(ready=int(worker.ready)))
+            db.execute(BEAT, (*worker[:4], int(worker.ready), worker.device))
             lease = "UPDATE jobs SET lease = ? WHERE state = 'in_progress' AND worker = ?"
             db.execute(lease, (self._clock() + LEASE, worker.id))
 
