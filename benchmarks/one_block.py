@@ -25,7 +25,8 @@ def one_block_checkpoint(name: str, frames: int, size: int, seed: int = 0) -> Ch
     """
     model = model_config(name).model_copy(update={"blocks": 1})
     tokenizer = load_tokenizer(TOKENIZER)
-    text = TextConfig(vocabulary=tokenizer.get_vocab_size(), width=model.text_width, heads=16, layers=1)
+    heads = max(1, model.text_width // (64 if model.text_width % 64 == 0 else 32))  # engines have kernels for these
+    text = TextConfig(vocabulary=tokenizer.get_vocab_size(), width=model.text_width, heads=heads, layers=1)
     vae = VaeConfig(latent_channels=model.latent_channels, channels=(8, 16, 16))
     sampling = SamplingDefaults(frames=frames, height=size, width=size, steps=2)
     generator = torch.Generator().manual_seed(seed)

@@ -116,9 +116,12 @@ class FramesGraph(nn.Module):
     """
 
     def forward(self, video: Tensor) -> Tensor:
-        """[B, F, 3, H, W] in [-1, 1] -> uint8 [B, F, H, W, 3]; what lies beyond is clamped, halves go to even."""
+        """[B, F, 3, H, W] in [-1, 1] -> uint8 [B, F, H, W, 3]; what lies beyond is clamped, halves go to even.
+
+        The cast comes last: TensorRT takes no uint8 but as an output.
+        """
         levels = (video * 127.5 + 127.5).round().clamp(0, 255)
-        return levels.to(torch.uint8).permute(0, 1, 3, 4, 2)
+        return levels.permute(0, 1, 3, 4, 2).to(torch.uint8)
 
 
 def rope_of(

@@ -130,6 +130,6 @@ def frames_from_video(video: np.ndarray) -> np.ndarray:
 
     The ``frames`` graph computes the same, bit by bit on a CPU.
     """
-    frames = video.transpose(0, 1, 3, 4, 2) * np.float32(127.5) + np.float32(127.5)
-    with np.errstate(invalid="ignore"):  # of NaN
+    with np.errstate(invalid="ignore", over="ignore"):  # of NaN, and of what is far beyond
+        frames = video.transpose(0, 1, 3, 4, 2) * np.float32(127.5) + np.float32(127.5)
         return np.rint(frames, out=frames).clip(0, 255, out=frames).astype(np.uint8)

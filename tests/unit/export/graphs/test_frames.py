@@ -1,12 +1,18 @@
 """The graph of 8-bit frames against the conversion in numpy, over all that a float32 can be."""
 
+from pathlib import Path
+
 import numpy as np
 import onnxruntime
 import pytest
 
+from stiv_deploy.export.audit.layer_report import read_report
+from stiv_deploy.export.engines.job import EngineJob
+from stiv_deploy.export.engines.worker import run
 from stiv_deploy.export.graphs.writer import GraphWriter
 from stiv_deploy.runtime.bundle.contract import FRAMES
 from stiv_deploy.runtime.pipeline.images import frames_from_video
+from stiv_deploy.runtime.tensorrt_library import missing_library
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 
 
@@ -49,3 +55,20 @@ def test_nan_is_black(session: onnxruntime.InferenceSession) -> None:
         found, wanted = both(session, np.full(count, np.nan, np.float32), 1)
         assert not found.any()
         assert not wanted.any()
+
+
+@pytest.mark.skipif(missing_library("tensorrt-rtx") is not None, reason=str(missing_library("tensorrt-rtx")))
+def test_engines_can_be_built_of_it(micro: Checkpoint, tmp_path: Path) -> None:
+    """A builder takes 8 bits as an output only, and makes one kernel of it all."""
+    GraphWriter(micro, tmp_path, "bfloat16").write(FRAMES)
+    job = EngineJob(
+        graph=FRAMES,
+        onnx=str(tmp_path / f"{FRAMES}.onnx"),
+        plan=str(tmp_path / "plan"),
+        backend="tensorrt-rtx",
+        sm="89",
+        profiles=({"video": ((1, 1, 3, 16, 16), (1, 8, 3, 32, 32), (4, 16, 3, 64, 64))},),
+        report=str(tmp_path / "report.txt"),
+    )
+    assert run(job.to_json()).error is None
+    assert sum(layer.is_kernel for layer in read_report(tmp_path / "report.txt")) == 1
