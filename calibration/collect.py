@@ -63,15 +63,15 @@ class Unit:
     samples: range
 
 
-def units(settings: CalibrationSettings, *, image_to_video: bool) -> list[Unit]:
-    """The units of a run: tasks in turn, JIT guidance, and SIT in every second image-to-video batch."""
+def units(settings: CalibrationSettings, *, image_to_video: bool, student: bool = False) -> list[Unit]:
+    """The units of a run: tasks in turn, JIT guidance, and SIT in every second image-to-video batch of no student."""
     found = []
     for index, start in enumerate(range(0, settings.samples, settings.batch)):
         given = image_to_video and index % 2 == 1
         found.append(
             Unit(
                 task="ti2v" if given else "t2v",
-                guidance=GuidanceMode.SIT if given and index % 4 == 3 else GuidanceMode.JIT,
+                guidance=GuidanceMode.SIT if given and index % 4 == 3 and not student else GuidanceMode.JIT,
                 samples=range(start, min(start + settings.batch, settings.samples)),
             )
         )
@@ -161,7 +161,8 @@ def collect(
     ``fingerprint`` tells runs apart that must not be mixed. ``progress`` hears of units.
     """
     model, clock, statistics = observed_model(checkpoint.model, settings.calibrator == "percentile")
-    plan = units(settings, image_to_video=material.images is not None)
+    student = checkpoint.config.model.student is not None
+    plan = units(settings, image_to_video=material.images is not None, student=student)
     done = load_state(state, statistics, fingerprint)
     progress("sampling", done, len(plan))
     for index, unit in enumerate(plan[done:], start=done):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from stiv_deploy.stiv_ref.bounds import SIZE_LIMIT, Factor, Layers, Name, Size
+from stiv_deploy.stiv_ref.bounds import SIZE_LIMIT, Factor, Layers, Name, Scale, Size
 from stiv_deploy.stiv_ref.errors import ConfigError, briefly, one_line
 from stiv_deploy.stiv_ref.files import parse_json, read_text
 
@@ -59,6 +59,31 @@ def read_config(kind: type[Section], path: Path) -> Section:
     return parse_config(kind, values, str(path))
 
 
+class Student(FrozenConfig):
+    """What a distilled model has in the place of guidance branches: JIT-CFG with CFG-Renorm in one row.
+
+    ``guidance`` are the least and the greatest scale that it was trained for; the scale is a condition of the model.
+    """
+
+    guidance: tuple[Scale, Scale]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Student":
+        if self.guidance[0] > self.guidance[1]:
+            raise ValueError(f"guidance goes from the least scale to the greatest, got {list(self.guidance)}")
+        return self
+
+    def covers(self, scale: float) -> bool:
+        """Whether it was trained for ``scale``."""
+        return self.guidance[0] <= scale <= self.guidance[1]
+
+    @property
+    def scales(self) -> str:
+        """The scales in words."""
+        least, greatest = self.guidance
+        return f"{least:g}" if least == greatest else f"{least:g} to {greatest:g}"
+
+
 class StivConfig(FrozenConfig):
     """Architecture of one STIV transformer.
 
@@ -66,6 +91,7 @@ class StivConfig(FrozenConfig):
     tokens) are the sizes at which RoPE positions are used as they are; larger inputs are interpolated back to them.
     The last ``full_blocks`` of the ``blocks`` see all tokens in masked training (MaskDiT), else they are as the others.
     ``cross_qk_norm``: whether queries and keys of cross-attention are normalized; those of self-attention always are.
+    ``student``: what a distilled model has instead of guidance branches.
     """
 
     name: Name
@@ -83,6 +109,7 @@ class StivConfig(FrozenConfig):
     frequency_width: int = Field(default=256, gt=0, le=SIZE_LIMIT, multiple_of=2)
     full_blocks: int = Field(default=0, ge=0, le=1_000)
     cross_qk_norm: bool = True
+    student: Student | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "StivConfig":
@@ -92,7 +119,14 @@ class StivConfig(FrozenConfig):
             raise ValueError(f"head size {self.head_dim} (width / heads) must be a multiple of 4 for 2D RoPE")
         if self.full_blocks >= self.blocks:
             raise ValueError(f"full_blocks {self.full_blocks} must leave main blocks, there are {self.blocks} in all")
+        if self.student is not None and not self.temporal:
+            raise ValueError("students are of video models; an image model has temporal = false")
         return self
+
+    @property
+    def teacher(self) -> "StivConfig":
+        """The architecture that a student learns from."""
+        return self.model_copy(update={"student": None})
 
     @property
     def head_dim(self) -> int:

@@ -31,7 +31,7 @@ class Unseen(StrEnum):
     """Zero latents at every step, as STIV's multi-view model (arXiv 2412.07730, section 3.6)."""
 
 
-def jit_cfg(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def jit_cfg(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """JIT-CFG: ``F(x, 0, 0) + s * (F(x, text, image) - F(x, 0, 0))``."""
     return unconditional + scale * (conditional - unconditional)
 

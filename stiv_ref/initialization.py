@@ -63,6 +63,8 @@ def check_fits(source: StivConfig, target: StivConfig, what: str) -> None:
             raise CheckpointError(
                 f"{what}: its {field} is {theirs}, the stage's model has {ours}; choose another origin"
             )
+    if source.student is not None:
+        raise CheckpointError(f"{what}: it is a student, its guidance is distilled already; name what it was made from")
     if source.patch[1] != target.patch[1]:
         raise CheckpointError(
             f"{what}: its spatial patch is {source.patch[1]}, the stage's model has {target.patch[1]}"

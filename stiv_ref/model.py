@@ -22,6 +22,9 @@ from stiv_deploy.stiv_ref.rope import spatial_table, temporal_table
 MICRO_GROUPS = {"resolution": 2, "crop": 2, "stride": 1, "frames": 1}
 """Micro-conditions and how many numbers each has: original (height, width), crop (top, left), frame stride, frames."""
 MICRO_VALUES = sum(MICRO_GROUPS.values())
+GUIDANCE_UNIT = 10.0
+"""Angle of the fastest sinusoid that a guidance scale of 1 is embedded by: scales a tenth apart differ, and are near.
+"""
 
 
 class Embedded(NamedTuple):
@@ -66,8 +69,27 @@ class ScalarEmbedder(nn.Module):
         return stateless_norm(self.outer(F.silu(self.inner(features))))
 
 
+class LateEmbedder(nn.Module):
+    """A scalar that a trained model gets as a further condition: sinusoidal features -> two-layer MLP, [B, D].
+
+    Its outer layer starts at zero, so that the model begins as it was. It lacks the norm of :class:`ScalarEmbedder`,
+    which would make the first step away from zero a whole one.
+    """
+
+    def __init__(self, frequency_width: int, width: int) -> None:
+        super().__init__()
+        self.frequency_width = frequency_width
+        self.inner = nn.Linear(frequency_width, width)
+        self.outer = nn.Linear(width, width)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Embed ``values`` fp32 [B]."""
+        features = sinusoidal(values, self.frequency_width).to(self.inner.weight.dtype)
+        return self.outer(F.silu(self.inner(features)))
+
+
 class SingletonCondition(nn.Module):
-    """Timestep, micro-conditions and pooled text, each normed, then summed to one vector [B, D]."""
+    """Timestep, micro-conditions and pooled text, each normed, then summed to one vector [B, D]; a student's, too."""
 
     def __init__(self, config: StivConfig) -> None:
         super().__init__()
@@ -76,13 +98,19 @@ class SingletonCondition(nn.Module):
             {name: ScalarEmbedder(count, config.frequency_width, config.width) for name, count in MICRO_GROUPS.items()}
         )
         self.pooled = nn.Linear(config.text_width, config.width)
+        self.student = config.student
+        if config.student is not None:
+            self.guidance = LateEmbedder(config.frequency_width, config.width)
 
-    def forward(self, timestep: Tensor, micro: Tensor, pooled: Tensor) -> Tensor:
-        """Combine ``timestep`` [B] in [0, 1], ``micro`` [B, 6] and pooled text [B, Dt]."""
+    def forward(self, timestep: Tensor, micro: Tensor, pooled: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """Combine ``timestep`` [B] in [0, 1], ``micro`` [B, 6], pooled text [B, Dt], a student's ``guidance`` [B]."""
         condition = self.timestep(1000 * timestep.unsqueeze(1)) + stateless_norm(self.pooled(pooled))
         groups = micro.split(list(MICRO_GROUPS.values()), dim=1)
         for name, values in zip(MICRO_GROUPS, groups, strict=True):
             condition = condition + self.micro[name](values)
+        if self.student is not None:
+            assert guidance is not None
+            condition = condition + self.guidance(GUIDANCE_UNIT * guidance)
         return condition
 
 
@@ -131,6 +159,9 @@ class Stiv(nn.Module):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, LateEmbedder):
+                nn.init.zeros_(module.outer.weight)
         nn.init.normal_(self.modulation.weight, std=0.02, generator=generator)
         for table in [*(block.table for block in cast("Iterable[StivBlock]", self.blocks)), self.head.table]:
             nn.init.normal_(table, std=self.config.width**-0.5, generator=generator)
@@ -194,10 +225,21 @@ class Stiv(nn.Module):
             place = place + self.frame_position(position).unsqueeze(1)
         return place
 
-    def embed(self, latents: Tensor, timestep: Tensor, micro: Tensor, pooled: Tensor, rope: RopeTables) -> Embedded:
-        """Tokens and conditions of one step: latents [B, T, C, h, w], timestep [B], micro [B, 6], pooled [B, Dt]."""
+    def embed(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        micro: Tensor,
+        pooled: Tensor,
+        rope: RopeTables,
+        guidance: Tensor | None = None,
+    ) -> Embedded:
+        """Tokens and conditions of one step: latents [B, T, C, h, w], timestep [B], micro [B, 6], pooled [B, Dt].
+
+        Students take their ``guidance`` scales fp32 [B].
+        """
         x = self.patch(self.patchify(latents).to(self.patch.weight.dtype)) + self.places(rope)
-        condition = self.singleton(timestep, micro, pooled)
+        condition = self.singleton(timestep, micro, pooled, guidance)
         modulation = self.modulation(F.silu(condition)).unflatten(1, (MODULATIONS, self.config.width))
         return Embedded(x, modulation, condition)
 
@@ -211,12 +253,14 @@ class Stiv(nn.Module):
         pooled: Tensor,
         text_kv: TextKV | None = None,
         keep: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """Predict the velocity, same shape as ``latents`` [B, T, C, h, w].
 
         ``timestep`` [B] in [0, 1] (0 noise, 1 data); ``micro`` [B, 6]; ``text_states`` [B, L, Dt] with 0/1
         ``token_mask`` [B, L]; ``pooled`` [B, Dt]. ``text_kv`` may be given to reuse it over the steps of a request.
-        In masked training only the tokens ``keep`` int64 [B, S'] of each frame pass the main blocks.
+        In masked training only the tokens ``keep`` int64 [B, S'] of each frame pass the main blocks. Students take
+        their ``guidance`` scales fp32 [B], and predict the guided velocity.
         """
         if not self.config.temporal and latents.shape[1] != 1:
             raise ValueError(f"an image model takes one frame, got {latents.shape[1]}")
@@ -225,7 +269,7 @@ class Stiv(nn.Module):
         text_k, text_v = self.text_kv(text_states) if text_kv is None else text_kv
         mask = additive_mask(token_mask).to(text_k.dtype)
         rope = self.rope_tables(latents.shape)
-        x, modulation, condition = self.embed(latents, timestep, micro, pooled, rope)
+        x, modulation, condition = self.embed(latents, timestep, micro, pooled, rope, guidance)
         main = len(self.blocks) - self.config.full_blocks
         x, own_rope = (x, rope) if keep is None else (kept(x, keep), kept_rope(rope, keep, x.shape[1]))
         for index, (block, k, v) in enumerate(zip(self.blocks, text_k, text_v, strict=True)):

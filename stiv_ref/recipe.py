@@ -19,13 +19,14 @@ from stiv_deploy.stiv_ref.bounds import (
     Name,
     Processes,
     Rate,
+    Scale,
     Seed,
     SomePath,
     Strides,
     Tokens,
 )
 from stiv_deploy.stiv_ref.checkpoint import SamplingDefaults
-from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig, model_config, parse_config
+from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig, Student, model_config, parse_config
 from stiv_deploy.stiv_ref.digit_canvas import SIZE, check_frames
 from stiv_deploy.stiv_ref.errors import ConfigError, one_line
 from stiv_deploy.stiv_ref.files import read_text
@@ -189,6 +190,9 @@ class Stage(Objective):
     text, a trained text encoder). ``patch_frames`` changes the temporal patch size (patch inflation). Learning rate:
     linear over ``warmup`` steps, then constant, as in the paper, or a cosine to a tenth. ``batch`` is that of all
     processes together. ``optimizer``: the recipe's, unless the stage has its own.
+
+    A stage that distills learns from the model that it starts as (:mod:`~stiv_deploy.stiv_ref.distillation`):
+    ``guidance``, its guided velocity, at scales of the range ``guidance``, which may be one number.
     """
 
     name: Name = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")
@@ -207,6 +211,34 @@ class Stage(Objective):
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(default=0.0, ge=0, le=1_000)
     optimizer: Optimizer | None = None
+    distill: Literal["guidance"] | None = None
+    guidance: tuple[Scale, Scale] | None = None
+
+    @field_validator("guidance", mode="before")
+    @classmethod
+    def _range(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _check_distill(self) -> Self:
+        if self.distill is None:
+            if self.guidance is not None:
+                raise ValueError('guidance is for a stage that distills; add distill = "guidance", or take it out')
+            return self
+        if self.guidance is None:
+            raise ValueError("a stage that distills needs guidance, the range of its scales: guidance = [1.5, 7.5]")
+        if not self.kind.video:
+            raise ValueError(f"students are of video models; a {self.task} stage cannot distill")
+        if self.spatial_from == SCRATCH:
+            raise ValueError('a stage that distills starts as its teacher; take out spatial_from = "scratch"')
+        if self.mask_ratio:
+            raise ValueError("a stage that distills sees all tokens, as sampling does; take out mask_ratio")
+        return self
+
+    @property
+    def student(self) -> Student | None:
+        """What the model of this stage has instead of guidance branches."""
+        return None if self.guidance is None else Student(guidance=self.guidance)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -300,8 +332,11 @@ class Recipe(FrozenConfig):
             raise ValueError(f"stages must go t2i, t2v, then tasks with given frames, got {got}")
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"stage names must differ, {min(twice)!r} stands twice")
+        if self.model.student is not None:
+            raise ValueError("[model] student is what stages that distill make; take it out")
         for number, stage in enumerate(self.stages):
             self._check_origins(number, stage)
+            self._check_teacher(number, stage)
             self._check_data(stage)
             self._check_sizes(stage)
         if isinstance(self.vae, TrainedVae):
@@ -325,6 +360,22 @@ class Recipe(FrozenConfig):
                 raise ValueError(
                     f"stage {stage.name}: temporal_from {name!r} is an image stage, without temporal weights"
                 )
+
+    def _check_teacher(self, number: int, stage: Stage) -> None:
+        """A stage that distills has a teacher, which is no student; and no other stage starts from a student."""
+        before = self.stages[number - 1].name if number else ""
+        names = {stage.spatial_from or before, (stage.temporal_from or before) if stage.kind.video else ""} - {""}
+        if stage.spatial_from == SCRATCH:
+            return
+        if stage.distill and not names:
+            raise ValueError(
+                f"stage {stage.name}: there is no stage before it to distill; name its teacher's checkpoint folder in "
+                "spatial_from"
+            )
+        for each in self.stages[:number]:
+            if each.name in names and each.distill:
+                again = "has its guidance distilled already" if stage.distill else "is a student, which data would undo"
+                raise ValueError(f"stage {stage.name}: what it starts from, {each.name}, {again}; name a stage before")
 
     def _check_data(self, stage: Stage) -> None:
         if stage.data not in self.data:
@@ -395,6 +446,12 @@ class Recipe(FrozenConfig):
         if isinstance(self.text, WordText) and model.text_width % self.text.heads:
             raise ValueError(f"text.heads {self.text.heads} does not divide the text width {model.text_width}")
         self._check_pixels("sampling", (sampling.height, sampling.width))
+        for stage in self.stages:
+            if stage.student is not None and not stage.student.covers(sampling.guidance_scale):
+                raise ValueError(
+                    f"sampling.guidance_scale {sampling.guidance_scale:g} is not among those of stage {stage.name}, "
+                    f"{stage.student.scales}"
+                )
         patch_frames = self.patch_of(self.stages[-1])[0]
         if isinstance(self.vae, TrainedVae) and sampling.frames % patch_frames:
             raise ValueError(
@@ -433,7 +490,8 @@ class Recipe(FrozenConfig):
 
     def model_of(self, stage: Stage) -> StivConfig:
         """The architecture of ``stage``: image models have no temporal attention and a patch of one frame."""
-        return self.model.model_copy(update={"temporal": stage.kind.video, "patch": self.patch_of(stage)})
+        own = {"temporal": stage.kind.video, "patch": self.patch_of(stage), "student": stage.student}
+        return self.model.model_copy(update=own)
 
 
 def load_recipe(path: Path) -> Recipe:

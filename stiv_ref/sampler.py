@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from stiv_deploy.stiv_ref.conditioning import noise_frames, replace_frames
+from stiv_deploy.stiv_ref.config import Student
+from stiv_deploy.stiv_ref.errors import ConfigError
 from stiv_deploy.stiv_ref.flow import schedule
 from stiv_deploy.stiv_ref.guidance import GuidanceMode, Unseen, cfg_renorm, jit_cfg, sit_cfg
 from stiv_deploy.stiv_ref.model import Stiv
@@ -107,10 +109,32 @@ def _guide(branches: tuple[Tensor, ...], frame_mask: Tensor, settings: SamplingS
     return cfg_renorm(guided, branches[0], frame_mask) if settings.renorm else guided
 
 
+def check_student(student: Student, settings: SamplingSettings) -> None:
+    """:class:`ConfigError` where a student cannot be sampled with ``settings``."""
+    if settings.guidance_mode is GuidanceMode.SIT:
+        raise ConfigError("guidance mode sit: a student has the joint guidance of text and image in it; use jit")
+    if not student.covers(settings.guidance_scale):
+        raise ConfigError(f"guidance scale {settings.guidance_scale:g}: this student was trained for {student.scales}")
+    if not (settings.renorm and settings.guides(0) and settings.guides(1)):
+        raise ConfigError("a student's guidance is renormalized, at all times; leave renorm on and the interval whole")
+
+
+def student_inputs(student: Student | None, scale: float, timestep: Tensor) -> dict[str, Tensor]:
+    """What a student takes besides the inputs of other models, for a call at ``timestep`` [B]."""
+    return {} if student is None else {"guidance": torch.full_like(timestep, scale)}
+
+
 def guided_velocity(
     model: Stiv, inputs: SamplingInputs, settings: SamplingSettings
 ) -> Callable[[Tensor, float], Tensor]:
-    """The guided velocity of a run as a function of latents [B, T, C, h, w] and time; text is projected here, once."""
+    """The guided velocity of a run as a function of latents [B, T, C, h, w] and time; text is projected here, once.
+
+    That of a student is one row's, whose condition is the guidance scale, in the modes ``none`` and ``jit`` alike.
+    Raises :class:`ConfigError` where ``settings`` are not for it.
+    """
+    if model.config.student is not None:
+        check_student(model.config.student, settings)
+        settings = replace(settings, guidance_mode=GuidanceMode.NONE)
     guided = _velocity(model, inputs, settings)
     if settings.guides(0) and settings.guides(1):
         return guided
@@ -134,7 +158,8 @@ def _velocity(model: Stiv, inputs: SamplingInputs, settings: SamplingSettings) -
         else:
             hidden = noise_frames(latents, clean, noise, timestep, frame_mask)
         model_input = torch.cat([latents if sees else hidden for sees in branches.sees_image])
-        output = model(model_input, timestep.repeat(count), micro, *branches.text, text_kv=text_kv)
+        more = student_inputs(model.config.student, settings.guidance_scale, timestep)
+        output = model(model_input, timestep.repeat(count), micro, *branches.text, text_kv=text_kv, **more)
         return _guide(output.chunk(count), frame_mask, settings)
 
     return velocity

@@ -50,6 +50,8 @@ FLOOR = {torch.float32: FLOAT32_GATE, torch.float16: 2.0**-11, torch.bfloat16: 2
 """Floor of the gates, the unit roundoff of half precisions: two right results may round each value differently."""
 
 
+SCALES = (1.0, 8.0)
+"""Guidance scales that a student's graph is checked with."""
 VAE_PIXELS = 2**18
 """Pixels of a frame, times latent frames, that a check of the VAE takes: a frame of 512x512, some 10 s of a CPU."""
 TOKEN_BYTES = 2**26
@@ -139,6 +141,7 @@ def _draw(tensor: TensorSpec, shape: tuple[int, ...], limits: Mapping[str, int],
         "text_mask": lambda: np.where(_lengths(random, (shape[0], shape[-1])), 0, MASKED).reshape(shape),
         "timestep": lambda: random.random(shape),
         "next_timestep": lambda: random.random(shape),
+        "guidance": lambda: random.uniform(*SCALES, shape),
         "micro": lambda: random.integers(0, 512, shape),
         "video": lambda: random.uniform(-1, 1, shape),
         "spatial": lambda: random.uniform(-np.pi, np.pi, shape),

@@ -20,7 +20,7 @@ from torch import Tensor
 from stiv_deploy.export.graphs.draws import DRAWS, UNIT_ROUNDING, WIGGLE, quantized_gate, rel_l2
 from stiv_deploy.export.graphs.reference import Boundary, in_turn
 from stiv_deploy.export.graphs.writer import GraphWriter, in_precision
-from stiv_deploy.runtime.bundle.contract import SAMPLE_ROWS, ModelFacts
+from stiv_deploy.runtime.bundle.contract import SAMPLE_ROWS, ModelFacts, Student
 from stiv_deploy.runtime.bundle.golden import RunAnswer, RunAnswers, RunSettings, Sizes, answer, inputs_of, latents_of
 from stiv_deploy.runtime.bundle.manifest import Bucket, Range
 from stiv_deploy.runtime.bundle.sketch import seed_of, uniform
@@ -55,13 +55,28 @@ SEES = {GuidanceMode.NONE: (True,), GuidanceMode.JIT: (True, False), GuidanceMod
 Outputs = dict[str, Tensor]
 
 
+def runs_of(student: Student | None) -> Mapping[str, RunSettings]:
+    """:data:`RUNS`; of a student runs in one row, by each solver, at its least and its greatest scale."""
+    if student is None:
+        return RUNS
+    least, greatest = student.guidance
+    return {
+        "student by euler": RunSettings(steps=1, guidance_mode="none", guidance_scale=least),
+        "student by heun": RunSettings(steps=2, guidance_mode="none", guidance_scale=greatest, solver="heun"),
+        "forced student": RunSettings(
+            steps=3, guidance_mode="none", guidance_scale=greatest, time_shift=2.0, given=(0,), forced=True
+        ),
+        "student by ab2": RunSettings(steps=3, guidance_mode="none", guidance_scale=least, solver="ab2", given=(0,)),
+    }
+
+
 def run_answers(writer: GraphWriter, bucket: Bucket, simulated: "Simulated | None") -> RunAnswers:
-    """The answers of :data:`RUNS` at the smallest sizes of ``bucket``; ``simulated`` where layers are in 8 bits."""
+    """The answers of :func:`runs_of` at the smallest sizes of ``bucket``; ``simulated`` where layers are in 8 bits."""
     sizes = run_sizes(bucket, writer.facts)
     frames = writer.facts.latent_frames(sizes.video_frames)
     outputs_of = _exact(writer) if simulated is None else _simulated(writer, simulated)
     runs = []
-    for name, settings in RUNS.items():
+    for name, settings in runs_of(writer.facts.student).items():
         own = settings if frames > max(settings.given, default=0) + 1 else settings.model_copy(update={"given": ()})
         drawn = golden_sample(name, own, sizes, writer.facts, writer.checkpoint.config.text.vocabulary)
         outputs, gates = outputs_of(Clip(name, own, drawn))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from stiv_deploy.export.graphs.modules import part
 from stiv_deploy.export.graphs.writer import in_precision
 from stiv_deploy.stiv_ref.block import StivBlock
+from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.model import Stiv, TextKV
 
 WHOLE_BYTES = 2**28
@@ -21,6 +22,11 @@ class Boundary(nn.Module):
     def __init__(self, model: Stiv) -> None:
         super().__init__()
         self.model = model
+
+    @property
+    def config(self) -> StivConfig:
+        """The architecture."""
+        return self.model.config
 
     def text_kv(self, text_states: Tensor) -> TextKV:
         """Keys and values of all blocks."""

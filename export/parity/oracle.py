@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Tensors = dict[str, Tensor]
 HOST_GRAPHS = ("embed", "step")
 """Graphs whose host inputs (times, micro-conditions, latents) do not bear half precision."""
+LATE = ("guidance",)
+"""What ``embed`` takes of a student only."""
 GraphFunction = Callable[[Mapping[str, Tensor]], Tensors]
 
 
@@ -106,7 +108,8 @@ class Oracle:
         wide = torch.promote_types(self.dtype, torch.float32)
         timestep, micro = (inputs[name].to(wide) for name in ("timestep", "micro"))
         pooled = inputs["pooled"].to(self.dtype)
-        return self.model.embed(inputs["model_input"], timestep, micro, pooled, self._rope(inputs))._asdict()
+        more = {name: inputs[name].to(wide) for name in LATE if name in inputs}
+        return self.model.embed(inputs["model_input"], timestep, micro, pooled, self._rope(inputs), **more)._asdict()
 
     def _rope(self, inputs: Mapping[str, Tensor]) -> RopeTables:
         """The tables that a graph got, in this dtype; those it has no use for are empty."""

@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from stiv_deploy.runtime.bundle.contract import SAMPLE_ROWS
+from stiv_deploy.runtime.bundle.contract import SAMPLE_ROWS, Student
 from stiv_deploy.runtime.bundle.manifest import Manifest
 from stiv_deploy.runtime.sampling.guidance import BRANCHES
 from stiv_deploy.runtime.sampling.guidance import GuidanceMode as RuntimeMode
@@ -40,7 +40,7 @@ class Request:
 
     ``token_ids`` and ``token_mask`` int64 [G, L] hold all guidance branches, each a row of the model; ``inputs.text``
     is not filled: each oracle encodes the tokens itself. ``video`` [1, F, 3, H, W] is the clip whose first frame is
-    given.
+    given. ``student`` is what the model has instead of guidance branches.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Request:
     token_ids: Tensor
     token_mask: Tensor
     video: Tensor
+    student: Student | None = None
 
     @property
     def branches(self) -> int:
@@ -58,6 +59,11 @@ class Request:
     def times(self) -> list[float]:
         """Sampling times."""
         return schedule(self.settings.steps, self.settings.time_shift).tolist()
+
+    def timed(self, time: float) -> dict[str, Tensor]:
+        """Inputs of the ``embed`` graph that say when its rows are, and a student's guidance scale: fp64 [G] each."""
+        wanted = {"timestep": time} | ({} if self.student is None else {"guidance": self.settings.guidance_scale})
+        return {name: torch.full((self.branches,), value, dtype=torch.float64) for name, value in wanted.items()}
 
     def text_mask(self) -> Tensor:
         """Additive text mask [G, 1, 1, L]."""
@@ -134,8 +140,9 @@ def _moving_square(batch: int, frames: int, height: int, width: int) -> Tensor:
 def parity_requests(manifest: Manifest, checkpoint: Checkpoint, steps: int) -> list[Request]:
     """T2V with JIT-CFG and Euler's solver, TI2V with JIT-CFG and AB2, TI2V with SIT-CFG and Heun's; each solver once.
 
-    The last one is guided only from :data:`FROM` until :data:`UNTIL`. One sample each, at the bundle's default size;
-    for an image model the first alone.
+    The last one is guided only from :data:`FROM` until :data:`UNTIL`. A student is asked the same in its one row, at
+    its own scale, its least and its greatest. One sample each, at the bundle's default size; for an image model the
+    first alone.
     """
     defaults, model = manifest.sampling, manifest.model
     video = _moving_square(1, defaults.frames, defaults.height, defaults.width)
@@ -150,15 +157,11 @@ def parity_requests(manifest: Manifest, checkpoint: Checkpoint, steps: int) -> l
         image_scale=defaults.image_scale,
         time_shift=defaults.time_shift,
     )
-    separate = replace(settings, guidance_mode=GuidanceMode.SIT, solver=Solver.HEUN)
     first, second = understood(checkpoint.tokenizer)
-    cases = [
-        ("t2v jit euler", first, False, settings),
-        ("ti2v jit ab2", second, True, replace(settings, solver=Solver.AB2, time_shift=UNEQUAL_SHIFT)),
-        ("ti2v sit heun", second, True, replace(separate, guidance_from=FROM, guidance_until=UNTIL)),
-    ]
+    cases = _cases(settings) if model.student is None else _student_cases(settings, model.student)
     requests = []
-    for name, prompt, given, chosen in cases if model.temporal else cases[:1]:
+    for name, given, chosen in cases if model.temporal else cases[:1]:
+        prompt = second if given else first
         mask = torch.zeros(clean.shape[:2], dtype=torch.bool)
         mask[:, 0] = given
         ids, token_mask = tokenize(checkpoint.tokenizer, [prompt, *[""] * NULL[chosen.guidance_mode]])
@@ -166,6 +169,37 @@ def parity_requests(manifest: Manifest, checkpoint: Checkpoint, steps: int) -> l
         shown = clean if given else torch.zeros_like(clean)
         inputs = SamplingInputs(noise, shown, mask, nothing, nothing, micro)
         requests.append(
-            Request(name=name, settings=chosen, inputs=inputs, token_ids=ids, token_mask=token_mask, video=video)
+            Request(
+                name=name,
+                settings=chosen,
+                inputs=inputs,
+                token_ids=ids,
+                token_mask=token_mask,
+                video=video,
+                student=model.student,
+            )
         )
     return requests
+
+
+Case = tuple[str, bool, SamplingSettings]
+"""What a request is called, whether its first frame is given, and how it is sampled."""
+
+
+def _cases(settings: SamplingSettings) -> list[Case]:
+    separate = replace(settings, guidance_mode=GuidanceMode.SIT, solver=Solver.HEUN)
+    return [
+        ("t2v jit euler", False, settings),
+        ("ti2v jit ab2", True, replace(settings, solver=Solver.AB2, time_shift=UNEQUAL_SHIFT)),
+        ("ti2v sit heun", True, replace(separate, guidance_from=FROM, guidance_until=UNTIL)),
+    ]
+
+
+def _student_cases(settings: SamplingSettings, student: Student) -> list[Case]:
+    own = replace(settings, guidance_mode=GuidanceMode.NONE)
+    least, greatest = (replace(own, guidance_scale=scale) for scale in student.guidance)
+    return [
+        ("t2v student euler", False, own),
+        ("ti2v student ab2", True, replace(least, solver=Solver.AB2, time_shift=UNEQUAL_SHIFT)),
+        ("ti2v student heun", True, replace(greatest, solver=Solver.HEUN)),
+    ]

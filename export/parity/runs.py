@@ -29,10 +29,9 @@ def probe(oracle: Oracle, request: Request, blocks: int) -> Iterator[tuple[str, 
     yield "image_encoder", {"video": request.video}
     latents = half * oracle.run("image_encoder", {"video": request.video})["latents"] + half * noise
     model_input = latents.repeat(count, 1, 1, 1, 1)
-    timestep = torch.full((len(model_input),), half, dtype=torch.float64)
     embed = {
         "model_input": model_input,
-        "timestep": timestep,
+        **request.timed(half),
         "micro": inputs.micro.repeat(count, 1),
         "pooled": text["pooled"],
         **oracle.rope(latents),
@@ -115,7 +114,8 @@ class TeacherForced:
         weights = self.request.weight_inputs(self.times[step])
         self._write(latents=latents, next_timestep=time, velocity=zeros, **weights)
         self.step()  # dt = 0: makes the model input
-        self.backend.write(self.denoiser.timestep, time.repeat(self.denoiser.dims["model_batch"]).numpy())
+        for name, value in self.request.timed(self.times[step]).items():
+            self.backend.write(self.denoiser.timed[name], value.float().numpy())
         for call in (*self.model.values(), self.step):
             call()
         return torch.from_numpy(self.backend.read(self.buffers["guided_velocity"]))

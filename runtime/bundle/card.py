@@ -56,6 +56,8 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
         f"{sampling.frames} frames of {sampling.width}x{sampling.height} at {sampling.frames_per_second} a second, "
         f"{sampling.steps} {sampling.solver} steps, guidance {sampling.guidance_mode} {sampling.guidance_scale:g}",
     )
+    if model.student is not None:
+        yield "student", f"guidance in one row of the model, at scales {model.student.scales}"
     if manifest.trained is not None:
         yield "trained for", f"{', '.join(manifest.trained.tasks)}; given: {', '.join(manifest.trained.givings)}"
     yield "checkpoint", f"SHA-256 `{manifest.checkpoint}`"

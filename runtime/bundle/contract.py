@@ -16,7 +16,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from stiv_deploy.runtime.bundle.bounds import BLOCK_LIMIT, TOKEN_LIMIT, Factor, Name, Size
+from stiv_deploy.runtime.bundle.bounds import BLOCK_LIMIT, TOKEN_LIMIT, Factor, Name, Scale, Size
 
 MICRO_VALUES = 6
 """Micro-conditions: original height and width, crop top and left, frame stride, number of frames."""
@@ -68,6 +68,31 @@ class GraphSpec(Frozen):
     outputs: tuple[TensorSpec, ...]
 
 
+class Student(Frozen):
+    """What a distilled model has in the place of guidance branches: one row, with the guidance scale as a condition.
+
+    ``guidance`` are the least and the greatest scale that it was trained for.
+    """
+
+    guidance: tuple[Scale, Scale]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.guidance[0] > self.guidance[1]:
+            raise ValueError(f"want guidance from the least scale to the greatest, got {list(self.guidance)}")
+        return self
+
+    def covers(self, scale: float) -> bool:
+        """Whether it was trained for ``scale``."""
+        return self.guidance[0] <= scale <= self.guidance[1]
+
+    @property
+    def scales(self) -> str:
+        """The scales in words."""
+        least, greatest = self.guidance
+        return f"{least:g}" if least == greatest else f"{least:g} to {greatest:g}"
+
+
 class ModelFacts(Frozen):
     """Architecture facts that the runtime and the contract need (the fields of the reference's config)."""
 
@@ -89,11 +114,15 @@ class ModelFacts(Frozen):
     """Frames per latent frame (the VAE's)."""
     causal_vae: bool = False
     """Whether the VAE codes the first frame alone, as latent frame 0, and no frame by a later one."""
+    student: Student | None = None
+    """What a distilled model has instead of guidance branches."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
+        if self.student is not None and not self.temporal:
+            raise ValueError("students are of video models, this is an image model")
         return self
 
     @property
@@ -184,6 +213,7 @@ def graph_specs(model: ModelFacts, precision: Precision) -> dict[str, GraphSpec]
     video = host("video", "batch", "video_frames", 3, "height", "width")
     spatial = [host("spatial_cos", "tokens", half), host("spatial_sin", "tokens", half)]
     temporal = [host("temporal_cos", "token_frames", half), host("temporal_sin", "token_frames", half)] * model.temporal
+    student = [host("guidance", "model_batch")] * (model.student is not None)
     all_heads = (model.blocks, "model_batch", model.heads, *text)
     block = graph(
         [
@@ -211,6 +241,7 @@ def graph_specs(model: ModelFacts, precision: Precision) -> dict[str, GraphSpec]
                 pooled,
                 *spatial,
                 *temporal,
+                *student,
             ],
             [device("x", *tokens), modulation, condition],
         ),

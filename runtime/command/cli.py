@@ -276,6 +276,7 @@ def print_bundle(report: "BundleReport", console: "Console") -> None:
         f"{model.blocks} blocks of width {model.width}, {model.heads} heads, patch {model.patch[0]}x{model.patch[1]}, "
         f"VAE {vae_text(model)}\n"
         f"trained on: {trained_text(manifest.trained)}\n"
+        f"{student_text(model)}"
         f"checkpoint {manifest.checkpoint[:12]}; made with {tools}\n",
         markup=False,
     )
@@ -332,6 +333,13 @@ def trained_text(trained: "TrainedOn | None") -> str:
     lists = (trained.tasks, trained.givings, trained.strides, sizes, trained.frames)
     tasks, givings, strides, shown, frames = (", ".join(map(str, each)) for each in lists)
     return f"{tasks} (given: {givings}), stride {strides}, {frames} frames of {shown}"
+
+
+def student_text(model: "ModelFacts") -> str:
+    """A line on what a student is; nothing of another model."""
+    if model.student is None:
+        return ""
+    return f"a student: one row of the model a step, at guidance scales {model.student.scales}\n"
 
 
 def vae_text(model: "ModelFacts") -> str:

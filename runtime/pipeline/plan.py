@@ -19,8 +19,9 @@ from stiv_deploy.runtime.pipeline.pictures import rgb_of
 from stiv_deploy.runtime.pipeline.request import GenerationRequest, new_seed
 from stiv_deploy.runtime.pipeline.tiling import check_tile
 from stiv_deploy.runtime.sampling.conditioning import frame_indices, micro_conditions
-from stiv_deploy.runtime.sampling.guidance import Unseen
+from stiv_deploy.runtime.sampling.guidance import GuidanceMode, Unseen
 from stiv_deploy.runtime.sampling.settings import SamplingSettings
+from stiv_deploy.runtime.sampling.student import one_row
 
 Item = TypeVar("Item")
 RECOMMENDED = {
@@ -201,7 +202,8 @@ def _planned(requests: Sequence[GenerationRequest], size: VideoSize, manifest: M
             known[key] = _given(request, size, model)
         read, given = known[key]
         _check_noise(request, size, model)
-        settings, micro, warnings = _settings(request), _micro(request), _warnings(request, given, size, manifest)
+        settings = _settings(request, manifest)
+        micro, warnings = _micro(request), _warnings(request, given, size, manifest)
         for index in range(request.count):
             seed = (request.seed or 0) + index
             changes = {"frames": read.frames, "latents": read.latents, "seed": seed, "count": 1}
@@ -223,9 +225,11 @@ def _warnings(request: GenerationRequest, given: Given, size: VideoSize, manifes
     )
 
 
-def _settings(request: GenerationRequest) -> SamplingSettings:
-    values = dict(request)
-    return SamplingSettings(
+def _settings(request: GenerationRequest, manifest: Manifest) -> SamplingSettings:
+    values, student = dict(request), manifest.model.student
+    if student is not None:
+        _check_branches(request, manifest)
+    settings = SamplingSettings(
         steps=values["num_inference_steps"],
         guidance_mode=values["guidance_mode"],
         guidance_scale=values["guidance_scale"],
@@ -237,6 +241,20 @@ def _settings(request: GenerationRequest) -> SamplingSettings:
         guidance_from=0.0 if values["guidance_from"] is None else values["guidance_from"],
         guidance_until=1.0 if values["guidance_until"] is None else values["guidance_until"],
     )
+    return one_row(settings, student)
+
+
+def _check_branches(request: GenerationRequest, manifest: Manifest) -> None:
+    """:class:`RequestError` where ``request`` has a word for guidance branches, which a student has not."""
+    if request.guidance_mode is GuidanceMode.NONE:
+        raise RequestError("guidance_mode none: a student has its guidance in it; leave it out, and give a low scale")
+    if request.negative_prompt:
+        raise RequestError("a student has no row for a negative prompt; leave it out, or use a bundle of its teacher")
+    views = manifest.trained is not None and "views" in manifest.trained.tasks
+    if request.unseen is Unseen.ZERO and not views:
+        raise RequestError(
+            "unseen zero: this student has no branch without the image, and no views in it; leave it out"
+        )
 
 
 def _micro(request: GenerationRequest) -> np.ndarray:

@@ -139,7 +139,8 @@ def _search(pipe: StivPipeline, request: TuneRequest, progress: Progress) -> Tun
     tried = tuple(searched(sampled, exact, budgets, request.solvers, shifts, news.count))
     best = frontier((*tried, point))
     chosen = any((each.guidance_from, each.guidance_until) != (None, None) for each in request.requests)
-    early = () if chosen else intervals(sampled, exact, best, lambda grid: _rows(planned(grid)), news.count)
+    whole = chosen or pipe.bundle.manifest.model.student is not None
+    early = () if whole else intervals(sampled, exact, best, lambda grid: _rows(planned(grid)), news.count)
     return TuneReport(
         bundle=pipe.bundle.hash,
         clips=clips,

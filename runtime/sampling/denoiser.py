@@ -14,12 +14,12 @@ from stiv_deploy.runtime.sampling.text_stage import TextRow
 
 
 class Denoiser:
-    """Runs the transformer on the rows of ``model_input`` at ``timestep`` and leaves the result in ``velocity``.
+    """Runs the transformer on the rows of ``model_input`` at their times and leaves the result in ``velocity``.
 
     Buffers, for the most rows M = ``dims["model_batch"]`` (see
     :func:`~stiv_deploy.runtime.bundle.contract.dimensions`): ``model_input`` and ``velocity`` fp32 [M, T, C, h, w],
-    ``timestep`` fp32 [M]. Rows may hold anything until they are given text and micro-conditions: nobody takes the
-    velocity of a row that no sample has.
+    ``timed`` fp32 [M] each, by those names of :data:`TIMED` that the model has. Rows may hold anything until they are
+    given text and micro-conditions: nobody takes the velocity of a row that no sample has.
     """
 
     def __init__(self, backend: Backend, manifest: Manifest, dims: dict[str, int]) -> None:
@@ -27,12 +27,14 @@ class Denoiser:
         self.model = manifest.model
         self.dims = dims
         self.specs = graph_specs(manifest.model, manifest.precision)
-        self._rows = {name: self._allocate(graph, name) for graph, name in _ROW_BUFFERS}
+        timed = [("embed", each.name) for each in self.specs["embed"].inputs if each.name in TIMED]
+        buffers = (*_ROW_BUFFERS, *timed)
+        self._rows = {name: self._allocate(graph, name) for graph, name in buffers}
         self._text = {name: self._allocate("text_kv", name) for name in ("text_k", "text_v")}
         self._tables = {name: backend.upload(table) for name, table in rope_tables(self.model, dims).items()}
         self._spare_x = self._allocate("embed", "x")
         self.model_input = self._rows["model_input"]
-        self.timestep = self._rows["timestep"]
+        self.timed = {name: self._rows[name] for _, name in timed}
         self.velocity = self._rows["velocity"]
 
     def _allocate(self, graph: str, name: str) -> Buffer:
@@ -81,10 +83,11 @@ class Denoiser:
                 self.backend.copy(buffer[block][target], buffer[block][source])
 
 
+TIMED = ("timestep", "guidance")
+"""What ``embed`` takes of every evaluation, a number for each row; all but the time are of students."""
 _ROW_BUFFERS = (
     ("text_encoder", "pooled"),
     ("embed", "model_input"),
-    ("embed", "timestep"),
     ("embed", "micro"),
     ("embed", "x"),
     ("embed", "modulation"),

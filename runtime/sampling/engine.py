@@ -127,7 +127,7 @@ class StepEngine:
         self._running: dict[int, _Running] = {}
 
     def _replay(self, rows: int, hook: Hook, *, capture: bool) -> Replay:
-        calls = self.denoiser.calls(rows, timestep=self._inputs.timestep)
+        calls = self.denoiser.calls(rows, **self._inputs.timed)
         return Replay(self.backend, calls, hook, capture=capture)
 
     @property

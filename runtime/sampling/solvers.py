@@ -20,7 +20,7 @@ MEAN = (0.5, 0.5)
 class Evaluation(NamedTuple):
     """One evaluation: times (0 noise, 1 data), step, weights of this and the previous velocity, whether it is guided.
 
-    One without ``hold`` completes a step of the schedule.
+    One without ``hold`` completes a step of the schedule. ``scale`` is the guidance scale, a condition of students.
     """
 
     timestep: float
@@ -29,6 +29,7 @@ class Evaluation(NamedTuple):
     weights: tuple[float, float] = EULER
     hold: bool = False
     guided: bool = True
+    scale: float = 1.0
 
 
 @lru_cache
@@ -38,7 +39,7 @@ def evaluations(settings: SamplingSettings) -> tuple[Evaluation, ...]:
     Where guidance begins or ends the velocity jumps, and a solver that looks back starts anew.
     """
     planned = _PLANS[settings.solver](settings.times().tolist())
-    made = [each._replace(guided=settings.guides(each.timestep)) for each in planned]
+    made = [each._replace(guided=settings.guides(each.timestep), scale=settings.guidance_scale) for each in planned]
     if settings.solver is Solver.AB2:
         return tuple(
             each if before.guided == each.guided else each._replace(weights=EULER)

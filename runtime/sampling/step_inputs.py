@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from stiv_deploy.runtime.backends.base import Buffer, Call
-from stiv_deploy.runtime.bundle.contract import SAMPLE_ROWS
+from stiv_deploy.runtime.bundle.contract import SAMPLE_ROWS, DType
 from stiv_deploy.runtime.sampling.denoiser import Denoiser
 from stiv_deploy.runtime.sampling.guidance import GuidanceRow
 from stiv_deploy.runtime.sampling.host_tables import HostTables
@@ -13,11 +13,13 @@ from stiv_deploy.runtime.sampling.solvers import EULER, Evaluation
 
 BY_SAMPLE = ("frame_mask", "sample_rows", "row_weights", "solver_weights", "dt", "next_timestep", "renorm", "hold")
 BY_ROW = ("row_sample", "row_mask")
-BY_TICK = ("timestep", "dt", "next_timestep", "solver_weights", "hold")
+BY_TICK = ("dt", "next_timestep", "solver_weights", "hold")
 
 
 class StepInputs:
     """Buffers for ``dims["batch"]`` samples over the rows of ``denoiser``, and what the host says of each.
+
+    ``timed`` are those of the rows that the model itself reads: their times and, of a student, guidance scales.
 
     Latents and guided velocities lie in two buffers each, read and written by turns: ``latents[side]`` and
     ``velocities[side]`` are those that the call of ``side`` reads. A sample at rest holds its latents, and takes no
@@ -33,11 +35,15 @@ class StepInputs:
         self.latents = (self._empty("latents"), self._empty("latents"))
         self.velocities = (self._empty("previous_velocity"), self._empty("previous_velocity"))
         tables = {name: self._shapes[name] for name in (*BY_SAMPLE, *BY_ROW)}
-        self._tables = HostTables(denoiser.backend, tables | {"timestep": ((denoiser.dims["model_batch"],), "float32")})
+        times: dict[str, tuple[tuple[int, ...], DType]] = {
+            name: ((denoiser.dims["model_batch"],), "float32") for name in denoiser.timed
+        }
+        self._tables = HostTables(denoiser.backend, tables | times)
         self._values = self._tables.values
         # The few numbers of every tick: a memoryview takes one in a fraction of what numpy does.
-        self._numbers: dict[str, Any] = {name: self._values[name].data for name in BY_TICK}
-        self.timestep = self._tables.buffers["timestep"]
+        self._numbers: dict[str, Any] = {name: self._values[name].data for name in (*BY_TICK, *times)}
+        self._guided = "guidance" in times
+        self.timed = {name: self._tables.buffers[name] for name in times}
         for slot in range(denoiser.dims["batch"]):
             self.rest(slot)
 
@@ -98,6 +104,8 @@ class StepInputs:
         numbers = self._numbers
         for row in rows:
             numbers["timestep"][row] = evaluation.timestep
+            if self._guided:
+                numbers["guidance"][row] = evaluation.scale
         numbers["dt"][slot] = evaluation.dt
         numbers["next_timestep"][slot] = evaluation.next_timestep
         numbers["solver_weights"][slot, 0], numbers["solver_weights"][slot, 1] = evaluation.weights

@@ -31,7 +31,8 @@ VAE_FILE, TOKENIZER_FILE = "vae.safetensors", "tokenizer.json"
 class Run:
     """Components of the running stage, sharded over ``team``: what :mod:`~stiv_deploy.stiv_ref.training.state` stores.
 
-    In stage 0 there is no ``model`` yet and the optimizer is that of the VAE.
+    In stage 0 there is no ``model`` yet and the optimizer is that of the VAE. ``teacher`` is what a stage that distills
+    learns from: frozen, and part of the state, so that it is the same to the end whatever becomes of its checkpoint.
     """
 
     recipe: Recipe
@@ -40,6 +41,7 @@ class Run:
     text: TextConditions
     vae: AnyVae
     model: Stiv | None = None
+    teacher: Stiv | None = None
     stage: int = VAE_STAGE
     step: int = 0
     optimizer: torch.optim.Optimizer | None = None
@@ -69,7 +71,9 @@ class Run:
         """All that a later process needs to go on, by name; writing to them changes the run."""
         assert self.optimizer is not None
         parameters = self.parameters
+        teacher = {} if self.teacher is None else dict(self.teacher.named_parameters())
         return {
+            **{f"teacher.{name}": parameter.detach() for name, parameter in teacher.items()},
             **{f"weights.{name}": parameter.detach() for name, parameter in parameters.items()},
             **{f"ema.{name}": average for name, average in self.averages.items()},
             **{f"optimizer.{name}": value for name, value in moments(self.optimizer, parameters).items()},

@@ -72,9 +72,10 @@ def check_origins(recipe: Recipe) -> None:
 
 
 def initial_weights(run: Run) -> dict[str, nn.Module]:
-    """What the running stage trains, with its first weights, whole, on the CPU: ``model`` and maybe ``text_encoder``.
+    """What the running stage has, with its first weights, whole, on the CPU: ``model`` and maybe ``text_encoder``.
 
-    A trained text encoder comes from the same origin as the weights that read what it says (``text_from``).
+    A trained text encoder comes from the same origin as the weights that read what it says (``text_from``). A stage
+    that distills has a ``teacher`` besides: the model, without what only a student has.
     """
     recipe = run.recipe
     model = Stiv(recipe.model_of(run.current))
@@ -84,12 +85,22 @@ def initial_weights(run: Run) -> dict[str, nn.Module]:
     if spatial is not None:
         other = None if temporal is None or temporal == spatial else load_model(temporal)  # none: spatial gives both
         initialize_from(model, load_model(spatial), other, text_with_temporal=late)
+    modules: dict[str, nn.Module] = {"model": model}
+    if run.current.distill:
+        modules["teacher"] = _teacher(model)
     if not isinstance(recipe.text, WordText):
-        return {"model": model}
+        return modules
     text = word_encoder(recipe.text, recipe.model, run.text.tokenizer, recipe.seed)
     if origin := temporal if late else spatial:
         _take_text(text, origin)
-    return {"model": model, "text_encoder": text}
+    return {**modules, "text_encoder": text}
+
+
+def _teacher(student: Stiv) -> Stiv:
+    """What ``student``, which nothing was trained of yet, is to learn from."""
+    teacher, weights = Stiv(student.config.teacher), student.state_dict()
+    teacher.load_state_dict({name: weights[name] for name in teacher.state_dict()})
+    return teacher
 
 
 def _take_text(encoder: TextEncoder, origin: Path) -> None:
@@ -100,6 +111,15 @@ def _take_text(encoder: TextEncoder, origin: Path) -> None:
             f"there, {encoder.config} here); use it frozen: [text] kind = 'checkpoint'"
         )
     encoder.load_state_dict(there.state_dict())
+
+
+def _placed(run: Run) -> dict[str, nn.Module]:
+    """All modules of the running stage; where it distills, what reads the text is frozen, as its teacher is."""
+    if run.teacher is None:
+        return run.modules
+    run.teacher.eval().requires_grad_(False)
+    run.text.encoder.requires_grad_(False)
+    return {**run.modules, "teacher": run.teacher}
 
 
 def _place(module: nn.Module, run: Run) -> None:
@@ -128,13 +148,15 @@ def begin_stage(run: Run, *, fresh: bool = True) -> None:
     it together.
     """
     recipe, team = run.recipe, run.team
-    run.optimizer, run.averages, run.model = None, {}, None
+    run.optimizer, run.averages, run.model, run.teacher = None, {}, None, None
     first = initial_weights(run) if fresh and team.first else {}
     with torch.device("meta"):
         run.model = Stiv(recipe.model_of(run.current))
         if isinstance(run.text.encoder, TextEncoder) and run.text.trained:
             run.text.encoder = TextEncoder(run.text.encoder.config)
-    for name, module in run.modules.items():
+        if run.current.distill:
+            run.teacher = Stiv(run.model.config.teacher)
+    for name, module in _placed(run).items():
         _place(module, run)
         if fresh:
             _spread(module, first.get(name), team)

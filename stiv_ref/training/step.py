@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from stiv_deploy.stiv_ref.data.source import Batch
+from stiv_deploy.stiv_ref.distillation import Conditions, draw_scales, guidance_loss, point_of, sees_zeros
 from stiv_deploy.stiv_ref.errors import ConfigError, DivergedError
 from stiv_deploy.stiv_ref.model import Stiv
-from stiv_deploy.stiv_ref.objective import draw, sample_generator, training_loss
+from stiv_deploy.stiv_ref.objective import Draws, draw, sample_generator, training_loss
 from stiv_deploy.stiv_ref.training.averages import update_averages
 from stiv_deploy.stiv_ref.training.optimizer import learning_rate, set_rate
 from stiv_deploy.stiv_ref.training.parallel import sync_gradients
@@ -73,10 +74,27 @@ def sample_losses(run: Run, batch: Batch, part: range) -> tuple[Tensor, Tensor, 
     timesteps = draws.timestep
     with autocast(device, run.recipe.efficiency.precision):
         text = run.text.states(batch, draws.drop_text, device)
-        losses = training_loss(
-            run.model, latents, text, batch.micro.to(device), draws.to(device), stage.masked_loss_weight
-        )
+        micro, draws = batch.micro.to(device), draws.to(device)
+        if run.teacher is None:
+            losses = training_loss(run.model, latents, text, micro, draws, stage.masked_loss_weight)
+        else:
+            conditions = Conditions(text, run.text.null(len(part), device), micro, scales_of(run, generators))
+            losses = distillation_losses(run, latents, draws, conditions, batch)
     return losses, timesteps.to(device), tokens
+
+
+def scales_of(run: Run, generators: Sequence[torch.Generator]) -> Tensor:
+    """Guidance scales fp32 [B] of a stage that distills, drawn after everything else of its samples."""
+    assert run.current.guidance is not None
+    return draw_scales(run.current.guidance, generators).to(run.team.device)
+
+
+def distillation_losses(run: Run, latents: Tensor, draws: Draws, conditions: Conditions, batch: Batch) -> Tensor:
+    """Losses fp32 [B] of a stage that distills."""
+    assert run.model is not None
+    assert run.teacher is not None
+    zeros = sees_zeros(run.current, len(latents), batch.tasks).to(latents.device)
+    return guidance_loss(run.model, run.teacher, point_of(latents, draws, zeros), conditions)
 
 
 def diverged(name: str, value: float, run: Run, names: Sequence[str]) -> DivergedError:

@@ -40,6 +40,11 @@ class TextConditions:
             _check_same(text, self._null)
             return drop_text(text, self._null, dropped.to(device))
 
+    def null(self, count: int, device: torch.device) -> TextStates:
+        """States of the empty prompt, ``count`` times."""
+        with torch.no_grad():
+            return self._encode([""] * count, device)
+
     def _encode(self, captions: Sequence[str], device: torch.device) -> TextStates:
         ids, mask = tokenize(self.tokenizer, captions)
         states: TextStates = self.encoder(ids.to(device), mask.to(device))

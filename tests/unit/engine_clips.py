@@ -1,6 +1,7 @@
 """Clips of the toy model for tests of the step engine: requests, engines, and what the reference makes of them."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,7 @@ class ToyModel:
 
     def __init__(self, toy_bundle: Bundle, toy: Any) -> None:
         self.toy = toy
+        self.config = SimpleNamespace(student=toy.student)
         dims = {"latent_height": SIZE, "latent_width": SIZE, "token_frames": FRAMES}
         tables = rope.rope_tables(toy_bundle.manifest.model, dims)
         space = tables["spatial_cos"].sum(1) + tables["spatial_sin"].sum(1)
@@ -107,12 +109,18 @@ class ToyModel:
         return None
 
     def __call__(
-        self, model_input: torch.Tensor, timestep: torch.Tensor, micro: torch.Tensor, *text: Any, **_: Any
+        self,
+        model_input: torch.Tensor,
+        timestep: torch.Tensor,
+        micro: torch.Tensor,
+        *text: Any,
+        text_kv: None,
+        **late: torch.Tensor,
     ) -> Any:
+        assert text_kv is None
         states, mask, pooled = (part.numpy() for part in text)
-        velocity = self.toy.velocity(
-            model_input.numpy(), timestep.numpy(), micro.numpy(), states, mask, pooled, self.place
-        )
+        time = sum(late.values(), start=timestep)
+        velocity = self.toy.velocity(model_input.numpy(), time.numpy(), micro.numpy(), states, mask, pooled, self.place)
         return torch.from_numpy(velocity)
 
 

@@ -7,6 +7,7 @@ answers, and uses every input of every graph, so that a wrong binding shows.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from onnx import parser
 
 from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, write_manifest
-from stiv_deploy.runtime.bundle.contract import ModelFacts, graph_specs
+from stiv_deploy.runtime.bundle.contract import ModelFacts, Student, graph_specs
 from stiv_deploy.runtime.bundle.golden import (
     GOLDEN,
     Golden,
@@ -103,14 +104,15 @@ IMAGE_ENCODER = """g (float[B,F,3,H,W] video) => (float[B,F,4,h,w] latents)
     latents = Reshape (four, shape)
 }"""
 EMBED = """g (float[M,T,4,h,w] model_input, float[M] timestep, float[M,6] micro, float[M,4] pooled,
-    float[S,2] spatial_cos, float[S,2] spatial_sin, float[T,2] temporal_cos, float[T,2] temporal_sin) =>
+    float[S,2] spatial_cos, float[S,2] spatial_sin, float[T,2] temporal_cos, float[T,2] temporal_sinLATE) =>
     (float[M,T,S,4] x, float[M,6,4] modulation, float[M,4] condition)
 {
     last = Transpose <perm=[0, 1, 3, 4, 2]> (model_input)
     shape = Constant <value_ints=[0, 0, -1, 4]> ()
     x = Reshape (last, shape)
     one = Constant <value_ints=[1]> ()
-    column = Unsqueeze (timestep, one)
+    time = Sum (timestepMORE)
+    column = Unsqueeze (time, one)
     size = ReduceMean <keepdims=1> (micro, one)
     small = Constant <value_float=0.001> ()
     scaled = Mul (size, small)
@@ -245,11 +247,24 @@ DECODER = """g (float[B,T,4,h,w] latents) => (float[B,T,3,H,W] video)
 }"""
 
 
+def embed_text(student: Student | None) -> str:
+    """The ``embed`` graph: what only a student has adds to the time."""
+    late = [each.name for each in graph_specs(facts_of(student), "float32")["embed"].inputs[8:]]
+    inputs = "".join(f", float[M] {name}" for name in late)
+    return EMBED.replace("LATE", inputs).replace("MORE", "".join(f", {name}" for name in late))
+
+
+def facts_of(student: Student | None) -> ModelFacts:
+    """The toy model's facts, those of a student if it is one."""
+    return FACTS.model_copy(update={"student": student})
+
+
 @dataclass(frozen=True)
 class Toy:
     """The toy model in numpy: v = slope^2 * x + (what the conditions add)."""
 
     slope: float = 0.5
+    student: Student | None = None
 
     def graphs(self) -> dict[str, tuple[str, dict[str, np.ndarray]]]:
         """Text and initializers of every graph."""
@@ -258,7 +273,7 @@ class Toy:
             "text_encoder": (TEXT_ENCODER, {"embedding": EMBEDDING}),
             "text_kv": (TEXT_KV, {}),
             "image_encoder": (IMAGE_ENCODER, {}),
-            "embed": (EMBED, {"six": np.full((1, 6, 4), 0.25, dtype=np.float32)}),
+            "embed": (embed_text(self.student), {"six": np.full((1, 6, 4), 0.25, dtype=np.float32)}),
             "block_00": block,
             "block_01": block,
             "head": (HEAD, {}),
@@ -322,7 +337,7 @@ def make_bundle(
 ) -> Path:
     """Write the bundle of ``toy`` into ``folder``, some graphs replaced by others (text and initializers)."""
     (folder / "onnx").mkdir(parents=True)
-    specs, graphs = graph_specs(FACTS, "float32"), {}
+    specs, graphs = graph_specs(facts_of(toy.student), "float32"), {}
     for name, (text, constants) in (toy.graphs() | dict(graphs_instead or {})).items():
         file, external = f"onnx/{name}.onnx", bool(constants)
         _save(text, constants, folder / file, external)
@@ -336,7 +351,7 @@ def make_bundle(
     manifest = Manifest(
         precision="float32",
         opset=20,
-        model=FACTS,
+        model=facts_of(toy.student),
         sampling=SAMPLING,
         buckets=(bucket,),
         graphs=graphs,
@@ -372,6 +387,7 @@ class _TorchToy:
 
     def __init__(self, toy: Toy) -> None:
         self.toy = toy
+        self.config = SimpleNamespace(student=None)
 
     def text_kv(self, states: Any) -> Any:
         return states

@@ -11,7 +11,7 @@ from stiv_deploy.runtime.backends.onnxruntime import thread_count
 from stiv_deploy.runtime.bundle.contract import dimensions, is_block
 from stiv_deploy.runtime.command.bench.record import Sample, Stages, Work
 from stiv_deploy.runtime.pipeline.pipeline import CPU, StivPipeline
-from stiv_deploy.runtime.pipeline.plan import GenerationPlan
+from stiv_deploy.runtime.pipeline.plan import GenerationPlan, PlannedVideo
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
 from stiv_deploy.runtime.pipeline.timing import PHASES
 from stiv_deploy.runtime.sampling.replay import REPLAY
@@ -111,12 +111,20 @@ def work_of(plan: GenerationPlan) -> Work:
         steps=settings.steps,
         evaluations=len(evaluations(settings)),
         solver=settings.solver,
-        guidance=" ".join([settings.guidance_mode, *scales]) if settings.guidance_mode != "none" else "none",
+        guidance=_guidance(video, scales),
         rows=len(plan.videos) * len(settings.rows()),
         row_evaluations=len(plan.videos) * row_evaluations(settings),
         given=len(video.given.images) + len(video.given.latents),
         decode_tile=plan.decode_tile,
     )
+
+
+def _guidance(video: PlannedVideo, scales: Sequence[str]) -> str:
+    """Mode and ``scales``; ``distilled`` where it is in the model."""
+    mode, asked = video.settings.guidance_mode, video.request.guidance_mode
+    if mode == "none":
+        return f"distilled {scales[0]}" if asked != mode else "none"
+    return " ".join([mode, *scales])
 
 
 def _partial(settings: SamplingSettings) -> bool:

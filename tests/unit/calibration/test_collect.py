@@ -34,6 +34,8 @@ def test_units_take_every_sample_once_over_both_tasks_and_guidance_modes() -> No
     assert [unit.guidance for unit in found] == [jit, jit, jit, sit, jit]
     assert len(found[-1].samples) == 2
     assert {unit.task for unit in units(CalibrationSettings(samples=22), image_to_video=False)} == {"t2v"}
+    student = units(CalibrationSettings(samples=22, batch=5), image_to_video=True, student=True)
+    assert {unit.guidance for unit in student} == {jit}, "it has no other guidance in it"
 
 
 def test_statistics_are_those_of_what_the_sampler_feeds_the_model(

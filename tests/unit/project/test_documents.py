@@ -238,7 +238,8 @@ def parts(annotation: Any) -> Iterator[type[BaseModel]]:
 def contract() -> dict[str, Any]:
     """Graphs of a video model of two blocks."""
     facts = dict.fromkeys(ModelFacts.model_fields, 2) | {"name": "two", "patch": (1, 2), "base_grid": (4, 4)}
-    return graph_specs(ModelFacts.model_validate(facts | {"temporal": True, "causal_vae": False}), "float16")
+    plain = {"temporal": True, "causal_vae": False, "student": None}
+    return graph_specs(ModelFacts.model_validate(facts | plain), "float16")
 
 
 @pytest.mark.parametrize("part", sorted(set(parts(Manifest)), key=lambda each: each.__name__))

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,6 +171,7 @@ class Seeing:
 
     def __init__(self) -> None:
         self.seen: list[torch.Tensor] = []
+        self.config = SimpleNamespace(student=None)
 
     def text_kv(self, states: torch.Tensor) -> torch.Tensor:
         return states

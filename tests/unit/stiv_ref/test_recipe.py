@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stiv_deploy.stiv_ref.config import CONFIGS, StivConfig, read_config
+from stiv_deploy.stiv_ref.config import CONFIGS, StivConfig, Student, read_config
 from stiv_deploy.stiv_ref.errors import ConfigError
 from stiv_deploy.stiv_ref.recipe import Recipe, WordText, load_recipe
 
@@ -318,3 +318,62 @@ def test_hostile_recipes_are_one_short_line(recipe_file: Path, content: bytes, m
     assert message in str(caught.value)
     assert len(str(caught.value)) < 500 + len(str(recipe_file))
     assert "\n" not in str(caught.value)
+
+
+STUDENT = """
+[[stages]]
+task = "ti2v"
+name = "student"
+distill = "guidance"
+guidance = [2.0, 6.0]
+frames = 3
+steps = 5
+batch = 2
+learning_rate = 1e-3
+"""
+
+
+def test_a_stage_that_distills(recipe_file: Path) -> None:
+    recipe_file.write_text(recipe_file.read_text() + STUDENT)
+    recipe = load_recipe(recipe_file)
+    assert [recipe.model_of(stage).student for stage in recipe.stages] == [None, None, Student(guidance=(2.0, 6.0))]
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    recipe_file.write_text(recipe_file.read_text().replace("[2.0, 6.0]", "4.0"))
+    assert load_recipe(recipe_file).stages[-1].guidance == (4.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("guidance = [2.0, 6.0]\n", "", "needs guidance, the range of its scales"),
+        ("[2.0, 6.0]", "[6.0, 2.0]", "from the least scale to the greatest"),
+        ('distill = "guidance"\n', "", "guidance is for a stage that distills"),
+        ('distill = "guidance"', 'distill = "everything"', "Input should be 'guidance'"),
+        ('name = "student"', 'name = "student"\nspatial_from = "scratch"', "starts as its teacher"),
+        ('name = "student"', 'name = "student"\nmask_ratio = 0.5', "take out mask_ratio"),
+        ('task = "ti2v"\nname', 'task = "t2i"\nname', "students are of video models"),
+        ("[2.0, 6.0]", "[5.0, 6.0]", "sampling.guidance_scale 4 is not among those of stage student, 5 to 6"),
+        ("", STUDENT.replace('"student"', '"again"'), "student, has its guidance distilled already"),
+        (
+            "",
+            STUDENT.replace('distill = "guidance"\nguidance = [2.0, 6.0]\n', ""),
+            "is a student, which data would undo",
+        ),
+    ],
+)
+def test_bad_stages_that_distill(recipe_file: Path, old: str, new: str, said: str) -> None:
+    bad = STUDENT.replace(old, new) if old else STUDENT + new.replace('"student"', '"after"')
+    recipe_file.write_text(recipe_file.read_text() + bad)
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_recipe(recipe_file)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_student_has_a_teacher(recipe: Recipe) -> None:
+    values = recipe.model_dump()
+    alone = {**values["stages"][-1], "distill": "guidance", "guidance": [2.0, 6.0]}
+    with pytest.raises(ValueError, match="there is no stage before it to distill"):
+        Recipe.model_validate({**values, "stages": [alone]})
+    assert Recipe.model_validate({**values, "stages": [{**alone, "spatial_from": "./teacher"}]}).stages[0].student
+    with pytest.raises(ValueError, match="student is what stages that distill make"):
+        Recipe.model_validate({**values, "model": {**values["model"], "student": {"guidance": [2.0, 6.0]}}})

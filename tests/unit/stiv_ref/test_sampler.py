@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from stiv_deploy.stiv_ref.config import Student
+from stiv_deploy.stiv_ref.errors import ConfigError
 from stiv_deploy.stiv_ref.flow import schedule
 from stiv_deploy.stiv_ref.guidance import GuidanceMode
 from stiv_deploy.stiv_ref.model import Stiv
@@ -27,13 +31,18 @@ class FakeModel:
     velocity: Velocity
     calls: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     text_calls: int = 0
+    config: Any = field(default_factory=lambda: SimpleNamespace(student=None))
+    scales: list[Tensor] = field(default_factory=list)
 
     def text_kv(self, states: Tensor) -> str:
         self.text_calls += 1
         return f"kv of {len(states)}"
 
-    def __call__(self, latents: Tensor, timestep: Tensor, micro: Tensor, *text: Tensor, text_kv: str) -> Tensor:
+    def __call__(
+        self, latents: Tensor, timestep: Tensor, micro: Tensor, *text: Tensor, text_kv: str, **student: Tensor
+    ) -> Tensor:
         states, mask, pooled = text
+        self.scales += student.values()
         assert len(latents) == len(timestep) == len(micro) == len(states) == len(mask) == len(pooled)
         assert text_kv == f"kv of {len(latents)}"
         null = states[:, 0, 0] == 0
@@ -255,3 +264,31 @@ def test_real_model_in_a_batch_equals_single_runs(random_model: Callable[..., St
             inputs.micro[one],
         )
         torch.testing.assert_close(sample(model, alone, chosen), together[one], rtol=1e-9, atol=1e-9)
+
+
+STUDENT = SimpleNamespace(student=Student(guidance=(2.0, 6.0)))
+
+
+@pytest.mark.parametrize("mode", [GuidanceMode.NONE, GuidanceMode.JIT])
+def test_a_student_is_guided_in_one_row(mode: GuidanceMode) -> None:
+    model = FakeModel(lambda latents, _time, _null: latents, config=STUDENT)
+    sample(model, request(), SamplingSettings(steps=2, guidance_mode=mode, guidance_scale=3.0))  # type: ignore[arg-type]
+    assert [len(latents) for latents, _, _ in model.calls] == [2, 2]
+    assert all(torch.equal(scale, torch.full((2,), 3.0, dtype=torch.float64)) for scale in model.scales)
+    assert len(model.scales) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"guidance_mode": GuidanceMode.SIT}, "guidance mode sit"),
+        ({"guidance_scale": 7.5}, "guidance scale 7.5: this student was trained for 2 to 6"),
+        ({"renorm": False}, "renormalized"),
+        ({"guidance_until": 0.5}, "interval whole"),
+    ],
+)
+def test_what_a_student_cannot_do_is_refused(changes: dict[str, Any], said: str) -> None:
+    model = FakeModel(lambda latents, _time, _null: latents, config=STUDENT)
+    with pytest.raises(ConfigError, match=said):
+        sample(model, request(), replace(SamplingSettings(guidance_scale=3.0), **changes))  # type: ignore[arg-type]
+    assert not model.calls

@@ -1,5 +1,6 @@
 """Answers of the sampling loop: the reference's sampler in float64, with gates that plain PyTorch passes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from stiv_deploy.export.graphs.writer import GraphWriter
 from stiv_deploy.runtime.bundle.manifest import Range
 from stiv_deploy.runtime.sampling.golden_samples import golden_sample
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+from stiv_deploy.stiv_ref.config import Student
 
 
 @pytest.fixture
@@ -85,3 +87,14 @@ def test_a_single_frame_is_not_given(micro: Checkpoint, writer: GraphWriter) -> 
     frames = writer.facts.latent_frames(4)
     given = {run.settings.given for run in run_answers(writer, bucket, None).runs}
     assert all(max(each, default=-1) < frames - 1 for each in given)
+
+
+def test_a_students_runs_are_of_one_row(
+    micro: Checkpoint, make_checkpoint: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    student = make_checkpoint(micro.config.model.model_copy(update={"student": Student(guidance=(2.0, 6.0))}))
+    writer = GraphWriter(student, tmp_path, "float32")
+    answers = run_answers(writer, default_bucket(student.config.sampling, writer.facts), None)
+    assert {run.settings.solver for run in answers.runs} == {"euler", "heun", "ab2"}
+    assert {run.settings.guidance_scale for run in answers.runs} == {2.0, 6.0}
+    assert any(run.settings.forced for run in answers.runs)

@@ -10,14 +10,25 @@ from stiv_deploy.export.graphs.modules import graph_modules, model_facts, part
 from stiv_deploy.runtime.bundle.contract import dimensions, graph_specs
 from stiv_deploy.stiv_ref.block import additive_mask
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+from stiv_deploy.stiv_ref.config import Student
+
+STUDENT = Student(guidance=(2.0, 6.0))
 
 
-def test_forward_takes_the_contracts_inputs_in_order(micro: Checkpoint) -> None:
-    specs = graph_specs(model_facts(micro.config), "float32")
-    modules = graph_modules(micro)
+@pytest.mark.parametrize("student", [None, STUDENT])
+def test_forward_takes_the_contracts_inputs_in_order(
+    micro: Checkpoint, make_checkpoint: Callable[..., Checkpoint], student: Student | None
+) -> None:
+    """Those of a graph that has more of them in other models come last, and are optional."""
+    checkpoint = make_checkpoint(micro.config.model.model_copy(update={"student": student}))
+    specs = graph_specs(model_facts(checkpoint.config), "float32")
+    modules = graph_modules(checkpoint)
     assert list(modules) == list(specs)
     for name, module in modules.items():
-        assert list(inspect.signature(module.forward).parameters) == [tensor.name for tensor in specs[name].inputs]
+        inputs = [tensor.name for tensor in specs[name].inputs]
+        names = list(inspect.signature(module.forward).parameters.values())
+        assert [each.name for each in names[: len(inputs)]] == inputs
+        assert all(each.default is None for each in names[len(inputs) :])
 
 
 def test_facts_come_from_all_three_configs(micro: Checkpoint) -> None:
@@ -37,7 +48,9 @@ def run_graphs(
     text_k, text_v = modules["text_kv"](states)
     rope = checkpoint.model.rope_tables(latents.shape)
     tables = rope if checkpoint.config.model.temporal else rope[:2]
-    x, modulation, condition = modules["embed"](latents, timestep, micro, pooled, *tables)
+    x, modulation, condition = modules["embed"](
+        latents, timestep, micro, pooled, *tables, *late_of(checkpoint).values()
+    )
     for index in range(checkpoint.config.model.blocks):
         block = modules[f"block_{index:02d}"]
         x = block(x, modulation, text_k[index], text_v[index], additive_mask(mask), *tables)
@@ -47,10 +60,17 @@ def run_graphs(
 def run_reference(checkpoint: Checkpoint, latents: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     micro = torch.tensor([[32.0, 32, 0, 0, 1, 3]]).repeat(len(latents), 1)
     timestep = torch.linspace(0.1, 0.9, len(latents))
-    return checkpoint.model(latents, timestep, micro, *checkpoint.text_encoder(ids, mask))
+    return checkpoint.model(latents, timestep, micro, *checkpoint.text_encoder(ids, mask), **late_of(checkpoint))
 
 
-@pytest.mark.parametrize("changes", [{}, {"temporal": False}, {"patch": (2, 1)}, {"cross_qk_norm": False}])
+def late_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """What a student takes besides."""
+    return {} if checkpoint.config.model.student is None else {"guidance": torch.tensor([2.0, 3.5, 6.0])}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"temporal": False}, {"patch": (2, 1)}, {"cross_qk_norm": False}, {"student": STUDENT}]
+)
 def test_chained_graphs_are_the_model(
     micro: Checkpoint, make_checkpoint: Callable[..., Checkpoint], changes: dict[str, object]
 ) -> None:

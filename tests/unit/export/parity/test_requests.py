@@ -10,6 +10,7 @@ import torch
 from stiv_deploy.export.bundle_from_checkpoint import default_bucket, sampling_defaults
 from stiv_deploy.export.graphs.modules import model_facts
 from stiv_deploy.export.parity.requests import PROMPTS, parity_requests, understood
+from stiv_deploy.runtime.bundle.contract import Student
 from stiv_deploy.runtime.sampling.solvers import evaluations
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.data.moving_digits import WORDS
@@ -34,6 +35,17 @@ def test_every_solver_and_guidance_is_gone_through_with_and_without_a_given_fram
     for each in requests:
         assert all(word in each.name for word in (each.settings.solver, each.settings.guidance_mode))
         assert bool(each.inputs.frame_mask.any()) == each.name.startswith("ti2v")
+
+
+def test_a_student_is_asked_in_one_row_at_its_own_scales(micro: Checkpoint) -> None:
+    requests = parity_requests(manifest_of(micro, student=Student(guidance=(2.0, 6.0))), micro, 4)
+    assert sorted(each.settings.solver for each in requests) == sorted(Solver)
+    assert [each.settings.guidance_scale for each in requests] == [4.0, 2.0, 6.0]
+    for each in requests:
+        assert (each.branches, len(each.token_ids)) == (1, 1)
+        timed = {name: value.tolist() for name, value in each.timed(0.5).items()}
+        assert timed == {"timestep": [0.5], "guidance": [each.settings.guidance_scale]}
+        assert each.runtime_settings().rows() == each.runtime_settings().rows(guided=False)
 
 
 @pytest.mark.parametrize(("words", "pair"), [(words(), 0), (WORDS, 1)])

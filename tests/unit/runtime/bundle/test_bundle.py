@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, read_manifest, write_manifest
+from stiv_deploy.runtime.bundle.contract import Student
 from stiv_deploy.runtime.bundle.manifest import Bucket, Manifest, ParityRow, Range
 from stiv_deploy.runtime.errors import BundleError, OutputError, RequestError
 
@@ -414,6 +415,21 @@ def test_bundle_hash_is_of_what_the_results_follow_from(toy_bundle: Bundle) -> N
         manifest.model_copy(update={"buckets": manifest.buckets * 2}),
     ]
     assert {each.bundle_hash for each in same} == {first}
+    student = manifest.model_copy(
+        update={"model": manifest.model.model_copy(update={"student": Student(guidance=(2.0, 6.0))})}
+    )
+    assert student.bundle_hash != first
+
+
+def test_bundles_of_before_there_were_students_have_the_hash_that_they_had(toy_bundle: Bundle) -> None:
+    """By it tuned defaults, verdicts and records know them."""
+    manifest = toy_bundle.manifest
+    facts = {"format_version": 2, "model": manifest.model.model_dump(mode="json"), "precision": "float32"}
+    del facts["model"]["student"]
+    data = {name: graph.data and graph.data.sha256 for name, graph in manifest.graphs.items()}
+    graphs = {name: [graph.file.sha256, data[name]] for name, graph in sorted(manifest.graphs.items())}
+    text = json.dumps(facts | {"graphs": graphs, "tokenizer": manifest.tokenizer.sha256}, sort_keys=True)
+    assert manifest.bundle_hash == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_long_names_of_a_contract_are_shortened(bundle_path: Path, tmp_path: Path) -> None:

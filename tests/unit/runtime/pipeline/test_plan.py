@@ -8,8 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from toys import Toy, make_bundle
 
 from stiv_deploy.runtime import Bundle, GenerationRequest, GuidanceMode, RequestError, Solver
+from stiv_deploy.runtime.bundle.bundle import read_manifest, write_manifest
+from stiv_deploy.runtime.bundle.contract import Student
+from stiv_deploy.runtime.bundle.manifest import TrainedOn
 from stiv_deploy.runtime.pipeline import limits
 from stiv_deploy.runtime.pipeline.plan import RECOMMENDED, plan_generation
 
@@ -200,3 +204,43 @@ def test_videos_that_no_memory_holds(toy_bundle: Bundle, monkeypatch: pytest.Mon
         plan_generation(toy_bundle, few.changed(count=100))
     monkeypatch.setattr(limits, "memory_bytes", lambda: None)
     assert len(plan_generation(toy_bundle, few.changed(count=100)).videos) == 100
+
+
+def student_bundle(folder: Path, **trained: Any) -> Bundle:
+    manifest = read_manifest(make_bundle(folder, Toy(student=Student(guidance=(2.0, 6.0)))))
+    facts = {"tasks": ("ti2v",), "givings": ("first",), "strides": (1,), "sizes": ((8, 8),), "frames": (4,)}
+    write_manifest(folder, manifest.model_copy(update={"trained": TrainedOn(**facts | trained)}))
+    return Bundle.open(folder)
+
+
+def test_a_student_is_planned_in_one_row(tmp_path: Path) -> None:
+    """A request that its teacher has taken is one that it takes, too."""
+    bundle = student_bundle(tmp_path / "bundle")
+    (own,) = plan_generation(bundle, request_of()).videos
+    (asked,) = plan_generation(bundle, request_of(guidance_mode="jit", guidance_scale=5, guidance_renorm=True)).videos
+    for video, scale in ((own, 3.0), (asked, 5.0)):
+        assert (video.settings.guidance_mode, video.settings.guidance_scale) == (GuidanceMode.NONE, scale)
+        assert len(video.settings.rows()) == 1
+        assert (video.request.guidance_mode, video.request.guidance_scale) == (GuidanceMode.JIT, scale)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"guidance_mode": "none"}, "guidance_mode none"),
+        ({"guidance_mode": "sit"}, "guidance_mode sit"),
+        ({"guidance_scale": 6.5}, "trained for 2 to 6"),
+        ({"guidance_until": 0.5}, "guided at all times"),
+        ({"guidance_renorm": False}, "leave guidance_renorm out"),
+        ({"negative_prompt": "left"}, "no row for a negative prompt"),
+        ({"unseen": "zero"}, "no branch without the image"),
+    ],
+)
+def test_what_a_student_has_no_row_for_is_refused(tmp_path: Path, values: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=said) as caught:
+        plan_generation(student_bundle(tmp_path / "bundle"), request_of(**values))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_student_of_views_has_zeros_in_it(tmp_path: Path) -> None:
+    plan_generation(student_bundle(tmp_path / "bundle", tasks=("views",)), request_of(unseen="zero"))

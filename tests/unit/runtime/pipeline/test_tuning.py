@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from toys import Toy, make_bundle
 
 from stiv_deploy.runtime import GenerationRequest, RequestError, Solver, StivPipeline
 from stiv_deploy.runtime.bundle.bundle import read_manifest, write_manifest
+from stiv_deploy.runtime.bundle.contract import Student
 from stiv_deploy.runtime.errors import BundleError
 from stiv_deploy.runtime.pipeline import tuning
 from stiv_deploy.runtime.pipeline.tuning import BUDGETS, TuneReport, TuneRequest, tune, tuned
@@ -53,6 +55,13 @@ def test_a_report_tells_all_that_was_tried(bundle_path: Path) -> None:
     assert told[0] == ("loading", 0, 1)
     assert all(0 <= done <= total for _, done, total in told)
     assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+
+
+def test_a_student_is_tuned_without_guidance_intervals(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "student", Toy(student=Student(guidance=(2.0, 6.0))))
+    report = tune(asked(bundle, budgets=(3,), requests=CLIPS[:1], tolerance=0.1))
+    assert report.tried
+    assert not report.intervals
 
 
 def test_an_error_is_that_of_the_clips_themselves(bundle_path: Path) -> None:

@@ -45,7 +45,7 @@ class Drawn:
         for row, tokens in enumerate(zip(self.ids, self.mask, strict=True)):
             denoiser.set_row(row, text(Tokens(*tokens)), self.micro[row])
         denoiser.backend.write(denoiser.model_input, self.x)
-        denoiser.backend.write(denoiser.timestep, self.time)
+        denoiser.backend.write(denoiser.timed["timestep"], self.time)
 
     def wanted(self, toy: Any, place: np.ndarray) -> np.ndarray:
         states, pooled = toy.text(self.ids, self.mask)
@@ -78,7 +78,7 @@ def test_a_moved_row_is_the_same_row(toy_bundle: Bundle, toy: Any) -> None:
     drawn = Drawn(3, denoiser.model_input.shape)
     drawn.put(denoiser, text)
     denoiser.move_row(0, 2)
-    backend.write(denoiser.timestep, drawn.time[[2, 1, 0]])
+    backend.write(denoiser.timed["timestep"], drawn.time[[2, 1, 0]])
     for call in denoiser.calls(2).values():
         call()
     wanted = drawn.wanted(toy, place(toy_bundle, dims))[[2, 1]]
