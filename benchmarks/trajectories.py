@@ -6,6 +6,7 @@ is the model's alone. *Free run*: the latents that the precision itself reaches,
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,10 @@ def true_run(exact: Checkpoint, clips: Clips, settings: SamplingSettings) -> Tru
 def measure(checkpoint: Checkpoint, truth: Truth) -> Errors:
     """Relative L2 errors: ``velocity`` and ``latents`` by step (latents after it), ``bands`` of the velocity."""
     inputs, settings = truth.clips.inputs(checkpoint), truth.settings
-    times = schedule(settings.steps, settings.time_shift).tolist()[:-1]
+    *times, end = schedule(settings.steps, settings.time_shift).tolist()
     velocity = guided_velocity(checkpoint.model, inputs, settings)
-    found = [velocity(point.float(), time) for point, time in zip(truth.points, times, strict=True)]
+    steps = zip(truth.points, pairwise([*times, end]), strict=True)
+    found = [velocity(point.float(), *each) for point, each in steps]
     reached: list[Tensor] = []
     final = sample(checkpoint.model, inputs, settings, lambda _step, before, _v: reached.append(before))
     return {

@@ -38,11 +38,14 @@ BandErrors = tuple[float, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """One batch of the reference: what it was asked for, the latents at a step of each band, and its final latents."""
+    """One batch of the reference: what it was asked for, the latents at a step of each band, and its final latents.
+
+    ``times`` are where those steps begin and end.
+    """
 
     inputs: SamplingInputs
     settings: SamplingSettings
-    times: tuple[float, ...]
+    times: tuple[tuple[float, float], ...]
     latents: tuple[Tensor, ...]
     velocity: tuple[Tensor, ...]
     final: Tensor
@@ -78,7 +81,7 @@ def reference_run(model: Stiv, inputs: SamplingInputs, settings: SamplingSetting
     return Reference(
         inputs=inputs,
         settings=settings,
-        times=tuple(times[step] for step in steps),
+        times=tuple((times[step], times[step + 1]) for step in steps),
         latents=tuple(kept[step][0] for step in steps),
         velocity=tuple(kept[step][1] for step in steps),
         final=final,
@@ -115,7 +118,7 @@ def velocity_errors(model: Stiv, runs: Sequence[Reference]) -> BandErrors:
     functions = [guided_velocity(model, run.inputs, run.settings) for run in runs]
     return tuple(
         relative_error(
-            (function(run.latents[band], run.times[band]), run.velocity[band], run.inputs.frame_mask)
+            (function(run.latents[band], *run.times[band]), run.velocity[band], run.inputs.frame_mask)
             for function, run in zip(functions, runs, strict=True)
         )
         for band in range(BANDS)

@@ -62,10 +62,12 @@ def read_config(kind: type[Section], path: Path) -> Section:
 class Student(FrozenConfig):
     """What a distilled model has in the place of guidance branches: JIT-CFG with CFG-Renorm in one row.
 
-    ``guidance`` are the least and the greatest scale that it was trained for; the scale is a condition of the model.
+    ``guidance`` are the least and the greatest scale that it was trained for; the scale is a condition of the model. A
+    ``flow_map`` also takes the time that a step ends at, and gives the mean velocity up to there: few steps are enough.
     """
 
     guidance: tuple[Scale, Scale]
+    flow_map: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> "Student":
@@ -125,8 +127,10 @@ class StivConfig(FrozenConfig):
 
     @property
     def teacher(self) -> "StivConfig":
-        """The architecture that a student learns from."""
-        return self.model_copy(update={"student": None})
+        """The architecture that a student learns from: that of a flow map is a student of guidance alone."""
+        student = self.student
+        before = student.model_copy(update={"flow_map": False}) if student is not None and student.flow_map else None
+        return self.model_copy(update={"student": before})
 
     @property
     def head_dim(self) -> int:

@@ -63,8 +63,7 @@ def check_fits(source: StivConfig, target: StivConfig, what: str) -> None:
             raise CheckpointError(
                 f"{what}: its {field} is {theirs}, the stage's model has {ours}; choose another origin"
             )
-    if source.student is not None:
-        raise CheckpointError(f"{what}: it is a student, its guidance is distilled already; name what it was made from")
+    _check_student(source, target, what)
     if source.patch[1] != target.patch[1]:
         raise CheckpointError(
             f"{what}: its spatial patch is {source.patch[1]}, the stage's model has {target.patch[1]}"
@@ -74,6 +73,19 @@ def check_fits(source: StivConfig, target: StivConfig, what: str) -> None:
             f"{what}: it has {source.blocks} blocks ({source.full_blocks} of them full_blocks), the stage's model "
             f"{target.blocks} ({target.full_blocks}); main blocks must be equal in number"
         )
+
+
+def _check_student(source: StivConfig, target: StivConfig, what: str) -> None:
+    """:class:`CheckpointError` unless ``source`` is what a model of ``target`` is to learn from."""
+    there, wanted = source.student, target.teacher.student
+    if there == wanted:
+        return
+    if wanted is None or (there is not None and there.flow_map):
+        kind = "a flow map" if there is not None and there.flow_map else "a student, its guidance is distilled"
+        raise CheckpointError(f"{what}: it is {kind} already; name what it was made from")
+    if there is None:
+        raise CheckpointError(f'{what}: its guidance takes rows of its own; distill it first (distill = "guidance")')
+    raise CheckpointError(f"{what}: its guidance scales are {there.scales}, the stage has {wanted.scales}")
 
 
 @torch.no_grad()

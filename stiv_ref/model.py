@@ -101,9 +101,21 @@ class SingletonCondition(nn.Module):
         self.student = config.student
         if config.student is not None:
             self.guidance = LateEmbedder(config.frequency_width, config.width)
+            if config.student.flow_map:
+                self.target_time = LateEmbedder(config.frequency_width, config.width)
 
-    def forward(self, timestep: Tensor, micro: Tensor, pooled: Tensor, guidance: Tensor | None = None) -> Tensor:
-        """Combine ``timestep`` [B] in [0, 1], ``micro`` [B, 6], pooled text [B, Dt], a student's ``guidance`` [B]."""
+    def forward(
+        self,
+        timestep: Tensor,
+        micro: Tensor,
+        pooled: Tensor,
+        guidance: Tensor | None = None,
+        target_time: Tensor | None = None,
+    ) -> Tensor:
+        """Combine ``timestep`` [B] in [0, 1], ``micro`` [B, 6], pooled text [B, Dt] and what a student takes, [B] each.
+
+        A flow map is told how far ``target_time`` is away.
+        """
         condition = self.timestep(1000 * timestep.unsqueeze(1)) + stateless_norm(self.pooled(pooled))
         groups = micro.split(list(MICRO_GROUPS.values()), dim=1)
         for name, values in zip(MICRO_GROUPS, groups, strict=True):
@@ -111,6 +123,9 @@ class SingletonCondition(nn.Module):
         if self.student is not None:
             assert guidance is not None
             condition = condition + self.guidance(GUIDANCE_UNIT * guidance)
+            if self.student.flow_map:
+                assert target_time is not None
+                condition = condition + self.target_time(1000 * (target_time - timestep))
         return condition
 
 
@@ -233,13 +248,14 @@ class Stiv(nn.Module):
         pooled: Tensor,
         rope: RopeTables,
         guidance: Tensor | None = None,
+        target_time: Tensor | None = None,
     ) -> Embedded:
         """Tokens and conditions of one step: latents [B, T, C, h, w], timestep [B], micro [B, 6], pooled [B, Dt].
 
-        Students take their ``guidance`` scales fp32 [B].
+        Students take their ``guidance`` scales fp32 [B], flow maps the ``target_time`` fp32 [B] of the step.
         """
         x = self.patch(self.patchify(latents).to(self.patch.weight.dtype)) + self.places(rope)
-        condition = self.singleton(timestep, micro, pooled, guidance)
+        condition = self.singleton(timestep, micro, pooled, guidance, target_time)
         modulation = self.modulation(F.silu(condition)).unflatten(1, (MODULATIONS, self.config.width))
         return Embedded(x, modulation, condition)
 
@@ -254,13 +270,15 @@ class Stiv(nn.Module):
         text_kv: TextKV | None = None,
         keep: Tensor | None = None,
         guidance: Tensor | None = None,
+        target_time: Tensor | None = None,
     ) -> Tensor:
         """Predict the velocity, same shape as ``latents`` [B, T, C, h, w].
 
         ``timestep`` [B] in [0, 1] (0 noise, 1 data); ``micro`` [B, 6]; ``text_states`` [B, L, Dt] with 0/1
         ``token_mask`` [B, L]; ``pooled`` [B, Dt]. ``text_kv`` may be given to reuse it over the steps of a request.
         In masked training only the tokens ``keep`` int64 [B, S'] of each frame pass the main blocks. Students take
-        their ``guidance`` scales fp32 [B], and predict the guided velocity.
+        their ``guidance`` scales fp32 [B], and predict the guided velocity; flow maps its mean up to ``target_time``
+        fp32 [B], which is not before ``timestep``.
         """
         if not self.config.temporal and latents.shape[1] != 1:
             raise ValueError(f"an image model takes one frame, got {latents.shape[1]}")
@@ -269,7 +287,7 @@ class Stiv(nn.Module):
         text_k, text_v = self.text_kv(text_states) if text_kv is None else text_kv
         mask = additive_mask(token_mask).to(text_k.dtype)
         rope = self.rope_tables(latents.shape)
-        x, modulation, condition = self.embed(latents, timestep, micro, pooled, rope, guidance)
+        x, modulation, condition = self.embed(latents, timestep, micro, pooled, rope, guidance, target_time)
         main = len(self.blocks) - self.config.full_blocks
         x, own_rope = (x, rope) if keep is None else (kept(x, keep), kept_rope(rope, keep, x.shape[1]))
         for index, (block, k, v) in enumerate(zip(self.blocks, text_k, text_v, strict=True)):

@@ -5,6 +5,7 @@ earlier stages it takes its spatial and its temporal weights.
 """
 
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -31,6 +32,7 @@ from stiv_deploy.stiv_ref.digit_canvas import SIZE, check_frames
 from stiv_deploy.stiv_ref.errors import ConfigError, one_line
 from stiv_deploy.stiv_ref.files import read_text
 from stiv_deploy.stiv_ref.objective import Objective
+from stiv_deploy.stiv_ref.sampler import Solver
 from stiv_deploy.stiv_ref.tasks import MIX, TaskName
 from stiv_deploy.stiv_ref.text import Pooling
 from stiv_deploy.stiv_ref.vae import VaeConfig
@@ -192,7 +194,8 @@ class Stage(Objective):
     processes together. ``optimizer``: the recipe's, unless the stage has its own.
 
     A stage that distills learns from the model that it starts as (:mod:`~stiv_deploy.stiv_ref.distillation`):
-    ``guidance``, its guided velocity, at scales of the range ``guidance``, which may be one number.
+    ``guidance``, its guided velocity, at scales of the range ``guidance``, which may be one number; ``flow-map``, of a
+    student of guidance, the mean velocity from any time to any later one.
     """
 
     name: Name = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")
@@ -211,7 +214,7 @@ class Stage(Objective):
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(default=0.0, ge=0, le=1_000)
     optimizer: Optimizer | None = None
-    distill: Literal["guidance"] | None = None
+    distill: Literal["guidance", "flow-map"] | None = None
     guidance: tuple[Scale, Scale] | None = None
 
     @field_validator("guidance", mode="before")
@@ -238,7 +241,7 @@ class Stage(Objective):
     @property
     def student(self) -> Student | None:
         """What the model of this stage has instead of guidance branches."""
-        return None if self.guidance is None else Student(guidance=self.guidance)
+        return None if self.guidance is None else Student(guidance=self.guidance, flow_map=self.distill == "flow-map")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -299,7 +302,17 @@ class Recipe(FrozenConfig):
             values["stages"] = [
                 cls._filled_stage(dict(stage), number, data) for number, stage in enumerate(values["stages"], 1)
             ]
+            cls._fill_scales(values["stages"])
         return values
+
+    @staticmethod
+    def _fill_scales(stages: list[dict[str, Any]]) -> None:
+        """A flow map has the guidance scales of the stage that it starts from, if that is one of the recipe."""
+        for before, stage in pairwise(stages):
+            origin = stage.get("spatial_from") or before["name"]
+            known = [each for each in stages if each["name"] == origin and each is not stage]
+            if stage.get("distill") == "flow-map" and stage.get("guidance") is None and known:
+                stage["guidance"] = known[0].get("guidance")
 
     @staticmethod
     def _filled_stage(stage: dict[str, Any], number: int, data: dict[str, Any]) -> dict[str, Any]:
@@ -362,7 +375,7 @@ class Recipe(FrozenConfig):
                 )
 
     def _check_teacher(self, number: int, stage: Stage) -> None:
-        """A stage that distills has a teacher, which is no student; and no other stage starts from a student."""
+        """A stage that distills has a teacher of the right kind; and no other stage starts from a student."""
         before = self.stages[number - 1].name if number else ""
         names = {stage.spatial_from or before, (stage.temporal_from or before) if stage.kind.video else ""} - {""}
         if stage.spatial_from == SCRATCH:
@@ -373,9 +386,8 @@ class Recipe(FrozenConfig):
                 "spatial_from"
             )
         for each in self.stages[:number]:
-            if each.name in names and each.distill:
-                again = "has its guidance distilled already" if stage.distill else "is a student, which data would undo"
-                raise ValueError(f"stage {stage.name}: what it starts from, {each.name}, {again}; name a stage before")
+            if each.name in names and each.student != self.model_of(stage).teacher.student:
+                raise ValueError(f"stage {stage.name}: what it starts from, {each.name}, {_misfit(each, stage)}")
 
     def _check_data(self, stage: Stage) -> None:
         if stage.data not in self.data:
@@ -447,6 +459,8 @@ class Recipe(FrozenConfig):
             raise ValueError(f"text.heads {self.text.heads} does not divide the text width {model.text_width}")
         self._check_pixels("sampling", (sampling.height, sampling.width))
         for stage in self.stages:
+            if stage.distill == "flow-map":
+                self._check_flow_map(stage)
             if stage.student is not None and not stage.student.covers(sampling.guidance_scale):
                 raise ValueError(
                     f"sampling.guidance_scale {sampling.guidance_scale:g} is not among those of stage {stage.name}, "
@@ -456,6 +470,17 @@ class Recipe(FrozenConfig):
         if isinstance(self.vae, TrainedVae) and sampling.frames % patch_frames:
             raise ValueError(
                 f"sampling.frames {sampling.frames} is not a multiple of the temporal patch {patch_frames}"
+            )
+
+    def _check_flow_map(self, stage: Stage) -> None:
+        if self.sampling.solver is not Solver.EULER:
+            raise ValueError(
+                f"sampling.solver {self.sampling.solver}: the flow map of stage {stage.name} has euler alone"
+            )
+        if self.efficiency.precision != "float32":
+            raise ValueError(
+                f"stage {stage.name}: a flow map learns from small differences, which {self.efficiency.precision} "
+                'rounds away; set precision = "float32"'
             )
 
     def rehearsal(self, steps: int) -> "Recipe":
@@ -492,6 +517,19 @@ class Recipe(FrozenConfig):
         """The architecture of ``stage``: image models have no temporal attention and a patch of one frame."""
         own = {"temporal": stage.kind.video, "patch": self.patch_of(stage), "student": stage.student}
         return self.model.model_copy(update=own)
+
+
+def _misfit(origin: Stage, stage: Stage) -> str:
+    """Why ``stage`` cannot start from ``origin``, which is not of the kind that it learns from."""
+    if stage.distill is None:
+        return "is a student, which data would undo; name a stage before"
+    if stage.distill == "guidance":
+        return "has its guidance distilled already; name a stage before"
+    if origin.distill is None:
+        return 'has guidance in rows of its own; distill that first (distill = "guidance")'
+    if origin.distill == "flow-map":
+        return "is a flow map already; name the stage before"
+    return f"has other guidance scales, {origin.student.scales}" if origin.student else "has no guidance scales"
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -117,20 +117,28 @@ def check_student(student: Student, settings: SamplingSettings) -> None:
         raise ConfigError(f"guidance scale {settings.guidance_scale:g}: this student was trained for {student.scales}")
     if not (settings.renorm and settings.guides(0) and settings.guides(1)):
         raise ConfigError("a student's guidance is renormalized, at all times; leave renorm on and the interval whole")
+    if student.flow_map and settings.solver is not Solver.EULER:
+        raise ConfigError(f"solver {settings.solver}: a flow map goes from time to time by itself; use euler")
 
 
-def student_inputs(student: Student | None, scale: float, timestep: Tensor) -> dict[str, Tensor]:
-    """What a student takes besides the inputs of other models, for a call at ``timestep`` [B]."""
-    return {} if student is None else {"guidance": torch.full_like(timestep, scale)}
+def student_inputs(student: Student | None, scale: float, timestep: Tensor, target: float) -> dict[str, Tensor]:
+    """What a student takes besides the inputs of other models, for a step from ``timestep`` [B] to ``target``."""
+    if student is None:
+        return {}
+    late = {"guidance": scale} | ({"target_time": target} if student.flow_map else {})
+    return {name: torch.full_like(timestep, value) for name, value in late.items()}
 
 
-def guided_velocity(
-    model: Stiv, inputs: SamplingInputs, settings: SamplingSettings
-) -> Callable[[Tensor, float], Tensor]:
-    """The guided velocity of a run as a function of latents [B, T, C, h, w] and time; text is projected here, once.
+Velocity = Callable[[Tensor, float, float], Tensor]
+"""Guided velocity at latents [B, T, C, h, w] and a time, for a step up to another time."""
 
-    That of a student is one row's, whose condition is the guidance scale, in the modes ``none`` and ``jit`` alike.
-    Raises :class:`ConfigError` where ``settings`` are not for it.
+
+def guided_velocity(model: Stiv, inputs: SamplingInputs, settings: SamplingSettings) -> Velocity:
+    """The guided velocity of a run as a function of latents and times; text is projected here, once.
+
+    Where a step ends is asked by flow maps, which give the mean velocity up to there. That of a student is one row's,
+    whose condition is the guidance scale, in the modes ``none`` and ``jit`` alike. Raises :class:`ConfigError` where
+    ``settings`` are not for it.
     """
     if model.config.student is not None:
         check_student(model.config.student, settings)
@@ -139,10 +147,10 @@ def guided_velocity(
     if settings.guides(0) and settings.guides(1):
         return guided
     conditional = _velocity(model, inputs, replace(settings, guidance_mode=GuidanceMode.NONE))
-    return lambda latents, time: (guided if settings.guides(time) else conditional)(latents, time)
+    return lambda latents, time, target: (guided if settings.guides(time) else conditional)(latents, time, target)
 
 
-def _velocity(model: Stiv, inputs: SamplingInputs, settings: SamplingSettings) -> Callable[[Tensor, float], Tensor]:
+def _velocity(model: Stiv, inputs: SamplingInputs, settings: SamplingSettings) -> Velocity:
     noise, clean, frame_mask, text, null_text, micro = inputs
     branches = _branches(settings.guidance_mode, text, null_text)
     count = len(branches.sees_image)
@@ -151,14 +159,14 @@ def _velocity(model: Stiv, inputs: SamplingInputs, settings: SamplingSettings) -
     micro = micro.repeat(count, 1)
 
     @torch.no_grad()
-    def velocity(latents: Tensor, time: float) -> Tensor:
+    def velocity(latents: Tensor, time: float, target: float) -> Tensor:
         timestep = latents.new_full((len(latents),), time)
         if settings.unseen is Unseen.ZERO:
             hidden = replace_frames(latents, torch.zeros_like(clean), frame_mask)
         else:
             hidden = noise_frames(latents, clean, noise, timestep, frame_mask)
         model_input = torch.cat([latents if sees else hidden for sees in branches.sees_image])
-        more = student_inputs(model.config.student, settings.guidance_scale, timestep)
+        more = student_inputs(model.config.student, settings.guidance_scale, timestep, target)
         output = model(model_input, timestep.repeat(count), micro, *branches.text, text_kv=text_kv, **more)
         return _guide(output.chunk(count), frame_mask, settings)
 
@@ -190,13 +198,13 @@ def sample(model: Stiv, inputs: SamplingInputs, settings: SamplingSettings, obse
     times = schedule(settings.steps, settings.time_shift).tolist()
     last: _Last | None = None
     for step, (time, following) in enumerate(pairwise(times)):
-        before, v = latents, velocity(latents, time)
+        before, v = latents, velocity(latents, time, following)
         if last is not None and settings.guides(last.time) != settings.guides(time):
             last = None  # the velocity jumps where guidance begins or ends
         slope = v if last is None else adams_bashforth(v, last.velocity, (following - time) / (time - last.time))
         latents = replace_frames(before + (following - time) * slope, clean, frame_mask)
         if settings.solver is Solver.HEUN and following < 1:
-            mean = 0.5 * (v + velocity(latents, following))
+            mean = 0.5 * (v + velocity(latents, following, following))
             latents = replace_frames(before + (following - time) * mean, clean, frame_mask)
         if settings.solver is Solver.AB2:
             last = _Last(time, v)

@@ -42,7 +42,7 @@ QUANTIZED_FACTOR = 1.1
 DRAWS = 8
 SPREADS = 4.785 * math.sqrt(1 + 1 / DRAWS)
 """Standard deviations of :data:`DRAWS` draws above their mean that one more draw exceeds with probability 0.001."""
-EXACT = ("timestep", "guidance", "micro", "text_mask")
+EXACT = ("timestep", "guidance", "target_time", "micro", "text_mask")
 """Graph inputs that are not wiggled: u in a time turns the angles of its embedding by u * 1000."""
 
 

@@ -60,6 +60,16 @@ def runs_of(student: Student | None) -> Mapping[str, RunSettings]:
     if student is None:
         return RUNS
     least, greatest = student.guidance
+    if student.flow_map:
+        return {
+            "flow map": RunSettings(steps=1, guidance_mode="none", guidance_scale=least),
+            "flow map, shifted": RunSettings(
+                steps=3, guidance_mode="none", guidance_scale=greatest, time_shift=2.0, given=(1,)
+            ),
+            "forced flow map": RunSettings(
+                steps=3, guidance_mode="none", guidance_scale=least, given=(0,), forced=True
+            ),
+        }
     return {
         "student by euler": RunSettings(steps=1, guidance_mode="none", guidance_scale=least),
         "student by heun": RunSettings(steps=2, guidance_mode="none", guidance_scale=greatest, solver="heun"),
@@ -272,7 +282,7 @@ def _forced(reference: Reference, inputs: SamplingInputs, clip: Clip, change: Ch
     latents = replace_frames(inputs.noise, clean, mask)
     times = schedule(settings.steps, settings.time_shift).tolist()
     for step, (time, following) in enumerate(pairwise(times), 1):
-        yield replace_frames(latents + (following - time) * velocity(latents, time), clean, mask)
+        yield replace_frames(latents + (following - time) * velocity(latents, time, following), clean, mask)
         given = _tensor(teacher(clip.name, step, clip.drawn.noise.shape), reference.dtype)
         latents = replace_frames(change(given, f"{clip.name} teacher {step}"), clean, mask)
 

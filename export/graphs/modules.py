@@ -156,13 +156,14 @@ class EmbedGraph(nn.Module):
         temporal_cos: Tensor | None = None,
         temporal_sin: Tensor | None = None,
         guidance: Tensor | None = None,
+        target_time: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, C, h, w], [B], [B, 6], [B, Dt], 2 x [S, Dh/2], 2 x [T', Dh/2] -> [B, T', S, D], [B, 6, D], [B, D].
 
-        Image models have no temporal tables; students take ``guidance`` [B] too.
+        Image models have no temporal tables; students take ``guidance`` [B] too, and flow maps ``target_time`` [B].
         """
         rope = rope_of(pooled.dtype, spatial_cos, spatial_sin, temporal_cos, temporal_sin)
-        embedded = self.source.embed(model_input, timestep, micro, pooled, rope, guidance)
+        embedded = self.source.embed(model_input, timestep, micro, pooled, rope, guidance, target_time)
         return embedded.x, embedded.modulation, embedded.condition
 
 

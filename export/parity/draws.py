@@ -3,6 +3,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -80,9 +81,9 @@ class Draws:
         """Guided velocities [steps, T, C, h, w] at the latents ``points`` [1, T, C, h, w] of every step."""
         plain, wide, settings = self.plain.sampling_inputs(request), self._inputs(request), request.settings
         found = []
-        for latents, time in zip(points, request.times(), strict=False):
-            first = self.plain.guided_velocity(latents.float(), plain, settings, time)
-            others = self.wide.guided_velocity(self._repeated(latents.float()), wide, settings, time)
+        for latents, times in zip(points, pairwise(request.times()), strict=True):
+            first = self.plain.guided_velocity(latents.float(), plain, settings, times)
+            others = self.wide.guided_velocity(self._repeated(latents.float()), wide, settings, times)
             found.append(torch.cat([first.double(), others.double()]))
         return list(torch.stack(found, dim=1))
 

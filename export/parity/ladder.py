@@ -19,6 +19,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -259,10 +260,10 @@ class Ladder:
         self, request: Request, points: Sequence[Tensor], got: Sequence[Tensor], truth: Sequence[Tensor]
     ) -> None:
         """The teacher-forced row is the step that comes nearest to its gate."""
-        inputs, times = self.plain.sampling_inputs(request), request.times()
+        inputs, steps = self.plain.sampling_inputs(request), pairwise(request.times())
         plain = [
-            self.plain.guided_velocity(latents, inputs, request.settings, time)
-            for latents, time in zip(points, times, strict=False)
+            self.plain.guided_velocity(latents, inputs, request.settings, times)
+            for latents, times in zip(points, steps, strict=True)
         ]
         gates = [gate_of("teacher_forced", self.precision, rel_l2(*pair)) for pair in zip(plain, truth, strict=True)]
         shares = [rel_l2(*pair) / gate for *pair, gate in zip(got, truth, gates, strict=True)]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Tensors = dict[str, Tensor]
 HOST_GRAPHS = ("embed", "step")
 """Graphs whose host inputs (times, micro-conditions, latents) do not bear half precision."""
-LATE = ("guidance",)
+LATE = ("guidance", "target_time")
 """What ``embed`` takes of a student only."""
 GraphFunction = Callable[[Mapping[str, Tensor]], Tensors]
 
@@ -82,10 +82,10 @@ class Oracle:
         return SamplingInputs(noise, clean, given.frame_mask, text, null, micro)
 
     def guided_velocity(
-        self, latents: Tensor, inputs: SamplingInputs, settings: SamplingSettings, time: float
+        self, latents: Tensor, inputs: SamplingInputs, settings: SamplingSettings, times: tuple[float, float]
     ) -> Tensor:
-        """Guided velocity at ``latents`` [B, T, C, h, w] and ``time``."""
-        return guided_velocity(self.boundary, inputs, settings)(latents, time)
+        """Guided velocity at ``latents`` [B, T, C, h, w] for a step from the first of ``times`` to the second."""
+        return guided_velocity(self.boundary, inputs, settings)(latents, *times)
 
     def rope(self, latents: Tensor) -> Tensors:
         """The RoPE tables for ``latents``, by contract name."""

@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from stiv_deploy.runtime.bundle.contract import SAMPLE_ROWS, Student
+from stiv_deploy.runtime.bundle.contract import SAMPLE_ROWS, Student, late_inputs
 from stiv_deploy.runtime.bundle.manifest import Manifest
 from stiv_deploy.runtime.sampling.guidance import BRANCHES
 from stiv_deploy.runtime.sampling.guidance import GuidanceMode as RuntimeMode
@@ -60,10 +60,11 @@ class Request:
         """Sampling times."""
         return schedule(self.settings.steps, self.settings.time_shift).tolist()
 
-    def timed(self, time: float) -> dict[str, Tensor]:
-        """Inputs of the ``embed`` graph that say when its rows are, and a student's guidance scale: fp64 [G] each."""
-        wanted = {"timestep": time} | ({} if self.student is None else {"guidance": self.settings.guidance_scale})
-        return {name: torch.full((self.branches,), value, dtype=torch.float64) for name, value in wanted.items()}
+    def timed(self, time: float, target: float) -> dict[str, Tensor]:
+        """Inputs of the ``embed`` graph for a step from ``time`` to ``target``: fp64 [G] each, those of the model."""
+        known = {"timestep": time, "guidance": self.settings.guidance_scale, "target_time": target}
+        wanted = ("timestep", *late_inputs(self.student))
+        return {name: torch.full((self.branches,), known[name], dtype=torch.float64) for name in wanted}
 
     def text_mask(self) -> Tensor:
         """Additive text mask [G, 1, 1, L]."""
@@ -141,8 +142,8 @@ def parity_requests(manifest: Manifest, checkpoint: Checkpoint, steps: int) -> l
     """T2V with JIT-CFG and Euler's solver, TI2V with JIT-CFG and AB2, TI2V with SIT-CFG and Heun's; each solver once.
 
     The last one is guided only from :data:`FROM` until :data:`UNTIL`. A student is asked the same in its one row, at
-    its own scale, its least and its greatest. One sample each, at the bundle's default size; for an image model the
-    first alone.
+    its own scale, its least and its greatest, a flow map by Euler's solver alone. One sample each, at the bundle's
+    default size; for an image model the first alone.
     """
     defaults, model = manifest.sampling, manifest.model
     video = _moving_square(1, defaults.frames, defaults.height, defaults.width)
@@ -198,6 +199,12 @@ def _cases(settings: SamplingSettings) -> list[Case]:
 def _student_cases(settings: SamplingSettings, student: Student) -> list[Case]:
     own = replace(settings, guidance_mode=GuidanceMode.NONE)
     least, greatest = (replace(own, guidance_scale=scale) for scale in student.guidance)
+    if student.flow_map:
+        return [
+            ("t2v flow map euler", False, own),
+            ("ti2v flow map euler", True, replace(least, time_shift=UNEQUAL_SHIFT)),
+            ("ti2v flow map, one step", True, replace(greatest, steps=1)),
+        ]
     return [
         ("t2v student euler", False, own),
         ("ti2v student ab2", True, replace(least, solver=Solver.AB2, time_shift=UNEQUAL_SHIFT)),

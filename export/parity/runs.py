@@ -31,7 +31,7 @@ def probe(oracle: Oracle, request: Request, blocks: int) -> Iterator[tuple[str, 
     model_input = latents.repeat(count, 1, 1, 1, 1)
     embed = {
         "model_input": model_input,
-        **request.timed(half),
+        **request.timed(half, 0.75),
         "micro": inputs.micro.repeat(count, 1),
         "pooled": text["pooled"],
         **oracle.rope(latents),
@@ -114,7 +114,7 @@ class TeacherForced:
         weights = self.request.weight_inputs(self.times[step])
         self._write(latents=latents, next_timestep=time, velocity=zeros, **weights)
         self.step()  # dt = 0: makes the model input
-        for name, value in self.request.timed(self.times[step]).items():
+        for name, value in self.request.timed(self.times[step], self.times[step + 1]).items():
             self.backend.write(self.denoiser.timed[name], value.float().numpy())
         for call in (*self.model.values(), self.step):
             call()

@@ -57,7 +57,8 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
         f"{sampling.steps} {sampling.solver} steps, guidance {sampling.guidance_mode} {sampling.guidance_scale:g}",
     )
     if model.student is not None:
-        yield "student", f"guidance in one row of the model, at scales {model.student.scales}"
+        steps = "; few steps are enough, it is a flow map" if model.student.flow_map else ""
+        yield "student", f"guidance in one row of the model, at scales {model.student.scales}{steps}"
     if manifest.trained is not None:
         yield "trained for", f"{', '.join(manifest.trained.tasks)}; given: {', '.join(manifest.trained.givings)}"
     yield "checkpoint", f"SHA-256 `{manifest.checkpoint}`"

@@ -71,10 +71,12 @@ class GraphSpec(Frozen):
 class Student(Frozen):
     """What a distilled model has in the place of guidance branches: one row, with the guidance scale as a condition.
 
-    ``guidance`` are the least and the greatest scale that it was trained for.
+    ``guidance`` are the least and the greatest scale that it was trained for. A ``flow_map`` also takes the time that a
+    step ends at, and gives the mean velocity up to there.
     """
 
     guidance: tuple[Scale, Scale]
+    flow_map: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -186,6 +188,13 @@ def dimensions(
     }
 
 
+def late_inputs(student: Student | None) -> tuple[str, ...]:
+    """What ``embed`` takes of a student only, a number for each row."""
+    if student is None:
+        return ()
+    return ("guidance", "target_time") if student.flow_map else ("guidance",)
+
+
 def graph_specs(model: ModelFacts, precision: Precision) -> dict[str, GraphSpec]:
     """The contract: every graph of a bundle of this model in this precision, blocks included, in running order."""
     half = model.head_dim // 2
@@ -213,7 +222,7 @@ def graph_specs(model: ModelFacts, precision: Precision) -> dict[str, GraphSpec]
     video = host("video", "batch", "video_frames", 3, "height", "width")
     spatial = [host("spatial_cos", "tokens", half), host("spatial_sin", "tokens", half)]
     temporal = [host("temporal_cos", "token_frames", half), host("temporal_sin", "token_frames", half)] * model.temporal
-    student = [host("guidance", "model_batch")] * (model.student is not None)
+    student = [host(name, "model_batch") for name in late_inputs(model.student)]
     all_heads = (model.blocks, "model_batch", model.heads, *text)
     block = graph(
         [

@@ -339,7 +339,8 @@ def student_text(model: "ModelFacts") -> str:
     """A line on what a student is; nothing of another model."""
     if model.student is None:
         return ""
-    return f"a student: one row of the model a step, at guidance scales {model.student.scales}\n"
+    kind = "a flow map" if model.student.flow_map else "a student"
+    return f"{kind}: one row of the model a step, at guidance scales {model.student.scales}\n"
 
 
 def vae_text(model: "ModelFacts") -> str:

@@ -119,7 +119,9 @@ def tune(request: TuneRequest, progress: Progress = unheard) -> TuneReport:
 
 
 def _search(pipe: StivPipeline, request: TuneRequest, progress: Progress) -> TuneReport:
-    started = time.monotonic()
+    started, student = time.monotonic(), pipe.bundle.manifest.model.student
+    if student is not None and student.flow_map:
+        raise RequestError("a flow map has its steps in it: no solver comes nearer; there is nothing to tune")
     plan = pipe.plan(list(request.requests))
     own, clips = _own_grid(plan)
     if lost := pipe.lost(plan):
@@ -139,7 +141,7 @@ def _search(pipe: StivPipeline, request: TuneRequest, progress: Progress) -> Tun
     tried = tuple(searched(sampled, exact, budgets, request.solvers, shifts, news.count))
     best = frontier((*tried, point))
     chosen = any((each.guidance_from, each.guidance_until) != (None, None) for each in request.requests)
-    whole = chosen or pipe.bundle.manifest.model.student is not None
+    whole = chosen or student is not None
     early = () if whole else intervals(sampled, exact, best, lambda grid: _rows(planned(grid)), news.count)
     return TuneReport(
         bundle=pipe.bundle.hash,

@@ -83,7 +83,7 @@ class Denoiser:
                 self.backend.copy(buffer[block][target], buffer[block][source])
 
 
-TIMED = ("timestep", "guidance")
+TIMED = ("timestep", "guidance", "target_time")
 """What ``embed`` takes of every evaluation, a number for each row; all but the time are of students."""
 _ROW_BUFFERS = (
     ("text_encoder", "pooled"),

@@ -47,6 +47,7 @@ def _drawn(graph: str, tensor: TensorSpec, dims: dict[str, int], limits: Mapping
         "next_timestep": lambda: uniform(shape, seed),
         "dt": lambda: uniform(shape, seed),
         "guidance": lambda: 1 + 7 * uniform(shape, seed),
+        "target_time": lambda: uniform(shape, seed),
         "micro": lambda: integers(512, shape, seed),
         "video": lambda: _near_levels(shape, seed) if graph == FRAMES else 2 * uniform(shape, seed) - 1,
         "spatial": lambda: np.pi * (2 * uniform(shape, seed) - 1),

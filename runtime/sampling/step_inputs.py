@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from stiv_deploy.runtime.backends.base import Buffer, Call
-from stiv_deploy.runtime.bundle.contract import SAMPLE_ROWS, DType
+from stiv_deploy.runtime.bundle.contract import SAMPLE_ROWS, DType, late_inputs
 from stiv_deploy.runtime.sampling.denoiser import Denoiser
 from stiv_deploy.runtime.sampling.guidance import GuidanceRow
 from stiv_deploy.runtime.sampling.host_tables import HostTables
@@ -42,7 +42,7 @@ class StepInputs:
         self._values = self._tables.values
         # The few numbers of every tick: a memoryview takes one in a fraction of what numpy does.
         self._numbers: dict[str, Any] = {name: self._values[name].data for name in (*BY_TICK, *times)}
-        self._guided = "guidance" in times
+        self._late = late_inputs(denoiser.model.student)
         self.timed = {name: self._tables.buffers[name] for name in times}
         for slot in range(denoiser.dims["batch"]):
             self.rest(slot)
@@ -102,10 +102,11 @@ class StepInputs:
     def schedule(self, slot: int, rows: list[int], evaluation: Evaluation) -> None:
         """Set the next evaluation of the sample in ``slot``, at whose time its ``rows`` are."""
         numbers = self._numbers
+        late = {"guidance": evaluation.scale, "target_time": evaluation.next_timestep}
         for row in rows:
             numbers["timestep"][row] = evaluation.timestep
-            if self._guided:
-                numbers["guidance"][row] = evaluation.scale
+            for name in self._late:
+                numbers[name][row] = late[name]
         numbers["dt"][slot] = evaluation.dt
         numbers["next_timestep"][slot] = evaluation.next_timestep
         numbers["solver_weights"][slot, 0], numbers["solver_weights"][slot, 1] = evaluation.weights

@@ -5,7 +5,7 @@ from dataclasses import replace
 from stiv_deploy.runtime.bundle.contract import Student
 from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.sampling.guidance import GuidanceMode
-from stiv_deploy.runtime.sampling.settings import SamplingSettings
+from stiv_deploy.runtime.sampling.settings import SamplingSettings, Solver
 
 
 def one_row(settings: SamplingSettings, student: Student | None) -> SamplingSettings:
@@ -25,4 +25,6 @@ def one_row(settings: SamplingSettings, student: Student | None) -> SamplingSett
         raise RequestError("a student is guided at all times; leave out guidance_from and guidance_until")
     if not settings.renorm:
         raise RequestError("a student has renormalized guidance in it; leave guidance_renorm out")
+    if student.flow_map and settings.solver is not Solver.EULER:
+        raise RequestError(f"solver {settings.solver}: a flow map goes from time to time by itself; use euler")
     return replace(settings, guidance_mode=GuidanceMode.NONE)

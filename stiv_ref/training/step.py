@@ -10,13 +10,24 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from stiv_deploy.stiv_ref.data.source import Batch
-from stiv_deploy.stiv_ref.distillation import Conditions, draw_scales, guidance_loss, point_of, sees_zeros
+from stiv_deploy.stiv_ref.distillation import (
+    Conditions,
+    Point,
+    draw_scales,
+    draw_targets,
+    flow_map_loss,
+    flow_map_targets,
+    guidance_loss,
+    point_of,
+    sees_zeros,
+)
 from stiv_deploy.stiv_ref.errors import ConfigError, DivergedError
 from stiv_deploy.stiv_ref.model import Stiv
-from stiv_deploy.stiv_ref.objective import Draws, draw, sample_generator, training_loss
+from stiv_deploy.stiv_ref.objective import draw, sample_generator, training_loss
 from stiv_deploy.stiv_ref.training.averages import update_averages
 from stiv_deploy.stiv_ref.training.optimizer import learning_rate, set_rate
-from stiv_deploy.stiv_ref.training.parallel import sync_gradients
+from stiv_deploy.stiv_ref.training.parallel import local, sync_gradients
+from stiv_deploy.stiv_ref.training.pictures import averaged
 from stiv_deploy.stiv_ref.training.run import Run
 
 NAMED = 4
@@ -79,7 +90,8 @@ def sample_losses(run: Run, batch: Batch, part: range) -> tuple[Tensor, Tensor, 
             losses = training_loss(run.model, latents, text, micro, draws, stage.masked_loss_weight)
         else:
             conditions = Conditions(text, run.text.null(len(part), device), micro, scales_of(run, generators))
-            losses = distillation_losses(run, latents, draws, conditions, batch)
+            zeros = sees_zeros(stage, len(latents), batch.tasks).to(device)
+            losses = distillation_losses(run, point_of(latents, draws, zeros), conditions, generators)
     return losses, timesteps.to(device), tokens
 
 
@@ -89,12 +101,19 @@ def scales_of(run: Run, generators: Sequence[torch.Generator]) -> Tensor:
     return draw_scales(run.current.guidance, generators).to(run.team.device)
 
 
-def distillation_losses(run: Run, latents: Tensor, draws: Draws, conditions: Conditions, batch: Batch) -> Tensor:
+def distillation_losses(
+    run: Run, point: Point, conditions: Conditions, generators: Sequence[torch.Generator]
+) -> Tensor:
     """Losses fp32 [B] of a stage that distills."""
     assert run.model is not None
     assert run.teacher is not None
-    zeros = sees_zeros(run.current, len(latents), batch.tasks).to(latents.device)
-    return guidance_loss(run.model, run.teacher, point_of(latents, draws, zeros), conditions)
+    if run.current.distill == "guidance":
+        return guidance_loss(run.model, run.teacher, point, conditions)
+    target = draw_targets(point.timestep.cpu(), generators).to(run.team.device)
+    weights = [local(run.parameters[name].detach()) for name in run.averages]
+    with averaged(weights, [local(average) for average in run.averages.values()]):
+        wanted = flow_map_targets(run.model, run.teacher, point, conditions, target)
+    return flow_map_loss(run.model, point, conditions, target, wanted)
 
 
 def diverged(name: str, value: float, run: Run, names: Sequence[str]) -> DivergedError:

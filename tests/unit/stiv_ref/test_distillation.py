@@ -6,12 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from stiv_deploy.stiv_ref.config import StivConfig, Student
 from stiv_deploy.stiv_ref.distillation import (
+    AT_ONCE,
+    LEAST,
+    TO_THE_END,
     Conditions,
     draw_scales,
+    draw_targets,
+    flow_map_loss,
+    flow_map_target,
+    flow_map_targets,
     guidance_loss,
     guided_target,
     point_of,
@@ -53,10 +62,17 @@ def test_a_student_starts_as_its_teacher(random_model: ModelFactory, small_confi
     initialize_from(student, teacher)
     text, _, micro, scale = conditions_of(torch.tensor(SCALES).double())
     latents, time = normal(2, *SHAPE), torch.tensor([0.2, 0.7]).double()
-    assert torch.equal(
-        student(latents, time, micro, *text, guidance=scale),
-        teacher(latents, time, micro, *text),
-    )
+    assert torch.equal(student(latents, time, micro, *text, guidance=scale), teacher(latents, time, micro, *text))
+
+
+def test_a_flow_map_starts_as_its_students_velocity(random_model: ModelFactory, small_config: StivConfig) -> None:
+    student = random_model(student=Student(guidance=SCALES))
+    flow_map = Stiv(small_config.model_copy(update={"student": Student(guidance=SCALES, flow_map=True)})).double()
+    initialize_from(flow_map.initialize(torch.Generator().manual_seed(0)), student)
+    text, _, micro, scale = conditions_of(torch.tensor(SCALES).double())
+    latents, time = normal(2, *SHAPE), torch.tensor([0.2, 0.7]).double()
+    wanted = student(latents, time, micro, *text, guidance=scale)
+    assert torch.equal(flow_map(latents, time, micro, *text, guidance=scale, target_time=torch.ones(2)), wanted)
 
 
 @pytest.mark.parametrize("task", ["t2v", "ti2v", "interpolate", "views"])
@@ -75,7 +91,8 @@ def test_the_target_is_the_samplers_guided_velocity(random_model: ModelFactory, 
         text, null = (TextStates(*(each[part] for each in states)) for states in conditions[:2])
         inputs = SamplingInputs(draws.noise[part], clean[part], point.given[part], text, null, conditions.micro[part])
         settings = SamplingSettings(guidance_scale=SCALES[index], unseen=objective.kind.unseen)
-        velocity = guided_velocity(teacher, inputs, settings)(point.latents[part], draws.timestep[index].item())
+        time = draws.timestep[index].item()
+        velocity = guided_velocity(teacher, inputs, settings)(point.latents[part], time, 1.0)
         torch.testing.assert_close(target[part], velocity, rtol=1e-9, atol=1e-9)
 
 
@@ -109,3 +126,93 @@ def test_scales_are_uniform_in_their_range_and_each_samples_own() -> None:
 def test_samples_of_views_among_others_have_zeros() -> None:
     assert sees_zeros(Objective(task="ti2v"), 3, ["views", None, "ti2v"]).tolist() == [True, False, False]
     assert sees_zeros(Objective(task="views"), 1, None).tolist() == [True]
+
+
+class Gaussian:
+    """Noise N(0, 1) to data N(mean, deviation^2), independent in each value: all of the flow is known."""
+
+    def __init__(self, mean: float, deviation: float) -> None:
+        self.data, self.deviation = mean, deviation
+
+    def spread(self, time: Tensor) -> Tensor:
+        return (time**2 * self.deviation**2 + (1 - time) ** 2).sqrt()
+
+    def velocity(self, x: Tensor, time: Tensor) -> Tensor:
+        change = (time * self.deviation**2 - (1 - time)) / self.spread(time)
+        return self.data + change / self.spread(time) * (x - time * self.data)
+
+    def mean(self, x: Tensor, time: Tensor, target: Tensor) -> Tensor:
+        """The mean velocity: the path keeps the place in units of the spread."""
+        there = target * self.data + self.spread(target) / self.spread(time) * (x - time * self.data)
+        return torch.where(target == time, self.velocity(x, time), (there - x) / (target - time))
+
+    def error(self, time: float, target: float, span: float) -> float:
+        x, times = normal(50), (torch.full((50,), each, dtype=torch.float64) for each in (time, target))
+        start, end = times
+        made = flow_map_target(self.mean, self.velocity(x, start), x, (start, end), span)
+        return (made - self.mean(x, start, end)).abs().max().item()
+
+
+@given(
+    mean=st.floats(-2, 2),
+    deviation=st.floats(0.3, 2),
+    time=st.floats(0, 1),
+    share=st.floats(0, 1),
+)
+def test_the_mean_velocity_is_its_own_target(mean: float, deviation: float, time: float, share: float) -> None:
+    """At every pair of times, up to the error of the differences."""
+    assert Gaussian(mean, deviation).error(time, time + (1 - time) * share, 1e-4) < 2e-2
+
+
+@pytest.mark.parametrize(("time", "target"), [(0.3, 1.0), (0.3, 0.6), (0.5, 0.9)])
+def test_the_differences_are_of_second_order(time: float, target: float) -> None:
+    flow = Gaussian(1.0, 0.5)
+    coarse, fine = (flow.error(time, target, span) for span in (0.04, 0.02))
+    assert coarse / fine == pytest.approx(4, rel=0.1)
+
+
+def test_at_the_time_itself_the_target_is_the_velocity() -> None:
+    flow, x = Gaussian(1.0, 0.5), normal(3)
+    for time in (0.0, 0.4, 1.0):
+        times = torch.full((3,), time, dtype=torch.float64)
+        velocity = flow.velocity(x, times)
+        assert torch.equal(flow_map_target(flow.mean, velocity, x, (times, times)), velocity)
+
+
+def test_targets_of_a_batch(random_model: ModelFactory) -> None:
+    """By the student's own calls at the clip's scale, from its teacher's velocity; given frames stay."""
+    teacher = random_model(student=Student(guidance=SCALES))
+    student = random_model(1, student=Student(guidance=SCALES, flow_map=True))
+    conditions, clean = conditions_of(torch.tensor(SCALES).double()), normal(2, *SHAPE, seed=9)
+    objective = Objective(task="ti2v", image_dropout=0)
+    point = point_of(clean, drawn(objective), sees_zeros(objective, 2, None))
+    text, _, micro, scale = conditions
+    velocity = teacher(point.latents, point.timestep, micro, *text, guidance=scale)
+    made = flow_map_targets(student, teacher, point, conditions, point.timestep)
+    torch.testing.assert_close(made[:, 1:], velocity[:, 1:])
+    target = torch.ones(2, dtype=torch.float64)
+    velocity[:, 0] = 0
+
+    def mean(latents: Tensor, time: Tensor, until: Tensor) -> Tensor:
+        assert torch.equal(latents[:, 0], clean[:, 0].repeat(2, 1, 1, 1))
+        halves = zip(latents.chunk(2), time.chunk(2), until.chunk(2), strict=True)
+        return torch.cat([student(x, t, micro, *text, guidance=scale, target_time=r) for x, t, r in halves])
+
+    wanted = flow_map_target(mean, velocity, point.latents, (point.timestep, target))
+    torch.testing.assert_close(flow_map_targets(student, teacher, point, conditions, target), wanted)
+    losses = flow_map_loss(student, point, conditions, target, wanted)
+    error = (student(point.latents, point.timestep, micro, *text, guidance=scale, target_time=target) - wanted).square()
+    size = error[:, 1:].mean(dim=(1, 2, 3, 4)).float()
+    torch.testing.assert_close(losses, size / (size + LEAST), rtol=1e-5, atol=0)
+
+
+def test_target_times_are_of_three_kinds_and_each_samples_own() -> None:
+    def generators() -> list[torch.Generator]:
+        return [sample_generator(0, 1, 0, index) for index in range(400)]
+
+    times = torch.linspace(0, 0.9, 400)
+    targets = draw_targets(times, generators())
+    assert ((targets >= times) & (targets <= 1)).all()
+    for kind, share in ((targets == times, AT_ONCE), (targets == 1, TO_THE_END)):
+        assert abs(kind.float().mean().item() - share) < 0.1
+    assert torch.equal(targets[7:9], draw_targets(times[7:9], generators()[7:9]))

@@ -159,7 +159,7 @@ def test_what_dropout_shows_is_what_the_unconditional_branch_of_generation_sees(
     mask = objective.kind.shown(0, SHAPE[0]).repeat(2, 1)
     inputs = SamplingInputs(draws.noise, latents, mask, text_of(2), text_of(2), torch.ones(2, 6))
     settings = SamplingSettings(unseen=objective.kind.unseen)
-    guided_velocity(model, inputs, settings)(replace_frames(draws.noise, latents, mask), 0.25)  # type: ignore[arg-type]
+    guided_velocity(model, inputs, settings)(replace_frames(draws.noise, latents, mask), 0.25, 1.0)  # type: ignore[arg-type]
     trained, sampled = model.seen[0], model.seen[1].chunk(2)
     (blind,) = [each for each in sampled if not torch.equal(each[mask], latents[mask])]
     assert torch.equal(trained[mask], blind[mask])

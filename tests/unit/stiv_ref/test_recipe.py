@@ -342,13 +342,30 @@ def test_a_stage_that_distills(recipe_file: Path) -> None:
     assert load_recipe(recipe_file).stages[-1].guidance == (4.0, 4.0)
 
 
+MAP = STUDENT.replace("guidance = [2.0, 6.0]\n", "").replace('"guidance"', '"flow-map"').replace('"student"', '"map"')
+
+
+def test_a_flow_map_has_its_students_scales(recipe_file: Path) -> None:
+    recipe_file.write_text(recipe_file.read_text() + STUDENT + MAP)
+    recipe = load_recipe(recipe_file)
+    assert recipe.stages[-1].student == Student(guidance=(2.0, 6.0), flow_map=True)
+    assert recipe.model_of(recipe.stages[-1]).teacher == recipe.model_of(recipe.stages[-2])
+    recipe_file.write_text(recipe_file.read_text().replace("[sampling]", '[sampling]\nsolver = "ab2"'))
+    with pytest.raises(ConfigError, match=r"sampling.solver ab2: the flow map of stage map has euler alone"):
+        load_recipe(recipe_file)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
         ("guidance = [2.0, 6.0]\n", "", "needs guidance, the range of its scales"),
         ("[2.0, 6.0]", "[6.0, 2.0]", "from the least scale to the greatest"),
         ('distill = "guidance"\n', "", "guidance is for a stage that distills"),
-        ('distill = "guidance"', 'distill = "everything"', "Input should be 'guidance'"),
+        ('distill = "guidance"', 'distill = "everything"', "Input should be 'guidance' or 'flow-map'"),
+        ('distill = "guidance"', 'distill = "flow-map"', "has guidance in rows of its own; distill that first"),
+        ("", MAP.replace("steps", "guidance = [3.0, 6.0]\nsteps"), "has other guidance scales, 2 to 6"),
+        ("", MAP + MAP.replace('"map"', '"again"'), "is a flow map already"),
+        ("", MAP + "[efficiency]\nprecision = 'bfloat16'\n", "bfloat16 rounds away"),
         ('name = "student"', 'name = "student"\nspatial_from = "scratch"', "starts as its teacher"),
         ('name = "student"', 'name = "student"\nmask_ratio = 0.5', "take out mask_ratio"),
         ('task = "ti2v"\nname', 'task = "t2i"\nname', "students are of video models"),

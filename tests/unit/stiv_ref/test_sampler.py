@@ -267,6 +267,7 @@ def test_real_model_in_a_batch_equals_single_runs(random_model: Callable[..., St
 
 
 STUDENT = SimpleNamespace(student=Student(guidance=(2.0, 6.0)))
+FLOW_MAP = SimpleNamespace(student=Student(guidance=(2.0, 6.0), flow_map=True))
 
 
 @pytest.mark.parametrize("mode", [GuidanceMode.NONE, GuidanceMode.JIT])
@@ -292,3 +293,25 @@ def test_what_a_student_cannot_do_is_refused(changes: dict[str, Any], said: str)
     with pytest.raises(ConfigError, match=said):
         sample(model, request(), replace(SamplingSettings(guidance_scale=3.0), **changes))  # type: ignore[arg-type]
     assert not model.calls
+
+
+def test_a_flow_map_goes_exactly_from_time_to_time() -> None:
+    """The mean velocity of dx/dt = x is x (e^h - 1) / h, and it is asked for the step's own h."""
+    model = FakeModel(lambda latents, _time, _null: latents, config=FLOW_MAP)
+
+    def mean(latents: Tensor, time: Tensor, _null: Tensor) -> Tensor:
+        length = model.scales[-1][:, None, None, None, None] - time
+        return latents * length.expm1() / length
+
+    model.velocity = mean
+    given = request()
+    for steps in (1, 2, 3):
+        made = sample(model, given, SamplingSettings(steps=steps, guidance_scale=3.0, time_shift=2.0))  # type: ignore[arg-type]
+        torch.testing.assert_close(made, given.noise * math.e)
+
+
+@pytest.mark.parametrize("solver", [Solver.HEUN, Solver.AB2])
+def test_a_flow_map_has_no_other_solver(solver: Solver) -> None:
+    model = FakeModel(lambda latents, _time, _null: latents, config=FLOW_MAP)
+    with pytest.raises(ConfigError, match=f"solver {solver}: a flow map"):
+        sample(model, request(), SamplingSettings(guidance_scale=3.0, solver=solver))  # type: ignore[arg-type]

@@ -89,12 +89,18 @@ def test_a_single_frame_is_not_given(micro: Checkpoint, writer: GraphWriter) -> 
     assert all(max(each, default=-1) < frames - 1 for each in given)
 
 
+@pytest.mark.parametrize(("flow_map", "solvers"), [(False, {"euler", "heun", "ab2"}), (True, {"euler"})])
 def test_a_students_runs_are_of_one_row(
-    micro: Checkpoint, make_checkpoint: Callable[..., Checkpoint], tmp_path: Path
+    micro: Checkpoint,
+    make_checkpoint: Callable[..., Checkpoint],
+    tmp_path: Path,
+    flow_map: bool,
+    solvers: set[str],
 ) -> None:
-    student = make_checkpoint(micro.config.model.model_copy(update={"student": Student(guidance=(2.0, 6.0))}))
+    own = Student(guidance=(2.0, 6.0), flow_map=flow_map)
+    student = make_checkpoint(micro.config.model.model_copy(update={"student": own}))
     writer = GraphWriter(student, tmp_path, "float32")
     answers = run_answers(writer, default_bucket(student.config.sampling, writer.facts), None)
-    assert {run.settings.solver for run in answers.runs} == {"euler", "heun", "ab2"}
+    assert {run.settings.solver for run in answers.runs} == solvers
     assert {run.settings.guidance_scale for run in answers.runs} == {2.0, 6.0}
     assert any(run.settings.forced for run in answers.runs)

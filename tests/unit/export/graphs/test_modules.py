@@ -7,15 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from stiv_deploy.export.graphs.modules import graph_modules, model_facts, part
-from stiv_deploy.runtime.bundle.contract import dimensions, graph_specs
+from stiv_deploy.runtime.bundle.contract import dimensions, graph_specs, late_inputs
 from stiv_deploy.stiv_ref.block import additive_mask
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.config import Student
 
 STUDENT = Student(guidance=(2.0, 6.0))
+FLOW_MAP = Student(guidance=(2.0, 6.0), flow_map=True)
 
 
-@pytest.mark.parametrize("student", [None, STUDENT])
+@pytest.mark.parametrize("student", [None, STUDENT, FLOW_MAP])
 def test_forward_takes_the_contracts_inputs_in_order(
     micro: Checkpoint, make_checkpoint: Callable[..., Checkpoint], student: Student | None
 ) -> None:
@@ -65,11 +66,20 @@ def run_reference(checkpoint: Checkpoint, latents: Tensor, ids: Tensor, mask: Te
 
 def late_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """What a student takes besides."""
-    return {} if checkpoint.config.model.student is None else {"guidance": torch.tensor([2.0, 3.5, 6.0])}
+    known = {"guidance": torch.tensor([2.0, 3.5, 6.0]), "target_time": torch.tensor([0.5, 0.7, 1.0])}
+    return {name: known[name] for name in late_inputs(model_facts(checkpoint.config).student)}
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"temporal": False}, {"patch": (2, 1)}, {"cross_qk_norm": False}, {"student": STUDENT}]
+    "changes",
+    [
+        {},
+        {"temporal": False},
+        {"patch": (2, 1)},
+        {"cross_qk_norm": False},
+        {"student": STUDENT},
+        {"student": FLOW_MAP},
+    ],
 )
 def test_chained_graphs_are_the_model(
     micro: Checkpoint, make_checkpoint: Callable[..., Checkpoint], changes: dict[str, object]

@@ -43,9 +43,21 @@ def test_a_student_is_asked_in_one_row_at_its_own_scales(micro: Checkpoint) -> N
     assert [each.settings.guidance_scale for each in requests] == [4.0, 2.0, 6.0]
     for each in requests:
         assert (each.branches, len(each.token_ids)) == (1, 1)
-        timed = {name: value.tolist() for name, value in each.timed(0.5).items()}
+        timed = {name: value.tolist() for name, value in each.timed(0.5, 0.7).items()}
         assert timed == {"timestep": [0.5], "guidance": [each.settings.guidance_scale]}
         assert each.runtime_settings().rows() == each.runtime_settings().rows(guided=False)
+
+
+def test_a_flow_map_is_asked_by_its_own_steps_alone(micro: Checkpoint) -> None:
+    student = Student(guidance=(2.0, 6.0), flow_map=True)
+    requests = parity_requests(manifest_of(micro, student=student), micro, 4)
+    assert {each.settings.solver for each in requests} == {Solver.EULER}
+    assert [each.settings.steps for each in requests] == [4, 4, 1]
+    assert {name: value.tolist() for name, value in requests[0].timed(0.5, 0.7).items()} == {
+        "timestep": [0.5],
+        "guidance": [4.0],
+        "target_time": [0.7],
+    }
 
 
 @pytest.mark.parametrize(("words", "pair"), [(words(), 0), (WORDS, 1)])

@@ -64,6 +64,12 @@ def test_a_student_is_tuned_without_guidance_intervals(tmp_path: Path) -> None:
     assert not report.intervals
 
 
+def test_a_flow_map_is_not_tuned(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "map", Toy(student=Student(guidance=(2.0, 6.0), flow_map=True)))
+    with pytest.raises(RequestError, match="a flow map has its steps in it"):
+        tune(asked(bundle))
+
+
 def test_an_error_is_that_of_the_clips_themselves(bundle_path: Path) -> None:
     report = tune(asked(bundle_path, budgets=(3,), solvers=(Solver.AB2,), shifts=(1.0,)))
     (point,) = report.tried

@@ -1,6 +1,7 @@
 """Students: one row a step, whose condition is the clip's own scale; what they were not trained for is refused."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from stiv_deploy.runtime.sampling.settings import SamplingSettings, Solver
 from stiv_deploy.runtime.sampling.student import one_row
 
 STUDENT = Student(guidance=(2.0, 6.0))
+FLOW_MAP = Student(guidance=(2.0, 6.0), flow_map=True)
 TOY = Toy(student=STUDENT)
 
 
@@ -47,6 +49,21 @@ def test_clips_side_by_side_have_their_own_scales(bundle: Bundle) -> None:
         np.testing.assert_allclose(made[slot], reference_latents(bundle, TOY, sample), rtol=0, atol=tolerance(5))
     other = sample_of(dataclasses.replace(samples[1].settings, guidance_scale=2.0), seed=3)
     assert not np.allclose(made[slots[1]], run(engine, other), atol=0.1)
+
+
+def test_a_flow_map_is_told_where_each_step_ends(tmp_path: Path) -> None:
+    toy = Toy(student=FLOW_MAP)
+    bundle = Bundle.open(make_bundle(tmp_path / "bundle", toy))
+    for steps in (1, 4):
+        sample = sample_of(one_row(settings_of("jit", steps=steps, time_shift=3.0), FLOW_MAP), [0])
+        wanted = reference_latents(bundle, toy, sample)
+        np.testing.assert_allclose(run(make_engine(bundle), sample), wanted, rtol=0, atol=tolerance(5))
+
+
+@pytest.mark.parametrize("solver", [Solver.HEUN, Solver.AB2])
+def test_a_flow_map_has_no_other_solver(solver: Solver) -> None:
+    with pytest.raises(RequestError, match=f"solver {solver}: a flow map goes from time to time by itself"):
+        one_row(settings_of("jit", solver=solver), FLOW_MAP)
 
 
 def test_guidance_becomes_one_row() -> None:
