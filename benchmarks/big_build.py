@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
@@ -38,6 +37,7 @@ from stiv_deploy.export.graphs.writer import GRAPH_FOLDER, GraphWriter
 from stiv_deploy.runtime.bundle.bundle import file_record, write_manifest
 from stiv_deploy.runtime.bundle.contract import Format, Precision
 from stiv_deploy.runtime.bundle.manifest import Bucket, Manifest, Range
+from stiv_deploy.runtime.tensorrt_library import import_tensorrt
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.config import StivConfig, model_config
 from stiv_deploy.stiv_ref.model import Stiv
@@ -182,7 +182,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
 ) -> None:
     """Build all engines of a large model from random weights, and say what that takes."""
-    precisions = check_precisions(precision or ["fp8"])
+    precisions, builder = check_precisions(precision or ["fp8"]), import_tensorrt("tensorrt-rtx").__version__
     checkpoint, rows = hollow_checkpoint(model, blocks, frames, size), {}
     for name in precisions:
         with tempfile.TemporaryDirectory(dir=folder) as place:
@@ -194,7 +194,7 @@ def main(
         "command": f"python benchmarks/big_build.py --model {model} {chosen} --frames {frames} --size {size} --sm {sm}"
         + (f" --blocks {blocks}" if blocks else ""),
         "machine": f"{platform.machine()}, {psutil.cpu_count()} cores, load {psutil.getloadavg()[0]:.1f} at the end",
-        "versions": {"python": platform.python_version(), "tensorrt-rtx": version("tensorrt_rtx")},
+        "versions": {"python": platform.python_version(), "tensorrt-rtx": builder},
         "blocks": checkpoint.config.model.blocks,
         "rows": rows,
     }
