@@ -4,9 +4,9 @@
     python benchmarks/mutations.py BUNDLE --checkpoint CHECKPOINT --clean 1000
 
 Each fault of a graph changes one thing, as a wrong engine would: bits, rows or the scale of a weight, an attribute, an
-operator, the order of inputs, a table; in 8 bits a quantizer's scale or place. The changed graph runs in ONNX Runtime
-on the inputs of the golden answers. Each fault of the runtime (``benchmarks/runtime_faults.py``) changes one function
-of it while the runs of the golden answers are played.
+operator, the order of inputs, how a mask or a table is read; in 8 bits a quantizer's scale or place. The changed graph
+runs in ONNX Runtime on the inputs of the golden answers. Each fault of the runtime (``benchmarks/runtime_faults.py``)
+changes one function of it while the runs of the golden answers are played.
 
 A fault is *caught* if an output is beyond its gate, or if the graph does not run; else it is *hidden* where no output
 differs from the right one by as much as its gate, and *missed* where one does. In a stored file the SHA-256 would find
@@ -155,6 +155,48 @@ def dropped_branch(graph: onnx.GraphProto, chance: random.Random) -> str | None:
     return f"{node.name} is {kept}"
 
 
+def _changed_input(graph: onnx.GraphProto, name: str, nodes: list[onnx.NodeProto], values: dict[str, Any]) -> str:
+    """All readers of the graph input ``name`` get "changed", which ``nodes`` make of it and of int64 ``values``."""
+    for node in graph.node:
+        node.input[:] = ["changed" if each == name else each for each in node.input]
+    for number, node in enumerate(nodes):
+        graph.node.insert(number, node)
+    graph.initializer.extend(numpy_helper.from_array(np.array(each, np.int64), key) for key, each in values.items())
+    return name
+
+
+def _input_like(graph: onnx.GraphProto, chance: random.Random, *ends: str) -> onnx.ValueInfoProto | None:
+    read = {name for node in graph.node for name in node.input}
+    found = [each for each in graph.input if each.name.endswith(ends) and each.name in read]
+    return chance.choice(found) if found else None
+
+
+def turned_mask(graph: onnx.GraphProto, chance: random.Random) -> str | None:
+    """A mask is read along its last axis from behind, as with a layout that runs the other way."""
+    if (mask := _input_like(graph, chance, "_mask")) is None:
+        return None
+    axis = len(mask.type.tensor_type.shape.dim) - 1
+    turned = onnx.helper.make_node("Slice", [mask.name, "last", "before", "which", "back"], ["changed"])
+    values = {"last": [-1], "before": [-(2**31)], "which": [axis], "back": [-1]}
+    return _changed_input(graph, mask.name, [turned], values)
+
+
+def wrong_stride(graph: onnx.GraphProto, chance: random.Random) -> str | None:
+    """A table of RoPE is read with twice its stride, and from its start again where it ends."""
+    if (table := _input_like(graph, chance, "_cos", "_sin")) is None:
+        return None
+    node = onnx.helper.make_node
+    nodes = [
+        node("Shape", [table.name], ["rows"], start=0, end=1),
+        node("Squeeze", ["rows"], ["count"]),
+        node("Range", ["none", "count", "single"], ["right rows"]),
+        node("Mul", ["right rows", "twice"], ["far rows"]),
+        node("Mod", ["far rows", "count"], ["wrong rows"]),
+        node("Gather", [table.name, "wrong rows"], ["changed"], axis=0),
+    ]
+    return _changed_input(graph, table.name, nodes, {"twice": 2, "none": 0, "single": 1})
+
+
 def _quantizers(graph: onnx.GraphProto, *kinds: str) -> list[onnx.NodeProto]:
     """Q or DQ nodes whose scale is an initializer."""
     known = {each.name for each in graph.initializer}
@@ -235,6 +277,8 @@ PLANTS: dict[str, Plant] = {
     "order of inputs": swapped_inputs,
     "wire": other_wire,
     "dropped branch": dropped_branch,
+    "turned mask": turned_mask,
+    "stride of a table": wrong_stride,
     "scale of a quantizer": other_scale,
     "swapped scales": swapped_scales,
     "lost quantizer": lost_quantizer,
