@@ -1,6 +1,6 @@
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +25,14 @@ def benchmark_module() -> Callable[[str], ModuleType]:
             sys.path.remove(str(BENCHMARKS))
 
     return load
+
+
+@pytest.fixture(scope="module")
+def study() -> Iterator[Callable[[str], ModuleType]]:
+    """A file of benchmarks/studies as a module, by name; the path stays for imports inside functions."""
+    sys.path.insert(0, str(BENCHMARKS / "studies"))
+    yield importlib.import_module
+    sys.path.remove(str(BENCHMARKS / "studies"))
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,7 @@
 """The studies' own parts: draws, training loop, variants, measurements and records, each against what must hold."""
 
-import importlib
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -21,17 +19,16 @@ from stiv_deploy.stiv_ref.objective import Objective
 from stiv_deploy.stiv_ref.sampler import SamplingSettings
 from stiv_deploy.stiv_ref.text import TextStates
 
-STUDIES = Path(__file__).parents[3] / "benchmarks" / "studies"
-ALL = ("image_conditioning", "guidance_modes", "motion_staleness", "progressive", "causal_time", "cfg_renorm")
+ALL = (
+    "image_conditioning",
+    "guidance_modes",
+    "motion_staleness",
+    "progressive",
+    "causal_time",
+    "cfg_renorm",
+    "residual_skip",
+)
 Load = Callable[[str], ModuleType]
-
-
-@pytest.fixture(scope="module")
-def study() -> Iterator[Load]:
-    """A file of benchmarks/studies as a module, by name; the path stays for imports inside functions."""
-    sys.path.insert(0, str(STUDIES))
-    yield importlib.import_module
-    sys.path.remove(str(STUDIES))
 
 
 @pytest.fixture(scope="module")
@@ -386,7 +383,7 @@ def test_objectives_of_base_and_arms(study: Load) -> None:
 
 @pytest.mark.slow
 def test_smallest_form_of_every_study(study: Load, tmp_path: Path) -> None:
-    """All six, as commands, sharing their bases: result files with every arm, and a second run makes nothing anew."""
+    """All, as commands, sharing their bases: result files with every arm, and a second run makes nothing anew."""
     for name in ALL:
         module, app, out = study(name), typer.Typer(), tmp_path / f"{name}.json"
         app.command()(module.main)
