@@ -301,7 +301,7 @@ def draw(figure: "Figure", without: Sequence[Result], found: Sequence[Result]) -
     for axes, label in zip(figure.subplots(1, len(labels), squeeze=False)[0], labels, strict=True):
         for name, mark, belongs in kinds:
             own = [row for row in ab2 if row["clips"] == label and belongs(row)]
-            axes.loglog([row["evaluations"] for row in own], [row["error"] for row in own], mark, label=name)
+            axes.semilogy([row["evaluations"] for row in own], [row["error"] for row in own], mark, label=name)
         axes.set(title=f"{label}, AB2", xlabel="evaluations", ylabel="relative L2 error of latents")
         axes.grid(True, which="both", linewidth=0.3)
 
