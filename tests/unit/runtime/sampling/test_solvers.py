@@ -129,4 +129,5 @@ def test_a_run_whose_latents_were_changed_looks_not_back_once(position: int) -> 
 def test_a_corrector_of_changed_latents_is_an_euler_step() -> None:
     planned = evaluations(settings_of(4, Solver.HEUN))
     assert anew(planned, 2) == planned, "a predictor looks not back"
-    assert anew(planned, 3) == (*planned[:3], Evaluation(0.25, 0.5, 0.25), *planned[4:])
+    again = Evaluation(0.25, 0.5, 0.25, scale=planned[0].scale)
+    assert anew(planned, 3) == (*planned[:3], again, *planned[4:])
