@@ -19,7 +19,8 @@ SM = "89"
 
 def plain_stages(demo: "Demo", sm: str) -> "list[Stage]":
     """Checkpoint -> bundle -> engines, where the builder is installed -> parity -> clips."""
-    from stiv_deploy.export.demo.shared import Stage, build_stage, clip_stages
+    from stiv_deploy.export.demo.clips import clip_stages
+    from stiv_deploy.export.demo.shared import Stage, build_stage
     from stiv_deploy.export.parity.stage import ParityRequest
     from stiv_deploy.export.request import ExportRequest
 
@@ -54,9 +55,10 @@ def demo(
 
     from rich.console import Console
 
+    from stiv_deploy.export.demo.clips import write_given
     from stiv_deploy.export.demo.finish import finish
     from stiv_deploy.export.demo.quantized import quantized_stages
-    from stiv_deploy.export.demo.shared import Demo, check_sm, write_first_frame
+    from stiv_deploy.export.demo.shared import Demo, check_sm
     from stiv_deploy.runtime.files import make_folder
     from stiv_deploy.stiv_ref.checkpoint import open_checkpoint
 
@@ -65,7 +67,7 @@ def demo(
     open_checkpoint(checkpoint)
     make_folder(folder, "choose another --out")
     run = Demo(folder, checkpoint, Console())
-    write_first_frame(folder)
+    write_given(run)
     run.run(plain_stages(run, sm) if chosen is None else quantized_stages(run, sm, chosen))
     finish(run, "STIV demo" if chosen is None else f"STIV demo, {chosen}")
     if run.failed:

@@ -5,13 +5,11 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
-
 from stiv_deploy.export.demo.machine import machine
-from stiv_deploy.export.demo.report import DemoReport, ShownClip, ShownStage, report_page
+from stiv_deploy.export.demo.report import DemoReport, ShownStage, report_page
 from stiv_deploy.export.demo.shared import BACKEND, Demo, Done
+from stiv_deploy.export.demo.shown import shown_clip
 from stiv_deploy.runtime.files import write_text
-from stiv_deploy.runtime.pipeline.stage import ClipsReport
 
 REPORT = "report.html"
 
@@ -36,28 +34,12 @@ def demo_report(demo: Demo, title: str) -> DemoReport:
         date=datetime.now(UTC).date().isoformat(),
         failed=tuple(demo.failed),
         notes=tuple(demo.notes),
-        clips=tuple(shown_clip(report) for report in demo.reports("generate")),
+        clips=tuple(filter(None, (shown_clip(done.report) for done in demo.done))),
         parity=next(iter(demo.reports("parity")), None),
         stages=tuple(map(_stage, demo.done)),
         sizes=tuple(_sizes(demo)),
         machine=tuple(machine()),
         following=tuple(following(demo)),
-    )
-
-
-def shown_clip(report: ClipsReport) -> ShownClip:
-    """The one clip of ``report``."""
-    assert isinstance(report.output.frames, np.ndarray)
-    (request,), (frames,) = report.output.requests, report.output.frames
-    steps, guidance = f"{request.num_inference_steps} {request.solver} steps", f"guidance {request.guidance_mode}"
-    return ShownClip(
-        title="Text and image to video" if request.frames else "Text to video",
-        prompt=request.prompt,
-        frames=frames,
-        fps=request.fps or 1.0,
-        facts=f"seed {request.seed}, {len(frames)} frames of {request.width}x{request.height} at {request.fps:g} a "
-        f"second, {steps}, {guidance} {request.guidance_scale:g}",
-        given=frozenset(request.frames),
     )
 
 
@@ -90,7 +72,7 @@ def _bytes(paths: Iterable[Path]) -> int:
 def following(demo: Demo) -> Iterator[tuple[str, str]]:
     """What to do next, and the command for it."""
     bundle = str(demo.bundle)
-    yield "Make another clip:", _stiv("generate", bundle, "--prompt", "digit five moving up", "--out", "five.mp4")
+    yield "Make another clip:", _stiv("generate", bundle, "--prompt", "a green ring moves left", "--out", "ring.mp4")
     yield "See what is in the bundle:", _stiv("inspect", bundle)
     yield "Build engines for another GPU:", _stiv("build", bundle, "--backend", BACKEND, "--sm", "120")
     yield "Train a model of your own:", _stiv("train", "recipes/tiny.toml", "--out", "runs/tiny")

@@ -8,7 +8,9 @@ if TYPE_CHECKING:
     from stiv_deploy.export.bundle_from_checkpoint import ExportReport
     from stiv_deploy.export.engines.build import BuildReport
     from stiv_deploy.export.parity.ladder import ParityReport
+    from stiv_deploy.runtime.pipeline.long_stage import LongReport
     from stiv_deploy.runtime.pipeline.stage import ClipsReport
+    from stiv_deploy.runtime.pipeline.views_stage import ViewsReport
 
 MIB = 2**20
 
@@ -47,3 +49,14 @@ def generated(report: "ClipsReport") -> str:
     """Files, and the time of generation alone."""
     names = ", ".join(path.name for path in report.written)
     return f"{names} in {report.output.timings['total']:.1f} s on {report.output.backend}"
+
+
+def prolonged(report: "LongReport") -> str:
+    """The file, its frames, and of how many clips they are."""
+    chain = report.output.chain
+    return f"{report.written.name}: {chain.frames} frames of {chain.chunks} clips, {report.output.made} made now"
+
+
+def turned(report: "ViewsReport") -> str:
+    """The file, and how many views are in it."""
+    return f"{report.written.name}: {len(report.views.cameras)} views in {report.views.output.timings['total']:.1f} s"

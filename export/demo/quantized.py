@@ -7,7 +7,8 @@ folder holds everything that there is to look at.
 from stiv_deploy.calibration.collect import CalibrationSettings
 from stiv_deploy.calibration.request import CalibrationRequest, usual_calibrator
 from stiv_deploy.export.audit.audit import AuditRequest
-from stiv_deploy.export.demo.shared import BACKEND, Demo, Stage, build_stage, clip_stages
+from stiv_deploy.export.demo.clips import clip_stages
+from stiv_deploy.export.demo.shared import BACKEND, Demo, Stage, build_stage
 from stiv_deploy.export.parity.stage import ParityRequest
 from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.bundle.contract import Format

@@ -6,9 +6,8 @@ It is made of values alone, and whoever gets it needs nothing else: pictures, cl
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from stiv_deploy.export.demo.ladder_plot import ladder_plot
+from stiv_deploy.export.demo.shown import ShownClip
 from stiv_deploy.export.parity.ladder import ParityReport
 from stiv_deploy.runtime.command.html import Html, data_uri, element, grid, joined, page, png_uri, section
 from stiv_deploy.runtime.pipeline.animations import webp
@@ -22,18 +21,6 @@ LEGEND = (
     *(element("span", class_="key plain"), " plain PyTorch in its precision, "),
     *(element("span", class_="key gate"), " the gate, and beyond it what fails."),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShownClip:
-    """A clip, uint8 [F, H, W, 3], what it was made of, and which of its frames were given."""
-
-    title: str
-    prompt: str
-    frames: np.ndarray
-    fps: float
-    facts: str
-    given: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +91,7 @@ def _clip(clip: ShownClip) -> Html:
     moving = data_uri("image/webp", webp(clip.frames, clip.fps, None))
     shown = max(width, CLIP_WIDTH)
     large = element("img", src=moving, alt=clip.prompt, class_="pixels", width=shown, height=shown * height // width)
-    frames = [_frame(index, still, index in clip.given) for index, still in enumerate(stills)]
+    frames = [_frame(clip.label(index), still, index in clip.given) for index, still in enumerate(stills)]
     about = element("figcaption", element("b", f"“{clip.prompt}”"), element("span", clip.facts))
     return element(
         "div",
@@ -114,8 +101,7 @@ def _clip(clip: ShownClip) -> Html:
     )
 
 
-def _frame(index: int, still: str, given: bool) -> Html:
-    label = f"{index}, given" if given else str(index)
+def _frame(label: str, still: str, given: bool) -> Html:
     picture = element("img", src=still, alt=f"frame {label}", class_="pixels")
     return element("li", picture, element("span", label), class_="given" if given else "made")
 

@@ -1,4 +1,4 @@
-"""What both demos are made of: requests run in order, each under its title, timed; the clips."""
+"""What both demos are made of: requests run in order, each under its title, timed."""
 
 import shlex
 import time
@@ -7,9 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import typer
-from PIL import Image
 from rich.console import Console
 
 from stiv_deploy.calibration.cli import summary
@@ -18,7 +16,17 @@ from stiv_deploy.calibration.stage import calibrate
 from stiv_deploy.export.audit.audit import AuditRequest, audit_bundle
 from stiv_deploy.export.audit.cli import show as show_audit
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
-from stiv_deploy.export.demo.outcomes import audited, built, calibrated, compared, exported, generated
+from stiv_deploy.export.demo.outcomes import (
+    audited,
+    built,
+    calibrated,
+    compared,
+    exported,
+    generated,
+    prolonged,
+    turned,
+)
+from stiv_deploy.export.demo.shown import shown_clip, write_pictures
 from stiv_deploy.export.engines.build import FP8_SM, BuildRequest, build_engines, resolve_sm
 from stiv_deploy.export.engines.cli import show as show_engines
 from stiv_deploy.export.engines.cli import sm_name
@@ -28,24 +36,18 @@ from stiv_deploy.export.parity.stage import ParityRequest, run_parity
 from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.bundle.contract import Format
 from stiv_deploy.runtime.command.cli import print_clips
+from stiv_deploy.runtime.command.long_clips import print_long
 from stiv_deploy.runtime.command.terminal import progress_bar
+from stiv_deploy.runtime.command.views import print_views
 from stiv_deploy.runtime.errors import BackendError
 from stiv_deploy.runtime.files import write_text
-from stiv_deploy.runtime.pipeline.media import contact_sheet, write_video
-from stiv_deploy.runtime.pipeline.request import GenerationRequest
-from stiv_deploy.runtime.pipeline.stage import ClipsReport, ClipsRequest, make_clips
-from stiv_deploy.runtime.pipeline.visible import upscale_for
+from stiv_deploy.runtime.pipeline.long_stage import LongRequest, make_long
+from stiv_deploy.runtime.pipeline.stage import ClipsRequest, make_clips
+from stiv_deploy.runtime.pipeline.views_stage import ViewsRequest, make_views
 from stiv_deploy.runtime.progress import Progress
 from stiv_deploy.runtime.tensorrt_library import Flavour, import_tensorrt, missing_library
-from stiv_deploy.stiv_ref.data.moving_digits import DIGIT, DIGIT_WORDS, MovingDigits
-from stiv_deploy.stiv_ref.digit_canvas import SIZE
 
 BACKEND: Flavour = "tensorrt-rtx"
-STILL = ("three", "left")
-"""Digit and direction of the image-to-video clip; the image is a held-out handwriting sample."""
-PROMPT = "digit seven moving down"
-SEED = 7
-FIRST = "first.png"
 
 
 class Kind(NamedTuple):
@@ -58,13 +60,19 @@ class Kind(NamedTuple):
     to_json: Callable[[Any], str] = lambda report: report.model_dump_json(indent=1)
 
 
+def _as_json(report: Any) -> str:
+    return str(report.to_json())
+
+
 KINDS = {
     CalibrationRequest: Kind("calibrate", calibrate, lambda report: typer.echo(summary(report)), calibrated),
     ExportRequest: Kind("export", export_bundle, typer.echo, exported),
     BuildRequest: Kind("build", build_engines, show_engines, built),
-    AuditRequest: Kind("audit", audit_bundle, show_audit, audited, lambda report: report.to_json()),
+    AuditRequest: Kind("audit", audit_bundle, show_audit, audited, _as_json),
     ParityRequest: Kind("parity", run_parity, show_parity, compared, report_json),
-    ClipsRequest: Kind("generate", make_clips, print_clips, generated, lambda report: report.to_json()),
+    ClipsRequest: Kind("generate", make_clips, print_clips, generated, _as_json),
+    LongRequest: Kind("long", make_long, print_long, prolonged, _as_json),
+    ViewsRequest: Kind("views", make_views, print_views, turned, _as_json),
 }
 
 
@@ -83,10 +91,15 @@ class Stage:
         return KINDS[type(self.request)]
 
     @property
+    def name(self) -> str:
+        """The command's name; long videos have three."""
+        return getattr(self.request, "task", self.kind.name)
+
+    @property
     def command(self) -> str:
         """The command, as a user types it."""
         target = () if self.json is None else ("--json", self.json)
-        return shlex.join(["stiv", self.kind.name, *map(str, (*self.words, *target))])
+        return shlex.join(["stiv", self.name, *map(str, (*self.words, *target))])
 
 
 class Done(NamedTuple):
@@ -118,7 +131,7 @@ class Demo:
             self.console.print(f"[bold]{stage.title}[/bold]")
             self.console.print(f"  {stage.command}", highlight=False, markup=False, soft_wrap=True)
             start = time.perf_counter()
-            with progress_bar(stage.kind.name) as progress:
+            with progress_bar(stage.name) as progress:
                 report = stage.kind.run(self._trusting(stage.request), progress)
             seconds = time.perf_counter() - start
             self.done.append(Done(stage, seconds, report))
@@ -137,17 +150,18 @@ class Demo:
         stage.kind.show(report)
         if stage.json is not None:
             write_text(stage.json, stage.kind.to_json(report) + "\n")
-        if isinstance(report, ClipsReport):
-            write_pictures(report)
+        clip = shown_clip(report)
+        if clip is not None:
+            write_pictures(clip, stage.request.out)
 
     @property
     def failed(self) -> list[str]:
         """Names of the commands whose gates failed."""
-        return [each.stage.kind.name for each in self.done if not each.passed]
+        return [each.stage.name for each in self.done if not each.passed]
 
     def reports(self, name: str) -> list[Any]:
         """What the stages of the command ``name`` reported."""
-        return [each.report for each in self.done if each.stage.kind.name == name]
+        return [each.report for each in self.done if each.stage.name == name]
 
     @property
     def bundle(self) -> Path:
@@ -180,51 +194,3 @@ def build_stage(demo: Demo, sm: str) -> Stage:
         words=(demo.bundle, "--backend", BACKEND, "--sm", sm),
         request=BuildRequest(bundle=demo.bundle, backend=BACKEND, sm=sm),
     )
-
-
-def clip_stages(demo: Demo) -> list[Stage]:
-    """One text-to-video and one image-to-video clip, by the torch-free runtime."""
-    digit, direction = STILL
-    first = demo.out / FIRST
-    still: dict[str, Any] = {"prompt": f"digit {digit} moving {direction}", "frames": {0: first}}
-    return [
-        _clip(demo, "t2v", "text to video", GenerationRequest(prompt=PROMPT, seed=SEED), ()),
-        _clip(
-            demo,
-            "ti2v",
-            "text and image to video",
-            GenerationRequest(seed=SEED, **still),
-            ("--image", first),
-        ),
-    ]
-
-
-def _clip(demo: Demo, name: str, what: str, request: GenerationRequest, image: tuple[object, ...]) -> Stage:
-    target = demo.out / f"{name}.mp4"
-    how = ("--backend", "onnxruntime", "--seed", SEED, "--out", target)
-    return Stage(
-        title=f"Generate: {what}",
-        words=(demo.bundle, "--prompt", request.prompt, *image, *how),
-        request=ClipsRequest(bundle=demo.bundle, requests=(request,), out=target, backend="onnxruntime"),
-    )
-
-
-def write_pictures(report: ClipsReport) -> None:
-    """Beside the clip: a GIF, and its frames in a labelled row."""
-    (path,), (request,) = report.written, report.output.requests
-    assert isinstance(report.output.frames, np.ndarray)
-    assert request.fps is not None
-    (frames,) = report.output.frames
-    factor = upscale_for(path, *frames.shape[1:3])
-    write_video(path.with_suffix(".gif"), frames, request.fps, factor)
-    contact_sheet([frames], [request.prompt], max(1, factor // 2)).save(path.with_suffix(".png"))
-
-
-def write_first_frame(out: Path) -> None:
-    """The picture of the image-to-video clip: a digit from the test split at the right edge, ready to move left."""
-    digits = MovingDigits("test")
-    index = int(np.flatnonzero(digits.labels == DIGIT_WORDS.index(STILL[0]))[0])
-    frame = np.zeros((SIZE, SIZE, 3), dtype=np.uint8)
-    edge = (SIZE - DIGIT) // 2
-    frame[edge : edge + DIGIT, SIZE - DIGIT :] = np.round(255 * digits.images[index].numpy())[..., None]
-    Image.fromarray(frame).save(out / FIRST)

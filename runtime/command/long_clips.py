@@ -229,10 +229,10 @@ def run_long(request: "LongRequest", json: Path | None) -> None:
         if kept := kept_clips(request):
             typer.echo(f"{kept} finished clips are kept in {request.folder}; the same command goes on", err=True)
         raise
-    answer(json, report.to_json, lambda: _print(report))
+    answer(json, report.to_json, lambda: print_long(report))
 
 
-def _print(report: "LongReport") -> None:
+def print_long(report: "LongReport") -> None:
     """What was written, of how many clips, and where they meet worst."""
     chain, output = report.output.chain, report.output
     size = f"{chain.frames} frames of {chain.template.width}x{chain.template.height} at {chain.fps:g} a second"

@@ -94,7 +94,7 @@ def views(
     check_apart([out, json], [image, request, bundle / MANIFEST])
     with progress_bar("step") as progress:
         report = make_views(asked, progress)
-    answer(json, report.to_json, lambda: _print(report))
+    answer(json, report.to_json, lambda: print_views(report))
 
 
 def parse_azimuths(text: str) -> list[float]:
@@ -105,7 +105,7 @@ def parse_azimuths(text: str) -> list[float]:
         raise RequestError(f"--azimuths {briefly(text)}: want degrees with commas between, as in 30,90") from None
 
 
-def _print(report: "ViewsReport") -> None:
+def print_views(report: "ViewsReport") -> None:
     """What was written, and from where it is seen."""
     (request,) = report.views.output.requests
     shown = ", ".join(f"{each.azimuth:g}" for each in report.views.cameras)

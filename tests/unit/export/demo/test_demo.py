@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 from PIL import Image
@@ -17,8 +18,8 @@ from PIL import Image
 from stiv_deploy.calibration import stage as calibration_stage
 from stiv_deploy.export import bundle_from_checkpoint
 from stiv_deploy.export.audit import audit
+from stiv_deploy.export.demo import clips, quantized, shared
 from stiv_deploy.export.demo import demo as command
-from stiv_deploy.export.demo import quantized, shared
 from stiv_deploy.export.demo.finish import demo_report, finish, following
 from stiv_deploy.export.demo.shared import Demo, Kind, Stage
 from stiv_deploy.export.engines import build
@@ -27,7 +28,9 @@ from stiv_deploy.export.parity import stage as parity_stage
 from stiv_deploy.runtime.command.group import app
 from stiv_deploy.runtime.command.main import main
 from stiv_deploy.runtime.errors import OutputError
+from stiv_deploy.runtime.pipeline import long_stage, views_stage
 from stiv_deploy.runtime.pipeline import stage as clips_stage
+from stiv_deploy.stiv_ref.checkpoint import TrainedOn, open_checkpoint
 
 WORKERS = (
     (calibration_stage, "calibrate"),
@@ -36,6 +39,8 @@ WORKERS = (
     (audit, "audit_bundle"),
     (parity_stage, "run_parity"),
     (clips_stage, "make_clips"),
+    (long_stage, "make_long"),
+    (views_stage, "make_views"),
 )
 Stages = Callable[[Demo], list[Stage]]
 STAGES: dict[str, Stages] = {
@@ -50,13 +55,16 @@ class Asked(BaseException):
     """What a command hands to its stage."""
 
 
+CLIPS = ["generate", "generate", "interpolate", "extend", "views"]
+
+
 def kinds(stages: list[Stage]) -> list[str]:
-    return [stage.kind.name for stage in stages]
+    return [stage.name for stage in stages]
 
 
 def test_stages_are_in_order(demo: Demo) -> None:
-    assert kinds(STAGES["float32"](demo)) == ["export", "build", "parity", "generate", "generate"]
-    names = ["calibrate", "export", "build", "audit", "parity", "generate", "generate"]
+    assert kinds(STAGES["float32"](demo)) == ["export", "build", "parity", *CLIPS]
+    names = ["calibrate", "export", "build", "audit", "parity", *CLIPS]
     assert kinds(STAGES["fp8"](demo)) == kinds(STAGES["int8"](demo)) == names
 
 
@@ -69,7 +77,7 @@ def test_every_command_makes_the_request_that_its_stage_runs(
 
     for module, name in WORKERS:
         monkeypatch.setattr(module, name, ask)
-    Image.new("RGB", (32, 32)).save(demo.out / shared.FIRST)
+    clips.write_given(demo)
     for stage in stages(demo):
         monkeypatch.setattr(sys, "argv", shlex.split(stage.command))
         with pytest.raises(Asked) as asked:
@@ -202,13 +210,21 @@ def test_an_architecture_is_named_as_people_do(monkeypatch: pytest.MonkeyPatch) 
     assert shared.check_sm("SM89", "fp8") == "89"
 
 
-def test_the_first_frame_is_a_digit_at_the_right_edge(demo: Demo) -> None:
-    shared.write_first_frame(demo.out)
-    with Image.open(demo.out / shared.FIRST) as image:
-        assert image.size == (32, 32)
-        left, _, right, _ = image.getbbox()
-    assert left >= 16
-    assert right > 24
+def test_a_checkpoint_that_knows_less_has_fewer_clips(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = open_checkpoint(demo.checkpoint).config
+    known = TrainedOn(tasks=("t2v", "ti2v"), givings=("none", "first"), strides=(1,), sizes=((64, 64),), frames=(16,))
+    for trained in (None, known):
+        folder = SimpleNamespace(config=config.model_copy(update={"trained": trained}))
+        monkeypatch.setattr(clips, "open_checkpoint", lambda _, folder=folder: folder)
+        assert kinds(clips.clip_stages(demo)) == ["generate", "generate"]
+
+
+def test_given_pictures_are_as_large_as_clips_and_show_something(demo: Demo) -> None:
+    clips.write_given(demo)
+    for name in (clips.FIRST, clips.VIEW):
+        with Image.open(demo.out / name) as image:
+            assert image.size == (64, 64)
+            assert np.ptp(np.asarray(image)) > 128
 
 
 @pytest.mark.parametrize("out", ["file", "file/deep", "/proc/demo"])
