@@ -61,7 +61,7 @@ demo-fp8: $(STAMP) ## The same in FP8: calibrate, export, build, fusion audit, p
 	@$(BIN)/stiv demo --precision fp8 --out out/demo-fp8
 
 serve: $(STAMP) ## Serve the shipped model (a page and an API), with the options SERVE; its bundle and jobs are in out
-	@test -f out/serve/manifest.json || $(BIN)/stiv export checkpoints/tiny --out out/serve
+	@test -f out/serve/manifest.json || $(BIN)/stiv export checkpoints/world --out out/serve
 	@$(BIN)/stiv serve out/serve $(SERVE)
 
 test: $(STAMP) ## All tests, on all cores; then, one by one, those that nothing may run beside

@@ -63,7 +63,7 @@ class Kind:
         size = bundle.manifest.sampling
         smaller = max(bundle.manifest.buckets[0].width.min, size.width // 2)
         return {
-            "prompt": "digit three moving left",
+            "prompt": "a red star moving left",
             "seed": seed,
             "num_inference_steps": steps[self.length],
             "guidance_mode": "jit" if self.guided else "none",

@@ -1,4 +1,4 @@
-"""The README's picture: one clip of every digit from a bundle, side by side, enlarged and labelled, as an animated GIF.
+"""The README's picture: ten clips of the world from a bundle, side by side, enlarged and labelled, as an animated GIF.
 
     python benchmarks/clip_grid.py BUNDLE --out docs/clips.gif
 
@@ -18,16 +18,16 @@ from stiv_deploy.runtime.pipeline.grid import grid
 from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 
 PROMPTS = (
-    "digit zero moving up",
-    "digit one moving right",
-    "digit two moving left",
-    "digit three moving down",
-    "digit four moving up",
-    "digit five moving left",
-    "digit six moving right",
-    "digit seven moving down",
-    "digit eight moving left",
-    "digit nine moving right",
+    "a big red star moving left",
+    "the green circle is going up",
+    "a small blue square moving right",
+    "yellow triangle moving down",
+    "the cyan ring is growing",
+    "a magenta cross moving up and left",
+    "an orange star bounces",
+    "the white circle is orbiting",
+    "a big green triangle shrinking",
+    "blue ring moving down and right",
 )
 COLUMNS = 5
 COLORS = 64

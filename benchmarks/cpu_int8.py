@@ -47,7 +47,7 @@ BLOCK = "block_00"
 BASELINE = "float32"
 INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
 UNKNOWN = "0" * 64
-PROMPT = "digit three moving left"
+PROMPT = "a red star moving left"
 Inputs = dict[str, torch.Tensor]
 
 

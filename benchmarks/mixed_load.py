@@ -33,7 +33,12 @@ from stiv_deploy.runtime.sampling.sample import Sample
 from stiv_deploy.runtime.sampling.settings import SamplingSettings, Solver
 from stiv_deploy.runtime.sampling.text_stage import TextStage, Tokens
 
-PROMPTS = ("digit three moving left", "digit seven moving down", "digit one moving right", "digit nine moving up")
+PROMPTS = (
+    "a red star moving left",
+    "a cyan ring moving down",
+    "a green square moving right",
+    "a magenta triangle moving up",
+)
 LOAD = (
     SamplingSettings(steps=10),
     SamplingSettings(steps=6, guidance_scale=4.0, renorm=False),

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-PROMPT = "digit three moving left"
+PROMPT = "a red star moving left"
 CHILD = "--child"
 
 

@@ -56,7 +56,7 @@ def calibrate(
     give the same command again to go on: the ranges are the same. --sweep also writes how sensitive each layer is, as
     figures and a heat map (.sweep.json, .sweep.png), and a precision plan for 'stiv export --plan'.
 
-    stiv calibrate checkpoints/tiny --precision fp8 --out fp8.safetensors
+    stiv calibrate checkpoints/world --precision fp8 --out fp8.safetensors
     """
     check_json(json)
     request = _request(

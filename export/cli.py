@@ -57,8 +57,8 @@ def export(
 
     Sizes are ranges: what requests may ask for, and what engines are tuned for.
 
-    stiv export checkpoints/tiny --out bundle
-    stiv export checkpoints/tiny --out bundle --precision bfloat16 --frames 1:8:16
+    stiv export checkpoints/world --out bundle
+    stiv export checkpoints/world --out bundle --precision bfloat16 --frames 1:16:32
     """
     check_json(json, checkpoint, scales, plan)
     sizes = {"batch": batch, "frames": frames, "height": height, "width": width}

@@ -3,7 +3,7 @@
 from stiv_deploy.runtime import StivPipeline
 
 pipe = StivPipeline.from_bundle("bundle")
-video = pipe("digit three moving left", seed=0).frames  # uint8 [1, F, H, W, 3]
+video = pipe("a red star moving left", seed=0).frames  # uint8 [1, F, H, W, 3]
 """
 
 import os

@@ -21,7 +21,7 @@ from stiv_deploy.runtime.pipeline.views_stage import ViewsRequest
 from stiv_deploy.stiv_ref.checkpoint import TrainedOn, open_checkpoint
 from stiv_deploy.stiv_ref.data.views.sets import Views
 from stiv_deploy.stiv_ref.data.world.clips import World, WorldClip
-from stiv_deploy.stiv_ref.world_settings import WorldData
+from stiv_deploy.stiv_ref.world_settings import EASY
 
 PROMPT = "the big yellow star is bouncing"
 SEED = 7
@@ -97,5 +97,4 @@ def write_given(demo: Demo) -> None:
 
 def held_out_scene() -> WorldClip:
     """The scene that is given, as the shipped model knows scenes."""
-    settings = WorldData(kind="world", backgrounds=("plain",), least_radius=8.5)
-    return World(settings, frames=16, split="test").clip(SCENE)
+    return World(EASY, frames=16, split="test").clip(SCENE)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from stiv_deploy.export.demo.shared import Demo, Stage
     from stiv_deploy.runtime.bundle.contract import Format
 
-CHECKPOINT = Path("checkpoints/tiny")
+CHECKPOINT = Path("checkpoints/world")
 SM = "89"
 
 

@@ -151,8 +151,8 @@ def generate(
     carries its request, and --request makes it again: on the same backend bit by bit if it was made alone, else but for
     rounding. The report of --json makes all clips of a call again as they were made, together.
 
-    stiv generate bundle --prompt "digit three moving left" --out three.mp4
-    stiv generate bundle --request three.mp4 --out again.mp4
+    stiv generate bundle --prompt "a red star moving left" --out star.mp4
+    stiv generate bundle --request star.mp4 --out again.mp4
     """
     from stiv_deploy.runtime.pipeline.media import check_output
     from stiv_deploy.runtime.pipeline.stage import ClipsRequest, make_clips

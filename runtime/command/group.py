@@ -38,7 +38,7 @@ HELP = """STIV video diffusion: train it, export it, compile it, check it, run i
 [cyan]stiv train recipes/tiny.toml --out runs/tiny[/cyan]
 
 [dim]2. a bundle: the ONNX graphs, manifest and tokenizer that the runtime needs, no torch[/dim]
-[cyan]stiv export checkpoints/tiny --out bundle[/cyan]
+[cyan]stiv export checkpoints/world --out bundle[/cyan]
 
 [dim]3. engines for a GPU, compiled ahead of time (optional; ONNX Runtime needs none)[/dim]
 [cyan]stiv build bundle --backend tensorrt-rtx --sm 89[/cyan]
@@ -47,9 +47,9 @@ HELP = """STIV video diffusion: train it, export it, compile it, check it, run i
 [cyan]stiv parity bundle --json parity.json[/cyan]
 
 [dim]5. a video from text, or from text and a first frame[/dim]
-[cyan]stiv generate bundle --prompt "digit three moving left" --out three.mp4[/cyan]
-[cyan]stiv generate bundle --prompt "digit six moving right" --out frames[/cyan]
-[cyan]stiv generate bundle --prompt "digit six moving down" --image frames/frame_007.png --out six.gif[/cyan]
+[cyan]stiv generate bundle --prompt "a red star moving left" --out star.mp4[/cyan]
+[cyan]stiv generate bundle --prompt "a big blue ring moving right" --out frames[/cyan]
+[cyan]stiv generate bundle --prompt "a big blue ring moving down" --image frames/frame_007.png --out ring.gif[/cyan]
 
 'stiv COMMAND --help' explains one command, 'stiv doctor' what works on this machine.
 """

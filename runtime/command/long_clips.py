@@ -108,7 +108,7 @@ def extend(
     Each is given the last frames before it, as latents: nothing is decoded in between. A run that was stopped goes on
     when the same command is given again.
 
-    stiv extend bundle three.mp4 --frames 24 --prompt "digit three moving left" --out longer.mp4
+    stiv extend bundle star.mp4 --frames 28 --prompt "a red star moving left" --out longer.mp4
     """
     _run("extend", context, {"video": video, "frames": frames, "overlap": overlap, "upsample": upsample})
 
@@ -140,7 +140,7 @@ def interpolate(
 ) -> None:
     """Make the frames between those of a clip, for 2 or 4 times the frame rate.
 
-    stiv interpolate bundle three.mp4 --factor 2 --prompt "digit three moving left" --out smooth.mp4
+    stiv interpolate bundle star.mp4 --factor 2 --prompt "a red star moving left" --out smooth.mp4
     """
     _run("interpolate", context, {"video": video, "factor": factor})
 
@@ -179,7 +179,7 @@ def long(
 
     The model must have been trained for both: for clips at a large stride, and for clips that are given their ends.
 
-    stiv long bundle --frames 57 --prompt "digit three moving left" --out long.mp4
+    stiv long bundle --frames 61 --prompt "a red star moving left" --out long.mp4
     """
     _run(
         "long",

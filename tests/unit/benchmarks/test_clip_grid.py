@@ -1,4 +1,4 @@
-"""The README's picture: what its file is, and that it shows all digits."""
+"""The README's picture: what its file is, and that it shows all of the world."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from stiv_deploy.runtime.pipeline.grid import GAP, grid
+from stiv_deploy.stiv_ref.data.world.captions import COLOURS, words
+from stiv_deploy.stiv_ref.world_settings import MOTIONS, SHAPES
 
 BenchmarkModule = Callable[[str], ModuleType]
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -37,6 +39,9 @@ def test_the_file_is_an_endless_animation_that_waits_at_its_end(script: ModuleTy
     assert colors == [RED, BLUE, RED]
 
 
-def test_every_digit_is_shown_once(script: ModuleType) -> None:
-    digits = [prompt.split()[1] for prompt in script.PROMPTS]
-    assert len(set(digits)) == len(digits) == 10
+def test_every_shape_colour_and_motion_but_rest_is_asked_for_in_known_words(script: ModuleType) -> None:
+    used = {word for prompt in script.PROMPTS for word in prompt.split()}
+    ways = {word for motion in MOTIONS if motion != "stay" for word in motion.split("-")}
+    assert used <= set(words())
+    assert {*SHAPES, *COLOURS} <= used
+    assert all(any(word.startswith(way[:5]) for word in used) for way in ways)

@@ -52,7 +52,7 @@ def test_make_serve_exports_where_there_is_no_bundle_and_serves() -> None:
         ["make", "-n", "serve", "SERVE=--port 9"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     lines = [line for line in done.stdout.splitlines() if "out/serve" in line]
-    assert lines[0] == "test -f out/serve/manifest.json || .venv/bin/stiv export checkpoints/tiny --out out/serve"
+    assert lines[0] == "test -f out/serve/manifest.json || .venv/bin/stiv export checkpoints/world --out out/serve"
     words = shlex.split(lines[1])
     assert words[:2] == [".venv/bin/stiv", "serve"]
     assert parsed(words[2:])["port"] == 9

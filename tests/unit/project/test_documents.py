@@ -181,7 +181,7 @@ def test_readme_generates(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "bundle").symlink_to(bundle)
     section = text("README.md").partition("## Generate\n")[2]
     export, *generate = re.findall(r"^stiv (.*)$", section.partition("```python")[0], flags=re.MULTILINE)
-    assert export == "export checkpoints/tiny --out bundle"
+    assert export == "export checkpoints/world --out bundle"
     for line in generate:
         command = [Path(sys.executable).parent / "stiv", *shlex.split(line), "--steps", "2"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
@@ -189,12 +189,12 @@ def test_readme_generates(bundle: Path, tmp_path: Path) -> None:
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {
         "bundle",
-        "three.mp4",
+        "star.mp4",
         "clips-0.gif",
         "clips-1.gif",
-        "eight.webp",
+        "cross.webp",
         "frames",
-        "six.webp",
+        "ring.webp",
         "again.mp4",
     }
 

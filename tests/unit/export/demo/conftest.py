@@ -10,7 +10,7 @@ from stiv_deploy.export.demo.shared import Demo
 @pytest.fixture
 def demo(tmp_path: Path) -> Demo:
     """A demo of the shipped checkpoint that says nothing."""
-    return Demo(tmp_path, Path("checkpoints/tiny"), Console(quiet=True))
+    return Demo(tmp_path, Path("checkpoints/world"), Console(quiet=True))
 
 
 @pytest.fixture(autouse=True)

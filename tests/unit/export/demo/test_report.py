@@ -60,7 +60,7 @@ def parity(worse: float = 1.0) -> ParityReport:
     return ParityReport(rows=tuple(rows), yardsticks=tuple(plain), video=gates)
 
 
-def report(worse: float = 1.0, prompt: str = "digit seven moving down") -> DemoReport:
+def report(worse: float = 1.0, prompt: str = "a cyan ring moving down") -> DemoReport:
     """All sections filled."""
     ladder = parity(worse)
     failed = () if ladder.passed else ("parity",)
@@ -71,7 +71,7 @@ def report(worse: float = 1.0, prompt: str = "digit seven moving down") -> DemoR
     )
     return DemoReport(
         title="STIV demo",
-        checkpoint="checkpoints/tiny",
+        checkpoint="checkpoints/world",
         date="2026-11-28",
         failed=failed,
         notes=("No engines were built: tensorrt_rtx is not installed.",),
@@ -83,7 +83,7 @@ def report(worse: float = 1.0, prompt: str = "digit seven moving down") -> DemoR
         ),
         parity=ladder,
         stages=stages,
-        sizes=(("checkpoints/tiny", 8_204_000), ("t2v.mp4", 11_300)),
+        sizes=(("checkpoints/world", 8_204_000), ("t2v.mp4", 11_300)),
         machine=(("CPU", "Some processor at 2.60GHz, 2 cores"), ("Python", "3.11.7")),
         following=(("See what is in the bundle:", "stiv inspect out/demo/bundle"),),
     )
