@@ -22,12 +22,12 @@ PROMPTS = (
     "the green circle is going up",
     "a small blue square moving right",
     "yellow triangle moving down",
-    "the cyan ring is growing",
-    "a magenta cross moving up and left",
-    "an orange star bounces",
-    "the white circle is orbiting",
-    "a big green triangle shrinking",
-    "blue ring moving down and right",
+    "the cyan ring stands still",
+    "a magenta cross moving up",
+    "an orange star moving right",
+    "the white circle is going down",
+    "a big green triangle moving left",
+    "blue ring moving up",
 )
 COLUMNS = 5
 COLORS = 64

@@ -202,9 +202,10 @@ def caught(fault: str, clips: Sequence[WorldClip]) -> float:
 
 
 def world_of(source: Path, recipe: Path | None) -> tuple[WorldData, ViewsData]:
-    """The world and the views of the recipe, by default the one beside the checkpoint; else all of both."""
+    """The world and the views that the recipe, by default the one beside the checkpoint, ends with; else all of both."""
     beside = recipe or source / "recipe.toml"
-    there = load_recipe(beside).data.values() if recipe or beside.is_file() else ()
+    last = load_recipe(beside) if recipe or beside.is_file() else None
+    there = last.parts_of(last.stages[-1].data).values() if last else ()
     worlds = [each for each in there if isinstance(each, WorldData)]
     views = [each for each in there if isinstance(each, ViewsData)]
     return (worlds or [WorldData(kind="world")])[0], (views or [ViewsData(kind="views")])[0]

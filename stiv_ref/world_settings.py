@@ -70,8 +70,10 @@ class WorldData(FrozenConfig):
             )
 
 
-EASY = WorldData(kind="world", backgrounds=("plain",), least_radius=8.5)
-"""Large objects on plain backgrounds: what small models learn, and are asked for."""
+EASY = WorldData(
+    kind="world", motions=("left", "right", "up", "down", "stay"), backgrounds=("plain",), least_radius=8.5
+)
+"""Large objects on plain backgrounds that rest or move along an axis: what small models learn, and are asked for."""
 
 
 class ViewsData(FrozenConfig):

@@ -23,7 +23,7 @@ from stiv_deploy.stiv_ref.data.views.sets import Views
 from stiv_deploy.stiv_ref.data.world.clips import World, WorldClip
 from stiv_deploy.stiv_ref.world_settings import EASY
 
-PROMPT = "the big yellow star is bouncing"
+PROMPT = "the big yellow star is moving right"
 SEED = 7
 SCENE, SOLID = 21, 3
 """Which held-out scene and which solid is given."""

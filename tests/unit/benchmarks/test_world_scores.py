@@ -133,11 +133,12 @@ def test_unknown_tasks_are_one_line(scores: ModuleType, tasks: str, frames: int,
     assert scores.chosen_tasks("", 1) == ["t2i"]
 
 
-def test_the_world_is_that_of_the_recipe_beside(scores: ModuleType, tmp_path: Path, recipe_text: str) -> None:
+def test_the_world_is_the_last_one_of_the_recipe_beside(scores: ModuleType, tmp_path: Path, recipe_text: str) -> None:
     assert scores.world_of(tmp_path, None)[0] == WorldData(kind="world")
     (tmp_path / "recipe.toml").write_text(recipe_text)
     world, _ = scores.world_of(tmp_path, None)
     assert world.shapes == ("ring", "star")
+    assert world.motions == ("left", "stay")
 
 
 @pytest.fixture
@@ -149,11 +150,28 @@ model = "tiny"
 steps = 1
 batch = 1
 learning_rate = 1e-3
-[data.world]
+[data.first]
+kind = "world"
+[data.last]
 kind = "world"
 shapes = ["ring", "star"]
+motions = ["left", "stay"]
+[data.views]
+kind = "views"
+[data.both]
+kind = "mixed"
+shares = { views = 1, last = 1 }
 [[stages]]
 task = "t2i"
+data = "first"
+steps = 1
+batch = 1
+learning_rate = 1e-3
+[[stages]]
+task = "all"
+data = "both"
+frames = 6
+patch_frames = 2
 steps = 1
 batch = 1
 learning_rate = 1e-3
