@@ -202,7 +202,7 @@ def caught(fault: str, clips: Sequence[WorldClip]) -> float:
 
 
 def world_of(source: Path, recipe: Path | None) -> tuple[WorldData, ViewsData]:
-    """The world and the views that the recipe, by default the one beside the checkpoint, ends with; else all of both."""
+    """The world and the views that the recipe (by default the one beside ``source``) ends with; else all of both."""
     beside = recipe or source / "recipe.toml"
     last = load_recipe(beside) if recipe or beside.is_file() else None
     there = last.parts_of(last.stages[-1].data).values() if last else ()
