@@ -281,4 +281,4 @@ def test_the_picture_moves_and_is_small() -> None:
     (picture,) = re.findall(r"^!\[.*\]\((.*)\)$", text("README.md"), flags=re.MULTILINE)
     assert (ROOT / picture).stat().st_size < 300_000
     with Image.open(ROOT / picture) as image:
-        assert getattr(image, "n_frames", 1) == 8
+        assert getattr(image, "n_frames", 1) == 16

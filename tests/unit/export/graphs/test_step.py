@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stiv_deploy.export.graphs.modules import StepGraph
 from stiv_deploy.stiv_ref.conditioning import noise_frames, replace_frames
+from stiv_deploy.stiv_ref.config import model_config
 from stiv_deploy.stiv_ref.flow import schedule
 from stiv_deploy.stiv_ref.guidance import GuidanceMode, cfg_renorm, jit_cfg, sit_cfg
 from stiv_deploy.stiv_ref.model import TextKV
@@ -260,6 +261,8 @@ def test_samples_in_one_call_are_as_alone(chosen: tuple[Alone, Alone], seed: int
 
 class ToyModel:
     """An analytic velocity field behind the reference model's call: smooth, nonlinear, different in every branch."""
+
+    config = model_config("tiny")
 
     def text_kv(self, states: Tensor) -> TextKV:
         return TextKV(states, states)
