@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import onnxruntime
 import typer
 
 from stiv_deploy.export.graphs.modules import FramesGraph
@@ -48,6 +47,8 @@ FACTS = ModelFacts(
 
 def bound_graph(video: np.ndarray, target: np.ndarray) -> Callable[[], None]:
     """A call that converts ``video`` into ``target`` by the exported graph."""
+    import onnxruntime
+
     spec = graph_specs(FACTS, "float32")[FRAMES]
     with tempfile.TemporaryDirectory() as folder:
         write_graph(trace(FramesGraph(), FRAMES, spec, FACTS), {}, Path(folder), FRAMES)

@@ -147,7 +147,7 @@ def bundle_call(backend: OnnxRuntimeBackend, bundle: Bundle, dims: Mapping[str, 
     for row in range(dims["model_batch"]):
         denoiser.set_row(row, text, np.ones(6, np.float32))
     backend.write(denoiser.model_input, drawn(*denoiser.model_input.shape))
-    backend.write(denoiser.timestep, np.full(dims["model_batch"], 0.5, np.float32))
+    backend.write(denoiser.timed["timestep"], np.full(dims["model_batch"], 0.5, np.float32))
     calls = list(denoiser.calls(dims["model_batch"]).values())
     return lambda: [call() for call in calls]
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import numpy as np
-import onnxruntime
 import torch
 import typer
 from torch import Tensor, nn
@@ -71,6 +70,8 @@ def latents_of(checkpoint: Checkpoint, clips: int) -> Tensor:
 
 def decodes(checkpoint: Checkpoint, latents: Tensor, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     """The decoded video of each precision, float32 first."""
+    import onnxruntime
+
     feed = {"latents": latents.numpy()}
     for reduced in get_args(Reduced):
         writer = GraphWriter(checkpoint, folder, "float16", vae_precision=reduced)

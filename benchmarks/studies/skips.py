@@ -80,6 +80,11 @@ class Skipping:
         self.known: list[tuple[float, Tensor]] = []
         self.norms: list[Tensor] = []
 
+    @property
+    def config(self) -> StivConfig:
+        """The model's own."""
+        return self.model.config
+
     def text_kv(self, states: Tensor) -> TextKV:
         """The model's own."""
         return self.model.text_kv(states)

@@ -87,7 +87,7 @@ def test_the_command_is_quiet_and_writes_the_same_bytes_in_any_process(
     environment = os.environ | {"PYTHONHASHSEED": "12345"}
     command = [sys.executable, "-c", COMMAND, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
-    assert done.stdout.startswith(f"{out}: 9 graphs, ")
+    assert done.stdout.startswith(f"{out}: 10 graphs, ")
     assert "float32, not compared with the reference" in done.stdout
     complaints = [line for line in done.stderr.splitlines() if not line.startswith("export ")]
     assert complaints == [], "no warnings of the exporter, only progress where it takes long"

@@ -1,5 +1,6 @@
 """Pictures: the same 8-bit sRGB pixels by path, bytes, PIL image and array; limits before decoding; one-line faults."""
 
+import functools
 import io
 import logging
 import struct
@@ -118,6 +119,7 @@ def test_cmyk_is_converted(tmp_path: Path) -> None:
         assert found[0].tolist() == [[255, 0, 0]] * 2
 
 
+@functools.cache  # it has the time in it, and so another length in a compressed file every second
 def wide_gamut() -> bytes:
     """The profile of a display with Adobe RGB's primaries and sRGB's curve: sRGB's, with other columns."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
