@@ -65,14 +65,15 @@ def serve(
     from stiv_deploy.serving.logs import set_up
     from stiv_deploy.serving.server import Server, address, listen
     from stiv_deploy.serving.settings import ServeSettings
+    from stiv_deploy.serving.store.opening import SCHEME
 
     if new_token is not None:
         if tokens is None:
             raise ServeError("--new-token is given without --tokens FILE, where it would be written to")
         typer.echo(add_token(tokens, new_token))
         return
-    if store is not None and not store.startswith("postgresql://"):
-        raise ServeError(f"--store {store}: want postgresql://HOST/NAME; without it jobs are in a file of --data")
+    if store is not None and not store.startswith(SCHEME):
+        raise ServeError(f"--store {store}: want {SCHEME}HOST/NAME; without it jobs are in a file of --data")
     known = Tokens() if tokens is None else read_tokens(tokens)
     model = Bundle.open(bundle).manifest.model.name
     settings = ServeSettings(

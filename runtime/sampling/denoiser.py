@@ -83,8 +83,9 @@ class Denoiser:
                 self.backend.copy(buffer[block][target], buffer[block][source])
 
 
-TIMED = ("timestep", "guidance", "target_time")
-"""What ``embed`` takes of every evaluation, a number for each row; all but the time are of students."""
+TIMED = {"timestep": "timestep", "guidance": "scale", "target_time": "next_timestep"}
+"""What ``embed`` takes of every evaluation, a number for each row: which field of
+:class:`~stiv_deploy.runtime.sampling.solvers.Evaluation` it is. All but the time are of students."""
 _ROW_BUFFERS = (
     ("text_encoder", "pooled"),
     ("embed", "model_input"),

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from stiv_deploy.runtime.backends.base import Buffer, Call
-from stiv_deploy.runtime.bundle.contract import SAMPLE_ROWS, DType, late_inputs
-from stiv_deploy.runtime.sampling.denoiser import Denoiser
+from stiv_deploy.runtime.bundle.contract import SAMPLE_ROWS, DType
+from stiv_deploy.runtime.sampling.denoiser import TIMED, Denoiser
 from stiv_deploy.runtime.sampling.guidance import GuidanceRow
 from stiv_deploy.runtime.sampling.host_tables import HostTables
 from stiv_deploy.runtime.sampling.solvers import EULER, Evaluation
@@ -42,7 +42,7 @@ class StepInputs:
         self._values = self._tables.values
         # The few numbers of every tick: a memoryview takes one in a fraction of what numpy does.
         self._numbers: dict[str, Any] = {name: self._values[name].data for name in (*BY_TICK, *times)}
-        self._late = late_inputs(denoiser.model.student)
+        self._times = tuple((self._numbers[name], TIMED[name]) for name in times)
         self.timed = {name: self._tables.buffers[name] for name in times}
         for slot in range(denoiser.dims["batch"]):
             self.rest(slot)
@@ -102,11 +102,9 @@ class StepInputs:
     def schedule(self, slot: int, rows: list[int], evaluation: Evaluation) -> None:
         """Set the next evaluation of the sample in ``slot``, at whose time its ``rows`` are."""
         numbers = self._numbers
-        late = {"guidance": evaluation.scale, "target_time": evaluation.next_timestep}
-        for row in rows:
-            numbers["timestep"][row] = evaluation.timestep
-            for name in self._late:
-                numbers[name][row] = late[name]
+        for values, what in self._times:
+            for row in rows:
+                values[row] = getattr(evaluation, what)
         numbers["dt"][slot] = evaluation.dt
         numbers["next_timestep"][slot] = evaluation.next_timestep
         numbers["solver_weights"][slot, 0], numbers["solver_weights"][slot, 1] = evaluation.weights

@@ -98,12 +98,11 @@ class Service:
         does.
         """
         self._check_open(owner)
-        with self._spans.submitting(headers) as trace:
 
-            def what() -> Wanted:
-                return wanted(asked, self.bundle.manifest, self.settings.name)
+        def what() -> Wanted:
+            return wanted(asked, self.bundle.manifest, self.settings.name)
 
-            return self._stored(owner, what, key, asked.digest, trace)
+        return self._traced(owner, what, key, asked.digest, headers)
 
     def remix(self, owner: str, job: str, remix: Remix, key: str | None, headers: Mapping[str, str]) -> Job:
         """A new job with the request and priority of ``job``, but for what ``remix`` says; else as :meth:`submit`.
@@ -120,8 +119,13 @@ class Service:
         def what() -> Wanted:
             return Wanted(GenerationRequest.from_json(text).changed(**said), source.priority, None, job)
 
+        return self._traced(owner, what, key, digest, headers)
+
+    def _traced(
+        self, owner: str, make: Callable[[], Wanted], key: str | None, digest: str, headers: Mapping[str, str]
+    ) -> Job:
         with self._spans.submitting(headers) as trace:
-            return self._stored(owner, what, key, digest, trace)
+            return self._stored(owner, make, key, digest, trace)
 
     def _stored(self, owner: str, make: Callable[[], Wanted], key: str | None, digest: str, trace: Carrier) -> Job:
         with self._planning:  # one request's pictures at a time are in memory

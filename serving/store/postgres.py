@@ -11,8 +11,8 @@ import psycopg
 from psycopg.rows import dict_row
 
 from stiv_deploy.runtime.errors import one_line
-from stiv_deploy.serving.errors import ServeError, StoreError
-from stiv_deploy.serving.store.sql import TABLES, VERSION, Found, SqlJobStore
+from stiv_deploy.serving.errors import ServeError
+from stiv_deploy.serving.store.sql import TABLES, VERSION, Found, SqlJobStore, store_error
 
 CONNECTING = 10
 """Seconds that a connection may take to come."""
@@ -125,6 +125,4 @@ def _told() -> Iterator[None]:
     except psycopg.Error as error:
         if isinstance(error, psycopg.IntegrityError | psycopg.ProgrammingError | psycopg.DataError):
             raise
-        full = isinstance(error, psycopg.errors.DiskFull)
-        message = "the disk of the job store is full" if full else f"no job store now ({one_line(str(error))})"
-        raise StoreError(message, full=full) from None
+        raise store_error(error, full=isinstance(error, psycopg.errors.DiskFull)) from None

@@ -6,7 +6,8 @@ from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import Any, Protocol
 
-from stiv_deploy.serving.errors import IdempotencyError, QueueFullError
+from stiv_deploy.runtime.errors import one_line
+from stiv_deploy.serving.errors import IdempotencyError, QueueFullError, StoreError
 from stiv_deploy.serving.store.jobs import (
     ATTEMPTS,
     CANCELLED,
@@ -330,6 +331,12 @@ class SqlJobStore:
     def close(self) -> None:
         """As the protocol says."""
         self.database.close()
+
+
+def store_error(error: Exception, *, full: bool) -> StoreError:
+    """``error`` of a database, whose disk may be ``full``, as clients and workers are told of it."""
+    message = "the disk of the job store is full" if full else f"no job store now ({one_line(str(error))})"
+    return StoreError(message, full=full)
 
 
 def _count(db: Writing, metric: str, label: str, amount: int) -> None:

@@ -9,8 +9,8 @@ from threading import RLock
 from typing import Any
 
 from stiv_deploy.runtime.errors import one_line
-from stiv_deploy.serving.errors import ServeError, StoreError
-from stiv_deploy.serving.store.sql import TABLES, VERSION, SqlJobStore
+from stiv_deploy.serving.errors import ServeError
+from stiv_deploy.serving.store.sql import TABLES, VERSION, SqlJobStore, store_error
 
 BUSY = 30.0
 """Seconds that a transaction waits for another process's."""
@@ -85,6 +85,4 @@ def _told() -> Iterator[None]:
     except sqlite3.DatabaseError as error:
         if isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError):
             raise
-        full = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL
-        message = "the disk of the job store is full" if full else f"no job store now ({one_line(str(error))})"
-        raise StoreError(message, full=full) from None
+        raise store_error(error, full=error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL) from None

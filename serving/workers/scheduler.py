@@ -290,21 +290,22 @@ class Scheduler:
 
     def _fail(self, job: str, code: str, message: str) -> None:
         expires = self._clock() + self._settings.keep_seconds
-        if self._store.fail(job, self._name, code, one_line(message), expires):
+        failed = self._store.fail(job, self._name, code, one_line(message), expires)
+        found = self._clean_up(job)
+        if failed:
             self._note(f"failed: {code}", job)
-            self._note_failure(job, code)
-        self._clean_up(job)
-
-    def _note_failure(self, job: str, code: str) -> None:
-        found = self._store.get(job)
-        if found is not None:
+        if failed and found is not None:
             self._spans.note("failed", found, 0.0, code=code)
 
-    def _clean_up(self, job: str) -> None:
-        """Remove the files of a job that is no longer ours, unless another worker makes it, or has made it."""
+    def _clean_up(self, job: str) -> Job | None:
+        """Remove the files of a job that is no longer ours, unless another worker makes it, or has made it.
+
+        Returns the job as it is now.
+        """
         found = self._store.get(job)
         if found is None or found.state == State.FAILED:
             self._results.remove(job)
+        return found
 
     def _tick(self, lane: Lane) -> None:
         rung, start = lane.rung, time.perf_counter()
