@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stiv_deploy.export.graphs.reference import Boundary
-from stiv_deploy.runtime.bundle.contract import block_names
+from stiv_deploy.runtime.bundle.contract import LATE, block_names
 from stiv_deploy.stiv_ref.block import RopeTables
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.conditioning import noise_frames, replace_frames
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 Tensors = dict[str, Tensor]
 HOST_GRAPHS = ("embed", "step")
 """Graphs whose host inputs (times, micro-conditions, latents) do not bear half precision."""
-LATE = ("guidance", "target_time")
-"""What ``embed`` takes of a student only."""
 GraphFunction = Callable[[Mapping[str, Tensor]], Tensors]
 
 

@@ -188,11 +188,15 @@ def dimensions(
     }
 
 
+LATE = ("guidance", "target_time")
+"""What ``embed`` takes of students, a number for each row: of all of them the first, of flow maps both."""
+
+
 def late_inputs(student: Student | None) -> tuple[str, ...]:
-    """What ``embed`` takes of a student only, a number for each row."""
+    """Those of :data:`LATE` that a model takes."""
     if student is None:
         return ()
-    return ("guidance", "target_time") if student.flow_map else ("guidance",)
+    return LATE if student.flow_map else LATE[:1]
 
 
 def graph_specs(model: ModelFacts, precision: Precision) -> dict[str, GraphSpec]:

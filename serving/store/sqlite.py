@@ -79,7 +79,7 @@ class SqliteJobStore(SqlJobStore):
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """What keeps SQLite from its file (a full disk, another process, damage) as :class:`StoreError`."""
+    """What keeps SQLite from its file (a full disk, another process, damage) as :class:`~stiv_deploy.serving.errors.StoreError`."""
     try:
         yield
     except sqlite3.DatabaseError as error:
