@@ -119,7 +119,7 @@ def _translated(statement: str) -> bytes:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """What keeps us from the server as :class:`~stiv_deploy.serving.errors.StoreError`; what we asked wrongly as it is."""
+    """What keeps us from the server by :func:`store_error`; what we asked wrongly as it is."""
     try:
         yield
     except psycopg.Error as error:

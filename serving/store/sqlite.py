@@ -79,7 +79,7 @@ class SqliteJobStore(SqlJobStore):
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """What keeps SQLite from its file (a full disk, another process, damage) as :class:`~stiv_deploy.serving.errors.StoreError`."""
+    """What keeps SQLite from its file (a full disk, another process, damage), by :func:`store_error`."""
     try:
         yield
     except sqlite3.DatabaseError as error:
