@@ -7,13 +7,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.stiv_ref.checkpoint import load_checkpoint
 
-BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
-NAMES = ("quantization_accuracy", "trajectories", "precisions")
+ROOT = Path(__file__).parents[3]
+BENCHMARKS, CHECKPOINTS = ROOT / "benchmarks", ROOT / "checkpoints"
+NAMES = ("quantization_accuracy", "trajectories", "precisions", "exams")
+JUDGED = ("digit", "direction", "both")
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +44,8 @@ def errors(size: float) -> dict[str, Any]:
 
 
 def row(name: str, verdicts: list[list[bool]], size: float = 0.1) -> dict[str, Any]:
-    def percent(flags: list[bool]) -> float:
-        return round(100 * sum(flags) / len(flags), 1)
-
-    scores = {
-        "digit": percent([digit for digit, _ in verdicts]),
-        "direction": percent([direction for _, direction in verdicts]),
-        "both": percent([digit and direction for digit, direction in verdicts]),
-        "verdicts": verdicts,
-    }
+    columns = zip(JUDGED, zip(*verdicts, strict=True), strict=True)
+    scores = {name: round(100 * sum(flags) / len(flags), 1) for name, flags in columns} | {"verdicts": verdicts}
     return {
         "name": name,
         "how": "somehow",
@@ -60,13 +57,13 @@ def row(name: str, verdicts: list[list[bool]], size: float = 0.1) -> dict[str, A
     }
 
 
-RIGHT, WRONG_DIGIT, WRONG_WAY = [True, True], [False, True], [True, False]
+RIGHT, WRONG_DIGIT, WRONG_WAY = [True, True, True], [False, True, False], [True, False, False]
 BASE = [*[RIGHT] * 97, *[WRONG_DIGIT] * 3]
 
 
 def test_points_are_differences_and_changed_counts_clips_either_way(accuracy: ModuleType) -> None:
     other = [WRONG_WAY, WRONG_DIGIT, *[RIGHT] * 95, *[WRONG_DIGIT] * 2, RIGHT]
-    found = accuracy.compared(row("fp8", other), row("fp32", BASE), "t2v")
+    found = accuracy.compared(row("fp8", other), row("fp32", BASE), "t2v", JUDGED)
     assert found["digit"] == {"percent": 97.0, "points": 0.0, "changed": 2, "chance": 1.4}
     assert found["direction"] == {"percent": 99.0, "points": -1.0, "changed": 1, "chance": 1.0}
     assert found["both"] == {"percent": 96.0, "points": -1.0, "changed": 3, "chance": 1.7}
@@ -75,13 +72,43 @@ def test_points_are_differences_and_changed_counts_clips_either_way(accuracy: Mo
 @pytest.mark.parametrize(("lost", "within"), [(0, True), (2, True), (3, False)])
 def test_within_2_points_of_fp32(accuracy: ModuleType, lost: int, within: bool) -> None:
     rows = [row("fp32", BASE), row("fp8", [*[WRONG_WAY] * lost, *BASE[lost:]]), row("fp8 everything", BASE)]
-    found = accuracy.verdicts(rows)
+    found = accuracy.within(rows, JUDGED)
     assert found["fp8"]["t2v"] == found["fp8"]["ti2v"] == {"digit": True, "direction": within, "both": within}
     assert "fp8 everything" not in found
 
 
 def test_best_scale_is_the_smallest_of_equals(accuracy: ModuleType) -> None:
-    assert accuracy.best_scale({"2": {"both": 99.0}, "4": {"both": 99.0}, "6": {"both": 98.0}}) == 2.0
+    assert accuracy.best_scale({"2": {"both": 99.0}, "4": {"both": 99.0}, "6": {"both": 98.0}}, "both") == 2.0
+
+
+def test_what_a_prompt_leaves_open_is_not_counted(accuracy: ModuleType) -> None:
+    verdicts = [[True, None], [False, None], [True, False]]
+    assert accuracy.percentages(("colour", "motion"), verdicts) == {"colour": 66.7, "motion": 0.0}
+    scored = ([[None], [True], [False]], 50.0), ([[None], [False], [False]], 0.0)
+    mine, base = (
+        {"best_scale": 2.0, "t2v": {"2": {"m": percent, "verdicts": verdicts}}} for verdicts, percent in scored
+    )
+    assert accuracy.compared(mine, base, "t2v", ("m",)) == {
+        "m": {"percent": 50.0, "points": 50.0, "changed": 1, "chance": 50.0}
+    }
+
+
+def test_the_exam_is_in_what_the_checkpoint_was_trained_on(benchmarks: dict[str, ModuleType]) -> None:
+    for name, kind in (("world", "WorldExam"), ("tiny", "DigitExam")):
+        folder = CHECKPOINTS / name
+        exam = benchmarks["exams"].exam_of(folder, load_checkpoint(folder).config.sampling, 2)
+        assert type(exam).__name__ == kind
+        assert len(exam.prompts) == len(exam.first_frames) == 2
+        assert -1 <= exam.first_frames.min() <= exam.first_frames.max() <= 1
+
+
+def test_true_clips_of_the_world_pass_its_exam(benchmarks: dict[str, ModuleType]) -> None:
+    exams = benchmarks["exams"]
+    sampling = load_checkpoint(CHECKPOINTS / "world").config.sampling
+    exam = exams.exam_of(CHECKPOINTS / "world", sampling, 4)
+    truth = exams.as_video(np.stack([clip.frames for clip in exam.clips]))
+    assert all(flag is not False for verdict in exam.verdicts(truth, image=True) for flag in verdict)
+    assert not any(verdict[-1] for verdict in exam.verdicts(truth[::-1], image=False))
 
 
 def test_parts_are_kept_and_belong_to_their_run(accuracy: ModuleType, tmp_path: Path) -> None:
@@ -108,14 +135,17 @@ def test_table_has_the_command_and_a_row_for_every_precision(accuracy: ModuleTyp
         "checkpoint": "c" * 64,
         "scales": {"fp8": "a" * 64, "int8": "b" * 64},
         "samples": 100,
+        "prompts": "balanced prompts",
+        "judged": JUDGED,
         "steps": 30,
+        "solver": "euler",
         "rows": [row("fp32", BASE), row("int8", [WRONG_WAY, *BASE[1:]], 0.25)],
     }
     text = accuracy.markdown(report)
     assert "`python x`" in text
     assert "| int8 | 97 (+0 ± 0) | 99 (-1 ± 1) | 96 (-1 ± 1) |" in text
     assert "| int8 | 2.5e-01 | 2.5e-01 |" in text
-    json.dumps(accuracy.verdicts(report["rows"]))
+    json.dumps(accuracy.within(report["rows"], JUDGED))
 
 
 def test_errors_of_a_band_are_of_its_steps_together(trajectories: ModuleType) -> None:
@@ -128,7 +158,6 @@ def test_errors_of_a_band_are_of_its_steps_together(trajectories: ModuleType) ->
 def test_the_truth_against_itself_in_float32_is_off_by_rounding(
     benchmarks: dict[str, ModuleType], checkpoint: Path
 ) -> None:
-    from stiv_deploy.stiv_ref.checkpoint import load_checkpoint
     from stiv_deploy.stiv_ref.sampler import SamplingSettings
 
     loaded, trajectories = load_checkpoint(checkpoint), benchmarks["trajectories"]
