@@ -15,7 +15,6 @@ from torch import Tensor
 
 from stiv_deploy.calibration.observers import BAND_EDGES, band_of
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
-from stiv_deploy.stiv_ref.flow import schedule
 from stiv_deploy.stiv_ref.generation import sampling_inputs
 from stiv_deploy.stiv_ref.plots import legend_below
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, guided_velocity, sample
@@ -75,7 +74,7 @@ def true_run(exact: Checkpoint, clips: Clips, settings: SamplingSettings) -> Tru
 def measure(checkpoint: Checkpoint, truth: Truth) -> Errors:
     """Relative L2 errors: ``velocity`` and ``latents`` by step (latents after it), ``bands`` of the velocity."""
     inputs, settings = truth.clips.inputs(checkpoint), truth.settings
-    *times, end = schedule(settings.steps, settings.time_shift).tolist()
+    *times, end = settings.times()
     velocity = guided_velocity(checkpoint.model, inputs, settings)
     steps = zip(truth.points, pairwise([*times, end]), strict=True)
     found = [velocity(point.float(), *each) for point, each in steps]

@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from stiv_deploy.calibration.request import CalibrationRequest, check_files
 from stiv_deploy.calibration.scales import Provenance, Scales, check_ranges, save_scales
 from stiv_deploy.calibration.sensitivity import check_steps
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, open_checkpoint
+from stiv_deploy.stiv_ref.generation import settings_of
 from stiv_deploy.stiv_ref.progress import Progress
 
 TOOLS = ("stiv-deploy", "torch", "nvidia-modelopt")
@@ -88,7 +89,7 @@ def make_scales(request: CalibrationRequest, progress: Progress) -> Calibration:
     check_files(request)
     opened = open_checkpoint(request.checkpoint)
     if request.sweep:
-        check_steps(request.settings.steps, opened.config.sampling.time_shift)
+        check_steps(replace(settings_of(opened.config.sampling), steps=request.settings.steps))
     require_modelopt()
     checkpoint = opened.load()
     material = material_of(checkpoint, request)

@@ -20,7 +20,6 @@ from stiv_deploy.calibration.quantize import switch_on
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.files import parse_json, read_text, write_text
-from stiv_deploy.stiv_ref.flow import schedule
 from stiv_deploy.stiv_ref.guidance import GuidanceMode
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.progress import Progress, unheard
@@ -51,24 +50,24 @@ class Reference:
     final: Tensor
 
 
-def band_steps(steps: int, time_shift: float) -> dict[int, int]:
+def band_steps(settings: SamplingSettings) -> dict[int, int]:
     """The step in the middle of each timestep band, by band; bands that no step is in are absent."""
-    times = schedule(steps, time_shift).tolist()[:-1]
     inside: dict[int, list[int]] = {}
-    for step, time in enumerate(times):
+    for step, time in enumerate(settings.times()[:-1]):
         inside.setdefault(band_of(time), []).append(step)
     return {band: found[len(found) // 2] for band, found in inside.items()}
 
 
-def check_steps(steps: int, time_shift: float) -> None:
+def check_steps(settings: SamplingSettings) -> None:
     """:class:`CalibrationError` if some timestep band has no step of such a schedule, so that it cannot be measured."""
-    if len(band_steps(steps, time_shift)) < BANDS:
+    if len(band_steps(settings)) < BANDS:
+        steps = settings.steps
         raise CalibrationError(f"--steps {steps}: too few for a sweep, some timestep band has none; use 15 or more")
 
 
 def reference_run(model: Stiv, inputs: SamplingInputs, settings: SamplingSettings) -> Reference:
     """Sample with ``model`` and keep one point of each band, each of which must have a step."""
-    wanted = band_steps(settings.steps, settings.time_shift)
+    wanted = band_steps(settings)
     kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(step: int, latents: Tensor, velocity: Tensor) -> None:
@@ -76,7 +75,7 @@ def reference_run(model: Stiv, inputs: SamplingInputs, settings: SamplingSetting
             kept[step] = (latents, velocity)
 
     final = sample(model, inputs, settings, keep)
-    times = schedule(settings.steps, settings.time_shift).tolist()
+    times = settings.times()
     steps = [wanted[band] for band in range(BANDS)]
     return Reference(
         inputs=inputs,

@@ -29,6 +29,7 @@ Rate = Annotated[float, Field(gt=0, le=1e30)]
 Scale = Annotated[float, Field(ge=-1_000, le=1_000)]
 """A guidance scale."""
 TimeShift = Annotated[float, Field(ge=1e-3, le=1e3)]
+LateStretch = Annotated[float, Field(ge=1, le=10)]
 Measure = Annotated[float, Field(ge=0, le=1e12)]
 """Seconds, motion, sharpness, and what is compared with those."""
 Processes = Annotated[int, Field(ge=0, le=2**10)]

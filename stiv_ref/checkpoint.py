@@ -17,7 +17,7 @@ from pydantic import Discriminator, Field, Tag
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from stiv_deploy.stiv_ref.bounds import Scale, Size, Steps, Strides, TimeShift
+from stiv_deploy.stiv_ref.bounds import LateStretch, Scale, Size, Steps, Strides, TimeShift
 from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig, read_config
 from stiv_deploy.stiv_ref.errors import CheckpointError, ConfigError
 from stiv_deploy.stiv_ref.files import is_file, replaced_folder, sha256, told
@@ -71,6 +71,7 @@ class SamplingDefaults(FrozenConfig):
     image_scale: Scale = 1.5
     solver: Solver = Solver.EULER
     time_shift: TimeShift = 1.0
+    late_stretch: LateStretch = 1.0
 
 
 class TrainedOn(FrozenConfig):

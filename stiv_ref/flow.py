@@ -7,6 +7,9 @@
 import torch
 from torch import Tensor
 
+LATE = 0.12
+"""Time from which on sampling can take longer steps."""
+
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     """View ``values`` [B] so that it broadcasts over ``like`` [B, ...]."""
@@ -41,11 +44,21 @@ def sample_timesteps(count: int, *, logit_normal: bool, shift: float, generator:
     return shift_time(timestep, shift)
 
 
-def schedule(steps: int, shift: float = 1.0) -> Tensor:
-    """Sampling times 0 = t_0 < ... < t_steps = 1, fp64 [steps + 1]; ``ValueError`` if there is no step."""
+def schedule(steps: int, shift: float = 1.0, late_stretch: float = 1.0) -> Tensor:
+    """Sampling times 0 = t_0 < ... < t_steps = 1, fp64 [steps + 1]; ``ValueError`` if there is no step.
+
+    Before they are shifted, steps behind the time that becomes :data:`LATE` are ``late_stretch`` times as long as those
+    before it: what a clip shows is decided early (docs/results.md, "Sampling times").
+    """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    return shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift)
+    way = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    if late_stretch != 1:
+        late = shift_time(torch.tensor(LATE, dtype=torch.float64), 1 / shift)
+        way = way * (late + (1 - late) / late_stretch)
+        way = torch.where(way <= late, way, late + (way - late) * late_stretch).clamp(max=1)
+        way[-1] = 1
+    return shift_time(way, shift)
 
 
 def flow_loss(prediction: Tensor, target: Tensor, clean_frames: Tensor, pixel_weight: Tensor | None = None) -> Tensor:

@@ -28,6 +28,7 @@ def settings_of(defaults: SamplingDefaults) -> SamplingSettings:
         image_scale=defaults.image_scale,
         solver=defaults.solver,
         time_shift=defaults.time_shift,
+        late_stretch=defaults.late_stretch,
     )
 
 

@@ -52,9 +52,14 @@ class SamplingSettings:
     renorm: bool = True
     solver: Solver = Solver.EULER
     time_shift: float = 1.0
+    late_stretch: float = 1.0
     unseen: Unseen = Unseen.NOISED
     guidance_from: float = 0.0
     guidance_until: float = 1.0
+
+    def times(self) -> list[float]:
+        """Sampling times, one more than steps (:func:`~stiv_deploy.stiv_ref.flow.schedule`)."""
+        return schedule(self.steps, self.time_shift, self.late_stretch).tolist()
 
     def guides(self, time: float) -> bool:
         """Whether an evaluation at ``time`` is guided."""
@@ -195,7 +200,7 @@ def sample(model: Stiv, inputs: SamplingInputs, settings: SamplingSettings, obse
     noise, clean, frame_mask = inputs.noise, inputs.clean, inputs.frame_mask
     velocity = guided_velocity(model, inputs, settings)
     latents = replace_frames(noise, clean, frame_mask)
-    times = schedule(settings.steps, settings.time_shift).tolist()
+    times = settings.times()
     last: _Last | None = None
     for step, (time, following) in enumerate(pairwise(times)):
         before, v = latents, velocity(latents, time, following)

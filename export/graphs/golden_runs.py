@@ -28,7 +28,6 @@ from stiv_deploy.runtime.sampling.golden_samples import golden_sample, teacher
 from stiv_deploy.runtime.sampling.sample import Sample
 from stiv_deploy.runtime.sampling.text_stage import Tokens
 from stiv_deploy.stiv_ref.conditioning import noise_frames, replace_frames
-from stiv_deploy.stiv_ref.flow import schedule
 from stiv_deploy.stiv_ref.guidance import GuidanceMode, Unseen
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, Solver, guided_velocity, sample
 from stiv_deploy.stiv_ref.text import TextStates
@@ -234,7 +233,7 @@ def played(reference: Reference, clip: Clip, change: Change = _same) -> Outputs:
     """What ``clip`` gives, [B, ...] by the names of its outputs, with the latents that it is given as ``change`` is."""
     inputs = _inputs(reference, clip, change)
     settings = clip.sampling
-    times = schedule(settings.steps, settings.time_shift).tolist()[1:]
+    times = settings.times()[1:]
     outputs: Outputs = {}
     for step, (latents, time) in enumerate(zip(_steps(reference, inputs, clip, change), times, strict=True), 1):
         outputs[latents_of(step)] = latents
@@ -280,7 +279,7 @@ def _forced(reference: Reference, inputs: SamplingInputs, clip: Clip, change: Ch
     settings, clean, mask = clip.sampling, inputs.clean, inputs.frame_mask
     velocity = guided_velocity(reference.model, inputs, settings)
     latents = replace_frames(inputs.noise, clean, mask)
-    times = schedule(settings.steps, settings.time_shift).tolist()
+    times = settings.times()
     for step, (time, following) in enumerate(pairwise(times), 1):
         yield replace_frames(latents + (following - time) * velocity(latents, time, following), clean, mask)
         given = _tensor(teacher(clip.name, step, clip.drawn.noise.shape), reference.dtype)

@@ -16,7 +16,6 @@ from stiv_deploy.runtime.sampling.settings import Solver as RuntimeSolver
 from stiv_deploy.runtime.sampling.text_stage import Tokens
 from stiv_deploy.stiv_ref.block import additive_mask
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
-from stiv_deploy.stiv_ref.flow import schedule
 from stiv_deploy.stiv_ref.guidance import GuidanceMode
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, SamplingSettings, Solver
 from stiv_deploy.stiv_ref.text import UNKNOWN, TextStates, tokenize
@@ -28,6 +27,8 @@ PROMPTS = (
 """Pairs in the words of the world and of the moving digits; a checkpoint is asked the one that it understands best."""
 UNEQUAL_SHIFT = 3.0
 """Time shift at which a step is some 1.3 times the one before, so that AB2 weighs every step otherwise."""
+STRETCH = 2.0
+"""How much longer late steps are in the same request."""
 FROM, UNTIL = 0.1, 0.6
 """The guidance interval of one request: rows join its clip on the way, and leave it again."""
 NULL = {GuidanceMode.NONE: 0, GuidanceMode.JIT: 1, GuidanceMode.SIT: 2}
@@ -58,7 +59,7 @@ class Request:
 
     def times(self) -> list[float]:
         """Sampling times."""
-        return schedule(self.settings.steps, self.settings.time_shift).tolist()
+        return self.settings.times()
 
     def timed(self, time: float, target: float) -> dict[str, Tensor]:
         """Inputs of the ``embed`` graph for a step from ``time`` to ``target``: fp64 [G] each, those of the model."""
@@ -114,6 +115,7 @@ class Request:
             renorm=settings.renorm,
             solver=RuntimeSolver(settings.solver.value),
             time_shift=settings.time_shift,
+            late_stretch=settings.late_stretch,
             guidance_from=settings.guidance_from,
             guidance_until=settings.guidance_until,
         )
@@ -157,6 +159,7 @@ def parity_requests(manifest: Manifest, checkpoint: Checkpoint, steps: int) -> l
         guidance_scale=defaults.guidance_scale,
         image_scale=defaults.image_scale,
         time_shift=defaults.time_shift,
+        late_stretch=defaults.late_stretch,
     )
     first, second = understood(checkpoint.tokenizer)
     cases = _cases(settings) if model.student is None else _student_cases(settings, model.student)
@@ -191,7 +194,7 @@ def _cases(settings: SamplingSettings) -> list[Case]:
     separate = replace(settings, guidance_mode=GuidanceMode.SIT, solver=Solver.HEUN)
     return [
         ("t2v jit euler", False, settings),
-        ("ti2v jit ab2", True, replace(settings, solver=Solver.AB2, time_shift=UNEQUAL_SHIFT)),
+        ("ti2v jit ab2", True, replace(settings, solver=Solver.AB2, time_shift=UNEQUAL_SHIFT, late_stretch=STRETCH)),
         ("ti2v sit heun", True, replace(separate, guidance_from=FROM, guidance_until=UNTIL)),
     ]
 

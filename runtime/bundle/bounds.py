@@ -13,6 +13,8 @@ RATE_LIMIT = 1_000
 """Frames per second."""
 SHIFT_LIMITS = (0.001, 1_000.0)
 """Least and greatest time shift."""
+STRETCH_LIMITS = (1.0, 10.0)
+"""Least and greatest stretch of late steps."""
 BLOCK_LIMIT = 1_000
 TOKEN_LIMIT = 2**14
 """Tokens of a prompt."""

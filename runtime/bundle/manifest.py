@@ -14,6 +14,7 @@ from stiv_deploy.runtime.bundle.bounds import (
     SHIFT_LIMITS,
     SIZE_LIMIT,
     STEP_LIMIT,
+    STRETCH_LIMITS,
     Bytes,
     Digest,
     Name,
@@ -153,6 +154,7 @@ class SamplingDefaults(Frozen):
     renorm: bool = True
     solver: SolverName = "euler"
     time_shift: float = Field(ge=SHIFT_LIMITS[0], le=SHIFT_LIMITS[1])
+    late_stretch: float = Field(default=1.0, ge=STRETCH_LIMITS[0], le=STRETCH_LIMITS[1])
 
 
 Sizes = Annotated[tuple[Size, ...], Field(min_length=1, max_length=1_000)]
@@ -269,7 +271,8 @@ class Manifest(Frozen):
         """What a request with so many ``steps`` and this ``solver``, where it names them, gets for the rest."""
         own = self.sampling
         grid = None if self.tuned is None else self.tuned.grid(steps or own.steps, solver)
-        return own if grid is None else own.model_copy(update={"solver": grid.solver, "time_shift": grid.time_shift})
+        names = {"solver", "time_shift", "late_stretch"}
+        return own if grid is None else own.model_copy(update=grid.model_dump(include=names))
 
     @property
     def vae_precision(self) -> Precision:

@@ -1,4 +1,4 @@
-"""What tuning found out about a bundle, kept in its manifest: each solver's best time shift by the number of steps."""
+"""What tuning found out about a bundle, kept in its manifest: each solver's best times by the number of steps."""
 
 import math
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from stiv_deploy.runtime.bundle.bounds import SHIFT_LIMITS, STEP_LIMIT, Digest
+from stiv_deploy.runtime.bundle.bounds import SHIFT_LIMITS, STEP_LIMIT, STRETCH_LIMITS, Digest
 from stiv_deploy.runtime.bundle.contract import Frozen
 
 SolverName = Literal["euler", "heun", "ab2"]
@@ -15,7 +15,7 @@ ONE_A_STEP: tuple[SolverName, ...] = ("euler", "ab2")
 
 
 class TunedGrid(Frozen):
-    """The time shift with which ``solver`` comes nearest to the exact flow in so many ``steps``.
+    """The sampling times with which ``solver`` comes nearest to the exact flow in so many ``steps``.
 
     ``tried`` and ``error`` are relative L2 errors of latents, means over the clips that chose and over the others.
     """
@@ -23,6 +23,7 @@ class TunedGrid(Frozen):
     solver: SolverName
     steps: int = Field(ge=1, le=STEP_LIMIT)
     time_shift: float = Field(ge=SHIFT_LIMITS[0], le=SHIFT_LIMITS[1])
+    late_stretch: float = Field(default=1.0, ge=STRETCH_LIMITS[0], le=STRETCH_LIMITS[1])
     tried: float = Field(ge=0)
     error: float = Field(ge=0)
 

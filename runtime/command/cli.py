@@ -112,6 +112,10 @@ def generate(
     time_shift: Annotated[
         float | None, typer.Option(help="Above 1 spends more steps near the noise. Default: the bundle's.")
     ] = None,
+    late_stretch: Annotated[
+        float | None,
+        typer.Option(help="Steps so many times longer once the clip is decided. Default: the bundle's."),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the noise; video i of several takes seed + i. Default: a new one.")
     ] = None,
@@ -318,11 +322,14 @@ def print_bundle(report: "BundleReport", console: "Console") -> None:
 
 
 def print_tuned(tuned: "Tuned", console: "Console") -> None:
-    """What other numbers of steps get in place of the default solver and time shift, and what it was measured on."""
-    rows = ((str(each.steps), each.solver, f"{each.time_shift:.3g}", f"{each.error:.2e}") for each in tuned.best())
-    columns = ("steps", "solver", "time shift", "error")
+    """What other numbers of steps get in place of the default solver and times, and what it was measured on."""
+    rows = (
+        (str(each.steps), each.solver, f"{each.time_shift:.3g}", f"{each.late_stretch:g}", f"{each.error:.2e}")
+        for each in tuned.best()
+    )
+    columns = ("steps", "solver", "time shift", "late stretch", "error")
     title = f"Defaults by steps ('stiv tune', {tuned.clips} clips; the reference errs by {tuned.reference_error:.1e})"
-    console.print(table(title, columns, rows, ("steps", "time shift", "error")))
+    console.print(table(title, columns, rows, ("steps", "time shift", "late stretch", "error")))
 
 
 def trained_text(trained: "TrainedOn | None") -> str:

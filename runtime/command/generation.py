@@ -36,6 +36,7 @@ FIELDS = {
     "unseen": "unseen",
     "solver": "solver",
     "time_shift": "time_shift",
+    "late_stretch": "late_stretch",
     "count": "count",
     "decode_tile": "decode_tile",
 }

@@ -1,4 +1,4 @@
-"""``stiv tune``: the best solver and time shift of a bundle for every number of steps."""
+"""``stiv tune``: the best solver and times of a bundle for every number of steps."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -64,12 +64,13 @@ def tune(
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
     json: JsonTarget = None,
 ) -> None:
-    """Find the solver and time shift that make the best of few evaluations of the model.
+    """Find the solver and times that make the best of few evaluations of the model.
 
     Each is compared with the exact flow of the same bundle, sampled with so many steps that twice as many change
     little. Half of the clips choose, the others judge. Then 'stiv generate --steps 10' uses the best for 10 steps;
-    --solver and --time-shift win over that. 'stiv inspect' lists it. Guidance that ends early (--guidance-until) is
-    tried on the best, and told where it comes nearer than fewer steps that cost as much; it stays yours to ask for.
+    --solver, --time-shift and --late-stretch win over that. 'stiv inspect' lists it. Guidance that ends early
+    (--guidance-until) is tried on the best, and told where it comes nearer than fewer steps that cost as much; it stays
+    yours to ask for.
 
     stiv tune bundle --prompts prompts.txt --out tuning.svg
     """
@@ -77,7 +78,7 @@ def tune(
 
     check_json(json, bundle, request, prompts)
     _check_picture(out, json, [bundle, request, prompts])
-    requests, _ = requests_from_options(context.params | {"solver": None, "time_shift": None})
+    requests, _ = requests_from_options(context.params | {"solver": None, "time_shift": None, "late_stretch": None})
     asked = tuning.TuneRequest(
         bundle=bundle,
         requests=tuple(requests),
@@ -162,7 +163,8 @@ def _show_intervals(report: "TuneReport") -> None:
 
 def interval_table(found: "Sequence[Interval]") -> "Table":
     """What to gain from guidance that ends early, against fewer steps that take as many rows of the model."""
-    columns = ("--guidance-until", "rows of a clip", "solver", "steps", "time shift", "error", "with fewer steps")
+    grid = ("solver", "steps", "time shift", "late stretch")
+    columns = ("--guidance-until", "rows of a clip", *grid, "error", "with fewer steps")
     rows = [_interval_row(each) for each in found]
     return table("guidance that ends early", columns, rows, tuple(each for each in columns if each != "solver"))
 
@@ -174,11 +176,11 @@ def _interval_row(found: "Interval") -> tuple[str, ...]:
 
 def tuning_table(report: "TuneReport") -> "Table":
     """The best for each number of evaluations, and the requests' own, as a table."""
-    columns = ("evaluations", "solver", "steps", "time shift", "error")
+    columns = ("evaluations", "solver", "steps", "time shift", "late stretch", "error")
     rows = [_row(each, "") for each in report.best] + [_row(report.own, " (before)")]
     title = f"{report.bundle[:12]}: relative L2 error of latents against the exact flow, {report.clips} clips"
     caption = f"the exact flow is known to {report.reference_error:.1e} ({report.reference.steps} steps)"
-    return table(title, columns, rows, ("evaluations", "steps", "time shift", "error"), caption)
+    return table(title, columns, rows, ("evaluations", "steps", "time shift", "late stretch", "error"), caption)
 
 
 def _row(point: "Point", words: str) -> tuple[str, ...]:
@@ -188,5 +190,6 @@ def _row(point: "Point", words: str) -> tuple[str, ...]:
         f"{grid.solver}{words}",
         str(grid.steps),
         f"{grid.time_shift:.3g}",
+        f"{grid.late_stretch:g}",
         f"{point.error:.2e}",
     )

@@ -95,7 +95,7 @@ def _solver(solver: Solver, points: Sequence[Point], across: Scale, up: Scale) -
 
 def _dot(point: Point, across: Scale, up: Scale, radius: int, style: str, words: str = "") -> str:
     grid = point.grid
-    title = f"{words}{grid.solver}, {grid.steps} steps, shift {grid.time_shift:.3g}: {point.error:.2e}"
+    title = f"{words}{grid.solver}, {grid.steps} steps, {grid.times}: {point.error:.2e}"
     place = f'cx="{across(point.evaluations)}" cy="{up(point.error)}" r="{radius}"'
     return f"<circle {place} {style}><title>{escape(title)}</title></circle>"
 

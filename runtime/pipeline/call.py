@@ -43,6 +43,7 @@ class ClipOptions(TypedDict, total=False):
     unseen: str | None
     solver: str | None
     time_shift: float | None
+    late_stretch: float | None
     seed: int | None
     generator: Any
     num_videos_per_prompt: int

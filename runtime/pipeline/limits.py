@@ -7,7 +7,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from stiv_deploy.runtime.bundle.bounds import RATE_LIMIT, SCALE_LIMIT, SHIFT_LIMITS, SIZE_LIMIT, STEP_LIMIT
+from stiv_deploy.runtime.bundle.bounds import (
+    RATE_LIMIT,
+    SCALE_LIMIT,
+    SHIFT_LIMITS,
+    SIZE_LIMIT,
+    STEP_LIMIT,
+    STRETCH_LIMITS,
+)
 from stiv_deploy.runtime.errors import RequestError, briefly
 
 Name = TypeVar("Name", bound=StrEnum)
@@ -46,6 +53,7 @@ BOUNDS = {
     "guidance_from": Bounds(0.0, 1.0),
     "guidance_until": Bounds(0.0, 1.0),
     "time_shift": Bounds(*SHIFT_LIMITS),
+    "late_stretch": Bounds(*STRETCH_LIMITS),
     "seed": Bounds(0, SEED_LIMIT - 1),
     "count": Bounds(1, COUNT_LIMIT),
     "decode_tile": Bounds(0, SIZE_LIMIT),

@@ -37,6 +37,7 @@ RECOMMENDED = {
     "guidance_renorm": "renorm",
     "solver": "solver",
     "time_shift": "time_shift",
+    "late_stretch": "late_stretch",
 }
 """Fields of a request that a bundle recommends, by the name of its recommendation."""
 
@@ -154,14 +155,19 @@ def _listed(requests: GenerationRequest | Sequence[GenerationRequest]) -> list[G
 
 
 def _with_defaults(request: GenerationRequest, manifest: Manifest) -> GenerationRequest:
-    """``request`` with what it leaves open as ``manifest`` recommends for its steps and solver, and with a seed."""
-    defaults = manifest.recommended(request.num_inference_steps, request.solver)
+    """``request`` with what it leaves open as ``manifest`` recommends for its steps and solver, and with a seed.
+
+    What was tuned together goes together: times that are named in part get the checkpoint's own for the rest.
+    """
+    defaults, own = manifest.recommended(request.num_inference_steps, request.solver), manifest.sampling
+    if (request.time_shift, request.late_stretch) != (None, None):
+        defaults = defaults.model_copy(update={"time_shift": own.time_shift, "late_stretch": own.late_stretch})
     given = {name: value for name, value in request if value is not None}
     values = {name: getattr(defaults, recommended) for name, recommended in RECOMMENDED.items()} | given
-    own = {"original_height": values["height"], "original_width": values["width"]}
+    more = {"original_height": values["height"], "original_width": values["width"]}
     if request.seed is None:
-        own["seed"] = new_seed()
-    return GenerationRequest(**(own | values))
+        more["seed"] = new_seed()
+    return GenerationRequest(**(more | values))
 
 
 def _shared(what: str, values: Sequence[Item]) -> Item:
@@ -237,6 +243,7 @@ def _settings(request: GenerationRequest, manifest: Manifest) -> SamplingSetting
         renorm=values["guidance_renorm"],
         solver=values["solver"],
         time_shift=values["time_shift"],
+        late_stretch=values["late_stretch"],
         unseen=values["unseen"] or Unseen.NOISED,
         guidance_from=0.0 if values["guidance_from"] is None else values["guidance_from"],
         guidance_until=1.0 if values["guidance_until"] is None else values["guidance_until"],

@@ -67,6 +67,7 @@ class GenerationRequest(Frozen):
     )
     solver: Solver | None = Field(default=None, description="Solver of the sampling ODE.")
     time_shift: float | None = _number("time_shift", "Above 1 spends more steps near the noise.")
+    late_stretch: float | None = _number("late_stretch", "Above 1 takes longer steps once the clip is decided.")
     seed: int | None = _number("seed", "Seed of the first video's noise; video i takes seed + i. None: a new one.")
     noise: Noise = Field(default=None, description="Initial noise of the one video, instead of the seed's.")
     count: int = _number("count", "Number of videos.", 1)

@@ -21,6 +21,7 @@ from stiv_deploy.runtime.progress import Progress, unheard
 from stiv_deploy.runtime.sampling.settings import Solver
 from stiv_deploy.runtime.sampling.solvers import row_evaluations
 from stiv_deploy.runtime.sampling.tuning import (
+    STRETCHED,
     UNTIL,
     Grid,
     Interval,
@@ -42,7 +43,7 @@ class TuneRequest:
     """Solvers and time grids of the bundle in the folder ``bundle``, tried on the clips of ``requests``.
 
     Each request has a ``seed``; what it says of guidance, given frames and size is what is tuned for. Its own solver,
-    steps and time shift, by default the bundle's, are the same in all, and are measured too. ``budgets`` are numbers of
+    steps and times, by default the bundle's, are the same in all, and are measured too. ``budgets`` are numbers of
     evaluations, by default :data:`BUDGETS` and their own, ``shifts`` time shifts besides their own, both ascending. The
     exact flow is known to ``tolerance``, a relative L2 error, or as near as ``most`` steps come. With ``record`` the
     best are kept in the bundle's manifest. Raises :class:`RequestError`.
@@ -128,7 +129,7 @@ def _search(pipe: StivPipeline, request: TuneRequest, progress: Progress) -> Tun
         log.warning(lost_line(lost))
     budgets = request.budgets or sorted({*BUDGETS, own.evaluations})
     shifts = sorted({*request.shifts, own.time_shift})
-    news = _News(progress, sum(budgets) * (len(request.solvers) * (len(shifts) + 2) + len(UNTIL)))
+    news = _News(progress, sum(budgets) * (len(request.solvers) * (len(shifts) + 2 + len(STRETCHED)) + len(UNTIL)))
 
     def planned(grid: Grid) -> GenerationPlan:
         return pipe.plan([_changed(each, grid) for each in request.requests])
@@ -188,15 +189,16 @@ def _record(folder: Path, report: TuneReport) -> None:
 def _own_grid(plan: GenerationPlan) -> tuple[Grid, int]:
     """The one grid of the planned videos, and how many they are; :class:`RequestError` where they have several."""
     chosen = [video.settings for video in plan.videos]
-    grids = {(each.solver, each.steps, each.time_shift) for each in chosen}
+    grids = {(each.solver, each.steps, each.time_shift, each.late_stretch) for each in chosen}
     if len(grids) > 1:
-        raise RequestError("requests to tune on have different solvers, steps or time shifts; give all the same")
-    (solver, steps, shift) = grids.pop()
-    return Grid(solver=solver, steps=steps, time_shift=shift), len(chosen)
+        raise RequestError("requests to tune on have different solvers, steps or times; give all the same")
+    (solver, steps, shift, stretch) = grids.pop()
+    return Grid(solver=solver, steps=steps, time_shift=shift, late_stretch=stretch), len(chosen)
 
 
 def _changed(request: GenerationRequest, grid: Grid) -> GenerationRequest:
-    own = request.changed(solver=grid.solver, num_inference_steps=grid.steps, time_shift=grid.time_shift)
+    times = {"time_shift": grid.time_shift, "late_stretch": grid.late_stretch}
+    own = request.changed(solver=grid.solver, num_inference_steps=grid.steps, **times)
     return own if grid.guidance_until is None else own.changed(guidance_until=grid.guidance_until)
 
 
@@ -217,5 +219,5 @@ class _News:
 
     def count(self, grid: Grid) -> None:
         """``grid`` is tried."""
-        self._progress(f"{grid.solver}, {grid.steps} steps, shift {grid.time_shift:.3g}", self._done, self._total)
+        self._progress(f"{grid.solver}, {grid.steps} steps, {grid.times}", self._done, self._total)
         self._done += grid.evaluations

@@ -49,6 +49,7 @@ class SamplingSettings:
     renorm: bool = True
     solver: Solver = Solver.EULER
     time_shift: float = 1.0
+    late_stretch: float = 1.0
     unseen: Unseen = Unseen.NOISED
     guidance_from: float = 0.0
     guidance_until: float = 1.0
@@ -66,7 +67,7 @@ class SamplingSettings:
 
     def times(self) -> np.ndarray:
         """Sampling times, fp64 [steps + 1]."""
-        return schedule(self.steps, self.time_shift)
+        return schedule(self.steps, self.time_shift, self.late_stretch)
 
     def weights(self) -> np.ndarray:
         """Branch weights, fp32 [branches]."""

@@ -11,10 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from stiv_deploy.runtime.bundle.bounds import SHIFT_LIMITS
 from stiv_deploy.runtime.bundle.contract import Frozen
 from stiv_deploy.runtime.sampling.settings import SamplingSettings, Solver
 from stiv_deploy.runtime.sampling.solvers import evaluations
 
+STRETCHED = ((2**-0.5, 2.0), (0.5, 2.0), (0.5, 3.0))
+"""Late steps so much longer are tried, at so much of the time shift that is best where all steps are equal."""
 UNTIL = (0.4, 0.6, 0.8)
 """Times until which guidance is tried."""
 FIRST_STEPS = 60
@@ -22,7 +25,7 @@ FIRST_STEPS = 60
 
 
 class Grid(Frozen):
-    """A solver and its sampling times: so many ``steps``, shifted by ``time_shift``.
+    """A solver and its sampling times: so many ``steps``, shifted by ``time_shift``, late ones longer.
 
     ``guidance_until`` ends the guidance of all clips at that time; None leaves it as they have it.
     """
@@ -30,12 +33,19 @@ class Grid(Frozen):
     solver: Solver
     steps: int
     time_shift: float
+    late_stretch: float = 1.0
     guidance_until: float | None = None
 
     @property
     def evaluations(self) -> int:
         """Evaluations of the model, guidance branches counted as one."""
-        return len(evaluations(SamplingSettings(steps=self.steps, solver=self.solver, time_shift=self.time_shift)))
+        return len(evaluations(SamplingSettings(**self.model_dump(exclude={"guidance_until"}))))
+
+    @property
+    def times(self) -> str:
+        """Its times in words."""
+        stretch = "" if self.late_stretch == 1 else f", late steps {self.late_stretch:g} times as long"
+        return f"shift {self.time_shift:.3g}{stretch}"
 
 
 Sampled = Callable[[Grid], np.ndarray]
@@ -113,13 +123,14 @@ def searched(
     shifts: Sequence[float],
     told: Told,
 ) -> Iterator[Point]:
-    """Every grid that is tried: for each budget of evaluations and solver all ``shifts``, and two beside the best one.
+    """Every grid that is tried: for each budget of evaluations and solver all ``shifts``, two beside the best one, and
+    :data:`STRETCHED` of the best of these.
 
     ``shifts`` ascend. A solver's steps are as many as the budget has room for.
     """
 
-    def point(solver: Solver, steps: int, shift: float) -> Point:
-        grid = Grid(solver=solver, steps=steps, time_shift=shift)
+    def point(solver: Solver, steps: int, shift: float, stretch: float = 1.0) -> Point:
+        grid = Grid(solver=solver, steps=steps, time_shift=shift, late_stretch=stretch)
         told(grid)
         return measured(sampled, exact, grid)
 
@@ -128,8 +139,12 @@ def searched(
             steps = steps_within(solver, budget)
             tried = [point(solver, steps, shift) for shift in shifts]
             best = min(range(len(tried)), key=lambda index: tried[index].tried)
+            tried += [point(solver, steps, shift) for shift in _beside(shifts, best)]
             yield from tried
-            yield from (point(solver, steps, shift) for shift in _beside(shifts, best))
+            shift = min(tried, key=lambda each: each.tried).grid.time_shift
+            yield from (
+                point(solver, steps, max(part * shift, SHIFT_LIMITS[0]), stretch) for part, stretch in STRETCHED
+            )
 
 
 def intervals(

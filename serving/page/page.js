@@ -21,6 +21,7 @@ const FIELDS = [
   ["image_guidance_scale", "Image guidance", "any", "more"],
   ["solver", "Solver", null, "more"],
   ["time_shift", "Time shift", "any", "more"],
+  ["late_stretch", "Late stretch", "any", "more"],
   ["guidance_from", "Guidance from", "any", "more"],
   ["guidance_until", "Guidance until", "any", "more"],
   ["priority", "Priority", 1, "more"],
@@ -28,7 +29,7 @@ const FIELDS = [
   ["fit", "Pictures of another size", null, "fitting"],
 ];
 
-const TUNED = ["solver", "time_shift"]; // what goes best with so many steps, where somebody has looked for it
+const TUNED = ["solver", "time_shift", "late_stretch"]; // what goes best with so many steps, where somebody has looked for it
 const EMPTY = { seed: "any", priority: "0", guidance_from: "0", guidance_until: "1" }; // what the server takes where nothing is said
 
 const $ = (id) => document.getElementById(id);
@@ -169,8 +170,10 @@ function tune() {
   const steps = Number($("num_inference_steps").value);
   if (!(steps > 0)) return;
   const solver = $("solver").value === String(proposed.solver) ? null : $("solver").value;
-  const next = { solver: model.defaults.solver, time_shift: model.defaults.time_shift, ...tunedFor(steps, null) };
-  next.time_shift = (solver && tunedFor(steps, solver)?.time_shift) ?? next.time_shift;
+  const own = Object.fromEntries(TUNED.map((name) => [name, model.defaults[name]]));
+  const next = { ...own, ...tunedFor(steps, null) };
+  const { time_shift, late_stretch } = (solver && tunedFor(steps, solver)) || next;
+  Object.assign(next, { time_shift, late_stretch });
   for (const name of TUNED) if ($(name).value === String(proposed[name])) $(name).value = next[name];
   proposed = next;
 }

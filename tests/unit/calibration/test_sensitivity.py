@@ -23,9 +23,8 @@ from stiv_deploy.calibration.sensitivity import (
     sweep,
     velocity_errors,
 )
-from stiv_deploy.stiv_ref.flow import schedule
 from stiv_deploy.stiv_ref.model import Stiv
-from stiv_deploy.stiv_ref.sampler import guided_velocity
+from stiv_deploy.stiv_ref.sampler import SamplingSettings, guided_velocity
 
 if TYPE_CHECKING:
     from conftest import Calibrated
@@ -44,16 +43,17 @@ def quantized(calibrated: "Calibrated") -> Stiv:
 
 @given(st.integers(1, 60), st.floats(0.2, 5))
 def test_a_bands_step_lies_in_it(steps: int, shift: float) -> None:
-    times = schedule(steps, shift).tolist()
-    for band, step in band_steps(steps, shift).items():
+    settings = SamplingSettings(steps=steps, time_shift=shift)
+    times = settings.times()
+    for band, step in band_steps(settings).items():
         assert step < steps
         assert band_of(times[step]) == band
 
 
 def test_too_few_steps_are_refused() -> None:
-    check_steps(15, 1.0)
+    check_steps(SamplingSettings(steps=15))
     with pytest.raises(CalibrationError, match="--steps 4: too few for a sweep"):
-        check_steps(4, 1.0)
+        check_steps(SamplingSettings(steps=4))
 
 
 def test_references_are_points_of_the_sampler(calibrated: "Calibrated", references: list[Reference]) -> None:

@@ -62,9 +62,9 @@ def test_shift_is_that_of_sigma(t: float, shift: float) -> None:
     assert got == pytest.approx(wanted, abs=1e-12)
 
 
-@given(steps=st.integers(1, 200), shift=st.floats(0.1, 10))
-def test_schedule_rises_from_0_to_1(steps: int, shift: float) -> None:
-    times = schedule(steps, shift)
+@given(steps=st.integers(1, 200), shift=st.floats(0.1, 10), stretch=st.floats(1, 10))
+def test_schedule_rises_from_0_to_1(steps: int, shift: float, stretch: float) -> None:
+    times = schedule(steps, shift, stretch)
     assert times.dtype == torch.float64
     assert len(times) == steps + 1
     assert times[0] == 0

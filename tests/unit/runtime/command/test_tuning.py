@@ -30,10 +30,11 @@ def tuned(run: Run, own_bundle: Path, tmp_path: Path) -> tuple[Path, Path]:
     return own_bundle, tmp_path
 
 
-def planned(bundle: Path, **values: Any) -> tuple[Solver, int, float]:
+def planned(bundle: Path, **values: Any) -> tuple[Solver, int, float, float]:
     with StivPipeline.from_bundle(bundle, "onnxruntime", threads=1) as pipe:
         (video,) = pipe.plan(GenerationRequest(prompt="digit", **values)).videos
-    return video.settings.solver, video.settings.steps, video.settings.time_shift
+    settings = video.settings
+    return settings.solver, settings.steps, settings.time_shift, settings.late_stretch
 
 
 def test_a_number_of_steps_then_means_the_best_of_it(tuned: tuple[Path, Path], run: Run) -> None:
@@ -45,12 +46,13 @@ def test_a_number_of_steps_then_means_the_best_of_it(tuned: tuple[Path, Path], r
     for steps in (3, 5):
         mine = [each for each in report.tried if each.evaluations == steps]
         grid = min(mine, key=lambda each: each.tried).grid
-        assert planned(bundle, num_inference_steps=steps) == (grid.solver, steps, grid.time_shift)
+        assert planned(bundle, num_inference_steps=steps) == (grid.solver, steps, grid.time_shift, grid.late_stretch)
         euler = min((each for each in mine if each.grid.solver == "euler"), key=lambda each: each.tried).grid
         assert planned(bundle, num_inference_steps=steps, solver="euler")[2] == euler.time_shift
-    assert planned(bundle, num_inference_steps=3, time_shift=7)[2] == 7
     own = manifest.sampling
-    assert planned(bundle, solver="heun") == (Solver.HEUN, own.steps, own.time_shift), "it was not tried"
+    assert planned(bundle, num_inference_steps=3, time_shift=7)[2:] == (7, own.late_stretch), "its own"
+    assert planned(bundle, num_inference_steps=3, late_stretch=2)[2:] == (own.time_shift, 2)
+    assert planned(bundle, solver="heun") == (Solver.HEUN, own.steps, own.time_shift, 1), "it was not tried"
     words = run("inspect", bundle)[1]
     best = manifest.tuned.grid(own.steps)
     assert best is not None

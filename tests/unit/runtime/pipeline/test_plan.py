@@ -58,6 +58,7 @@ def test_what_is_asked_for_is_planned(toy_bundle: Bundle) -> None:
         guidance_renorm=False,
         solver="heun",
         time_shift=2,
+        late_stretch=1.5,
         seed=7,
         decode_tile=4,
     )
@@ -67,7 +68,7 @@ def test_what_is_asked_for_is_planned(toy_bundle: Bundle) -> None:
     assert (video.prompt, video.negative_prompt, video.seed, video.origin) == ("left", "right", 7, 0)
     used = video.settings
     assert (used.steps, used.guidance_mode, used.guidance_scale, used.image_scale) == (9, GuidanceMode.SIT, 2, 1)
-    assert (used.renorm, used.solver, used.time_shift) == (False, Solver.HEUN, 2)
+    assert (used.renorm, used.solver, used.time_shift, used.late_stretch) == (False, Solver.HEUN, 2, 1.5)
     assert video.micro.tolist() == [720, 6, 0, 0, 3, 2]
     assert video.request == request.changed(original_width=6)
 

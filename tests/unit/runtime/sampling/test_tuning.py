@@ -11,6 +11,7 @@ from stiv_deploy.runtime.sampling.settings import SamplingSettings, Solver
 from stiv_deploy.runtime.sampling.solvers import evaluations
 from stiv_deploy.runtime.sampling.tuning import (
     FIRST_STEPS,
+    STRETCHED,
     UNTIL,
     Exact,
     Grid,
@@ -36,7 +37,7 @@ def velocity(x: np.ndarray, t: float) -> np.ndarray:
 
 def sampled(grid: Grid) -> np.ndarray:
     base, seen, previous = NOISE, NOISE, np.zeros_like(NOISE)
-    for each in evaluations(SamplingSettings(steps=grid.steps, solver=grid.solver, time_shift=grid.time_shift)):
+    for each in evaluations(SamplingSettings(**grid.model_dump(exclude={"guidance_until"}))):
         current = velocity(seen, each.timestep)
         seen = base + each.dt * (each.weights[0] * current + each.weights[1] * previous)
         base, previous = base if each.hold else seen, current
@@ -103,11 +104,28 @@ def test_the_search_finds_what_trying_everything_finds() -> None:
             for shift in dense
         ]
         best = min(every, key=lambda each: each.tried)
-        found = min((each for each in points if each.evaluations <= budget), key=lambda each: each.tried)
+        mine = [each for each in points if each.evaluations <= budget]
+        found = min((each for each in mine if each.grid.late_stretch == 1), key=lambda each: each.tried)
+        assert min(mine, key=lambda each: each.tried).tried <= found.tried
         assert found.grid.solver is best.grid.solver
         # Shifts lie a factor of sqrt(2) apart around the best: half of that off at most.
         assert abs(math.log2(found.grid.time_shift / best.grid.time_shift)) <= 0.5
         assert found.tried <= 2 * best.tried
+
+
+def test_longer_late_steps_are_tried_beside_the_best_shift() -> None:
+    points = list(searched(sampled, EXACT, [6], [Solver.AB2], (0.001, 1.0, 2.0), quiet))
+    even = [each for each in points if each.grid.late_stretch == 1]
+    best = min(even, key=lambda each: each.tried).grid.time_shift
+    wanted = {(best * part, stretch) for part, stretch in STRETCHED}
+    assert {(each.grid.time_shift, each.grid.late_stretch) for each in points if each not in even} == wanted
+    assert points[0].grid.times == "shift 0.001"
+    assert points[-1].grid.times == f"shift {best / 2:.3g}, late steps 3 times as long"
+
+
+def test_no_shift_below_the_least_is_tried() -> None:
+    points = list(searched(sampled, EXACT, [6], [Solver.AB2], (0.001,), quiet))
+    assert {each.grid.time_shift for each in points} == {0.001}
 
 
 @given(budget=st.integers(1, 60), solver=st.sampled_from(list(Solver)))
