@@ -13,7 +13,7 @@ from stiv_deploy.runtime.bundle.contract import Student
 from stiv_deploy.runtime.errors import BundleError
 from stiv_deploy.runtime.pipeline import tuning
 from stiv_deploy.runtime.pipeline.tuning import BUDGETS, TuneReport, TuneRequest, tune, tuned
-from stiv_deploy.runtime.sampling.tuning import UNTIL, relative_errors
+from stiv_deploy.runtime.sampling.tuning import STRETCHED, UNTIL, relative_errors
 
 CLIPS = (
     GenerationRequest(prompt="digit three", seed=3, count=2, num_inference_steps=4, solver="euler"),
