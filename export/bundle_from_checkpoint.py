@@ -56,7 +56,7 @@ class ExportReport(Frozen):
 
         graphs = self.manifest.graphs.values()
         plugins = [graph.plugin for graph in graphs if graph.plugin]
-        files = [file for graph in graphs for file in (graph.file, graph.data) if file]
+        files = {file for graph in graphs for file in (graph.file, graph.data) if file}  # halves read their block's
         megabytes = sum(file.bytes for file in [*files, *(plugin.file for plugin in plugins)]) / 1e6
         forms = f"{len(graphs)} graphs" + (f" ({len(plugins)} also with plugin nodes)" if plugins else "")
         precision = precision_text(self.manifest)
@@ -113,6 +113,7 @@ def _write(
         quantization,
         request.attention,
         request.engine_vae_precision,
+        halves=request.halves,
     )
     graphs = writer.write_all(buckets, request.check, progress)
     manifest = Manifest(
@@ -152,6 +153,8 @@ def buckets_of(request: ExportRequest, config: CheckpointConfig) -> tuple[Bucket
             validate_memory(bucket)
     if request.attention == "plugin":
         validate_plugins(buckets, facts)
+    if request.halves and not facts.temporal:
+        raise ExportError("--halves: devices share the frames of a clip, and an image model makes one; leave it out")
     return buckets
 
 

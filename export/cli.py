@@ -50,6 +50,9 @@ def export(
             "[default: bfloat16, float32 of a float32 bundle]"
         ),
     ] = None,
+    halves: Annotated[
+        bool, typer.Option("--halves", help="The blocks also in two halves, for one clip on several devices.")
+    ] = False,
     no_check: Annotated[bool, typer.Option("--no-check", help="Skip the comparison with the reference.")] = False,
     json: JsonTarget = None,
 ) -> None:
@@ -72,6 +75,7 @@ def export(
         sizes={name: parse_range(name, text) for name, text in sizes.items() if text is not None},
         attention=parse_attention(attention),
         vae_precision=None if vae_precision is None else parse_precision(vae_precision, "vae-precision"),
+        halves=halves,
         check=not no_check,
     )
     with progress_bar("export") as progress:

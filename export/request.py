@@ -23,7 +23,8 @@ class ExportRequest:
     twice the checkpoint's own sizes; ``buckets``, if any, stand instead of it. With ``attention`` ``plugin`` each block
     has a second file with plugin nodes for its attention in space and time, over the same weights. ``vae_precision`` is
     what engines compute the VAE in, None for :attr:`engine_vae_precision`; on a CPU it is always float32. With
-    ``check`` each graph is compared with the reference at the sizes of every bucket; the structural checks always run.
+    ``halves`` each block is there in two halves too, which several devices need to share a clip. With ``check`` each
+    graph is compared with the reference at the sizes of every bucket; the structural checks always run.
 
     Raises :class:`ExportError` where these do not go together.
     """
@@ -38,6 +39,7 @@ class ExportRequest:
     buckets: tuple[Bucket, ...] = ()
     attention: Attention = "native"
     vae_precision: Precision | None = None
+    halves: bool = False
     check: bool = True
 
     def __post_init__(self) -> None:

@@ -142,23 +142,55 @@ class StivBlock(nn.Module):
         ``modulation`` [B, 6, D] is the shared AdaLN output; the block adds its own table to it. ``text_k``, ``text_v``
         [B, H, L, Dh]; ``text_mask`` additive [B, 1, 1, L].
         """
-        batch, frames, tokens, width = x.shape
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (
-            (modulation + self.table).unsqueeze(2).chunk(MODULATIONS, dim=1)
-        )  # 6 x (B, 1, 1, D)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self._modulations(modulation)
+        x = self._spatial(x, shift, scale, gate, rope)
+        return self._mixed(x, ffn_shift, ffn_scale, ffn_gate, text_k, text_v, text_mask, rope)
 
+    def spatial_half(self, x: Tensor, modulation: Tensor, rope: RopeTables) -> Tensor:
+        """The first half, spatial attention, on ``x`` [B, T, S, D]: it needs all tokens of a frame, frames alone."""
+        shift, scale, gate, *_ = self._modulations(modulation)
+        return self._spatial(x, shift, scale, gate, rope)
+
+    def mixed_half(
+        self, x: Tensor, modulation: Tensor, text_k: Tensor, text_v: Tensor, text_mask: Tensor, rope: RopeTables
+    ) -> Tensor:
+        """The second half, all that follows, on ``x`` [B, T, S, D]: it needs all frames of a position, positions alone.
+
+        One half after the other is the block, whose arguments these are.
+        """
+        *_, shift, scale, gate = self._modulations(modulation)
+        return self._mixed(x, shift, scale, gate, text_k, text_v, text_mask, rope)
+
+    def _modulations(self, modulation: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of spatial attention, then of the FFN, [B, 1, 1, D] each."""
+        return (modulation + self.table).unsqueeze(2).chunk(MODULATIONS, dim=1)
+
+    def _spatial(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, rope: RopeTables) -> Tensor:
+        batch, frames, tokens, width = x.shape
         y = stateless_norm(x) * (1 + scale) + shift
         y = self.spatial(y.reshape(batch * frames, tokens, width), rope.spatial_cos, rope.spatial_sin)
-        x = x + gate * stateless_norm(y.reshape(batch, frames, tokens, width))
+        return x + gate * stateless_norm(y.reshape(batch, frames, tokens, width))
 
+    def _mixed(
+        self,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        gate: Tensor,
+        text_k: Tensor,
+        text_v: Tensor,
+        text_mask: Tensor,
+        rope: RopeTables,
+    ) -> Tensor:
+        batch, frames, tokens, width = x.shape
         if self.has_temporal:
             x = x + self.temporal_gate * self.over_frames(stateless_norm(x), rope)
 
         y = self.cross(stateless_norm(x).reshape(batch, frames * tokens, width), text_k, text_v, text_mask)
         x = x + stateless_norm(y).reshape(batch, frames, tokens, width)
 
-        y = self.ffn(stateless_norm(x) * (1 + ffn_scale) + ffn_shift)
-        return x + ffn_gate * stateless_norm(y)
+        y = self.ffn(stateless_norm(x) * (1 + scale) + shift)
+        return x + gate * stateless_norm(y)
 
     def over_frames(self, x: Tensor, rope: RopeTables) -> Tensor:
         """Attend over the frames of each position of ``x`` [B, T, S, D]; returns the same shape, normed."""

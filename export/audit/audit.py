@@ -13,8 +13,8 @@ from stiv_deploy.export.engines.build import check_fp8, choose_graphs, default_j
 from stiv_deploy.export.engines.job import EngineJob
 from stiv_deploy.export.engines.processes import BuilderProcesses
 from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.bundle.contract import Format, Frozen, Precision, is_block
-from stiv_deploy.runtime.bundle.engine_files import profile, reduced_for, sm_folder, takes_tf32
+from stiv_deploy.runtime.bundle.contract import Format, Frozen, Precision, is_block, is_half
+from stiv_deploy.runtime.bundle.engine_files import graph_profile, reduced_for, sm_folder, takes_tf32
 from stiv_deploy.runtime.bundle.manifest import PORTABLE, Bucket, Manifest
 from stiv_deploy.runtime.errors import EngineError
 from stiv_deploy.runtime.progress import Progress, unheard
@@ -97,9 +97,12 @@ def _kind(manifest: Manifest, graph: str) -> str:
 
 
 def default_graphs(manifest: Manifest) -> list[str]:
-    """All blocks, :data:`AUDITED`, and the VAE where it has a form in 16 bits, in the bundle's order."""
-    graphs = manifest.graphs.items()
-    return [name for name, record in graphs if name in AUDITED or is_block(name) or record.reduced is not None]
+    """Blocks and their halves, :data:`AUDITED`, and the VAE where it has a form in 16 bits, in the bundle's order."""
+
+    def audited(name: str) -> bool:
+        return name in AUDITED or is_block(name) or is_half(name) or manifest.graphs[name].reduced is not None
+
+    return list(filter(audited, manifest.graphs))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +155,7 @@ class Audit:
             plan=f"{path}.plan",
             backend=self.backend,
             sm=None if sm == PORTABLE else sm,
-            profiles=(profile(manifest.graphs[graph].spec, manifest.model, bucket),),
+            profiles=(graph_profile(manifest, graph, bucket),),
             report=f"{path}.txt",
             tf32=takes_tf32(manifest, graph) and reduced is None,
         )

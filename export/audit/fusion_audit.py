@@ -13,14 +13,22 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from stiv_deploy.export.audit.layer_report import EngineLayer
-from stiv_deploy.runtime.bundle.contract import VAE_GRAPHS, Choice, Format, Frozen, Precision, is_block
+from stiv_deploy.runtime.bundle.contract import (
+    VAE_GRAPHS,
+    Choice,
+    Format,
+    Frozen,
+    Precision,
+    block_of,
+    has_layer,
+    is_block,
+)
 from stiv_deploy.runtime.bundle.manifest import Manifest, ReducedForm
 
 Activations = Literal["float32", "16-bit"]
 TABLE = "expected_fusions.json"
 TYPE_NAMES: dict[Precision, str] = {"float32": "Float", "float16": "Half", "bfloat16": "BFloat16"}
 """Types of a bundle by TensorRT's names."""
-BLOCK = "block"
 BLOCK_ATTENTION = ("spatial", "temporal", "cross")
 BLOCK_LINEARS = (
     *(f"{attention}.{part}" for attention in ("spatial", "temporal") for part in ("qkv", "out")),
@@ -103,15 +111,16 @@ def expectation(manifest: Manifest, graph: str, reduced: ReducedForm | None = No
     A graph of the VAE is float32, or of the type of its ``reduced`` form, from which it is built.
     """
     plan = manifest.quantization.layers if manifest.quantization else {}
+    owner = block_of(graph)
     mine: dict[str, Choice] = {
-        name.removeprefix(f"{graph}."): choice for name, choice in plan.items() if name.startswith(f"{graph}.")
+        name.removeprefix(f"{owner}."): choice for name, choice in plan.items() if has_layer(graph, name)
     }
     attention: dict[str, Choice] = {}
-    if is_block(graph):
-        names = [name for name in BLOCK_ATTENTION if manifest.model.temporal or name != "temporal"]
-        attention = {name: mine.pop(f"{name}.attention", "high") for name in names}
-        linears = [name for name in BLOCK_LINEARS if name.split(".")[0] in (*names, "ffn")]
-        mine = {name: mine.get(name, "high") for name in linears}
+    if is_block(owner):
+        parts = [name for name in (*BLOCK_ATTENTION, "ffn") if has_layer(graph, f"{owner}.{name}")]
+        parts = [name for name in parts if manifest.model.temporal or name != "temporal"]
+        attention = {name: mine.pop(f"{name}.attention", "high") for name in parts if name != "ffn"}
+        mine = {name: mine.get(name, "high") for name in BLOCK_LINEARS if name.split(".")[0] in parts}
     inner: Precision = "float32" if reduced is None else reduced.precision
     return Expectation(
         graph=graph,
@@ -237,12 +246,12 @@ def _product_name(layer: EngineLayer) -> str:
 
 
 def _kernel_limit(expected: Expectation) -> int | None:
-    """The table's row for this graph: :data:`BLOCK` for all blocks; None where it has none."""
-    graph = BLOCK if expected.attention else expected.graph
+    """The table's row for this graph: one for all blocks, and one for each kind of half; None where it has none."""
+    graph = expected.graph.partition("_")[0] if expected.attention else expected.graph
     key = {
         "graph": graph,
         "activations": expected.activations,
-        "quantization": expected.quantization if graph == BLOCK else None,
+        "quantization": expected.quantization if expected.attention else None,
         "attention": expected.attention.get("spatial", "high"),
         "temporal": expected.temporal,
     }

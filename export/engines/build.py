@@ -17,9 +17,9 @@ from stiv_deploy.export.engines.plan_cache import CachedPlan, PlanCache, default
 from stiv_deploy.export.engines.plugin_graphs import BuildAttention, Packaging, choose_packaging
 from stiv_deploy.export.engines.processes import BuilderProcesses
 from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.bundle.contract import Frozen, is_block
-from stiv_deploy.runtime.bundle.engine_files import graph_hash, profile, reduced_for, sm_folder, takes_tf32
-from stiv_deploy.runtime.bundle.manifest import PORTABLE, Bucket, EngineRecord, FileRecord, Manifest
+from stiv_deploy.runtime.bundle.contract import Frozen, has_layer, is_block, is_half
+from stiv_deploy.runtime.bundle.engine_files import graph_hash, graph_profile, reduced_for, sm_folder, takes_tf32
+from stiv_deploy.runtime.bundle.manifest import HALVES_REMEDY, PORTABLE, Bucket, EngineRecord, FileRecord, Manifest
 from stiv_deploy.runtime.errors import BackendError, EngineError, OutputError, few
 from stiv_deploy.runtime.pipeline.limits import memory_bytes
 from stiv_deploy.runtime.progress import Progress, unheard
@@ -31,8 +31,8 @@ FP8_SM = 89
 MOST_JOBS = 4
 MEMORY_FACTOR, BUILDER_MEMORY = 3.5, 2**28
 """A builder process needs so many times the bytes of its weights, and so many bytes besides: measured with RTX 1.7."""
-BLOCKS = "blocks"
-"""Stands for all blocks among the names of graphs."""
+BLOCKS, HALVES = "blocks", "halves"
+"""Stand for all blocks, and for all halves of blocks, among the names of graphs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ def check_fp8(manifest: Manifest, graphs: Sequence[str], sm: str) -> None:
     if manifest.quantization is None or sm == PORTABLE or int(sm) >= FP8_SM:
         return
     chosen = [name for name, choice in manifest.quantization.layers.items() if choice == "fp8"]
-    found = next((name for name in chosen if name.split(".")[0] in graphs), None)
+    found = next((name for name in chosen if any(has_layer(graph, name) for graph in graphs)), None)
     if found is not None:
         raise BackendError(
             f"SM {sm} has no FP8 arithmetic (it begins with SM {FP8_SM}) and layer {found} of this bundle is FP8; "
@@ -144,13 +144,15 @@ def choose_buckets(manifest: Manifest, names: Sequence[str]) -> list[Bucket]:
 
 
 def choose_graphs(manifest: Manifest, names: Sequence[str], default: Sequence[str] = ()) -> list[str]:
-    """The graphs called ``names``, :data:`BLOCKS` being all blocks; if empty ``default``, or all.
+    """The graphs called ``names``, :data:`BLOCKS` and :data:`HALVES` being all those; if empty ``default``, or all.
 
     Raises :class:`EngineError` for an unknown one.
     """
     known = list(manifest.graphs)
-    blocks = [name for name in known if is_block(name)]
-    chosen = dict.fromkeys(each for name in names for each in (blocks if name == BLOCKS else [name]))
+    kinds = {BLOCKS: list(filter(is_block, known)), HALVES: list(filter(is_half, known))}
+    if HALVES in names and not manifest.halves:
+        raise EngineError(f"blocks are not here as halves; {HALVES_REMEDY}")
+    chosen = dict.fromkeys(each for name in names for each in kinds.get(name) or [name])
     return known_names(list(chosen) or default, known, "graph")
 
 
@@ -225,7 +227,6 @@ class EngineBuild:
         """The job of ``graph``, to be written to ``plan``."""
         manifest, flavour, packaging = self.bundle.manifest, self.request.backend, self.packaging_of(graph)
         library = None if packaging is None else packaging.library
-        spec = manifest.graphs[graph].spec
         timing = self.cache.timing(f"{flavour}-{self.version}-sm{self.sm}") if flavour == "tensorrt" else None
         return EngineJob(
             graph=graph,
@@ -233,7 +234,7 @@ class EngineBuild:
             plan=str(plan),
             backend=flavour,
             sm=None if self.sm == PORTABLE else self.sm,
-            profiles=tuple(profile(spec, manifest.model, bucket) for bucket in self.buckets),
+            profiles=tuple(graph_profile(manifest, graph, bucket) for bucket in self.buckets),
             optimization_level=self.request.optimization_level,
             timing_cache=None if timing is None else str(timing),
             plugins=None if library is None else str(library.path),

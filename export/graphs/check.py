@@ -23,7 +23,9 @@ from stiv_deploy.runtime.bundle.contract import (
     Precision,
     TensorSpec,
     dimensions,
+    is_half,
 )
+from stiv_deploy.runtime.bundle.engine_files import SHARED, shard
 from stiv_deploy.runtime.bundle.manifest import Bucket, Range
 from stiv_deploy.runtime.pipeline.tiling import plan_tiles
 
@@ -95,8 +97,13 @@ def check_sizes(bucket: Bucket, facts: ModelFacts) -> dict[str, dict[str, int]]:
 
 
 def graph_sizes(graph: str, bucket: Bucket, facts: ModelFacts) -> dict[str, dict[str, int]]:
-    """:func:`check_sizes`, for graphs of pictures cut to pieces of :data:`VAE_PIXELS`, which the runtime cuts too."""
+    """:func:`check_sizes`, for graphs of pictures cut to pieces of :data:`VAE_PIXELS`, which the runtime cuts too.
+
+    Halves of blocks are checked at the smallest shard besides.
+    """
     sizes = check_sizes(bucket, facts)
+    if is_half(graph):
+        return sizes | {"smallest shard": sizes["typical"] | shard(facts, SHARED[graph.partition("_")[0]], 1)}
     if graph not in PIXEL_GRAPHS:
         return sizes
     return {which: plan_tiles(facts, bucket, dims, pixels=VAE_PIXELS).piece(facts) for which, dims in sizes.items()}

@@ -197,7 +197,8 @@ class _Answers:
     @cached_property
     def _simulated_wide(self) -> Mapping[str, nn.Module]:
         """Its graphs' modules."""
-        return graph_modules(replace(self.writer.checkpoint, model=self._simulated_wide_model))
+        simulated = replace(self.writer.checkpoint, model=self._simulated_wide_model)
+        return graph_modules(simulated, halves=self.writer.halves)
 
 
 def _largest(gates: Iterable[Sequence[float]]) -> list[float]:

@@ -7,13 +7,13 @@ whatever the contract keeps in float32 is cast at the boundary, inside.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from stiv_deploy.runtime.bundle.contract import FRAMES, ModelFacts, block_names
+from stiv_deploy.runtime.bundle.contract import FRAMES, ModelFacts, block_names, half_names
 from stiv_deploy.stiv_ref.block import RopeTables, StivBlock
 from stiv_deploy.stiv_ref.checkpoint import AnyTextEncoder, AnyVae, Checkpoint, CheckpointConfig
 from stiv_deploy.stiv_ref.guidance import NORM_FLOOR
@@ -191,6 +191,40 @@ class BlockGraph(nn.Module):
         return self.source(x, modulation, text_k, text_v, text_mask.to(x.dtype), tables)
 
 
+class SpatialGraph(nn.Module):
+    """``spatial_00``, ...: the first half of a block. What the other half alone needs is not in its graph."""
+
+    def __init__(self, source: StivBlock) -> None:
+        super().__init__()
+        self.source = source
+
+    def forward(self, x: Tensor, modulation: Tensor, spatial_cos: Tensor, spatial_sin: Tensor) -> Tensor:
+        """[B, T', S, D] of some of the frames -> [B, T', S, D]."""
+        return self.source.spatial_half(x, modulation, rope_of(x.dtype, spatial_cos, spatial_sin, None, None))
+
+
+class MixedGraph(nn.Module):
+    """``mixed_00``, ...: the second half of a block."""
+
+    def __init__(self, source: StivBlock) -> None:
+        super().__init__()
+        self.source = source
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        text_k: Tensor,
+        text_v: Tensor,
+        text_mask: Tensor,
+        temporal_cos: Tensor,
+        temporal_sin: Tensor,
+    ) -> Tensor:
+        """[B, T', S, D] of some of the positions -> [B, T', S, D]."""
+        tables = rope_of(x.dtype, temporal_cos, temporal_sin, temporal_cos, temporal_sin)
+        return self.source.mixed_half(x, modulation, text_k, text_v, text_mask.to(x.dtype), tables)
+
+
 class HeadGraph(nn.Module):
     """``head``: tokens and condition -> velocity. ``model_input`` gives its shape only."""
 
@@ -267,16 +301,24 @@ def _norm(velocity: Tensor, given: Tensor) -> Tensor:
     return torch.where(given, 0.0, velocity).square().sum(dim=(1, 2, 3, 4), keepdim=True).sqrt()
 
 
-def graph_modules(checkpoint: Checkpoint) -> Mapping[str, nn.Module]:
+def _block_modules(model: Stiv, *, halves: bool) -> Iterator[tuple[str, nn.Module]]:
+    """Blocks by name, with ``halves`` each followed by its own."""
+    count = len(model.blocks)
+    for block, name, (spatial, mixed) in zip(_blocks(model), block_names(count), half_names(count), strict=True):
+        yield name, BlockGraph(block)
+        if halves:
+            yield from ((spatial, SpatialGraph(block)), (mixed, MixedGraph(block)))
+
+
+def graph_modules(checkpoint: Checkpoint, *, halves: bool = False) -> Mapping[str, nn.Module]:
     """All graphs of a checkpoint by the contract's names, in running order, sharing the checkpoint's parameters."""
     model = checkpoint.model
-    blocks = zip(block_names(len(model.blocks)), _blocks(model), strict=True)
     return {
         "text_encoder": TextEncoderGraph(checkpoint.text_encoder),
         "text_kv": TextKVGraph(model),
         "image_encoder": ImageEncoderGraph(checkpoint.vae),
         "embed": EmbedGraph(model),
-        **{name: BlockGraph(block) for name, block in blocks},
+        **dict(_block_modules(model, halves=halves)),
         "head": HeadGraph(model),
         "step": StepGraph(),
         "decoder": DecoderGraph(checkpoint.vae),

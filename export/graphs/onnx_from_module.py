@@ -186,10 +186,17 @@ def write_graph(template: Template, tensors: Mapping[str, Tensor], folder: Path,
     return _write_model(template, folder / f"{name}.onnx", data)
 
 
-def write_second_form(template: Template, first: Template, folder: Path, name: str) -> WrittenGraph:
-    """Write ``folder/<name>.onnx``, another graph over the very parameters that ``first`` was just written with."""
-    written, own = first.model.graph.initializers, template.model.graph.initializers
-    assert set(template.parameters) == set(first.parameters), f"{name}: other parameters than the first form's"
+def write_second_form(
+    template: Template, first: Template, folder: Path, name: str, *, part: bool = False
+) -> WrittenGraph:
+    """Write ``folder/<name>.onnx``, another graph over the very parameters that ``first`` was just written with.
+
+    All of them, or with ``part`` some.
+    """
+    written, own, some = first.model.graph.initializers, template.model.graph.initializers, set(template.parameters)
+    fits = some <= set(first.parameters) if part else some == set(first.parameters)
+    assert fits, f"{name}: other parameters than the first form's"
+    assert template.transposed == first.transposed & some, f"{name}: weights lie otherwise than in the first form"
     for parameter in template.parameters:
         value = own[parameter]
         like = written[parameter]

@@ -20,7 +20,7 @@ from stiv_deploy.calibration.plan import PrecisionPlan, default_plan, load_plan
 from stiv_deploy.calibration.scales import Scales, check_fits, load_scales, scale_of
 from stiv_deploy.export.errors import ExportError
 from stiv_deploy.export.graphs.onnx_from_module import parameters_of
-from stiv_deploy.runtime.bundle.contract import Format
+from stiv_deploy.runtime.bundle.contract import Format, has_layer
 from stiv_deploy.runtime.bundle.manifest import QuantizationRecord
 from stiv_deploy.runtime.files import sha256
 from stiv_deploy.stiv_ref.checkpoint import CheckpointFolder
@@ -109,7 +109,7 @@ def graph_scheme(quantization: Quantization, config: StivConfig, graph: str) -> 
     first: dict[float, str] = {}
     schemes = []
     for layer in model_layers(config):
-        if layer.graph != graph or not quantization.plan.quantized(layer.name):
+        if not has_layer(graph, layer.name) or not quantization.plan.quantized(layer.name):
             continue
         scheme = LayerScheme(module=module_of(layer), kind=layer.kind, format=quantization.format)
         if layer.kind == "linear":

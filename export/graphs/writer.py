@@ -31,8 +31,10 @@ from stiv_deploy.runtime.bundle.contract import (
     ModelFacts,
     Precision,
     Reduced,
+    block_of,
     graph_specs,
     is_block,
+    is_half,
 )
 from stiv_deploy.runtime.bundle.engine_files import Attention
 from stiv_deploy.runtime.bundle.manifest import Bucket, FileRecord, GraphRecord, PluginForm, ReducedForm
@@ -49,7 +51,8 @@ class GraphWriter:
     """Writes the graphs of ``checkpoint`` into ``folder``, in ``precision`` and 8 bits where ``quantization`` says so.
 
     The blocks share one trace, and blocks with equal plans one quantized template. With ``attention`` ``plugin`` each
-    block has a second file with plugin nodes, with a ``vae_precision`` of 16 bits each graph of the VAE one in it.
+    block has a second file with plugin nodes, with a ``vae_precision`` of 16 bits each graph of the VAE one in it. With
+    ``halves`` each block has graphs of its halves, which are written after it and read its weights.
     """
 
     def __init__(
@@ -60,6 +63,8 @@ class GraphWriter:
         quantization: Quantization | None = None,
         attention: Attention = "native",
         vae_precision: Precision = "float32",
+        *,
+        halves: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.folder = folder
@@ -68,8 +73,10 @@ class GraphWriter:
         self.attention = attention
         self.vae_precision = vae_precision
         self.facts = model_facts(checkpoint.config)
-        self.specs = graph_specs(self.facts, precision)
-        self.modules = graph_modules(checkpoint)
+        self.halves = halves
+        self.specs = graph_specs(self.facts, precision, halves=halves)
+        self.modules = graph_modules(checkpoint, halves=halves)
+        self._weights: dict[str, FileRecord | None] = {}
         self._templates: dict[tuple[str, tuple[LayerScheme, ...], Attention], Template] = {}
         self._checked: set[str] = set()
 
@@ -88,12 +95,18 @@ class GraphWriter:
         return records
 
     def write(self, name: str) -> GraphRecord:
-        """Write one graph, check its structure, and return its record, paths relative to the bundle."""
+        """Write one graph, check its structure, and return its record, paths relative to the bundle.
+
+        A half is written after its block, before the next one.
+        """
+        if is_half(name):
+            return self._write_half(name)
         scheme = self._scheme(name)
         amax = None if self.quantization is None else self.quantization.scales.amax
         tensors = StoredTensors(self.modules[name], name, self._dtype(name), scheme, amax)
         native = self._template(name, scheme, "native")
         record = write_checked(native, tensors, self.folder, name, self.specs[name])
+        self._weights = {name: record.data}
         if name in VAE_GRAPHS and self.vae_precision != "float32":
             return record.model_copy(update={"reduced": self._reduced_form(native, name, self.vae_precision)})
         if self.attention == "native" or not is_block(name):
@@ -101,10 +114,25 @@ class GraphWriter:
         plugin = self._plugin_form(native, self._template(name, scheme, "plugin"), name)
         return record.model_copy(update={"plugin": plugin})
 
+    def _write_half(self, name: str) -> GraphRecord:
+        """Write the graph of a half, over the data file that its block was just written with."""
+        block, scheme = block_of(name), self._scheme(name)
+        first = self._template(block, self._scheme(block), "native")
+        written = write_second_form(self._template(name, scheme, "native"), first, self.folder, name, part=True)
+        check_structure(self.folder, name, self.specs[name])
+        record = GraphRecord(
+            file=_inside(written.file), data=self._weights[block], topology=written.topology, spec=self.specs[name]
+        )
+        if self.attention == "native":
+            return record
+        return record.model_copy(
+            update={"plugin": self._plugin_form(first, self._template(name, scheme, "plugin"), name)}
+        )
+
     def _plugin_form(self, native: Template, template: Template, name: str) -> PluginForm:
         """Write the second file of a graph, over the data file that ``native`` was just written with."""
         form = plugin_file(name)
-        written = write_second_form(template, native, self.folder, form)
+        written = write_second_form(template, native, self.folder, form, part=is_half(name))
         check_structure(self.folder, form, self.specs[name])
         return PluginForm(
             file=_inside(written.file), topology=written.topology, plugins=plugin_names(template.model.graph)
@@ -172,8 +200,8 @@ class GraphWriter:
         return torch.float32 if name in FLOAT32_GRAPHS else self.dtype
 
     def _template(self, name: str, scheme: tuple[LayerScheme, ...], attention: Attention) -> Template:
-        """The template of a graph, made when first asked for; blocks are one kind of graph."""
-        kind = "block" if is_block(name) else name
+        """The template of a graph, made when first asked for; blocks are one kind of graph, as are halves of each."""
+        kind = name.partition("_")[0] if is_block(name) or is_half(name) else name
         plain, wanted = (kind, (), attention), (kind, scheme, attention)
         if plain not in self._templates:
             module = self.plain(name)
@@ -207,7 +235,7 @@ class GraphWriter:
 
     @cached_property
     def _simulated(self) -> Mapping[str, nn.Module]:
-        return graph_modules(replace(self.checkpoint, model=self.simulated_model))
+        return graph_modules(replace(self.checkpoint, model=self.simulated_model), halves=self.halves)
 
 
 def in_precision(module: Module, dtype: torch.dtype) -> Module:

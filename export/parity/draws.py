@@ -17,6 +17,7 @@ from stiv_deploy.export.parity.lean import OneAtATime, only
 from stiv_deploy.export.parity.oracle import Oracle, Tensors
 from stiv_deploy.export.parity.requests import Request
 from stiv_deploy.export.precision import torch_dtype
+from stiv_deploy.runtime.bundle.contract import has_layer
 from stiv_deploy.runtime.bundle.manifest import Manifest
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.sampler import SamplingInputs, sample
@@ -34,7 +35,8 @@ class Draws:
         assert record is not None
         plan = PrecisionPlan(quantization=record.format, model=manifest.model.name, layers=dict(record.layers))
         dtype = torch_dtype(manifest.precision)
-        self.graphs = {name.partition(".")[0] for name in plan.layers if plan.quantized(name)}
+        self._layers = [name for name in plan.layers if plan.quantized(name)]
+        self.graphs = {name.partition(".")[0] for name in self._layers}
         """Graphs with layers in 8 bits."""
         self.wiggle = WIGGLE[manifest.precision]
 
@@ -43,6 +45,10 @@ class Draws:
 
         self.plain = made(lambda source: quantized_oracle(source, dtype, scales, plan))
         self.wide = made(lambda source: wide_oracle(source, dtype, scales, plan))
+
+    def judge(self, graph: str) -> bool:
+        """Whether ``graph``, which may be a half of a block, has layers in 8 bits."""
+        return any(has_layer(graph, layer) for layer in self._layers)
 
     def _wiggled(self, value: Tensor, seed: int) -> Tensor:
         """``value`` with relative changes uniform within :data:`WIGGLE`."""

@@ -114,7 +114,8 @@ def failures(
     for name in backends:
         with open_backend(name, bundle, quarantined=True) as backend:
             ladder = Ladder(backend, bundle, sides, news)
-            for graph, inputs in probe(sides.truth, request, bundle.manifest.model.blocks):
+            blocks, halves = bundle.manifest.model.blocks, bundle.manifest.halves
+            for graph, inputs in probe(sides.truth, request, blocks, halves=halves):
                 news.next(f"{name}: {graph}")
                 given = ladder.as_given(graph, inputs)
                 found = ladder.graph(graph, given, ladder.dims(request))

@@ -37,7 +37,7 @@ from stiv_deploy.export.precision import torch_dtype
 from stiv_deploy.runtime.backends import open_backend
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.bundle.contract import FRAMES, VAE_GRAPHS, Precision, dimensions, graph_specs, is_block
+from stiv_deploy.runtime.bundle.contract import FRAMES, VAE_GRAPHS, Precision, block_of, dimensions, is_block
 from stiv_deploy.runtime.bundle.manifest import ParityRow
 from stiv_deploy.runtime.pipeline.images import frames_from_video
 from stiv_deploy.runtime.progress import Progress, unheard
@@ -197,7 +197,7 @@ class Ladder:
 
     def execute(self, graph: str, inputs: Mapping[str, Tensor], dims: dict[str, int]) -> Tensors:
         """Run one graph of the bundle on host tensors."""
-        spec = graph_specs(self.manifest.model, self.precision)[graph]
+        spec = self.manifest.specs[graph]
         buffers = {}
         for tensor in spec.inputs:
             buffers[tensor.name] = self.backend.empty(tensor.sized(dims), tensor.dtype)
@@ -208,7 +208,7 @@ class Ladder:
 
     def graphs(self, request: Request) -> None:
         """Levels op and block: every graph alone, on inputs that the oracle really feeds it half-way through a run."""
-        for graph, inputs in probe(self.truth, request, self.manifest.model.blocks):
+        for graph, inputs in probe(self.truth, request, self.manifest.model.blocks, halves=self.manifest.halves):
             self.news.next(f"{self.backend.name}: {graph}")
             self.graph(graph, self.as_given(graph, inputs), self.dims(request))
 
@@ -216,10 +216,10 @@ class Ladder:
         """The rows of one graph, a block or an op, on ``given`` inputs of the contract's types."""
         before = len(self.rows)
         truth = self.truth.run(graph, given)
-        quantized = self.draws is not None and graph in self.draws.graphs
+        quantized = self.draws is not None and self.draws.judge(graph)
         draws = self.draws.graph(graph, given) if self.draws is not None and quantized else []
         plain = {} if quantized else self.plain.run(graph, given)
-        level = "block" if is_block(graph) else "op"
+        level = "block" if is_block(block_of(graph)) else "op"
         for name, got in self.execute(graph, given, dims).items():
             label = graph if level == "block" else f"{graph}.{name}"
             if quantized:
@@ -230,7 +230,7 @@ class Ladder:
 
     def as_given(self, graph: str, inputs: Mapping[str, Tensor]) -> Tensors:
         """``inputs`` rounded to the types of the contract, which all three sides then start from."""
-        spec = graph_specs(self.manifest.model, self.precision)[graph]
+        spec = self.manifest.specs[graph]
         types = {tensor.name: getattr(torch, tensor.dtype) for tensor in spec.inputs}
         return {name: inputs[name].to(dtype).contiguous() for name, dtype in types.items()}
 

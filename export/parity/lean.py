@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from stiv_deploy.export.graphs.modules import graph_modules, part
 from stiv_deploy.export.parity.oracle import Oracle, Tensors
 from stiv_deploy.export.parity.requests import Request
-from stiv_deploy.runtime.bundle.contract import block_names, is_block
+from stiv_deploy.runtime.bundle.contract import block_names, block_of, is_block
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.sampler import SamplingInputs
@@ -34,10 +34,11 @@ def _model_part(checkpoint: Checkpoint, graph: str) -> Stiv:
         view: Stiv = graph_modules(checkpoint)[graph].source  # type: ignore[assignment]
     else:
         view = part(checkpoint.model)
-    if is_block(graph):
+    owner = block_of(graph)
+    if is_block(owner):
         names = block_names(len(checkpoint.model.blocks))
         blocks = zip(names, checkpoint.model.blocks, strict=True)
-        view.blocks = nn.ModuleList(block if name == graph else nn.Identity() for name, block in blocks)
+        view.blocks = nn.ModuleList(block if name == owner else nn.Identity() for name, block in blocks)
     elif graph != "text_kv":
         view.blocks = nn.ModuleList()
     return view

@@ -69,7 +69,7 @@ class Modules:
 
     def __init__(self, cut: CutGraph, graph: str, given: Tensors, sides: Sides, precision: Precision) -> None:
         self.cut, self.graph, self.given, self.precision = cut, graph, given, precision
-        self._draws = sides.draws if sides.draws is not None and graph in sides.draws.graphs else None
+        self._draws = sides.draws if sides.draws is not None and sides.draws.judge(graph) else None
         self._truth, self._plain = (alone(side, graph) for side in (sides.truth, sides.plain))
         self.cuts, self.forced = self._forced(alone(self._draws.wide, graph) if self._draws else self._truth)
         self._exact = self._judges()

@@ -5,15 +5,16 @@ reference's own functions, not the modules that export traces, so that a mistake
 """
 
 import copy
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from stiv_deploy.export.graphs.reference import Boundary
-from stiv_deploy.runtime.bundle.contract import LATE, block_names
-from stiv_deploy.stiv_ref.block import RopeTables
+from stiv_deploy.runtime.bundle.contract import LATE, block_names, half_names
+from stiv_deploy.stiv_ref.block import RopeTables, StivBlock
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.conditioning import noise_frames, replace_frames
 from stiv_deploy.stiv_ref.guidance import cfg_renorm
@@ -50,6 +51,7 @@ class Oracle:
             "image_encoder": lambda i: {"latents": self.vae.encode(i["video"].to(self._vae_dtype))},
             "embed": self._embed,
             **{name: self._block(index) for index, name in enumerate(block_names(len(self.model.blocks)))},
+            **dict(self._halves()),
             "head": self._head,
             "step": guided_step,
             "decoder": lambda i: {"video": self.vae.decode(i["latents"].to(self._vae_dtype))},
@@ -119,6 +121,21 @@ class Oracle:
             return {"x_out": self.model.blocks[index](*given, self._rope(inputs))}
 
         return run
+
+    def _halves(self) -> Iterator[tuple[str, GraphFunction]]:
+        for index, (spatial, mixed) in enumerate(half_names(len(self.model.blocks))):
+            yield spatial, partial(self._spatial_half, index)
+            yield mixed, partial(self._mixed_half, index)
+
+    def _spatial_half(self, index: int, inputs: Mapping[str, Tensor]) -> Tensors:
+        block = cast(StivBlock, self.model.blocks[index])
+        return {"x_out": block.spatial_half(inputs["x"], inputs["modulation"], self._rope(inputs))}
+
+    def _mixed_half(self, index: int, inputs: Mapping[str, Tensor]) -> Tensors:
+        names = ("x", "modulation", "text_k", "text_v", "text_mask")
+        x, modulation, k, v, mask = (inputs[name] for name in names)
+        block = cast(StivBlock, self.model.blocks[index])
+        return {"x_out": block.mixed_half(x, modulation, k, v, mask, self._rope(inputs))}
 
     def _head(self, inputs: Mapping[str, Tensor]) -> Tensors:
         patches = self.model.head(inputs["x"], inputs["condition"])

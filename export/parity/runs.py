@@ -10,14 +10,17 @@ from stiv_deploy.export.parity.oracle import Oracle, Tensors
 from stiv_deploy.export.parity.requests import Request
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.bundle.contract import block_names
+from stiv_deploy.runtime.bundle.contract import block_names, half_names
 from stiv_deploy.runtime.sampling.denoiser import Denoiser
 from stiv_deploy.runtime.sampling.engine import StepEngine
 from stiv_deploy.runtime.sampling.text_stage import TextStage, Tokens
 
 
-def probe(oracle: Oracle, request: Request, blocks: int) -> Iterator[tuple[str, Tensors]]:
-    """Every graph of the contract with its inputs as they are half-way through ``request``, computed by ``oracle``."""
+def probe(oracle: Oracle, request: Request, blocks: int, *, halves: bool = False) -> Iterator[tuple[str, Tensors]]:
+    """Every graph of the contract with its inputs as they are half-way through ``request``, computed by ``oracle``.
+
+    Of a bundle with ``halves`` these too.
+    """
     inputs = oracle.sampling_inputs(request)
     clean, noise, mask = inputs.clean, inputs.noise, inputs.frame_mask
     count, half = request.branches, 0.5
@@ -43,6 +46,10 @@ def probe(oracle: Oracle, request: Request, blocks: int) -> Iterator[tuple[str, 
     for index, name in enumerate(block_names(blocks)):
         given = {"x": x, **fixed, "text_k": kv["text_k"][index], "text_v": kv["text_v"][index]}
         yield name, given
+        if halves:
+            spatial, mixed = half_names(blocks)[index]
+            yield spatial, given
+            yield mixed, {**given, "x": oracle.run(spatial, given)["x_out"]}
         x = oracle.run(name, given)["x_out"]
     head = {"x": x, "condition": state["condition"], "model_input": model_input}
     yield "head", head

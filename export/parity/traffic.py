@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stiv_deploy.export.parity.lean import IN_MODEL
 from stiv_deploy.export.parity.oracle import Oracle, Tensors
-from stiv_deploy.runtime.bundle.contract import block_names, is_block
+from stiv_deploy.runtime.bundle.contract import block_names, block_of, is_block
 
 
 class Forced(NamedTuple):
@@ -35,9 +35,9 @@ class Traffic:
 
 def root_of(oracle: Oracle, graph: str) -> nn.Module | None:
     """The module of the reference whose children's names are those in ``graph``; None for one without modules."""
-    if is_block(graph):
+    if is_block(block_of(graph)):
         blocks = oracle.model.blocks
-        return blocks[block_names(len(blocks)).index(graph)]
+        return blocks[block_names(len(blocks)).index(block_of(graph))]
     if graph in ("image_encoder", "decoder"):
         return oracle.vae
     return {"text_encoder": oracle.text_encoder, **dict.fromkeys(IN_MODEL, oracle.model)}.get(graph)

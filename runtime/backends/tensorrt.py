@@ -25,7 +25,7 @@ from stiv_deploy.runtime.backends.engine_choice import (
 )
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import DType
-from stiv_deploy.runtime.bundle.engine_files import buckets_holding, engines_hash
+from stiv_deploy.runtime.bundle.engine_files import buckets_holding, engines_hash, unbuilt
 from stiv_deploy.runtime.bundle.manifest import EngineRecord
 from stiv_deploy.runtime.errors import BackendError, CaptureError, EngineError
 from stiv_deploy.runtime.plugins.tensorrt_plugins import load_plugins, plugin_library
@@ -190,12 +190,12 @@ class TensorRTBackend(Backend):
         self._closed = False
 
     def _checked_records(self, sm: str) -> dict[tuple[str, str], EngineRecord]:
-        """Engine records by graph and bucket; every graph must have one for at least one bucket."""
+        """Engine records by graph and bucket; every graph must have one for at least one bucket, blocks or halves."""
         manifest = self._bundle.manifest
         records = engine_records(manifest, self._flavour, sm)
         for record in records:
             check_engine(record, manifest, self._trt.__version__)
-        missing = sorted(manifest.graphs.keys() - {record.graph for record in records})
+        missing = unbuilt(manifest, {record.graph for record in records})
         if missing:
             remedy = build_command(self._flavour, records[0].sm)
             raise EngineError(f"no {TITLES[self._flavour]} engine for {', '.join(missing)}; {remedy}")
@@ -220,8 +220,12 @@ class TensorRTBackend(Backend):
         for bucket in buckets:
             if (graph, bucket) in self._records:
                 return self._records[graph, bucket]
-        sizes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
         have = ", ".join(sorted(bucket for name, bucket in self._records if name == graph))
+        if not have:
+            raise EngineError(
+                f"no {TITLES[self._flavour]} engine for {graph}; {build_command(self._flavour, self._cuda.device.sm)}"
+            )
+        sizes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
         raise EngineError(
             f"graph {graph} has engines for the buckets {have}, not for {sizes} "
             f"(it lies in {', '.join(buckets) or 'no bucket'}); {build_command(self._flavour, self._cuda.device.sm)}"

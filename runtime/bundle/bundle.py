@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from stiv_deploy.runtime.bundle.contract import FRAMES, GraphSpec, graph_specs
+from stiv_deploy.runtime.bundle.contract import FRAMES, GraphSpec, block_of
 from stiv_deploy.runtime.bundle.faults import fault_text
 from stiv_deploy.runtime.bundle.manifest import (
     FORMAT_VERSION,
@@ -90,7 +90,7 @@ def _differences(found: GraphSpec, wanted: GraphSpec) -> Iterator[str]:
 
 def check_contract(path: Path, manifest: Manifest) -> None:
     """Compare the graphs of ``manifest`` (read from ``path``) with the contract; raises :class:`BundleError`."""
-    wanted = graph_specs(manifest.model, manifest.precision)
+    wanted = manifest.specs
     for what, names in (
         ("missing", [name for name in wanted if name not in manifest.graphs and name != FRAMES]),
         ("unknown", [name for name in manifest.graphs if name not in wanted]),
@@ -117,7 +117,7 @@ def _misnamed(name: str, record: GraphRecord) -> Iterator[str]:
     plugin, reduced = record.plugin, record.reduced
     for file, wanted in (
         (record.file, f"{name}.onnx"),
-        (record.data, f"{name}.onnx.data"),
+        (record.data, f"{block_of(name)}.onnx.data"),
         (None if plugin is None else plugin.file, f"{name}.plugin.onnx"),
         (None if reduced is None else reduced.file, f"{name}.{reduced and reduced.precision}.onnx"),
     ):

@@ -166,6 +166,33 @@ def is_block(graph: str) -> bool:
     return graph.startswith("block_")
 
 
+HALVES = ("spatial", "mixed")
+"""What a block is cut into for several devices: attention in space, and all that follows it."""
+
+
+def half_names(blocks: int) -> list[tuple[str, str]]:
+    """Graph names of the halves of each block, in order: ``spatial_00`` and ``mixed_00``, ..."""
+    return [(f"spatial_{index:02d}", f"mixed_{index:02d}") for index in range(blocks)]
+
+
+def is_half(graph: str) -> bool:
+    """Whether ``graph`` is one of :func:`half_names`."""
+    return graph.partition("_")[0] in HALVES
+
+
+def block_of(graph: str) -> str:
+    """The block that ``graph`` is a half of; of any other graph itself."""
+    return f"block_{graph.partition('_')[2]}" if is_half(graph) else graph
+
+
+def has_layer(graph: str, layer: str) -> bool:
+    """Whether ``layer``, by its name in a plan (``block_00.spatial.qkv``), is one of ``graph``."""
+    owner, _, module = layer.partition(".")
+    if owner != block_of(graph) or not is_half(graph):
+        return owner == graph
+    return (module.partition(".")[0] == HALVES[0]) == graph.startswith(HALVES[0])
+
+
 def dimensions(
     model: ModelFacts, *, batch: int, model_batch: int, video_frames: int, height: int, width: int, text_tokens: int
 ) -> dict[str, int]:
@@ -199,8 +226,12 @@ def late_inputs(student: Student | None) -> tuple[str, ...]:
     return LATE if student.flow_map else LATE[:1]
 
 
-def graph_specs(model: ModelFacts, precision: Precision) -> dict[str, GraphSpec]:
-    """The contract: every graph of a bundle of this model in this precision, blocks included, in running order."""
+def graph_specs(model: ModelFacts, precision: Precision, *, halves: bool = False) -> dict[str, GraphSpec]:
+    """The contract: every graph of a bundle of this model in this precision, blocks included, in running order.
+
+    With ``halves`` each block is followed by its two halves, which a bundle has all or none of. They have the block's
+    tensors, each those that it reads, of some of the frames (``spatial``) or some of the positions (``mixed``).
+    """
     half = model.head_dim // 2
     latent_size = ("frames", model.latent_channels, "latent_height", "latent_width")
     rows, text = ("model_batch", "text_tokens"), ("text_tokens", model.head_dim)
@@ -228,18 +259,19 @@ def graph_specs(model: ModelFacts, precision: Precision) -> dict[str, GraphSpec]
     temporal = [host("temporal_cos", "token_frames", half), host("temporal_sin", "token_frames", half)] * model.temporal
     student = [host(name, "model_batch") for name in late_inputs(model.student)]
     all_heads = (model.blocks, "model_batch", model.heads, *text)
-    block = graph(
-        [
-            device("x", *tokens),
-            modulation,
-            device("text_k", "model_batch", model.heads, *text),
-            device("text_v", "model_batch", model.heads, *text),
-            host("text_mask", "model_batch", 1, 1, "text_tokens"),
-            *spatial,
-            *temporal,
-        ],
-        [device("x_out", *tokens)],
-    )
+    state = [device("x", *tokens), modulation]
+    words = [
+        device("text_k", "model_batch", model.heads, *text),
+        device("text_v", "model_batch", model.heads, *text),
+        host("text_mask", "model_batch", 1, 1, "text_tokens"),
+    ]
+    x_out = [device("x_out", *tokens)]
+    block = graph([*state, *words, *spatial, *temporal], x_out)
+    pair = (graph([*state, *spatial], x_out), graph([*state, *words, *temporal], x_out))
+    blocks = dict.fromkeys(block_names(model.blocks), block)
+    if halves:
+        both = zip(block_names(model.blocks), half_names(model.blocks), strict=True)
+        blocks = {name: spec for one, two in both for name, spec in zip((one, *two), (block, *pair), strict=True)}
     return {
         "text_encoder": graph(
             [other("token_ids", "int64", *rows), other("token_mask", "int64", *rows)], [states, pooled]
@@ -258,7 +290,7 @@ def graph_specs(model: ModelFacts, precision: Precision) -> dict[str, GraphSpec]
             ],
             [device("x", *tokens), modulation, condition],
         ),
-        **dict.fromkeys(block_names(model.blocks), block),
+        **blocks,
         "head": graph([device("x", *tokens), condition, model_input], [host("velocity", "model_batch", *latent_size)]),
         "step": graph(
             [

@@ -4,10 +4,10 @@ Shared by the build, which writes the records, and the runtime, which believes t
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Literal
 
-from stiv_deploy.runtime.bundle.contract import VAE_GRAPHS, GraphSpec, ModelFacts
+from stiv_deploy.runtime.bundle.contract import HALVES, VAE_GRAPHS, GraphSpec, ModelFacts, is_block, is_half
 from stiv_deploy.runtime.bundle.manifest import PORTABLE, Bucket, EngineRecord, GraphRecord, Manifest, ReducedForm
 
 Shape = tuple[int, ...]
@@ -71,11 +71,47 @@ def profile(spec: GraphSpec, model: ModelFacts, bucket: Bucket) -> dict[str, tup
     return {tensor.name: (tensor.sized(low), tensor.sized(typical), tensor.sized(high)) for tensor in spec.inputs}
 
 
+def unbuilt(manifest: Manifest, built: Collection[str]) -> list[str]:
+    """Graphs that lack an engine where ``built`` have one: of blocks and halves one kind is enough."""
+    lacking = [name for name in sorted(manifest.graphs) if name not in built]
+    blocks, halves = list(filter(is_block, lacking)), list(filter(is_half, lacking))
+    spare = {*blocks, *halves} if not (blocks and halves) and manifest.halves else set(halves)
+    return [name for name in lacking if name not in spare]
+
+
+TYPICAL_SHARDS = 4
+"""Shards that engines of halves are tuned for: those of eight devices where guidance is split first, or of four."""
+SHARED = {"embed": "token_frames", HALVES[0]: "token_frames", HALVES[1]: "tokens", "head": "token_frames"}
+"""Which tokens are shared out among devices, by what a graph's name begins with."""
+
+
+def graph_profile(manifest: Manifest, graph: str, bucket: Bucket) -> dict[str, tuple[Shape, Shape, Shape]]:
+    """Smallest, typical and largest shape of every input of ``graph`` in ``bucket``.
+
+    Where blocks are there as halves, what devices share the tokens of goes down to the smallest shard, one frame or one
+    position; halves are tuned for :data:`TYPICAL_SHARDS` shards.
+    """
+    spec, model = manifest.graphs[graph].spec, manifest.model
+    kind = graph.partition("_")[0]
+    if not manifest.halves or kind not in SHARED:
+        return profile(spec, model, bucket)
+    low, typical, high = (bucket.dims(model, which) for which in ("min", "typical", "max"))
+    low |= shard(model, SHARED[kind], 1)
+    if kind in HALVES:
+        typical |= shard(model, SHARED[kind], -(-typical[SHARED[kind]] // TYPICAL_SHARDS))
+    return {tensor.name: (tensor.sized(low), tensor.sized(typical), tensor.sized(high)) for tensor in spec.inputs}
+
+
+def shard(model: ModelFacts, symbol: str, size: int) -> dict[str, int]:
+    """Values of the symbols that a shard of so many ``token_frames`` or ``tokens`` changes."""
+    return {symbol: size, "frames": size * model.patch[0]} if symbol == "token_frames" else {symbol: size}
+
+
 def buckets_holding(manifest: Manifest, graph: str, shapes: dict[str, Shape]) -> list[str]:
     """Names of the buckets whose profile of ``graph`` allows these input shapes."""
 
     def holds(bucket: Bucket) -> bool:
-        limits = profile(manifest.graphs[graph].spec, manifest.model, bucket)
+        limits = graph_profile(manifest, graph, bucket)
         return all(
             len(shape) == len(limits[name][0])
             and all(

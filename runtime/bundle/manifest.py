@@ -31,12 +31,15 @@ from stiv_deploy.runtime.bundle.contract import (
     Precision,
     Reduced,
     dimensions,
+    graph_specs,
+    is_half,
 )
 from stiv_deploy.runtime.bundle.tuned import SolverName, Tuned
 from stiv_deploy.runtime.tensorrt_library import Flavour
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+HALVES_REMEDY = "make the bundle again with 'stiv export CHECKPOINT --out BUNDLE --halves'"
 PORTABLE = "portable"
 """The ``sm`` of an engine that is not bound to one GPU architecture."""
 
@@ -241,7 +244,7 @@ class Manifest(Frozen):
     model: ModelFacts
     sampling: SamplingDefaults
     buckets: tuple[Bucket, ...] = Field(min_length=1, max_length=1_000)
-    graphs: dict[Name, GraphRecord] = Field(max_length=2 * BLOCK_LIMIT)
+    graphs: dict[Name, GraphRecord] = Field(max_length=4 * BLOCK_LIMIT)
     tokenizer: FileRecord
     checkpoint: Digest
     """SHA-256 over the checkpoint's files."""
@@ -275,6 +278,16 @@ class Manifest(Frozen):
         return own if grid is None else own.model_copy(update=grid.model_dump(include=names))
 
     @property
+    def halves(self) -> bool:
+        """Whether blocks are also there as halves, which several devices share the work of a clip by."""
+        return any(map(is_half, self.graphs))
+
+    @property
+    def specs(self) -> dict[str, GraphSpec]:
+        """The contract of this bundle's graphs, those included that others may lack."""
+        return graph_specs(self.model, self.precision, halves=self.halves)
+
+    @property
     def vae_precision(self) -> Precision:
         """What engines compute the VAE in, where the GPU has the type; on a CPU it is float32."""
         reduced = self.graphs["decoder"].reduced if "decoder" in self.graphs else None
@@ -285,11 +298,12 @@ class Manifest(Frozen):
         """SHA-256 (hex) of what the bundle's results follow from: model, precision, graphs, weights and tokenizer.
 
         Not of engines, parity rows, recommended and tuned settings, previews, golden answers, buckets or the graphs'
-        second forms.
+        second forms, which the halves of blocks are too.
         """
         graphs = {
             name: [graph.file.sha256, None if graph.data is None else graph.data.sha256]
             for name, graph in sorted(self.graphs.items())
+            if not is_half(name)
         }
         facts = self.model_dump(mode="json", include={"format_version", "model", "precision"})
         if self.model.student is None:

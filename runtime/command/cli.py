@@ -269,6 +269,7 @@ def _size(count: int) -> str:
 
 def print_bundle(report: "BundleReport", console: "Console") -> None:
     """Bundle as text: facts, defaults, buckets, graphs, their forms with plugins, layers in 8 bits, engines, parity."""
+    from stiv_deploy.runtime.bundle.contract import block_of
     from stiv_deploy.runtime.command.inspection import plan_rows, plugin_rows, precision_text
 
     manifest = report.manifest
@@ -303,7 +304,7 @@ def print_bundle(report: "BundleReport", console: "Console") -> None:
         (
             (
                 name,
-                _size(graph.file.bytes + (graph.data.bytes if graph.data else 0)),
+                _size(graph.file.bytes + (graph.data.bytes if graph.data and block_of(name) == name else 0)),
                 graph.topology[:8],
                 _names(graph.spec.inputs),
                 _names(graph.spec.outputs),

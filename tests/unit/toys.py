@@ -337,7 +337,7 @@ def make_bundle(
 ) -> Path:
     """Write the bundle of ``toy`` into ``folder``, some graphs replaced by others (text and initializers)."""
     (folder / "onnx").mkdir(parents=True)
-    specs, graphs = graph_specs(facts_of(toy.student), "float32"), {}
+    specs, graphs = graph_specs(facts_of(toy.student), "float32", halves=True), {}
     for name, (text, constants) in (toy.graphs() | dict(graphs_instead or {})).items():
         file, external = f"onnx/{name}.onnx", bool(constants)
         _save(text, constants, folder / file, external)

@@ -20,7 +20,7 @@ import pytest
 from stiv_deploy.runtime.backends.cuda import Cuda
 from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend
 from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, write_manifest
-from stiv_deploy.runtime.bundle.engine_files import graph_hash, profile
+from stiv_deploy.runtime.bundle.engine_files import graph_hash, graph_profile
 from stiv_deploy.runtime.bundle.manifest import EngineRecord
 
 VERSION = "1.7.1"
@@ -379,8 +379,7 @@ def open_backend(
     bundle = Bundle.open(folder)
     manifest = bundle.manifest
     profiles = {
-        name: [profile(record.spec, manifest.model, bucket) for bucket in manifest.buckets]
-        for name, record in manifest.graphs.items()
+        name: [graph_profile(manifest, name, bucket) for bucket in manifest.buckets] for name in manifest.graphs
     }
     cudart = cudart or FakeCudart()
     trt = FakeTensorRT(cudart, profiles)
