@@ -26,7 +26,8 @@ def audit(
     graphs: Annotated[
         list[str] | None,
         typer.Option(
-            help="Graphs to audit; 'blocks' is all blocks. [default: blocks, text_kv, embed, head, step, 16-bit VAE]"
+            help="Graphs to audit; 'blocks' is all blocks, 'halves' all halves of them. "
+            "[default: both, text_kv, embed, head, step, 16-bit VAE]"
         ),
     ] = None,
     log: Annotated[

@@ -57,7 +57,8 @@ def quantization(checkpoint: Path, chosen: Format, folder: Path) -> dict[str, An
 
 
 def audited(folder: Path, *sms: str) -> AuditReport:
-    return audit_bundle(AuditRequest(bundle=folder, sms=sms, graphs=("block_00", "step"), jobs=1))
+    halves = ("spatial_00", "mixed_00") if Bundle.open(folder).manifest.halves else ()
+    return audit_bundle(AuditRequest(bundle=folder, sms=sms, graphs=("block_00", *halves, "step"), jobs=1))
 
 
 @pytest.fixture(scope="module", params=get_args(Format))
@@ -66,7 +67,13 @@ def bundle_8_bit(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_fact
     folder = tmp_path_factory.mktemp(request.param)
     files = quantization(checkpoint, request.param, folder)
     asked = ExportRequest(
-        checkpoint=checkpoint, out=folder / "bundle", precision="float16", buckets=LARGE, check=False, **files
+        checkpoint=checkpoint,
+        out=folder / "bundle",
+        precision="float16",
+        buckets=LARGE,
+        check=False,
+        halves=True,
+        **files,
     )
     return export_bundle(asked).bundle
 
