@@ -25,6 +25,10 @@ class Quarantined(BackendError):
     """A backend gave wrong results for this bundle, and is not used with it until it gives right ones."""
 
 
+class DeviceError(BackendError):
+    """One of several devices that make a clip together has stopped."""
+
+
 class CaptureError(BackendError):
     """Calls cannot be captured into one graph here; run one after another they still work."""
 

@@ -101,7 +101,10 @@ def build(
         list[str] | None, typer.Option(help="Only this size bucket, in an engine of its own; repeatable.")
     ] = None,
     graphs: Annotated[
-        list[str] | None, typer.Option(help="Only these graphs: names with commas between; 'blocks' is all blocks.")
+        list[str] | None,
+        typer.Option(
+            help="Only these: names with commas between; 'blocks' is all blocks, 'halves' all halves of them."
+        ),
     ] = None,
     jobs: Annotated[
         int | None,

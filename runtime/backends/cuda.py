@@ -19,6 +19,8 @@ import numpy as np
 from stiv_deploy.runtime.errors import BackendError, raise_interrupt
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
+ALREADY_REACHED = 704
+"""``cudaErrorPeerAccessAlreadyEnabled``."""
 INSTALL = "pip install 'stiv-deploy[gpu]' (NVIDIA's package cuda-python)"
 
 
@@ -197,6 +199,21 @@ class Cuda:
             self.use()
         self._checked(function, handle)
 
+    def event(self) -> "Event":
+        """A new event, to be recorded in a stream of this GPU and waited for in any."""
+        return Event(self)
+
+    def reach(self, other: "Cuda") -> bool:
+        """Let this GPU reach the memory of ``other`` without a way through the host, if both can; whether it does."""
+        mine, theirs = self.device.index, other.device.index
+        if mine == theirs or not int(self.call("cudaDeviceCanAccessPeer", mine, theirs)):
+            return mine == theirs
+        (status,) = self.api.cudaDeviceEnablePeerAccess(theirs, 0)
+        if int(status) not in (0, ALREADY_REACHED):
+            raise BackendError(f"GPU {mine} could not be let reach GPU {theirs} (CUDA error {int(status)})")
+        self.forget_error()
+        return True
+
     def stream(self) -> "Stream":
         """A new stream that does not wait for the default stream."""
         return Stream(self)
@@ -226,6 +243,27 @@ class PinnedMemory:
             "version": 3,
         }
         cuda.release_with(self, "cudaFreeHost", self.address)
+
+
+class Event:
+    """A point in a stream; waiting for it is waiting for all that was queued there before it was last recorded."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self.handle = cuda.call("cudaEventCreateWithFlags", cuda.api.cudaEventDisableTiming)
+        cuda.release_with(self, "cudaEventDestroy", self.handle)
+
+
+@dataclass(frozen=True)
+class Region:
+    """Planes of runs of bytes in the memory of GPU ``device``, for a copy.
+
+    ``pitch`` bytes lie from one run to the next, and ``runs`` of these from one plane to the next.
+    """
+
+    device: int
+    address: int
+    pitch: int
+    runs: int
 
 
 class Stream:
@@ -258,6 +296,24 @@ class Stream:
         """Queue a copy of ``size`` bytes within the device."""
         kind = self._cuda.api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self._cuda.call("cudaMemcpyAsync", target, source, size, kind, self._stream)
+
+    def record(self, event: Event) -> None:
+        """Let ``event`` be this point."""
+        self._cuda.call("cudaEventRecord", event.handle, self._stream)
+
+    def wait(self, event: Event) -> None:
+        """Queue nothing more before ``event``, as it was last recorded, wherever that was."""
+        self._cuda.call("cudaStreamWaitEvent", self._stream, event.handle, 0)
+
+    def copy_across(self, target: Region, source: Region, width: int, height: int, depth: int) -> None:
+        """Queue a copy of ``depth`` planes of ``height`` runs of ``width`` bytes between GPUs, or within one."""
+        api, asked = self._cuda.api, self._cuda.api.cudaMemcpy3DPeerParms()
+        asked.srcDevice, asked.dstDevice = source.device, target.device
+        asked.srcPtr, asked.dstPtr = (
+            api.make_cudaPitchedPtr(each.address, each.pitch, each.pitch, each.runs) for each in (source, target)
+        )
+        asked.extent = api.make_cudaExtent(width, height, depth)
+        self._cuda.call("cudaMemcpy3DPeerAsync", asked, self._stream)
 
     def synchronize(self) -> None:
         """Wait until all work queued here is done."""

@@ -355,6 +355,16 @@ class TensorRTBackend(Backend):
             raise CaptureError(f"no CUDA graph could be captured: {error}") from error
         return CapturedCalls(graph, calls, self._arena.memory)
 
+    @property
+    def cuda(self) -> Cuda:
+        """This backend's GPU."""
+        return self._cuda
+
+    @property
+    def stream(self) -> Stream:
+        """Where all of this backend's work is queued."""
+        return self._stream
+
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Buffer:
         """Allocate with ``cudaMalloc``; freed with the last buffer that views it."""
         memory = self._cuda.allocate(int(np.prod(shape, dtype=np.int64)) * ITEM_BYTES[dtype])

@@ -9,6 +9,7 @@ import typer
 from stiv_deploy.runtime.command.generation import check_places, default_rows, requests_from_options, upsampled_request
 from stiv_deploy.runtime.command.long_clips import UPSCALE_LIMIT, Upsample, run_long
 from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, json_text, progress_bar, table
+from stiv_deploy.runtime.errors import RequestError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -122,6 +123,24 @@ def generate(
     backend: Annotated[str | None, typer.Option(help="Backend ('stiv doctor' lists them); default: the best.")] = None,
     device: Annotated[int, typer.Option(metavar="INDEX", help="GPU, as CUDA counts them.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Several devices to make a clip together: GPUs, as 0,1,2,3, or cpu,cpu for parts of it.",
+        ),
+    ] = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORM",
+            help="How they share it: cfg2xdsp4 is 2 groups for guidance branches, of 4 that share frames and "
+            "positions. Default: guidance first.",
+        ),
+    ] = None,
+    processes: Annotated[
+        bool, typer.Option("--processes", help="A process for each of --devices; default: a thread.")
+    ] = False,
     decode_tile: Annotated[
         int | None,
         typer.Option(
@@ -157,6 +176,7 @@ def generate(
 
     stiv generate bundle --prompt "a red star moving left" --out star.mp4
     stiv generate bundle --request star.mp4 --out again.mp4
+    stiv generate bundle --prompt "a red star moving left" --out star.mp4 --devices 0,1,2,3
     """
     from stiv_deploy.runtime.pipeline.media import check_output
     from stiv_deploy.runtime.pipeline.stage import ClipsRequest, make_clips
@@ -164,6 +184,8 @@ def generate(
     check_json(json)
     requests, made_with = requests_from_options(context.params)
     if upsample is not None:
+        if devices is not None:
+            raise RequestError("--upsample makes its clips on one device; leave out --devices")
         check_places(context.params, check_output(out))
         run_long(upsampled_request(requests, context.params), json)
         return
@@ -176,6 +198,9 @@ def generate(
         backend=backend,
         device=device,
         threads=threads,
+        devices=devices_of(devices, device),
+        parallel=parallel,
+        processes=processes,
     )
     check_places(context.params, check_output(out, asked.files))
     with progress_bar("step") as progress:
@@ -183,6 +208,17 @@ def generate(
     for other in made_with - {report.output.bundle}:
         typer.echo(f"note: made with another bundle ({other[:12]}), this is {report.output.bundle[:12]}", err=True)
     answer(json, report.to_json, lambda: print_clips(report, timings))
+
+
+def devices_of(text: str | None, device: int) -> tuple[str, ...]:
+    """The devices of ``--devices``, which is not to be given with ``--device``."""
+    if text is None:
+        return ()
+    if device:
+        raise RequestError(f"--device {device} and --devices {text} are both given; give one of them")
+    from stiv_deploy.runtime.sampling.parallel.placement import parse_devices
+
+    return parse_devices(text)
 
 
 def print_clips(report: "ClipsReport", timings: bool = False) -> None:

@@ -1,18 +1,20 @@
 """The VAE of a pipeline: given pictures to latents, latents to frames."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from stiv_deploy.runtime.backends.base import Backend
+from stiv_deploy.runtime.backends.pieces import Bind
 from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.bundle.contract import FRAMES, dimensions, graph_specs
+from stiv_deploy.runtime.bundle.contract import FRAMES, dimensions
 from stiv_deploy.runtime.bundle.manifest import Bucket
 from stiv_deploy.runtime.pipeline.images import clip_from_images, frames_from_video
 from stiv_deploy.runtime.pipeline.plan import GenerationPlan, Given, VideoSize
 from stiv_deploy.runtime.pipeline.recent import Recent
-from stiv_deploy.runtime.pipeline.tiling import Bind, TiledGraph, TilePlan, plan_tiles
+from stiv_deploy.runtime.pipeline.tiling import Begin, TiledGraph, TilePlan, plan_tiles
 from stiv_deploy.runtime.sampling.hooks import GraphClock
+from stiv_deploy.runtime.sampling.parallel.team import Team
 
 KEPT_DECODERS = 2
 """Sizes whose decoder is kept; two serve a plan whose last batch is smaller than the others."""
@@ -21,14 +23,18 @@ Clean = dict[int, np.ndarray]
 
 
 class Coder:
-    """Encodes and decodes with ``backend``, in tiles where a plan's frames are large; decoders are kept."""
+    """Encodes and decodes with ``backend``, in tiles where a plan's frames are large; decoders are kept.
 
-    def __init__(self, backend: Backend, bundle: Bundle, clock: GraphClock) -> None:
+    The other devices of a ``team`` decode their share of the frames, or tiles.
+    """
+
+    def __init__(self, backend: Backend, bundle: Bundle, clock: GraphClock, team: Team | None = None) -> None:
         self._backend = backend
+        self._team = team
         self._bundle = bundle
         self._clock = clock
         self._model = bundle.manifest.model
-        self._specs = graph_specs(self._model, bundle.manifest.precision)
+        self._specs = bundle.manifest.specs
         self._decoders: Recent[TiledGraph] = Recent(KEPT_DECODERS)
 
     def free(self) -> None:
@@ -70,18 +76,26 @@ class Coder:
         """As :meth:`decoder`, one piece of work at a time: yields the same frames again and again, at last all made."""
         size = plan.size
         dims = self._dims(batch, size, size.frames)
-        tiles = plan_tiles(self._model, self._bucket(batch, size), dims, plan.decode_tile)
-        decode = self._decoders.get(tiles, lambda: self._graph("decoder", tiles, self._after(tiles)))
+        devices = 1 if self._team is None else self._team.placement.size
+        tiles = plan_tiles(self._model, self._bucket(batch, size), dims, plan.decode_tile, devices=devices)
+        decode = self._decoders.get(tiles, lambda: self._decoder(tiles))
         return lambda latents: _frames(decode, latents, (batch, size.frames, size.height, size.width, 3))
+
+    def _decoder(self, tiles: TilePlan) -> TiledGraph:
+        """The decoder, on all devices that there are."""
+        after = self._after(tiles)
+        names = ["decoder"] if after is None else ["decoder", after]
+        others = () if self._team is None else self._team.coders(names, tiles.piece(self._model))
+        return self._graph("decoder", tiles, after, others)
 
     def _after(self, tiles: TilePlan) -> str | None:
         """The graph after the decoder: that of 8-bit frames, where the bundle has it and nothing is left to blend."""
         return FRAMES if FRAMES in self._bundle.manifest.graphs and not tiles.tiled else None
 
-    def _graph(self, name: str, tiles: TilePlan, after: str | None = None) -> TiledGraph:
+    def _graph(self, name: str, tiles: TilePlan, after: str | None = None, others: Sequence[Begin] = ()) -> TiledGraph:
         """The graph ``name``, and the one ``after`` it, bound to buffers."""
         following = None if after is None else (self._specs[after], self._bind(after))
-        return TiledGraph(self._backend, self._specs[name], self._bind(name), self._model, tiles, following)
+        return TiledGraph(self._backend, self._specs[name], self._bind(name), self._model, tiles, following, others)
 
     def _bind(self, name: str) -> Bind:
         """What binds the graph ``name``, timed."""

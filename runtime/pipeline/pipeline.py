@@ -12,6 +12,7 @@ import numpy as np
 from stiv_deploy.runtime.backends import open_backend
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.contract import ModelFacts
 from stiv_deploy.runtime.errors import BackendError, Cancelled, RequestError, briefly
 from stiv_deploy.runtime.pipeline.call import CallOptions, ClipOptions, requests_of_call
 from stiv_deploy.runtime.pipeline.coding import Clean, Coder
@@ -26,6 +27,9 @@ from stiv_deploy.runtime.pipeline.tokenization import lost_line
 from stiv_deploy.runtime.pipeline.views import ViewsOutput, chosen_cameras, views_request
 from stiv_deploy.runtime.progress import Progress, unheard
 from stiv_deploy.runtime.sampling.hooks import GraphClock
+from stiv_deploy.runtime.sampling.parallel.opening import open_team
+from stiv_deploy.runtime.sampling.parallel.placement import parse_devices
+from stiv_deploy.runtime.sampling.parallel.team import Team
 from stiv_deploy.runtime.sampling.replay import REPLAY
 
 log = logging.getLogger(__name__)
@@ -75,19 +79,29 @@ class StivPipeline(LongVideos):
     time.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, *, profile: bool = False, debug: bool = False) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        profile: bool = False,
+        debug: bool = False,
+        team: Team | None = None,
+    ) -> None:
         self.bundle = bundle
         self._profile, self._debug = profile, debug
         self._lock = Lock()
         self._user: int | None = None
         self._closed = False
-        self._take(backend)
+        self._take(backend, team)
 
-    def _take(self, backend: Backend) -> None:
-        self.backend = backend
+    def _take(self, backend: Backend, team: Team | None = None) -> None:
+        self.backend, self._team = backend, team
         self._clock = GraphClock(backend.synchronize if self._profile else None)
-        self._loop = SamplingLoop(backend, self.bundle, self._clock, capture=not self._profile, debug=self._debug)
-        self._coder = Coder(backend, self.bundle, self._clock)
+        self._loop = SamplingLoop(
+            backend, self.bundle, self._clock, capture=not self._profile, debug=self._debug, team=team
+        )
+        self._coder = Coder(backend, self.bundle, self._clock, team)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> Self:
@@ -102,17 +116,29 @@ class StivPipeline(LongVideos):
         threads: int | None = None,
         *,
         device: int = 0,
+        devices: str | Sequence[str] = (),
+        parallel: str | None = None,
+        processes: bool = False,
         profile: bool = False,
         debug: bool = False,
     ) -> Self:
         """Open the bundle in the folder ``path`` on ``backend`` (by default the best that works here).
 
-        ``threads`` limits the CPU threads, ``device`` is the GPU's index as CUDA counts. Raises
+        ``threads`` limits the CPU threads, ``device`` is the GPU's index as CUDA counts. Several ``devices``, indices
+        of GPUs or ``cpu`` for each, as in ``"0,1,2,3"``, make clips together: shared as ``parallel`` says
+        (``cfg2xdsp4``), by default guidance first, each in a thread of this process or in ``processes`` of their own.
+        Raises
         :class:`~stiv_deploy.runtime.errors.BundleError`, :class:`~stiv_deploy.runtime.errors.BackendError` or
         :class:`~stiv_deploy.runtime.errors.EngineError`.
         """
         bundle = Bundle.open(path)
-        return cls(bundle, open_backend(backend, bundle, threads, device), profile=profile, debug=debug)
+        if not devices:
+            if parallel is not None or processes:
+                raise BackendError("--parallel and --processes are for several devices; name them with --devices")
+            return cls(bundle, open_backend(backend, bundle, threads, device), profile=profile, debug=debug)
+        names = parse_devices(devices if isinstance(devices, str) else ",".join(map(str, devices)))
+        team = open_team(bundle, names, parallel=parallel, backend=backend, threads=threads, processes=processes)
+        return cls(bundle, team.backend, profile=profile, debug=debug, team=team)
 
     def to(self, device: Any) -> Self:
         """This pipeline, moved to ``device``: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``, a torch device too.
@@ -178,7 +204,10 @@ class StivPipeline(LongVideos):
 
         Raises :class:`RequestError` for everything that a request can have wrong, see :func:`plan_generation`.
         """
-        return plan_generation(self.bundle, requests)
+        plan = plan_generation(self.bundle, requests)
+        if self._team is not None:
+            self._team.placement.fitting(*_tokens(self.bundle.manifest.model, plan))
+        return plan
 
     def run(
         self,
@@ -270,6 +299,8 @@ class StivPipeline(LongVideos):
     def _free(self) -> None:
         self._loop.free()
         self._coder.free()
+        if self._team is not None:
+            self._team.close()
         self.backend.close()
 
     def __enter__(self) -> Self:
@@ -347,6 +378,13 @@ class StivPipeline(LongVideos):
             return result.get("latents") if isinstance(result, Mapping) else None
 
         return observer
+
+
+def _tokens(model: ModelFacts, plan: GenerationPlan) -> tuple[int, int]:
+    """Token frames of the clips of ``plan``, and tokens of each."""
+    size = plan.size
+    side = model.pixel_multiple
+    return model.latent_frames(size.frames) // model.patch[0], (size.height // side) * (size.width // side)
 
 
 def _device(device: Any) -> tuple[str | None, int]:

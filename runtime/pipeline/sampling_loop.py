@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from threading import Event
 from typing import Any
 
@@ -17,8 +17,10 @@ from stiv_deploy.runtime.pipeline.plan import GenerationPlan, PlannedVideo, Vide
 from stiv_deploy.runtime.pipeline.recent import Recent
 from stiv_deploy.runtime.pipeline.samples import SampleMaker
 from stiv_deploy.runtime.pipeline.timing import PhaseClock
-from stiv_deploy.runtime.sampling.engine import StepEngine
+from stiv_deploy.runtime.sampling.engine import MakeModel, StepEngine
 from stiv_deploy.runtime.sampling.hooks import Hook
+from stiv_deploy.runtime.sampling.parallel.devices import ParallelDenoiser
+from stiv_deploy.runtime.sampling.parallel.team import Team
 from stiv_deploy.runtime.sampling.sample import Sample
 from stiv_deploy.runtime.sampling.solvers import evaluations, most_rows
 from stiv_deploy.runtime.sampling.text_stage import TextStage
@@ -45,15 +47,25 @@ Latents fp32 [B, T, C, h, w] that it returns take the place of those of the batc
 
 
 class SamplingLoop:
-    """Samples batches of a plan. With ``capture`` the model's calls become a CUDA graph where the backend has such."""
+    """Samples batches of a plan. With ``capture`` the model's calls become a CUDA graph where the backend has such.
+
+    With a ``team`` its devices make each clip together; ``backend`` is then that of the one that leads.
+    """
 
     def __init__(
-        self, backend: Backend, bundle: Bundle, hook: Hook, *, capture: bool = True, debug: bool = False
+        self,
+        backend: Backend,
+        bundle: Bundle,
+        hook: Hook,
+        *,
+        capture: bool = True,
+        debug: bool = False,
+        team: Team | None = None,
     ) -> None:
         self._backend = backend
         self._bundle = bundle
         self._hook = hook
-        self._capture, self._debug = capture, debug
+        self._capture, self._debug, self._team = capture, debug, team
         self._samples = SampleMaker(bundle)
         self._engines: Recent[StepEngine] = Recent(KEPT_SIZES)
 
@@ -111,6 +123,12 @@ class SamplingLoop:
         least = min(bucket.batch.min for bucket in self._bundle.manifest.buckets)
         return TextStage(self._backend, self._bundle.manifest, least, self._hook)
 
+    @property
+    def _model(self) -> MakeModel | None:
+        """What makes the model of the rows; None for that of one device."""
+        team = self._team
+        return None if team is None else partial(ParallelDenoiser, team, self._bundle.manifest, capture=self._capture)
+
     def _dims(self, batch: Sequence[PlannedVideo], size: VideoSize, least: int) -> dict[str, int]:
         """Symbol values; where graphs take no fewer than ``least``, some slots stay free and some rows nobody's."""
         model = self._bundle.manifest.model
@@ -139,6 +157,7 @@ class SamplingLoop:
                 hook=self._hook,
                 capture=self._capture,
                 debug=self._debug,
+                model=self._model,
             )
 
         return self._engines.get((*dims.values(), rungs), make)

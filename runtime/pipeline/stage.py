@@ -21,7 +21,8 @@ class ClipsRequest:
 
     ``upscale`` None enlarges small clips so that they can be seen
     (:func:`~stiv_deploy.runtime.pipeline.visible.upscale_for`), 1 none. In a ``grid`` all are in one file.
-    ``backend`` None is the best that works here, ``device`` the index of a GPU, ``threads`` None all cores.
+    ``backend`` None is the best that works here, ``device`` the index of a GPU, ``threads`` None all cores. Several
+    ``devices`` make a clip together, as ``parallel`` says, in ``processes`` of their own or in threads.
     """
 
     bundle: Path
@@ -32,6 +33,9 @@ class ClipsRequest:
     backend: str | None = None
     device: int = 0
     threads: int | None = None
+    devices: tuple[str, ...] = ()
+    parallel: str | None = None
+    processes: bool = False
 
     @property
     def count(self) -> int:
@@ -65,7 +69,13 @@ def make_clips(request: ClipsRequest, progress: Progress = unheard) -> ClipsRepo
     check_output(request.out, request.files)
     progress("loading", 0, 1)
     with StivPipeline.from_bundle(
-        request.bundle, backend=request.backend, threads=request.threads, device=request.device
+        request.bundle,
+        backend=request.backend,
+        threads=request.threads,
+        device=request.device,
+        devices=request.devices,
+        parallel=request.parallel,
+        processes=request.processes,
     ) as pipe:
         plan = pipe.plan(list(request.requests))
         _check_written(request, plan)

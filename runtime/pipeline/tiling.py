@@ -7,13 +7,15 @@ video with tiles as without. Others (group norms, attention over the frame) diff
 the crossing hides. A VAE that codes every frame on its own also takes a few frames at a time, a causal one all.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from stiv_deploy.runtime.backends.base import Backend, Buffer, Call, run_in_order
+from stiv_deploy.runtime.backends.base import Backend
+from stiv_deploy.runtime.backends.pieces import Bind, PieceCoder
 from stiv_deploy.runtime.bundle.contract import GraphSpec, ModelFacts, dimensions
 from stiv_deploy.runtime.bundle.manifest import Bucket
 from stiv_deploy.runtime.errors import RequestError
@@ -27,8 +29,6 @@ TILE = 512
 """Height and width of a tile in pixels unless told otherwise: what image VAEs are trained and used at."""
 OVERLAP = 4
 """A tile's overlap with the next one is this part of it: a quarter."""
-
-Bind = Callable[[dict[str, Buffer], dict[str, Buffer]], Call]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,13 +121,18 @@ def check_tile(model: ModelFacts, bucket: Bucket, tile: int | None) -> None:
 
 
 def plan_tiles(
-    model: ModelFacts, bucket: Bucket, dims: dict[str, int], tile: int | None = None, pixels: int = PIXELS_AT_ONCE
+    model: ModelFacts,
+    bucket: Bucket,
+    dims: dict[str, int],
+    tile: int | None = None,
+    pixels: int = PIXELS_AT_ONCE,
+    devices: int = 1,
 ) -> TilePlan:
     """The plan for a video of ``dims`` that ``bucket`` holds.
 
     ``tile`` is the height and width of a tile in pixels (see :func:`check_tile`), 0 for the whole video at once, and
     ``None`` for what fits ``pixels``: whole frames, else tiles, and as many frames and videos as there is room for. No
-    piece is smaller than the bucket's smallest video.
+    piece is smaller than the bucket's smallest video. For several ``devices`` frames are cut to a piece for each.
     """
     height, width, frames, batch = (dims[name] for name in ("latent_height", "latent_width", "frames", "batch"))
     factor, whole = model.spatial_factor, tile == 0
@@ -138,6 +143,8 @@ def plan_tiles(
     rows, columns = (tiles(total, tile // factor if tile else total) for total in sides.values())
     room = pixels // (rows.size * columns.size * factor**2)
     at_once = frames if whole or model.causal_vae else max(room, 1, model.latent_frames(bucket.frames.min))
+    if devices > 1 and not (whole or model.causal_vae):
+        at_once = min(at_once, max(-(-frames // devices), model.latent_frames(bucket.frames.min)))
     at_once = min(frames, at_once)
     videos = batch if whole else max(room // at_once, bucket.batch.min)
     return TilePlan(batch=chunks(batch, videos), frames=chunks(frames, at_once), height=rows, width=columns)
@@ -149,11 +156,15 @@ def _automatic(model: ModelFacts, bucket: Bucket) -> int:
     return -(-max(TILE, bucket.height.min, bucket.width.min) // unit) * unit
 
 
+Begin = Callable[[np.ndarray], Callable[[], np.ndarray]]
+"""Begins to code a piece on another device; what it returns waits for the result, which is there until the next one."""
+
+
 class TiledGraph:
     """The ``decoder`` or ``image_encoder`` of one video size, bound to buffers of one piece of ``plan``.
 
     ``after`` is a graph that takes its result on the device, and what binds it; of frames that are cut there is none,
-    as tiles are blended on the host.
+    as tiles are blended on the host. ``others`` are more devices, with the same graphs, that pieces are shared with.
     """
 
     def __init__(
@@ -164,25 +175,15 @@ class TiledGraph:
         model: ModelFacts,
         plan: TilePlan,
         after: tuple[GraphSpec, Bind] | None = None,
+        others: Sequence[Begin] = (),
     ) -> None:
         assert after is None or not plan.tiled
         (source,), (target,) = spec.inputs, spec.outputs
-        dims = plan.piece(model)
         self.plan = plan
-        self._backend = backend
-        self._source = backend.empty(source.sized(dims), source.dtype)
-        self._target = backend.empty(target.sized(dims), target.dtype)
-        self._calls = [bind({source.name: self._source}, {target.name: self._target})]
-        self._result = self._target if after is None else self._followed(*after, dims)
-        self._staged = backend.staging(self._result)
+        self._shape = target.sized(plan.piece(model))
+        self._code = PieceCoder(backend, [(spec, bind), *([after] if after else [])], plan.piece(model))
+        self._others = tuple(others)
         self._units = tuple(_units(model, shape) for shape in (source.shape, target.shape))
-
-    def _followed(self, spec: GraphSpec, bind: Bind, dims: dict[str, int]) -> Buffer:
-        """The result of the graph of ``spec``, which is called after the first."""
-        (source,), (target,) = spec.inputs, spec.outputs
-        result = self._backend.empty(target.sized(dims), target.dtype)
-        self._calls.append(bind({source.name: self._target}, {target.name: result}))
-        return result
 
     def __call__(self, given: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
         """Code ``given`` [B, T or F, ...]; yields videos, frames and their result, one chunk after another.
@@ -190,25 +191,42 @@ class TiledGraph:
         Where chunks meet at the end, the last one yields some videos or frames again, with equal values. A result is
         there until the next is asked for.
         """
-        (before, space_before), (after, _) = self._units
-        for rows in self.plan.batch.slices(1):
-            frames = zip(self._frames(before), self._frames(after), strict=True)
-            for source, target in frames:
-                yield rows, target, self._coded(given[rows, source], space_before)
+        (before, space), (after, _) = self._units
+        frames = list(zip(self._frames(before), self._frames(after), strict=True))
+        chunks = [(rows, source, target) for rows in self.plan.batch.slices(1) for source, target in frames]
+        coded = self._coded(piece for rows, source, _ in chunks for piece in self._pieces(given[rows, source], space))
+        for rows, _, target in chunks:
+            yield rows, target, self._joined(coded)
 
     def _frames(self, unit: int) -> list[slice]:
         """The frames of each chunk; of a causal VAE the only one is all."""
         return [slice(None)] if len(self.plan.frames.starts) == 1 else self.plan.frames.slices(unit)
 
-    def _coded(self, chunk: np.ndarray, unit: int) -> np.ndarray:
-        """One chunk of videos and frames, tile by tile."""
+    def _pieces(self, chunk: np.ndarray, unit: int) -> Iterator[np.ndarray]:
+        """What is coded at a time of one chunk of videos and frames: its tiles, or all of it."""
         if not self.plan.tiled:
-            return self._run(chunk)
+            yield chunk
+            return
+        for tile in self._tiles(unit):
+            yield chunk[..., *tile]
+
+    def _coded(self, pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """Results of ``pieces``, in order; as many at a time as there are devices."""
+        while some := list(islice(pieces, 1 + len(self._others))):
+            waiting = [begin(piece) for begin, piece in zip(self._others, some[1:], strict=False)]
+            yield self._code(some[0])
+            for wait in waiting:
+                yield wait()
+
+    def _joined(self, coded: Iterator[np.ndarray]) -> np.ndarray:
+        """The result of one chunk: its tiles, blended."""
+        if not self.plan.tiled:
+            return next(coded)
         space = self._units[1][1]
         size = (self.plan.height.total * space, self.plan.width.total * space)
-        result = np.zeros((*self._target.shape[:3], *size), dtype=np.float32)
-        for source, target, window in zip(self._tiles(unit), self._tiles(space), self._windows(space), strict=True):
-            result[..., *target] += self._run(chunk[..., *source]) * window
+        result = np.zeros((*self._shape[:3], *size), dtype=np.float32)
+        for target, window in zip(self._tiles(space), self._windows(space), strict=True):
+            result[..., *target] += next(coded) * window
         return result
 
     def _tiles(self, unit: int) -> list[tuple[slice, slice]]:
@@ -219,12 +237,6 @@ class TiledGraph:
         """Weights fp32 [height, width] of every tile."""
         columns = self.plan.width.windows(unit)
         return (row[:, None] * column for row in self.plan.height.windows(unit) for column in columns)
-
-    def _run(self, piece: np.ndarray) -> np.ndarray:
-        self._backend.write(self._source, np.ascontiguousarray(piece))
-        run_in_order(self._calls)
-        self._backend.fetch(self._result, self._staged)
-        return self._staged
 
 
 def _units(model: ModelFacts, shape: tuple[Any, ...]) -> tuple[int, int]:

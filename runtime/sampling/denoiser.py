@@ -4,16 +4,69 @@ A row is one guidance branch of one sample. Graphs are bound to the first n rows
 over the same memory.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
 import numpy as np
 
 from stiv_deploy.runtime.backends.base import Backend, Buffer, Call
-from stiv_deploy.runtime.bundle.contract import block_names, graph_specs
+from stiv_deploy.runtime.bundle.contract import TensorSpec, block_names
 from stiv_deploy.runtime.bundle.manifest import Manifest
 from stiv_deploy.runtime.sampling.rope import rope_tables
 from stiv_deploy.runtime.sampling.text_stage import TextRow
 
 
-class Denoiser:
+class RowModel(ABC):
+    """The model over the rows of ``model_input``, at the numbers of ``timed``; it leaves the result in ``velocity``.
+
+    All are buffers on ``backend``, for the most rows M = ``dims["model_batch"]``; graphs that it is not asked to run
+    itself can be bound beside.
+    """
+
+    captures = True
+    """Whether all of its calls may be captured together."""
+    model_input: Buffer
+    velocity: Buffer
+    timed: dict[str, Buffer]
+
+    def __init__(self, backend: Backend, manifest: Manifest, dims: dict[str, int]) -> None:
+        self.backend = backend
+        self.model = manifest.model
+        self.dims = dims
+        self.specs = manifest.specs
+        self._tables: Mapping[str, Buffer] = {}
+
+    def tensor(self, graph: str, name: str) -> TensorSpec:
+        """What the contract says of a tensor."""
+        spec = self.specs[graph]
+        return next(tensor for tensor in (*spec.inputs, *spec.outputs) if tensor.name == name)
+
+    def bind(self, graph: str, **buffers: Buffer) -> Call:
+        """Bind ``graph`` to ``buffers`` by name, the tables to this model's own."""
+        spec, known = self.specs[graph], {**self._tables, **buffers}
+        return self.backend.bind(
+            graph,
+            {tensor.name: known[tensor.name] for tensor in spec.inputs},
+            {tensor.name: known[tensor.name] for tensor in spec.outputs},
+        )
+
+    @abstractmethod
+    def calls(self, rows: int, **instead: Buffer) -> dict[str, Call]:
+        """What computes ``velocity`` of the first ``rows`` rows, bound, by name in the order to run it in.
+
+        It reads the buffers of ``instead``, by name, where its own would be read.
+        """
+
+    @abstractmethod
+    def set_row(self, row: int, text: TextRow, micro: np.ndarray) -> None:
+        """Give ``row`` its text and its micro-conditions, fp32 [6]."""
+
+    @abstractmethod
+    def move_row(self, target: int, source: int) -> None:
+        """Put all that ``source`` is given, model input included, into ``target``."""
+
+
+class Denoiser(RowModel):
     """Runs the transformer on the rows of ``model_input`` at their times and leaves the result in ``velocity``.
 
     Buffers, for the most rows M = ``dims["model_batch"]`` (see
@@ -23,10 +76,7 @@ class Denoiser:
     """
 
     def __init__(self, backend: Backend, manifest: Manifest, dims: dict[str, int]) -> None:
-        self.backend = backend
-        self.model = manifest.model
-        self.dims = dims
-        self.specs = graph_specs(manifest.model, manifest.precision)
+        super().__init__(backend, manifest, dims)
         timed = [("embed", each.name) for each in self.specs["embed"].inputs if each.name in TIMED]
         buffers = (*_ROW_BUFFERS, *timed)
         self._rows = {name: self._allocate(graph, name) for graph, name in buffers}
@@ -38,18 +88,8 @@ class Denoiser:
         self.velocity = self._rows["velocity"]
 
     def _allocate(self, graph: str, name: str) -> Buffer:
-        spec = self.specs[graph]
-        tensor = next(tensor for tensor in (*spec.inputs, *spec.outputs) if tensor.name == name)
+        tensor = self.tensor(graph, name)
         return self.backend.empty(tensor.sized(self.dims), tensor.dtype)
-
-    def bind(self, graph: str, **buffers: Buffer) -> Call:
-        """Bind ``graph`` to ``buffers`` by name, the tables to this denoiser's own."""
-        spec, known = self.specs[graph], self._tables | buffers
-        return self.backend.bind(
-            graph,
-            {tensor.name: known[tensor.name] for tensor in spec.inputs},
-            {tensor.name: known[tensor.name] for tensor in spec.outputs},
-        )
 
     def calls(self, rows: int, **instead: Buffer) -> dict[str, Call]:
         """Graphs that compute ``velocity`` of the first ``rows`` rows, bound, by name in the order to run them in.

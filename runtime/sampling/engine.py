@@ -9,7 +9,7 @@ Everything is allocated and bound when the engine is made, for each of its *rung
 has. A tick takes the smallest rung that holds the rows in use, writes a few numbers to the device and runs graphs.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from stiv_deploy.runtime.backends.base import Backend, Buffer
 from stiv_deploy.runtime.bundle.manifest import Manifest
 from stiv_deploy.runtime.errors import StivError
 from stiv_deploy.runtime.sampling.conditioning import row_mask
-from stiv_deploy.runtime.sampling.denoiser import Denoiser
+from stiv_deploy.runtime.sampling.denoiser import Denoiser, RowModel
 from stiv_deploy.runtime.sampling.guidance import GuidanceRow
 from stiv_deploy.runtime.sampling.hooks import Hook, no_hook
 from stiv_deploy.runtime.sampling.replay import Replay
@@ -27,6 +27,8 @@ from stiv_deploy.runtime.sampling.sample import Sample
 from stiv_deploy.runtime.sampling.solvers import Evaluation, anew, evaluations, most_rows
 from stiv_deploy.runtime.sampling.step_inputs import StepInputs
 from stiv_deploy.runtime.sampling.text_stage import TextStage
+
+MakeModel = Callable[[dict[str, int]], RowModel]
 
 
 class Tick(NamedTuple):
@@ -97,6 +99,7 @@ class StepEngine:
     ``rungs`` are the numbers of rows that calls of the model have, ascending up to the most there can be. A clip is the
     same, bit by bit where the backend computes every row alike, whatever runs beside it at the same rung. With
     ``debug`` latents are checked after every step, so that the first bad one can be named; this waits for the device.
+    ``model`` makes the model of the rows, for dimensions; by default one on ``backend`` alone.
     """
 
     def __init__(
@@ -110,13 +113,15 @@ class StepEngine:
         hook: Hook = no_hook,
         capture: bool = True,
         debug: bool = False,
+        model: MakeModel | None = None,
     ) -> None:
         self.backend = backend
         self.debug = debug
         self.slots, self.rows = dims["batch"], dims["model_batch"]
         self.rungs = tuple(rungs) or (self.rows,)
         assert self.rungs == tuple(sorted({*self.rungs, self.rows}))
-        self.denoiser = Denoiser(backend, manifest, dict(dims))
+        made = None if model is None else model(dict(dims))
+        self.denoiser: RowModel = made or Denoiser(backend, manifest, dict(dims))
         self._text = text
         self._inputs = StepInputs(self.denoiser)
         self._forward = {rows: self._replay(rows, hook, capture=capture) for rows in self.rungs}
@@ -128,7 +133,7 @@ class StepEngine:
 
     def _replay(self, rows: int, hook: Hook, *, capture: bool) -> Replay:
         calls = self.denoiser.calls(rows, **self._inputs.timed)
-        return Replay(self.backend, calls, hook, capture=capture)
+        return Replay(self.backend, calls, hook, capture=capture and self.denoiser.captures)
 
     @property
     def running(self) -> list[int]:

@@ -6,7 +6,7 @@ import numpy as np
 
 from stiv_deploy.runtime.backends.base import Buffer, Call
 from stiv_deploy.runtime.bundle.contract import SAMPLE_ROWS, DType
-from stiv_deploy.runtime.sampling.denoiser import TIMED, Denoiser
+from stiv_deploy.runtime.sampling.denoiser import TIMED, RowModel
 from stiv_deploy.runtime.sampling.guidance import GuidanceRow
 from stiv_deploy.runtime.sampling.host_tables import HostTables
 from stiv_deploy.runtime.sampling.solvers import EULER, Evaluation
@@ -26,7 +26,7 @@ class StepInputs:
     row's velocity.
     """
 
-    def __init__(self, denoiser: Denoiser) -> None:
+    def __init__(self, denoiser: RowModel) -> None:
         self._denoiser = denoiser
         self._shapes = {
             tensor.name: (tensor.sized(denoiser.dims), tensor.dtype) for tensor in denoiser.specs["step"].inputs

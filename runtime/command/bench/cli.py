@@ -228,15 +228,23 @@ def plan(
     measured: Annotated[
         list[Path] | None, typer.Option(metavar="REPORT.json", help="Report of 'stiv bench' to compare (repeatable).")
     ] = None,
+    gpus: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Also one clip on so many GPUs together, as 1,2,4,8.")
+    ] = None,
+    link: Annotated[
+        Literal["nvlink", "pcie5", "pcie4"], typer.Option(help="What is between the GPUs of --gpus.")
+    ] = "nvlink",
     json: JsonTarget = None,
 ) -> None:
     """Predict how long denoising would take on GPUs, from operations and bytes; nothing is run.
 
     stiv bench plan XL --size 20x512x512 --gpu H100 --gpu "RTX 5090" --precision fp8
+    stiv bench plan M --size 20x512x512 --gpu H100 --gpus 1,2,4,8 --link pcie5
     """
     from stiv_deploy.runtime.command.bench import plan as planning
     from stiv_deploy.runtime.command.bench import show
     from stiv_deploy.runtime.command.bench.predict import EFFICIENCIES, FORMS, PRECISIONS
+    from stiv_deploy.runtime.command.bench.scale import parse_counts
 
     check_json(json, *(measured or []))
     asked = planning.PlanRequest(
@@ -248,6 +256,8 @@ def plan(
         precisions=PRECISIONS if precision is None else (precision,),
         forms=FORMS if form is None else (form,),
         measured=tuple(measured or ()),
+        counts=() if gpus is None else parse_counts(gpus),
+        link=link,
     )
     found = planning.plan(asked)
     answer(json, lambda: json_text(found), lambda: show.plan(found))

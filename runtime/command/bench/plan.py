@@ -21,6 +21,7 @@ from stiv_deploy.runtime.command.bench.predict import (
 )
 from stiv_deploy.runtime.command.bench.record import BenchReport
 from stiv_deploy.runtime.command.bench.roofline import ffn_ratio
+from stiv_deploy.runtime.command.bench.scale import Link, Scaled, all_scaled
 from stiv_deploy.runtime.command.bench.stage import Size
 from stiv_deploy.runtime.errors import RequestError, briefly
 from stiv_deploy.runtime.pipeline.plan import plan_generation
@@ -39,7 +40,8 @@ class PlanRequest:
     """Predict for one clip of ``what``: a bundle's folder, or one of the sizes of the paper, ``PAPER``.
 
     ``rows`` of the model are its guidance branches. None is what the bundle recommends, or the paper does. ``measured``
-    are reports of ``stiv bench``, to tell what was measured of the same work. Raises :class:`RequestError`.
+    are reports of ``stiv bench``, to tell what was measured of the same work. With ``counts`` it also predicts for so
+    many GPUs that share the clip, with a ``link`` between them. Raises :class:`RequestError`.
     """
 
     what: str
@@ -50,6 +52,8 @@ class PlanRequest:
     precisions: tuple[PlannedPrecision, ...] = PRECISIONS
     forms: tuple[Form, ...] = FORMS
     measured: tuple[Path, ...] = ()
+    counts: tuple[int, ...] = ()
+    link: Link = "nvlink"
 
     def __post_init__(self) -> None:
         unknown = [each for each in self.gpus if each not in EFFICIENCIES]
@@ -75,6 +79,8 @@ class Plan(Frozen):
     rows: int
     evaluations: int
     planned: tuple[Planned, ...]
+    link: Link | None = None
+    scaled: tuple[Scaled, ...] = ()
 
 
 class _Work(NamedTuple):
@@ -88,13 +94,16 @@ def plan(request: PlanRequest) -> Plan:
     """All predictions of ``request``; :class:`RequestError`, and what :meth:`Bundle.open` raises."""
     work = _of_paper(request) if request.what in PAPER else _of_bundle(request)
     reports = [BenchReport.read(path) for path in request.measured]
-    found = predictions(request.gpus, work.shape, work.load, request.precisions, request.forms)
+    found = list(predictions(request.gpus, work.shape, work.load, request.precisions, request.forms))
+    scale = all_scaled(found, work.shape, work.load, request.counts, request.link) if request.counts else ()
     return Plan(
         what=request.what,
         size=f"{work.size.frames} frames of {work.size.width}x{work.size.height}",
         rows=work.load.rows,
         evaluations=work.evaluations,
         planned=tuple(Planned(prediction=each, measured=_measured(each, work, reports)) for each in found),
+        link=request.link if request.counts else None,
+        scaled=scale,
     )
 
 

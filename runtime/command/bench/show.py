@@ -9,6 +9,7 @@ from stiv_deploy.runtime.command.bench.compare import Comparison, Side
 from stiv_deploy.runtime.command.bench.mllog import LoadgenResult
 from stiv_deploy.runtime.command.bench.plan import Plan, Planned
 from stiv_deploy.runtime.command.bench.record import STAGES, BenchReport, Point
+from stiv_deploy.runtime.command.bench.scale import Scaled
 from stiv_deploy.runtime.command.bench.statistics import Estimate
 from stiv_deploy.runtime.command.terminal import table
 
@@ -119,6 +120,26 @@ def plan(found: Plan) -> None:
     rows = [_planned_row(each, found.evaluations)[: len(columns)] for each in found.planned]
     caption = "denoising alone, without launches (some 0.1 ms a graph that is in no CUDA graph); plugins: our kernels"
     Console().print(table(title, columns, rows, columns[3:], caption))
+    if found.link is not None:
+        scale(found)
+
+
+def scale(found: Plan) -> None:
+    """Print what several GPUs are predicted to make of it."""
+    title = f"PREDICTED, not measured: one clip on several GPUs, by {found.link}"
+    columns = ("GPUs", "form", "predicted step", "speedup", "exchange", "memory", "pays")
+    caption = (
+        "exchange: bytes that the GPU sends which sends most, and seconds of the step, not overlapped; memory of one: "
+        "weights, x and the FFN's hidden layer; pays: at most 0.9 of the step with fewer"
+    )
+    Console().print(table(title, columns, [_scaled_row(each) for each in found.scaled], columns[2:6], caption))
+
+
+def _scaled_row(each: Scaled) -> tuple[str, ...]:
+    names = (f"{each.gpus} {each.gpu} {each.parallel}", f"{each.precision} {each.form}")
+    moved = f"{each.sent / 1e9:.1f} GB {seconds(each.exchange)}"
+    times = (seconds(each.seconds), f"{each.speedup:.2f}x", moved, f"{each.memory / 1e9:.1f} GB")
+    return (*names, *times, "yes" if each.pays else "no")
 
 
 def _planned_row(planned: Planned, evaluations: int) -> tuple[str, ...]:

@@ -348,3 +348,37 @@ def test_parse_frames() -> None:
     for bad in ("=a.png", "one=a.png", "1=", "1.5=a.png", "--1=a.png"):
         with pytest.raises(RequestError, match="want INDEX=FILE"):
             parse_frames(None, [bad])
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (["--devices", "0,0"], "--devices 0,0: GPU 0 is named twice; name each once"),
+        (["--devices", "gpu0"], "--devices: 'gpu0'; give at most 64 indices of GPUs, or cpu"),
+        (["--devices", "cpu,cpu", "--parallel", "dsp3"], "--parallel dsp3 is of 3 devices, --devices names 2"),
+        (["--devices", "cpu,cpu", "--parallel", "dsp2"], "its blocks are whole, which devices cannot share; make the"),
+        (["--devices", "0,1", "--device", "1"], "--device 1 and --devices 0,1 are both given; give one of them"),
+        (
+            ["--devices", "0,1", "--backend", "onnxruntime"],
+            "--devices 0 is a GPU, --backend onnxruntime runs on the CPU",
+        ),
+        (["--parallel", "cfg2"], "--parallel and --processes are for several devices; name them with --devices"),
+        (["--devices", "cpu,cpu", "--upsample", "2"], "--upsample makes its clips on one device; leave out --devices"),
+    ],
+)
+def test_devices_that_do_not_go_together(
+    run: Run, bundle_path: Path, tmp_path: Path, options: list[str], fault: str
+) -> None:
+    code, _, error = run("generate", bundle_path, "--prompt", "three", "--out", tmp_path / "a.gif", *options)
+    assert code == 2
+    assert fault in error
+    assert len(error.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_clip_by_two_devices(run: Run, bundle_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.gif"
+    code, said, _ = run("generate", bundle_path, "--prompt", "three", "--out", out, "--devices", "cpu,cpu")
+    assert code == 0
+    assert out.is_file()
+    assert "generated in" in said

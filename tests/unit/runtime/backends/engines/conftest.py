@@ -170,6 +170,9 @@ class FakeCudart:
             self.fetched.append((size, target in self.pinned))
         return (OK,)
 
+    def touched(self, address: int, size: int, *, written: bool) -> None:
+        """An engine has read, or written, ``size`` bytes at ``address``."""
+
     def enqueue(self, work: Callable[[], None]) -> None:
         work() if self.captured is None else self.captured.append(work)
 
@@ -261,12 +264,13 @@ class FakeContext:
         }
         outputs = self.engine.session.run(None, feed)
         for tensor, value in zip(self.engine.session.get_outputs(), outputs, strict=True):
-            self._array(tensor.name, value.shape, value.dtype)[...] = value
+            self._array(tensor.name, value.shape, value.dtype, written=True)[...] = value
         self.runs += 1
         self.set_up = True
 
-    def _array(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    def _array(self, name: str, shape: tuple[int, ...], dtype: Any, *, written: bool = False) -> np.ndarray:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        self.engine.library.cudart.touched(self.addresses[name], size, written=written)
         raw = (ctypes.c_uint8 * size).from_address(self.addresses[name])
         return np.frombuffer(raw, dtype).reshape(shape)
 

@@ -1,0 +1,110 @@
+"""From devices by name to a team of them."""
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import permutations
+
+from stiv_deploy.runtime.backends import open_backend
+from stiv_deploy.runtime.backends.base import Backend
+from stiv_deploy.runtime.backends.onnxruntime import thread_count
+from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.errors import BackendError
+from stiv_deploy.runtime.sampling.parallel.peers import Offer, PeerTransport
+from stiv_deploy.runtime.sampling.parallel.placement import CPU, Placement, check_devices, place
+from stiv_deploy.runtime.sampling.parallel.processes import Crew
+from stiv_deploy.runtime.sampling.parallel.sockets import SocketTransport
+from stiv_deploy.runtime.sampling.parallel.team import Team, ThreadMember, check_alike, check_halves
+from stiv_deploy.runtime.sampling.parallel.transport import HostOffers, HostTransport, Hub, Transport
+
+CPU_BACKEND = "onnxruntime"
+
+
+def open_team(
+    bundle: Bundle,
+    devices: Sequence[str],
+    *,
+    parallel: str | None = None,
+    backend: str | None = None,
+    threads: int | None = None,
+    processes: bool = False,
+) -> Team:
+    """The devices of these names, each with ``backend``, a thread of this process for each, or a process.
+
+    On CPUs they share out ``threads``. Everything is checked before the first is opened, where that is possible: raises
+    :class:`BackendError` for devices that are not there, are unlike each other or do not fit ``parallel``, and for a
+    bundle without halves where frames are to be shared; else what
+    :func:`~stiv_deploy.runtime.backends.open_backend` does.
+    """
+    manifest = bundle.manifest
+    check_devices(devices)
+    placement = place(devices, parallel, manifest.model, manifest.sampling.guidance_mode)
+    check_halves(manifest, placement, bundle.folder)
+    open_all = _in_processes if processes else _in_threads
+    return open_all(bundle, placement, backend, shared_threads(placement, threads))
+
+
+def _in_threads(bundle: Bundle, placement: Placement, name: str | None, threads: int | None) -> Team:
+    backends = _open(bundle, placement, name, threads)
+    transports = transports_of(backends)
+    manifest = bundle.manifest
+    members = [ThreadMember(rank, backends[rank], manifest, transports[rank]) for rank in range(1, len(backends))]
+    return Team(placement, backends[0], manifest, transports[0], members)
+
+
+def transports_of(backends: Sequence[Backend]) -> Sequence[Transport]:
+    """The way between devices of this process: engines copy from GPU to GPU, others through the host's memory."""
+    engines = [each for each in backends if isinstance(each, TensorRTBackend)]
+    if len(engines) < len(backends):
+        hub: Hub[HostOffers] = Hub()
+        return [HostTransport(rank, each, hub) for rank, each in enumerate(backends)]
+    for one, other in permutations(engines, 2):
+        one.cuda.reach(other.cuda)
+    peers: Hub[Offer] = Hub()
+    return [PeerTransport(rank, each, peers) for rank, each in enumerate(engines)]
+
+
+def _open(bundle: Bundle, placement: Placement, name: str | None, threads: int | None) -> list[Backend]:
+    """A backend for each device, all of one kind."""
+    with ExitStack() as opened:
+        backends: list[Backend] = []
+        for device in placement.devices:
+            chosen, index = where(device, backends[0].name if backends else name)
+            backends.append(opened.enter_context(open_backend(chosen, bundle, threads, index)))
+        check_alike([each.machine for each in backends], placement)
+        opened.pop_all()
+    return backends
+
+
+def _in_processes(bundle: Bundle, placement: Placement, name: str | None, threads: int | None) -> Team:
+    chosen, index = where(placement.devices[0], name)
+    with ExitStack() as opened:
+        backend = opened.enter_context(open_backend(chosen, bundle, threads, index))
+        indices = [where(device, backend.name)[1] for device in placement.devices]
+        crew = Crew(bundle.folder, backend.name, indices, threads)
+        wires = crew.meet()
+        opened.callback(crew.kill)
+        check_alike([backend.machine, *crew.machines], placement)
+        opened.pop_all()
+    transport = SocketTransport(0, backend, wires)
+    return Team(placement, backend, bundle.manifest, transport, crew.members)
+
+
+def shared_threads(placement: Placement, threads: int | None) -> int | None:
+    """CPU threads of each device: its share of ``threads``, or of all cores; of a GPU's what was asked for."""
+    if placement.devices[0] != CPU:
+        return threads
+    total = thread_count(threads) or os.cpu_count() or 1
+    return max(1, total // len(placement.devices))
+
+
+def where(device: str, name: str | None) -> tuple[str | None, int]:
+    """The backend to open for ``device``, and the index that it takes; :class:`BackendError` where they do not fit."""
+    if device != CPU:
+        if name == CPU_BACKEND:
+            raise BackendError(f"--devices {device} is a GPU, --backend {name} runs on the CPU; leave one of them out")
+        return name, int(device)
+    if name not in (None, "auto", CPU_BACKEND):
+        raise BackendError(f"--devices {CPU} and --backend {name} do not fit; leave out --backend, or name GPUs")
+    return CPU_BACKEND, 0
