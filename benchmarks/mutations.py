@@ -2,300 +2,66 @@
 
     python benchmarks/mutations.py BUNDLE --faults 200 --clean 20 --out benchmarks/results/NAME.json
     python benchmarks/mutations.py BUNDLE --checkpoint CHECKPOINT --clean 1000
+    python benchmarks/mutations.py BUNDLE_IN_INT8 --audit
 
-Each fault of a graph changes one thing, as a wrong engine would: bits, rows or the scale of a weight, an attribute, an
-operator, the order of inputs, how a mask or a table is read; in 8 bits a quantizer's scale or place. The changed graph
+Each fault of a graph (``benchmarks/graph_faults.py``) changes one thing, as a wrong engine would. The changed graph
 runs in ONNX Runtime on the inputs of the golden answers. Each fault of the runtime (``benchmarks/runtime_faults.py``)
-changes one function of it while the runs of the golden answers are played.
+changes one function of it while the runs of the golden answers are played. Those of kernels have a script of their own,
+``benchmarks/kernel_faults.py``.
 
-A fault is *caught* if an output is beyond its gate, or if the graph does not run; else it is *hidden* where no output
-differs from the right one by as much as its gate, and *missed* where one does. In a stored file the SHA-256 would find
-each of a graph before anything runs, and none of the runtime. With ``--checkpoint`` the parity ladder's levels op and
-block, on the inputs of a real run, are asked too. Clean runs have other numbers of threads, levels of optimization and
-ways of using memory, at all sizes that have answers; none may be caught.
+A fault is *caught* if an output is beyond its gate, or if the graph does not run. Of the others it is *equal* where all
+outputs are the same bits as the right ones: a change that changes nothing. It is *hidden* where no output differs from
+the right one by as much as its gate, which is what right implementations may differ by, and *missed* where one does.
+
+In a stored file the SHA-256 would find each of a graph before anything runs, and none of the runtime. With
+``--checkpoint`` the parity ladder's levels op and block, on the inputs of a real run, are asked too; with ``--audit``
+faults of quantizers are built by TensorRT-RTX, which needs no GPU, and put to the fusion audit. Clean runs have other
+numbers of threads, levels of optimization and ways of using memory, at all sizes that have answers; none may be caught.
 """
 
 import json
 import platform
 import random
+import shlex
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import onnx
 import runtime_faults
 import typer
 from command import run
-from onnx import numpy_helper
+from graph_faults import OF_QUANTIZERS, PLANTS
 
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import is_block
 from stiv_deploy.runtime.bundle.golden import Answer, GraphAnswer, read_golden
+from stiv_deploy.runtime.sampling import golden_player
 from stiv_deploy.runtime.sampling.golden_inputs import golden_inputs
-from stiv_deploy.runtime.sampling.golden_player import run_rows
 
 if TYPE_CHECKING:
     import onnxruntime as ort
+    from audited_faults import Audited
 
-Plant = Callable[[onnx.GraphProto, random.Random], str | None]
-"""Plants one fault and says where; None where the graph has no place for it."""
 TRIES = 100
 """Graphs that are tried for a fault that needs a place."""
-SWAPPED = {"Add": "Sub", "Sub": "Add", "Mul": "Div", "Div": "Mul", "Sin": "Cos", "Cos": "Sin", "Tanh": "Sigmoid"}
-ORDERED = ("Sub", "Div", "MatMul", "Concat", "Where")
-FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
 LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_ALL")
-
-
-def _weight(graph: onnx.GraphProto, chance: random.Random, dims: int) -> tuple[onnx.TensorProto, np.ndarray] | None:
-    """A weight in floats with so many axes or more, and a copy of its values."""
-    found = [each for each in graph.initializer if each.data_type in FLOATS and len(each.dims) >= dims]
-    if not found:
-        return None
-    tensor = chance.choice(found)
-    return tensor, numpy_helper.to_array(tensor).copy()
-
-
-def _keep(tensor: onnx.TensorProto, values: np.ndarray) -> str:
-    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    return tensor.name
-
-
-def flipped_bit(graph: onnx.GraphProto, chance: random.Random) -> str | None:
-    """Sign, exponent or one of the four highest bits of the mantissa of one weight."""
-    if (found := _weight(graph, chance, 1)) is None:
-        return None
-    tensor, values = found
-    whole, kind = 8 * values.itemsize, np.uint32 if values.itemsize == 4 else np.uint16
-    index, bit = chance.randrange(values.size), chance.randrange(19 if whole == 32 else 6, whole)
-    values.reshape(-1).view(kind)[index] ^= kind(1 << bit)
-    return f"{_keep(tensor, values)}[{index}] bit {bit}"
-
-
-def swapped_rows(graph: onnx.GraphProto, chance: random.Random) -> str | None:
-    """Two rows of a matrix have each other's place."""
-    if (found := _weight(graph, chance, 2)) is None or len(found[1]) < 2:
-        return None
-    tensor, values = found
-    one, two = chance.sample(range(len(values)), 2)
-    values[[one, two]] = values[[two, one]]
-    return f"{_keep(tensor, values)} rows {one} and {two}"
-
-
-def stale_scale(graph: onnx.GraphProto, chance: random.Random) -> str | None:
-    """A weight as with a scale that is 1 % off."""
-    if (found := _weight(graph, chance, 1)) is None:
-        return None
-    tensor, values = found
-    return _keep(tensor, (values * np.float32(1.01)).astype(values.dtype))
-
-
-def other_attribute(graph: onnx.GraphProto, chance: random.Random) -> str | None:
-    """An epsilon ten times as large, another axis, or another order of axes."""
-    kinds = {onnx.AttributeProto.FLOAT, onnx.AttributeProto.INT, onnx.AttributeProto.INTS}
-    names = {"epsilon", "axis", "perm", "scale", "keepdims"}
-    found = [(n, a) for n in graph.node for a in n.attribute if a.type in kinds and a.name in names]
-    if not found:
-        return None
-    node, attribute = chance.choice(found)
-    if attribute.type == onnx.AttributeProto.FLOAT:
-        attribute.f *= 10
-    elif attribute.type == onnx.AttributeProto.INT:
-        attribute.i = attribute.i - 1 if attribute.i else 1
-    else:
-        attribute.ints[:] = [*attribute.ints[:-2], attribute.ints[-1], attribute.ints[-2]]
-    return f"{node.op_type} {node.name} {attribute.name}"
-
-
-def other_operator(graph: onnx.GraphProto, chance: random.Random) -> str | None:
-    """Plus for minus, times for by, sine for cosine."""
-    found = [node for node in graph.node if node.op_type in SWAPPED]
-    if not found:
-        return None
-    node = chance.choice(found)
-    node.op_type = SWAPPED[node.op_type]
-    return f"{node.name} is {node.op_type}"
-
-
-def swapped_inputs(graph: onnx.GraphProto, chance: random.Random) -> str | None:
-    """The last two inputs of an operator whose order counts."""
-    found = [node for node in graph.node if node.op_type in ORDERED and len({*node.input[-2:]}) == 2]
-    if not found:
-        return None
-    node = chance.choice(found)
-    node.input[-2:] = [node.input[-1], node.input[-2]]
-    return f"{node.op_type} {node.name}"
-
-
-def other_wire(graph: onnx.GraphProto, chance: random.Random) -> str | None:
-    """A graph input, such as a mask or a table, where another one should be read."""
-    readers = [node for node in graph.node if {*node.input} & {each.name for each in graph.input}]
-    if not readers or len(graph.input) < 2:
-        return None
-    node = chance.choice(readers)
-    index = chance.choice([i for i, name in enumerate(node.input) if name in {each.name for each in graph.input}])
-    was = node.input[index]
-    node.input[index] = chance.choice([each.name for each in graph.input if each.name != was])
-    return f"{node.op_type} {node.name} reads {node.input[index]} for {was}"
-
-
-def dropped_branch(graph: onnx.GraphProto, chance: random.Random) -> str | None:
-    """A sum gives one of its terms alone: a residual or a bias is lost."""
-    found = [node for node in graph.node if node.op_type == "Add"]
-    if not found:
-        return None
-    node = chance.choice(found)
-    node.op_type, kept = "Identity", node.input[chance.randrange(2)]
-    node.input[:] = [kept]
-    return f"{node.name} is {kept}"
-
-
-def _changed_input(graph: onnx.GraphProto, name: str, nodes: list[onnx.NodeProto], values: dict[str, Any]) -> str:
-    """All readers of the graph input ``name`` get "changed", which ``nodes`` make of it and of int64 ``values``."""
-    for node in graph.node:
-        node.input[:] = ["changed" if each == name else each for each in node.input]
-    for number, node in enumerate(nodes):
-        graph.node.insert(number, node)
-    graph.initializer.extend(numpy_helper.from_array(np.array(each, np.int64), key) for key, each in values.items())
-    return name
-
-
-def _input_like(graph: onnx.GraphProto, chance: random.Random, *ends: str) -> onnx.ValueInfoProto | None:
-    read = {name for node in graph.node for name in node.input}
-    found = [each for each in graph.input if each.name.endswith(ends) and each.name in read]
-    return chance.choice(found) if found else None
-
-
-def turned_mask(graph: onnx.GraphProto, chance: random.Random) -> str | None:
-    """A mask is read along its last axis from behind, as with a layout that runs the other way."""
-    if (mask := _input_like(graph, chance, "_mask")) is None:
-        return None
-    axis = len(mask.type.tensor_type.shape.dim) - 1
-    turned = onnx.helper.make_node("Slice", [mask.name, "last", "before", "which", "back"], ["changed"])
-    values = {"last": [-1], "before": [-(2**31)], "which": [axis], "back": [-1]}
-    return _changed_input(graph, mask.name, [turned], values)
-
-
-def wrong_stride(graph: onnx.GraphProto, chance: random.Random) -> str | None:
-    """A table of RoPE is read with twice its stride, and from its start again where it ends."""
-    if (table := _input_like(graph, chance, "_cos", "_sin")) is None:
-        return None
-    node = onnx.helper.make_node
-    nodes = [
-        node("Shape", [table.name], ["rows"], start=0, end=1),
-        node("Squeeze", ["rows"], ["count"]),
-        node("Range", ["none", "count", "single"], ["right rows"]),
-        node("Mul", ["right rows", "twice"], ["far rows"]),
-        node("Mod", ["far rows", "count"], ["wrong rows"]),
-        node("Gather", [table.name, "wrong rows"], ["changed"], axis=0),
-    ]
-    return _changed_input(graph, table.name, nodes, {"twice": 2, "none": 0, "single": 1})
-
-
-def _quantizers(graph: onnx.GraphProto, *kinds: str) -> list[onnx.NodeProto]:
-    """Q or DQ nodes whose scale is an initializer."""
-    known = {each.name for each in graph.initializer}
-    return [node for node in graph.node if node.op_type in kinds and node.input[1] in known]
-
-
-def _pairs(graph: onnx.GraphProto) -> list[tuple[onnx.NodeProto, onnx.NodeProto]]:
-    """Q nodes of activations, each with the DQ behind it."""
-    behind = {node.input[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
-    found = [node for node in graph.node if node.op_type == "QuantizeLinear"]
-    return [(node, behind[node.output[0]]) for node in found if node.output[0] in behind]
-
-
-def other_scale(graph: onnx.GraphProto, chance: random.Random) -> str | None:
-    """One Q or DQ has a scale 1.25 times as large."""
-    if not (found := _quantizers(graph, "QuantizeLinear", "DequantizeLinear")):
-        return None
-    node = chance.choice(found)
-    tensor = next(each for each in graph.initializer if each.name == node.input[1])
-    values = numpy_helper.to_array(tensor)
-    graph.initializer.append(numpy_helper.from_array((values * 1.25).astype(values.dtype), "other scale"))
-    node.input[1] = "other scale"
-    return f"{node.op_type} of {node.input[0]}"
-
-
-def swapped_scales(graph: onnx.GraphProto, chance: random.Random) -> str | None:
-    """The Q/DQ pairs of two activations have each other's scale."""
-    known = {each.name for each in graph.initializer}
-    found = [pair for pair in _pairs(graph) if pair[0].input[1] in known]
-    if len({pair[0].input[1] for pair in found}) < 2:
-        return None
-    one = chance.choice(found)
-    two = chance.choice([pair for pair in found if pair[0].input[1] != one[0].input[1]])
-    names = one[0].input[1], two[0].input[1]
-    for pair, name in ((one, names[1]), (two, names[0])):
-        for node in pair:
-            node.input[1] = name
-    return f"{names[0]} and {names[1]}"
-
-
-def lost_quantizer(graph: onnx.GraphProto, chance: random.Random) -> str | None:
-    """A Q/DQ pair is left out: what is behind it computes on, in full precision."""
-    if not (found := _pairs(graph)):
-        return None
-    first, second = chance.choice(found)
-    second.op_type = "Identity"
-    second.input[:] = [first.input[0]]
-    del second.attribute[:]
-    return f"{second.output[0]} is {first.input[0]}"
-
-
-def moved_quantizer(graph: onnx.GraphProto, chance: random.Random) -> str | None:
-    """A Q/DQ pair stands behind an operator instead of before it."""
-    readers = {name: node for node in graph.node for name in node.input}
-    found = [(pair, readers[pair[1].output[0]]) for pair in _pairs(graph) if pair[1].output[0] in readers]
-    found = [(pair, reader) for pair, reader in found if reader.op_type in ("MatMul", "Gemm")]
-    if not found:
-        return None
-    (first, second), reader = chance.choice(found)
-    source, dequantized, result = first.input[0], second.output[0], reader.output[0]
-    reader.input[:] = [source if name == dequantized else name for name in reader.input]
-    reader.output[0] = "before the quantizer"
-    first.input[0], second.output[0] = reader.output[0], result
-    for node in (first, second):  # behind the reader: nodes stand in their order
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        graph.node.remove(node)
-        graph.node.insert(next(i for i, each in enumerate(graph.node) if copy.input[0] in each.output) + 1, copy)
-    return f"{dequantized} behind {reader.op_type} {reader.name}"
-
-
-PLANTS: dict[str, Plant] = {
-    "bit of a weight": flipped_bit,
-    "swapped rows": swapped_rows,
-    "stale scale": stale_scale,
-    "attribute": other_attribute,
-    "operator": other_operator,
-    "order of inputs": swapped_inputs,
-    "wire": other_wire,
-    "dropped branch": dropped_branch,
-    "turned mask": turned_mask,
-    "stride of a table": wrong_stride,
-    "scale of a quantizer": other_scale,
-    "swapped scales": swapped_scales,
-    "lost quantizer": lost_quantizer,
-    "moved quantizer": moved_quantizer,
-}
-"""Faults by name."""
-
-
 RUNTIME = "runtime"
 """Kind of the faults of the runtime's own code."""
 
 
 class Outcome(NamedTuple):
-    """What became of a fault: ``caught``, ``hidden`` or ``missed``, and the largest share of a gate.
+    """What became of a fault: ``caught``, ``equal``, ``hidden`` or ``missed``, and the largest share of a gate.
 
-    ``hashes`` says whether a stored file with the fault would have another SHA-256; ``parity`` whether the ladder finds
-    it, None where it was not asked.
+    ``hashes`` says whether a stored file with the fault would have another SHA-256; ``parity`` and ``audit`` whether
+    the ladder and the fusion audit find it, None where they were not asked.
     """
 
     fault: str
@@ -305,6 +71,7 @@ class Outcome(NamedTuple):
     share: float
     hashes: bool = True
     parity: bool | None = None
+    audit: bool | None = None
 
 
 class Subject:
@@ -344,13 +111,16 @@ class Subject:
         """The largest error of ``outputs``, as a share of its gate."""
         return max(_share(each, found) for case, found in self._pairs(graph, outputs) for each in case.outputs)
 
-    def true_share(self, graph: str, outputs: list[dict[str, np.ndarray]]) -> float:
-        """The largest difference to what is right, without sketches, as a share of its gate."""
-        return max(
-            float(np.linalg.norm(found[each.name] - right[each.name])) / each.norm / each.gate
-            for (case, found), right in zip(self._pairs(graph, outputs), self.right(graph), strict=True)
+    def state(self, graph: str, outputs: list[dict[str, np.ndarray]]) -> str:
+        """What became of a fault that makes these ``outputs``."""
+        pairs = self._pairs(graph, outputs)
+        shares = [_share(each, found) for case, found in pairs for each in case.outputs]
+        truths = [
+            _apart(found[each.name], right[each.name], each)
+            for (case, found), right in zip(pairs, self.right(graph), strict=True)
             for each in case.outputs
-        )
+        ]
+        return state_of(shares, truths)
 
     def _pairs(
         self, graph: str, outputs: list[dict[str, np.ndarray]]
@@ -362,6 +132,19 @@ def _share(answer: Answer, found: dict[str, np.ndarray]) -> float:
     return answer.error(found[answer.name]) / answer.gate
 
 
+def _apart(found: np.ndarray, right: np.ndarray, answer: Answer) -> float:
+    """How far ``found`` is from what is ``right``, without sketches, as a share of the gate."""
+    return float(np.linalg.norm(found.astype(np.float64) - right)) / max(answer.norm, 1e-300) / answer.gate
+
+
+def state_of(shares: Iterable[float], truths: Iterable[float]) -> str:
+    """What became of a fault, from the shares of gates that verify sees, and those of the true differences."""
+    apart = max(truths, default=0.0)
+    if not all(each <= 1 for each in shares):
+        return "caught"
+    return "equal" if apart == 0 else "hidden" if apart <= 1 else "missed"
+
+
 def options_of(threads: int, level: int = 2) -> "ort.SessionOptions":
     """Quiet sessions of so many threads; ``level`` 0 to 2 of optimization."""
     import onnxruntime as ort
@@ -369,29 +152,42 @@ def options_of(threads: int, level: int = 2) -> "ort.SessionOptions":
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[level])
     return options
 
 
-def outcome(
-    subject: Subject, fault: str, graph: str, chance: random.Random, parity: "Parity | None" = None
-) -> Outcome | None:
+class Judges(NamedTuple):
+    """Who else is asked about faults of graphs."""
+
+    parity: "Parity | None" = None
+    audit: "Audited | None" = None
+
+    def asked(self, fault: str, graph: str, model: onnx.ModelProto) -> dict[str, bool | None]:
+        """Their verdicts by name."""
+        audited = self.audit is not None and fault in OF_QUANTIZERS
+        return {
+            "parity": None if self.parity is None else self.parity.catches(model, graph),
+            "audit": self.audit.catches(model, graph) if self.audit is not None and audited else None,
+        }
+
+
+NOBODY = Judges()
+
+
+def outcome(subject: Subject, fault: str, graph: str, chance: random.Random, judges: Judges = NOBODY) -> Outcome | None:
     """Plant one fault into ``graph`` and verify it; None where there is no place for it."""
     model = onnx.ModelProto()
     model.CopyFrom(subject.models[graph])
     where = PLANTS[fault](model.graph, chance)
     if where is None:
         return None
-    asked = None if parity is None else parity.catches(model, graph)
+    asked = judges.asked(fault, graph, model)
     try:
         found = list(subject.run(model, graph, options_of(1)))
-        share = subject.share(graph, found)
     except Exception as error:  # ONNX Runtime's own kinds: the graph does not load, or does not run
-        return Outcome(fault, graph, f"{where}: {type(error).__name__}", "caught", float("inf"), parity=asked)
-    if share > 1:
-        return Outcome(fault, graph, where, "caught", share, parity=asked)
-    hidden = subject.true_share(graph, found) <= 1
-    return Outcome(fault, graph, where, "hidden" if hidden else "missed", share, parity=asked)
+        return Outcome(fault, graph, f"{where}: {type(error).__name__}", "caught", float("inf"), **asked)
+    return Outcome(fault, graph, where, subject.state(graph, found), subject.share(graph, found), **asked)
 
 
 class Parity:
@@ -443,31 +239,60 @@ class Parity:
         return any(not errors[name] <= gate for name, (_, gate) in truths.items())
 
 
+class Played(NamedTuple):
+    """What a run of the golden answers gave: an output, and its answer."""
+
+    found: np.ndarray
+    answer: Answer
+
+
+def played(bundle: Bundle, threads: int = 1) -> dict[tuple[str, str], Played]:
+    """Outputs of the bundle's runs by run and name; raises what a run does that does not come to its end."""
+    kept: dict[tuple[str, str], Played] = {}
+    compared = golden_player.compared
+
+    def keep(subject: str, size: str, answers: Iterable[Answer], got: dict[str, np.ndarray]) -> Any:
+        answers = list(answers)
+        kept.update({(subject, each.name): Played(got[each.name], each) for each in answers})
+        return compared(subject, size, answers, got)
+
+    with (
+        OnnxRuntimeBackend(bundle, threads=threads) as backend,
+        patch.object(golden_player, "compared", keep),
+    ):
+        rows = golden_player.run_rows(backend, bundle, read_golden(bundle))
+    if len(kept) < len(rows):
+        raise ValueError("a run has not come to its end")
+    return kept
+
+
+def played_share(outputs: dict[tuple[str, str], Played]) -> float:
+    """The largest share of a gate."""
+    return max((each.answer.error(each.found) / each.answer.gate for each in outputs.values()), default=0.0)
+
+
 def planted_in_runtime(bundle: Bundle) -> Iterator[Outcome]:
-    """Each fault of the runtime, where the bundle has runs: one that no run shows is missed."""
-    golden = read_golden(bundle)
-    for fault in runtime_faults.FAULTS if golden.sampling is not None else ():
+    """Each fault of the runtime, where the bundle has runs."""
+    if read_golden(bundle).sampling is None:
+        return
+    right = played(bundle)
+    for fault in runtime_faults.FAULTS:
         try:
             with runtime_faults.planted(fault):
-                share = played_share(bundle)
+                found = played(bundle)
+            shares = [each.answer.error(each.found) / each.answer.gate for each in found.values()]
+            state = state_of(shares, [_apart(each.found, right[key].found, each.answer) for key, each in found.items()])
         except Exception:  # whatever a fault leads to
-            share = float("inf")
-        yield Outcome(RUNTIME, "", fault, "caught" if share > 1 else "missed", share, hashes=False)
+            shares, state = [float("inf")], "caught"
+        yield Outcome(RUNTIME, "", fault, state, max(shares), hashes=False)
 
 
-def played_share(bundle: Bundle, threads: int = 1) -> float:
-    """The largest share of a gate of the bundle's runs."""
-    with OnnxRuntimeBackend(bundle, threads=threads) as backend:
-        rows = run_rows(backend, bundle, read_golden(bundle))
-    return max((row.error / row.gate for row in rows), default=0.0)
-
-
-def planted(subject: Subject, count: int, seed: int, parity: Parity | None = None) -> Iterator[Outcome]:
+def planted(subject: Subject, count: int, seed: int, judges: Judges = NOBODY) -> Iterator[Outcome]:
     """``count`` faults, of all kinds in turn, each in a graph of its own choice; fewer where a kind finds no place."""
     chance, kinds, graphs = random.Random(seed), list(PLANTS), list(subject.models)
     for index in range(count):
         tries = (
-            outcome(subject, kinds[index % len(kinds)], chance.choice(graphs), chance, parity) for _ in range(TRIES)
+            outcome(subject, kinds[index % len(kinds)], chance.choice(graphs), chance, judges) for _ in range(TRIES)
         )
         found = next(filter(None, tries), None)
         if found is not None:
@@ -483,7 +308,7 @@ def alarms(subject: Subject, count: int, seed: int) -> tuple[int, float]:
         options.enable_cpu_mem_arena, options.enable_mem_pattern = chance.random() < 0.5, chance.random() < 0.5
         runs = ((graph, list(subject.run(model, graph, options))) for graph, model in subject.models.items())
         graphs = max(subject.share(graph, outputs) for graph, outputs in runs)
-        shares.append(max(graphs, played_share(subject.bundle, threads)))
+        shares.append(max(graphs, played_share(played(subject.bundle, threads))))
     return sum(share > 1 for share in shares), max(shares, default=0.0)
 
 
@@ -495,9 +320,25 @@ def table(outcomes: list[Outcome]) -> dict[str, dict[str, int]]:
 
 def _counts(found: list[Outcome]) -> dict[str, int]:
     others = {"by hashes": sum(each.hashes for each in found)}
-    if any(each.parity is not None for each in found):
-        others["by parity"] = sum(bool(each.parity) for each in found)
+    for judge in ("parity", "audit"):
+        if any(getattr(each, judge) is not None for each in found):
+            others[f"by {judge}"] = sum(bool(getattr(each, judge)) for each in found)
     return {"planted": len(found), **Counter(each.state for each in found), **others}
+
+
+def summary(outcomes: list[Outcome]) -> dict[str, Any]:
+    """Shares of the faults: of those that change a bit, what verify finds, and what it or hashes find."""
+    real = [each for each in outcomes if each.state != "equal"]
+    caught = [each for each in real if each.state == "caught"]
+    either = [each for each in outcomes if each.state in ("caught", "equal") or each.hashes]
+    count = max(1, len(real))
+    return {
+        "planted": len(outcomes),
+        "equal": len(outcomes) - len(real),
+        "caught by verify": round(len(caught) / count, 4),
+        "beyond a gate and not caught": sum(each.state == "missed" for each in real),
+        "caught by verify, or by the hash of a file": round(1 - (len(outcomes) - len(either)) / count, 4),
+    }
 
 
 def main(
@@ -506,18 +347,22 @@ def main(
     clean: Annotated[int, typer.Option(min=0, help="Clean runs.")] = 20,
     seed: Annotated[int, typer.Option(help="Of the faults.")] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="Of the bundle: ask the parity ladder too.")] = None,
+    audit: Annotated[bool, typer.Option("--audit", help="Ask the fusion audit of quantizers.")] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file of all outcomes.")] = None,
 ) -> None:
     """Print what became of the faults; exit 1 if one was missed or a clean run was caught."""
     subject = Subject(Bundle.open(bundle))
-    parity = None if checkpoint is None else Parity(subject.bundle, checkpoint)
-    outcomes = [*planted(subject, faults, seed, parity), *planted_in_runtime(subject.bundle)]
+    judges = Judges(
+        None if checkpoint is None else Parity(subject.bundle, checkpoint), audited(subject) if audit else None
+    )
+    outcomes = [*planted(subject, faults, seed, judges), *planted_in_runtime(subject.bundle)]
     false, nearest = alarms(subject, clean, seed)
     report = {
-        "command": f"python benchmarks/mutations.py {bundle} --faults {faults} --clean {clean} --seed {seed}",
+        "command": f"python {shlex.join(sys.argv)}",
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, onnxruntime {version('onnxruntime')}",
         "bundle": subject.bundle.hash,
+        "all": summary(outcomes),
         "kinds": table(outcomes),
         "clean": {"runs": clean, "alarms": false, "largest share of a gate": nearest},
         "not caught": [each._asdict() for each in outcomes if each.state != "caught"],
@@ -527,6 +372,13 @@ def main(
         out.write_text(json.dumps(report, indent=1) + "\n")
     if false or any(each.state == "missed" for each in outcomes):
         raise typer.Exit(1)
+
+
+def audited(subject: Subject) -> "Audited":
+    """The fusion audit of the subject's graphs."""
+    from audited_faults import Audited
+
+    return Audited(subject.bundle)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The kernels' host build: made once from the sources at hand, by the C++ compiler alone."""
 
 import hashlib
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -28,7 +29,12 @@ def _fingerprint() -> str:
 
 @pytest.fixture(scope="session")
 def emulated(once: Callable[..., Path]) -> KernelLibrary:
-    """The emulated kernel library; compiled when a source has changed since the last time."""
+    """The emulated kernel library; compiled when a source has changed since the last time.
+
+    ``STIV_EMULATED_LIBRARY`` names another one, such as one with a planted fault (``benchmarks/kernel_faults.py``).
+    """
+    if named := os.environ.get("STIV_EMULATED_LIBRARY"):
+        return KernelLibrary(Path(named))
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("the emulated kernels need a C++ compiler: g++ was not found")
