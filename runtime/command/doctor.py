@@ -76,6 +76,7 @@ DEPENDENCIES = (
     Dependency("playwright", "playwright", ("dev",)),
     Dependency("pre_commit", "pre-commit", ("dev",)),
     Dependency("mlperf_loadgen", "mlcommons-loadgen", ("bench",)),
+    Dependency("nvtx", "nvtx", ("bench",)),
     Dependency("pynvml", "nvidia-ml-py", ("bench",)),
     Dependency("psutil", "psutil", ("bench", "dev")),
     Dependency("pytest", "pytest", ("dev",)),

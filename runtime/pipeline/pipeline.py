@@ -26,7 +26,7 @@ from stiv_deploy.runtime.pipeline.timing import PhaseClock
 from stiv_deploy.runtime.pipeline.tokenization import lost_line
 from stiv_deploy.runtime.pipeline.views import ViewsOutput, chosen_cameras, views_request
 from stiv_deploy.runtime.progress import Progress, unheard
-from stiv_deploy.runtime.sampling.hooks import GraphClock
+from stiv_deploy.runtime.sampling.hooks import GraphClock, Mark, unmarked
 from stiv_deploy.runtime.sampling.parallel.opening import open_team
 from stiv_deploy.runtime.sampling.parallel.placement import parse_devices
 from stiv_deploy.runtime.sampling.parallel.team import Team
@@ -76,7 +76,7 @@ class StivPipeline(LongVideos):
 
     Threads may share it: their calls run one after another. ``profile`` waits for the device after every graph, so that
     ``timings["graphs"]`` is right on a GPU too; ``debug`` names the first step whose latents are not finite. Both cost
-    time.
+    time. Phases and graphs are ranges of ``mark``, for a profiler.
     """
 
     def __init__(
@@ -87,9 +87,10 @@ class StivPipeline(LongVideos):
         profile: bool = False,
         debug: bool = False,
         team: Team | None = None,
+        mark: Mark = unmarked,
     ) -> None:
         self.bundle = bundle
-        self._profile, self._debug = profile, debug
+        self._profile, self._debug, self._mark = profile, debug, mark
         self._lock = Lock()
         self._user: int | None = None
         self._closed = False
@@ -97,7 +98,7 @@ class StivPipeline(LongVideos):
 
     def _take(self, backend: Backend, team: Team | None = None) -> None:
         self.backend, self._team = backend, team
-        self._clock = GraphClock(backend.synchronize if self._profile else None)
+        self._clock = GraphClock(backend.synchronize if self._profile else None, self._mark)
         self._loop = SamplingLoop(
             backend, self.bundle, self._clock, capture=not self._profile, debug=self._debug, team=team
         )
@@ -121,24 +122,25 @@ class StivPipeline(LongVideos):
         processes: bool = False,
         profile: bool = False,
         debug: bool = False,
+        mark: Mark = unmarked,
     ) -> Self:
         """Open the bundle in the folder ``path`` on ``backend`` (by default the best that works here).
 
         ``threads`` limits the CPU threads, ``device`` is the GPU's index as CUDA counts. Several ``devices``, indices
         of GPUs or ``cpu`` for each, as in ``"0,1,2,3"``, make clips together: shared as ``parallel`` says
         (``cfg2xdsp4``), by default guidance first, each in a thread of this process or in ``processes`` of their own.
-        Raises
-        :class:`~stiv_deploy.runtime.errors.BundleError`, :class:`~stiv_deploy.runtime.errors.BackendError` or
+        Raises :class:`~stiv_deploy.runtime.errors.BundleError`, :class:`~stiv_deploy.runtime.errors.BackendError` or
         :class:`~stiv_deploy.runtime.errors.EngineError`.
         """
         bundle = Bundle.open(path)
         if not devices:
             if parallel is not None or processes:
                 raise BackendError("--parallel and --processes are for several devices; name them with --devices")
-            return cls(bundle, open_backend(backend, bundle, threads, device), profile=profile, debug=debug)
+            alone = open_backend(backend, bundle, threads, device)
+            return cls(bundle, alone, profile=profile, debug=debug, mark=mark)
         names = parse_devices(devices if isinstance(devices, str) else ",".join(map(str, devices)))
         team = open_team(bundle, names, parallel=parallel, backend=backend, threads=threads, processes=processes)
-        return cls(bundle, team.backend, profile=profile, debug=debug, team=team)
+        return cls(bundle, team.backend, profile=profile, debug=debug, team=team, mark=mark)
 
     def to(self, device: Any) -> Self:
         """This pipeline, moved to ``device``: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``, a torch device too.
@@ -329,7 +331,7 @@ class StivPipeline(LongVideos):
         output_type: OutputType,
         lost: dict[str, str],
     ) -> StivOutput:
-        phases, graphs = PhaseClock(self.backend.synchronize), self._graph_seconds()
+        phases, graphs = PhaseClock(self.backend.synchronize, self._mark), self._graph_seconds()
         with phases("encode"):
             clean = self._coder.clean_latents(plan)
         latents: list[np.ndarray] = []

@@ -82,6 +82,9 @@ def run(
     keep_texts: Annotated[
         bool, typer.Option("--keep-texts", help="Let prompts that come again cost nothing; the result says so.")
     ] = False,
+    nvtx: Annotated[
+        bool, typer.Option("--nvtx", help="Make phases and graphs ranges of NVTX, for Nsight Systems.")
+    ] = False,
     cold: Annotated[bool, typer.Option(help="Measure a cold start and its peak memory, in a fresh process.")] = True,
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Measure where it is not fair; every output then calls it invalid.")
@@ -123,6 +126,7 @@ def run(
         queries=queries,
         least_seconds=least_seconds,
         texts=keep_texts,
+        nvtx=nvtx,
         cold=cold,
         anyway=anyway,
         backend=backend,

@@ -14,6 +14,7 @@ from stiv_deploy.runtime.pipeline.pipeline import CPU, StivPipeline
 from stiv_deploy.runtime.pipeline.plan import GenerationPlan, PlannedVideo
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
 from stiv_deploy.runtime.pipeline.timing import PHASES
+from stiv_deploy.runtime.sampling.hooks import Mark, unmarked
 from stiv_deploy.runtime.sampling.replay import REPLAY
 from stiv_deploy.runtime.sampling.settings import SamplingSettings
 from stiv_deploy.runtime.sampling.solvers import evaluations, row_evaluations
@@ -34,11 +35,11 @@ class Maker(Protocol):
 class PipelineMaker:
     """Makes clips with a pipeline, and writes each to an mp4 file in a folder of its own.
 
-    Without ``texts`` no prompt is kept from sample to sample.
+    Without ``texts`` no prompt is kept from sample to sample. A sample is a range of ``mark``, and so is its writing.
     """
 
-    def __init__(self, pipe: StivPipeline, *, texts: bool = False) -> None:
-        self.pipe = pipe
+    def __init__(self, pipe: StivPipeline, *, texts: bool = False, mark: Mark = unmarked) -> None:
+        self.pipe, self.mark = pipe, mark
         self._texts = texts
         self._folder = TemporaryDirectory(prefix="stiv-bench-")
 
@@ -62,11 +63,16 @@ class PipelineMaker:
         """As :class:`Maker` says."""
         if not self._texts:
             self.pipe.forget_texts()
+        with self.mark("sample"):
+            return self._made(requests)
+
+    def _made(self, requests: Sequence[GenerationRequest]) -> Sample:
         before, bound = _counted(self.pipe), _bound(self.pipe)
         began, cpu = time.perf_counter(), time.process_time()
         output = self.pipe.run(self.pipe.plan(list(requests)))
         made = time.perf_counter()
-        output.write(Path(self._folder.name) / "clip.mp4", 1)
+        with self.mark("write"):
+            output.write(Path(self._folder.name) / "clip.mp4", 1)
         ended, spent = time.perf_counter(), time.process_time() - cpu
         after = _counted(self.pipe)
         stages = {name: output.timings[name] for name in PHASES} | {"write": ended - made}

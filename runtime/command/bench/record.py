@@ -211,6 +211,8 @@ class BenchReport(Circumstances):
     transport: Literal["in-process", "http"] = "in-process"
     caches: tuple[Name, ...] = ()
     """What is kept from sample to sample, by name."""
+    nvtx: bool = False
+    """Whether phases and graphs were ranges of NVTX."""
     points: tuple[Point, ...] = Field(min_length=1)
     cold: ColdStart | None = None
     loadgen: LoadgenResult | None = None

@@ -94,6 +94,7 @@ def differences(base: BenchReport, ours: BenchReport) -> dict[str, str]:
         "transport": (base.transport, ours.transport),
         "model": (base.bundle.model.name, ours.bundle.model.name),
         "caches": (", ".join(base.caches) or "none", ", ".join(ours.caches) or "none"),
+        "ranges of NVTX": ("with" if base.nvtx else "without", "with" if ours.nvtx else "without"),
         "threads": (str(base.threads), str(ours.threads)),
         "machine": (_machine(base), _machine(ours)),
         "scenario": (_scenario(base), _scenario(ours)),

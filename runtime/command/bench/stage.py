@@ -28,6 +28,7 @@ from stiv_deploy.runtime.command.bench.maker import PipelineMaker, dims_of, thre
 from stiv_deploy.runtime.command.bench.measure import MOST_WARM, Requests, probe, samples, warm_up
 from stiv_deploy.runtime.command.bench.mllog import LoadgenResult, Scenario
 from stiv_deploy.runtime.command.bench.nvidia import Gpu
+from stiv_deploy.runtime.command.bench.ranges import Ranges
 from stiv_deploy.runtime.command.bench.record import (
     STAGES,
     BenchReport,
@@ -46,6 +47,7 @@ from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 from stiv_deploy.runtime.pipeline.request import GenerationRequest, new_seed
 from stiv_deploy.runtime.progress import Progress, unheard
+from stiv_deploy.runtime.sampling.hooks import Mark, unmarked
 
 PROMPTS = (
     "a boat on a calm lake in the morning",
@@ -73,7 +75,8 @@ class BenchRequest:
     ``template`` says the rest, and what an empty ``sizes`` or ``steps`` means. ``percentiles`` are from 0 to 1;
     ``count`` None takes as many samples of each piece of work as they need. Seeds count on from ``seed``, by default
     another one each time, so that results which are kept beyond the process show, too. In a ``scenario`` LoadGen asks,
-    for ``queries`` clips (None: what it takes at least) and ``least_seconds`` or more. Raises :class:`RequestError`.
+    for ``queries`` clips (None: what it takes at least) and ``least_seconds`` or more. With ``nvtx`` phases and graphs
+    are ranges of NVTX. Raises :class:`RequestError`.
     """
 
     bundle: Path
@@ -89,6 +92,7 @@ class BenchRequest:
     queries: int | None = None
     least_seconds: float = LEAST_SECONDS
     texts: bool = False
+    nvtx: bool = False
     cold: bool = True
     anyway: bool = False
     backend: str | None = None
@@ -149,14 +153,15 @@ def bench(request: BenchRequest, progress: Progress = unheard) -> BenchReport:
     """
     if request.scenario is not None:
         check_loadgen()
+    mark: Mark = Ranges() if request.nvtx else unmarked
     reasons = [*too_few(request.samples, request.percentiles)]
     refuse(reasons, anyway=request.anyway)
     progress("loading", 0, 1)
     with (
         StivPipeline.from_bundle(
-            request.bundle, backend=request.backend, threads=request.threads, device=request.device
+            request.bundle, backend=request.backend, threads=request.threads, device=request.device, mark=mark
         ) as pipe,
-        PipelineMaker(pipe, texts=request.texts) as maker,
+        PipelineMaker(pipe, texts=request.texts, mark=mark) as maker,
         _quiet(),
     ):
         kinds = [(each, work(pipe, each)) for each in request.kinds()]
@@ -249,6 +254,7 @@ def _measured(
         **circumstances(pipe, request.threads),
         seed=request.seed,
         caches=maker.caches,
+        nvtx=request.nvtx,
         points=points,
         cold=cold,
         loadgen=results[0] if results else None,
@@ -283,7 +289,8 @@ def _point(
     news: Callable[[], None],
     results: list[LoadgenResult],
 ) -> Point:
-    warm = warm_up(maker, requests, work, news)
+    with maker.mark("warm-up"):
+        warm = warm_up(maker, requests, work, news)
     gpu = Gpu.open(request.device) if maker.queues else None
     meter, before = LoadMeter(), None if gpu is None else gpu.joules()
     if request.scenario is None:

@@ -90,6 +90,7 @@ APART = {
         "clocks (GPU unknown against 1500 MHz)",
     ),
     "transport": (a_report(transport="http"), "transport (in-process against http)"),
+    "ranges": (a_report(nvtx=True), "ranges of NVTX (without against with)"),
     "points": (a_report((a_point(SECONDS), a_point(SECONDS))), "number of points (1 against 2)"),
     "machine": (
         a_report(machine=Machine(cpu="another", cores=2, memory_gib=8.0, gpus=(), system="Linux")),
