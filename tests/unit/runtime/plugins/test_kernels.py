@@ -10,7 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stiv_deploy.runtime.plugins.library import POINTERS, KernelDtype, KernelLibrary, SpatialQkv, TemporalAttention
+from stiv_deploy.runtime.plugins.library import (
+    POINTERS,
+    KernelDtype,
+    KernelLibrary,
+    Plan,
+    SpatialQkv,
+    TemporalAttention,
+)
 
 HEAD_DIMS = (32, 48, 64, 72, 96, 128)
 NUMPY = {
@@ -155,6 +162,15 @@ def plain_temporal(case: Case) -> np.ndarray:
 
 
 # Calls
+
+
+def plan_of(library: KernelLibrary, case: Case) -> Plan:
+    """How temporal attention of ``case`` is cut into blocks."""
+    batch, frames, positions, _, heads, head_dim = case.qkv.shape
+    sizes = {"batch": batch, "frames": frames, "positions": positions, "heads": heads, "head_dim": head_dim}
+    nothing = dict.fromkeys((*POINTERS, "output"), 0)
+    call = TemporalAttention(**nothing, **sizes, dtype=case.dtype, output_dtype=case.dtype)
+    return library.temporal_attention_plan(call)
 
 
 def run_temporal(library: KernelLibrary, case: Case) -> np.ndarray:
@@ -305,6 +321,18 @@ def test_temporal_attention_is_as_exact_as_its_type(emulated: KernelLibrary, see
 def test_every_head_size_and_number_of_tiles(emulated: KernelLibrary, head_dim: int, frames: int) -> None:
     rng = np.random.default_rng(frames * head_dim)
     case = make_case(rng, KernelDtype.BFLOAT16, (1, frames, 1), frames, 3, head_dim)
+    exact = exact_temporal(case)
+    assert np.abs(run_temporal(emulated, case) - exact).max() <= temporal_tolerance(case, exact)
+
+
+def test_a_block_of_several_positions_and_one_of_what_is_left(emulated: KernelLibrary) -> None:
+    """Blocks take more than one position only where there are many: here two, and the last block one.
+
+    A lane goes through both heads of both positions, so that their bias begins anew.
+    """
+    case = make_case(np.random.default_rng(7), KernelDtype.BFLOAT16, (1, 15, 1025), 15, 2, 32)
+    plan = plan_of(emulated, case)
+    assert (plan.heads_per_block, plan.positions_per_block, plan.splits) == (2, 2, 1)
     exact = exact_temporal(case)
     assert np.abs(run_temporal(emulated, case) - exact).max() <= temporal_tolerance(case, exact)
 
