@@ -46,7 +46,8 @@ def test_a_place_that_is_not_there_is_named(script: ModuleType) -> None:
 
 def test_outcomes_are_counted_by_kind(script: ModuleType) -> None:
     outcomes = [script.Outcome(1, "mask", "a", "one", "test_x"), script.Outcome(2, "mask", "a", "two", None)]
-    assert script.table(outcomes) == {"mask": {"planted": 2, "caught": 1, "survived": 1}}
+    outcomes.append(script.Outcome(3, "mask", "a", "three", None, "the host does not show it"))
+    assert script.table(outcomes) == {"mask": {"planted": 3, "caught": 1, "survived": 1, "unseen": 1}}
 
 
 @pytest.mark.slow
