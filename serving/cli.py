@@ -20,6 +20,10 @@ def serve(
     store: Annotated[
         str | None, typer.Option(metavar="URL", help="Jobs in PostgreSQL (postgresql://HOST/NAME), for many machines.")
     ] = None,
+    results: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Videos elsewhere: s3://BUCKET/PREFIX, file:///FOLDER, ..."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model in the API. Default: the bundle's.")] = None,
     tokens: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Let in only who has a token of this file; see --new-token.")
@@ -27,7 +31,19 @@ def serve(
     new_token: Annotated[
         str | None, typer.Option(metavar="NAME", help="Make a token for NAME, add it to --tokens, print it, and end.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, max=64, help="Processes that make videos, one for each GPU.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, max=64, help="Processes that make videos. Default: one; with --ray one for each GPU."),
+    ] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Serve on Ray: on the cluster of RAY_ADDRESS, or on one of this machine.")
+    ] = False,
+    max_workers: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="With --ray: up to so many workers while there is much to do.")
+    ] = None,
+    backlog: Annotated[
+        float, typer.Option(min=1.0, help="With --max-workers: seconds of work that a worker may have before it.")
+    ] = 60.0,
     backend: Annotated[str | None, typer.Option(help="Backend ('stiv doctor' lists them); default: the best.")] = None,
     device: Annotated[int, typer.Option(metavar="INDEX", min=0, help="First GPU, as CUDA counts them.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a worker; default: all cores.")] = None,
@@ -58,6 +74,7 @@ def serve(
     stiv serve bundle --port 8000
     stiv serve bundle --host 0.0.0.0 --tokens tokens.txt
     stiv serve bundle --tokens tokens.txt --new-token alice
+    stiv serve bundle --ray --workers 2 --max-workers 8
     """
     from stiv_deploy.runtime.bundle.bundle import Bundle
     from stiv_deploy.serving.api.guard import Tokens, add_token, read_tokens
@@ -74,14 +91,21 @@ def serve(
         return
     if store is not None and not store.startswith(SCHEME):
         raise ServeError(f"--store {store}: want {SCHEME}HOST/NAME; without it jobs are in a file of --data")
+    if results is not None and "://" not in results:
+        raise ServeError(f"--results {results}: want a URL, such as s3://BUCKET/PREFIX or file:///FOLDER")
+    if max_workers is not None and not ray:
+        raise ServeError(
+            "--max-workers is given without --ray, which starts and ends workers; --workers is their number"
+        )
     known = Tokens() if tokens is None else read_tokens(tokens)
     model = Bundle.open(bundle).manifest.model.name
     settings = ServeSettings(
         bundle=bundle.absolute(),
         data=(data or bundle.absolute().with_name(f"{bundle.absolute().name}.jobs")).absolute(),
         store=store,
+        results=results,
         name=name or model,
-        workers=workers,
+        workers=workers or 1,
         backend=backend,
         device=device,
         threads=threads,
@@ -98,6 +122,12 @@ def serve(
         grace_seconds=grace,
     )
     set_up(as_json=log_json)
+    if ray:
+        from stiv_deploy.serving.cluster.running import run_on_ray
+        from stiv_deploy.serving.cluster.scaling import Scale
+
+        run_on_ray(settings, known, host, port, Scale(workers, max_workers, backlog), typer.echo)
+        return
     with listen(host, port, known) as listening:
         server = Server(settings, known)
         typer.echo(f"serving {settings.name} at {address(listening)}, jobs in {settings.data}; Ctrl-C stops it")

@@ -13,6 +13,7 @@ class ServeSettings(Frozen):
     """How the bundle in the folder ``bundle`` is served, with its jobs and their files in the folder ``data``.
 
     With the URL of a ``store`` of PostgreSQL jobs are there, and servers on several machines may share both.
+    Results are at the URL ``results``, if there is one.
 
     ``workers`` processes make clips, worker i on GPU ``device`` + i; each has up to ``slots`` clips of one size in one
     batch. Finished jobs go after ``keep_seconds``, and the oldest of them as soon as all files have more than
@@ -26,6 +27,7 @@ class ServeSettings(Frozen):
     bundle: Path
     data: Path
     store: str | None = None
+    results: str | None = None
     name: str
     workers: int = Field(default=1, ge=1, le=64)
     backend: str | None = None

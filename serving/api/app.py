@@ -1,14 +1,10 @@
 """The routes: OpenAI's videos API, and what is ours beside it."""
 
-import json
 import logging
-import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 from anyio import CancelScope
 from anyio.lowlevel import checkpoint
 from fastapi import APIRouter, FastAPI, Header, Query, Request
@@ -17,13 +13,12 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from stiv_deploy.runtime.errors import StivError, one_line
-from stiv_deploy.runtime.pipeline.films import open_film
-from stiv_deploy.runtime.pipeline.media import write_video
 from stiv_deploy.serving.api.answers import error_answer, poll_after
 from stiv_deploy.serving.api.body import read_body
+from stiv_deploy.serving.api.content import content_of
 from stiv_deploy.serving.api.events import changes, stream
 from stiv_deploy.serving.api.guard import OWNER, Guard, Tokens
 from stiv_deploy.serving.api.metrics import Metrics
@@ -31,16 +26,9 @@ from stiv_deploy.serving.api.page import router as page_router
 from stiv_deploy.serving.api.schema import ErrorAnswer, Health, ModelList, Remix, VideoDeleted, VideoList, VideoResource
 from stiv_deploy.serving.api.service import Service
 from stiv_deploy.serving.errors import ApiError, StoreError
-from stiv_deploy.serving.store.jobs import Job, State
-from stiv_deploy.serving.store.results import SPRITESHEET, THUMBNAIL, VIDEO
+from stiv_deploy.serving.store.jobs import Job
 
 log = logging.getLogger(__name__)
-VARIANTS = {
-    "video": (VIDEO, "video/mp4"),
-    "gif": (VIDEO, "image/gif"),
-    "thumbnail": (THUMBNAIL, "image/webp"),
-    "spritesheet": (SPRITESHEET, "image/png"),
-}
 KEY_LIMIT = 255
 """Characters of an idempotency key."""
 STORE_BACK = 10.0
@@ -128,7 +116,7 @@ async def create_and_wait(request: Request) -> Response:
             service.store.cancel(job.id)  # at once: this task may itself be cancelled
     if not finished:
         raise ApiError(499, "cancelled", "the client has left")
-    return _file(service, job, "video")
+    return content_of(service, job, "video", {})
 
 
 @router.get("/v1/videos")
@@ -185,32 +173,7 @@ def content(
 ) -> Response:
     """The file of a completed job; ranges of it too."""
     service = _service(request)
-    return _file(service, service.job(_owner(request), video_id), variant)
-
-
-def _gif(video: Path, job: Job) -> Response:
-    """The frames of ``video`` as a GIF, made now."""
-    frames = np.concatenate([*open_film(video).windows(job.frames, job.height, job.width)])
-    rate = float(json.loads(job.facts)["fps"])
-    with tempfile.TemporaryDirectory() as folder:
-        content = write_video(Path(folder) / "video.gif", frames, rate).read_bytes()
-    headers = {"x-video-id": job.id, "content-disposition": f'attachment; filename="{job.id}.gif"'}
-    return Response(content, 200, headers, "image/gif")
-
-
-def _file(service: Service, job: Job, variant: str) -> Response:
-    if job.state == State.FAILED:
-        raise ApiError(409, job.error_code or "failed", f"the video failed: {job.error_message}", "video_id")
-    if job.state != State.COMPLETED:
-        raise ApiError(409, "video_not_ready", f"the video is {job.state}", "video_id", 1)
-    name, kind = VARIANTS[variant]
-    path = service.results.place(job.id) / name
-    if not path.is_file():
-        raise ApiError(404, "not_found", "the file of this video is gone", "video_id")
-    if variant == "gif":
-        return _gif(path, job)
-    headers = {"x-video-id": job.id}
-    return FileResponse(path, 200, headers, kind, filename=f"{job.id}{Path(name).suffix}")
+    return content_of(service, service.job(_owner(request), video_id), variant, request.headers)
 
 
 @router.get("/v1/videos/{video_id}/events")

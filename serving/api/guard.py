@@ -40,15 +40,15 @@ class Tokens:
     """Whose a token is, by the SHA-256 of tokens that are random and long; none at all means that nobody needs one."""
 
     def __init__(self, digests: Mapping[str, str] | None = None) -> None:
-        self._digests = dict(digests or {})
+        self.digests = dict(digests or {})
 
     def __bool__(self) -> bool:
-        return bool(self._digests)
+        return bool(self.digests)
 
     def owner(self, token: str) -> str | None:
         """The name that ``token`` is for; all are compared, and each in the same time."""
         digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
-        found = [name for name, each in self._digests.items() if hmac.compare_digest(each, digest)]
+        found = [name for name, each in self.digests.items() if hmac.compare_digest(each, digest)]
         return found[0] if found else None
 
 

@@ -149,7 +149,7 @@ class Service:
     def _made_before(self, job: Job) -> Job:
         """``job``, done already if the owner has the result of an equal request: its files are the same files."""
         twin = self.store.twin(job.owner, job.twin)
-        if twin is None or not self.results.link(twin.id, job.id):
+        if twin is None or not self.results.files.link(twin.id, job.id):
             return job
         expires = job.created + self.settings.keep_seconds
         done = replace(job, state=State.COMPLETED, step=job.steps, bytes=twin.bytes, expires=expires)

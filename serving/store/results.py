@@ -1,76 +1,48 @@
-"""Files of jobs: results, whole or not at all, and latents to go on from."""
+"""All files of jobs: results, previews, and latents to go on from."""
 
 import logging
-import os
 import shutil
 import time
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from stiv_deploy.runtime.errors import OutputError
-from stiv_deploy.runtime.files import draft, replaced_file, told
+from stiv_deploy.runtime.files import replaced_file
+from stiv_deploy.serving.store.files import VIDEO, FolderFiles, ResultFiles
 from stiv_deploy.serving.store.jobs import JobStore, State
 from stiv_deploy.serving.store.previews import Previews
 
 log = logging.getLogger(__name__)
 ABANDONED = 3600.0
 """Seconds after which what is half-written belongs to nobody any more."""
-VIDEO, THUMBNAIL, SPRITESHEET = "video.mp4", "thumbnail.webp", "spritesheet.png"
 RESULT, LATENTS = (State.COMPLETED,), (State.QUEUED,)
 """States, besides that of being in progress, in which a job has a use for its files."""
 
 
 class Results:
-    """Below ``folder``: ``results/ID`` with the files of a completed job, ``latents/ID.npz``, and ``previews``."""
+    """Below ``folder``: ``latents/ID.npz``, ``previews``, and ``results/ID`` with what a completed job has made.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._latents, self.previews = (
-            folder / "results",
-            folder / "latents",
-            Previews(folder / "previews"),
-        )
-        for each in (self._folder, self._latents):
+    Unless that is in other ``files``; then ``results`` has what is being made.
+    """
+
+    def __init__(self, folder: Path, files: ResultFiles | None = None) -> None:
+        self._drafts, self._latents = folder / "results", folder / "latents"
+        self.files = files or FolderFiles(self._drafts)
+        """Those of results."""
+        self.previews = Previews(folder / "previews")
+        for each in (self._drafts, self._latents):
             each.mkdir(parents=True, exist_ok=True)
 
-    def place(self, job: str) -> Path:
-        """Folder of the result of ``job``."""
-        return self._folder / job
-
-    @contextmanager
-    def writing(self, job: str) -> Iterator[Path]:
-        """A folder for the result's files, which gets its place if the block succeeds; several may write at once."""
-        place = self.place(job)
-        with told(place, ""), draft(place) as folder:
-            folder.mkdir()
-            yield folder
-            shutil.rmtree(place, ignore_errors=True)
-            folder.rename(place)
-
-    def link(self, made: str, job: str) -> bool:
-        """Give ``job`` the files of the job ``made``; whether they were there."""
-        try:
-            with self.writing(job) as folder:
-                for file in self.place(made).iterdir():
-                    os.link(file, folder / file.name)
-        except OutputError:
-            return False
-        return (self.place(job) / VIDEO).is_file()
-
-    def bytes(self, job: str) -> int:
-        """Bytes of the result's files."""
-        return sum(file.stat().st_size for file in self.place(job).iterdir())
-
     def free_bytes(self) -> int:
-        """Free bytes of the disk that they are on."""
-        return shutil.disk_usage(self._folder).free
+        """Free bytes of the disk that ``folder`` is on."""
+        return shutil.disk_usage(self._drafts).free
 
     def remove(self, job: str) -> None:
         """Remove all files of a job."""
-        shutil.rmtree(self.place(job), ignore_errors=True)
+        self.files.remove(job)
         self.forget_latents(job)
 
     def save_latents(self, job: str, **arrays: np.ndarray) -> None:
@@ -97,34 +69,43 @@ class Results:
     def _saved(self, job: str) -> Path:
         return self._latents / f"{job}.npz"
 
+    def _hidden(self) -> Iterator[Path]:
+        """What is half-written."""
+        for folder in (self._drafts, self._latents):
+            yield from (file for file in folder.iterdir() if file.name[0] == ".")
+
     def sweep_abandoned(self) -> None:
         """Remove what killed processes left half-written, while others write."""
-        hidden = [file for each in (self._folder, self._latents) for file in each.iterdir() if file.name[0] == "."]
-        for file in [*hidden, *self.previews]:
+        for file in [*self._hidden(), *self.previews]:
             with suppress(FileNotFoundError):  # somebody has finished it
                 if file.stat().st_mtime < time.time() - ABANDONED:
                     _remove(file)
 
     def sweep(self, store: JobStore) -> int:
         """Remove files whose job is gone or has no use for them, and tell the store of results that are; how many."""
-        results, latents = [*self._folder.iterdir()], [*self._latents.iterdir()]
-        states = store.states()  # after the files: what was made since then is in neither
-        useless = [file for file in results if not _wanted(file, states, RESULT)]
+        results, hidden = self.files.list(), [*self._hidden()]
+        latents = [file for file in self._latents.iterdir() if file.name[0] != "."]
+        states = store.states()  # after the files: what was made since then is in none of them
+        orphans = [name for name in results if name[0] != "." and not _wanted(name, states, RESULT)]
+        useless = [file for file in hidden if not _wanted(file.name, states, ())]
         useless += [file for file in self.previews if states.get(file.stem) != State.IN_PROGRESS]
-        useless += [file for file in latents if not _wanted(file, states, LATENTS)]
+        useless += [file for file in latents if not _wanted(file.name, states, LATENTS)]
+        for name in orphans:
+            self.files.remove(name)
         for file in useless:
             _remove(file)
+        there = set(results)
         for job, state in states.items():
-            if state == State.COMPLETED and not (self.place(job) / VIDEO).is_file():
+            if state == State.COMPLETED and job not in there and self.files.get(job, VIDEO) is None:
                 store.lose(job)
-        return len(useless)
+        return len(orphans) + len(useless)
 
 
 def _remove(file: Path) -> None:
     shutil.rmtree(file, ignore_errors=True) if file.is_dir() else file.unlink(missing_ok=True)
 
 
-def _wanted(file: Path, states: Mapping[str, State], wanted: Collection[State]) -> bool:
-    """Whether a file or folder, which may be half-written, is of a job in a ``wanted`` state, or may become one's."""
-    state = states.get(file.name.removeprefix(".").partition(".")[0].partition("-")[0])
-    return state == State.IN_PROGRESS or (state in wanted and not file.name.startswith("."))
+def _wanted(name: str, states: Mapping[str, State], wanted: Collection[State]) -> bool:
+    """Whether a file or folder is of a job in a ``wanted`` state, or of one in progress, which may need it yet."""
+    state = states.get(name.removeprefix(".").partition(".")[0].partition("-")[0])
+    return state == State.IN_PROGRESS or state in wanted

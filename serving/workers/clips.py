@@ -14,8 +14,8 @@ from stiv_deploy.runtime.pipeline.plan import GenerationPlan, PlannedVideo
 from stiv_deploy.runtime.sampling.engine import Pause
 from stiv_deploy.runtime.sampling.sample import Sample
 from stiv_deploy.runtime.sampling.solvers import evaluations, most_rows
+from stiv_deploy.serving.store.files import SPRITESHEET, THUMBNAIL, VIDEO
 from stiv_deploy.serving.store.jobs import Job
-from stiv_deploy.serving.store.results import SPRITESHEET, THUMBNAIL, VIDEO
 
 POSITION, LATENTS, INPUTS, VELOCITY, BUNDLE = "position", "latents", "inputs", "velocity", "bundle"
 """Names of the arrays of a :class:`Pause` in a file, and of the hash of the bundle that made it."""

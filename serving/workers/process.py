@@ -21,8 +21,7 @@ from stiv_deploy.serving.errors import StoreError
 from stiv_deploy.serving.logs import set_up
 from stiv_deploy.serving.settings import ServeSettings
 from stiv_deploy.serving.store.jobs import LEASE, WorkerState
-from stiv_deploy.serving.store.opening import open_store
-from stiv_deploy.serving.store.results import Results
+from stiv_deploy.serving.store.opening import open_results, open_store
 from stiv_deploy.serving.tracing import open_spans
 from stiv_deploy.serving.workers.scheduler import Scheduler
 from stiv_deploy.serving.workers.workshop import Workshop
@@ -55,10 +54,15 @@ class Worker:
         backend = proven_backend(bundle, settings.backend, settings.threads, device, strict=settings.strict)
         self._workshop = Workshop(bundle, backend)
         self._spans = open_spans(settings, worker=self.name)
-        results = Results(settings.data)
+        results = open_results(settings.data, settings.results)
         self._scheduler = Scheduler(self._store, results, self._workshop, settings, self.name, spans=self._spans)
         self.ready = False
         """Whether it takes jobs, or has done so."""
+
+    @property
+    def idle_seconds(self) -> float:
+        """Seconds since it last got on with its work, or looked for some."""
+        return time.time() - self._scheduler.turned
 
     def run(self, stop: Event) -> None:
         """Work until ``stop`` is set."""

@@ -366,7 +366,7 @@ class Scheduler:
             self._tallies.count("suspect_videos", what)
             log.warning("%s is %s", job, what, extra={"job": job})
         try:
-            with self._results.writing(job) as folder:
+            with self._results.files.writing(job) as folder:
                 write_files(clip, frames, latents, self._workshop.backend.name, folder)
             self._note_stage("write", clip.job, time.perf_counter() - start)
             self._finish(clip.job)
@@ -384,7 +384,7 @@ class Scheduler:
 
     def _finish(self, job: Job) -> None:
         now = self._clock()
-        size, expires = self._results.bytes(job.id), now + self._settings.keep_seconds
+        size, expires = self._results.files.bytes(job.id), now + self._settings.keep_seconds
         if self._store.complete(job.id, self._name, size, expires):
             self._results.forget_latents(job.id)
             self._tallies.time("e2e", now - job.created)

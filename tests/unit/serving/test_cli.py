@@ -1,19 +1,16 @@
 """``stiv serve``: what is wrong is one line before anything starts; and the whole of it, killed and ended."""
 
-import json
 import os
 import signal
 import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+sys.path.append(str(Path(__file__).parent))
+from running import serving
 
 from stiv_deploy.runtime.command.main import main
 
@@ -43,6 +40,9 @@ def test_what_is_wrong_is_one_line(run: Run, bundle_path: Path, tmp_path: Path) 
             ((bundle_path, "--host", "0.0.0.0"), "give --tokens FILE"),
             ((bundle_path, "--tokens", tmp_path / "file"), "--new-token NAME"),
             ((bundle_path, "--new-token", "alice"), "without --tokens"),
+            ((bundle_path, "--max-workers", 2), "is for --ray"),
+            ((bundle_path, "--results", "videos"), "want a URL"),
+            ((bundle_path, "--results", "nothing://x", "--data", tmp_path / "jobs", "--port", 0), "nothing can be put"),
             ((bundle_path, "--port", port, "--data", tmp_path / "jobs"), "choose another --port"),
             ((bundle_path, "--port", 0, "--data", tmp_path / "file"), "cannot be written"),
             ((bundle_path, "--port", 0, "--data", bundle_path / "jobs"), "is in the bundle"),
@@ -58,45 +58,6 @@ def test_a_new_token_is_printed_once(run: Run, bundle_path: Path, tmp_path: Path
     code, out, err = run(bundle_path, "--tokens", tmp_path / "tokens", "--new-token", "alice")
     assert (code, err, len(out.strip()) > 40) == (0, "", True)
     assert out.strip() not in (tmp_path / "tokens").read_text()
-
-
-class Running:
-    """A server process and its address."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line.startswith("serving toy at http://127.0.0.1:"), line
-        self.address = line.split()[3].rstrip(",")
-
-    def call(self, path: str, body: object = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        asked = urllib.request.Request(self.address + path, data, {"content-type": "application/json"})
-        with urllib.request.urlopen(asked, timeout=30) as answer:
-            return json.load(answer)
-
-    def wait(self, path: str, until: Callable[[Any], bool]) -> Any:
-        for _ in range(600):
-            try:
-                found = self.call(path)
-            except urllib.error.HTTPError as error:
-                found = json.load(error)
-            if until(found):
-                return found
-            time.sleep(0.1)
-        raise AssertionError(found)
-
-
-@contextmanager
-def serving(bundle: Path, data: Path, *options: str) -> Iterator[Running]:
-    command = [Path(sys.executable).parent / "stiv", "serve", bundle, "--data", data, "--port", "0", *options]
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
-    try:
-        yield Running(process)
-    finally:
-        process.kill()
-        process.wait()
 
 
 def workers(data: Path) -> list[int]:

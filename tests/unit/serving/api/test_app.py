@@ -63,7 +63,7 @@ def test_a_video_from_the_first_call_to_the_last(place: Any, finished: Callable[
         assert Image.open(io.BytesIO(answer.content)).size == size
     assert place.client.delete(f"/v1/videos/{job}").json() == {"id": job, "object": "video.deleted", "deleted": True}
     assert place.client.get(f"/v1/videos/{job}").status_code == 404
-    assert not place.results.place(job).exists()
+    assert job not in place.results.files.list()
 
 
 def test_lists_have_pages(place: Any) -> None:

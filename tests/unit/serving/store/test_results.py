@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from stiv_deploy.serving.store.files import VIDEO
 from stiv_deploy.serving.store.jobs import Job, State
-from stiv_deploy.serving.store.results import VIDEO, Results
+from stiv_deploy.serving.store.results import Results
 from stiv_deploy.serving.store.sqlite import SqliteJobStore
 
 
 def write(results: Results, job: str, error: Exception | None = None) -> None:
-    with results.writing(job) as folder:
+    with results.files.writing(job) as folder:
         (folder / VIDEO).write_bytes(b"video")
         if error is not None:
             raise error
@@ -23,9 +24,9 @@ def test_a_result_is_whole_or_not_there(tmp_path: Path) -> None:
     results = Results(tmp_path)
     with pytest.raises(RuntimeError, match="killed"):
         write(results, "a", RuntimeError("killed"))
-    assert not results.place("a").exists()
+    assert "a" not in results.files.list()
     write(results, "a")
-    assert results.bytes("a") == 5
+    assert results.files.bytes("a") == 5
     results.remove("a")
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
 

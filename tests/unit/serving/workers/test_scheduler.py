@@ -73,7 +73,7 @@ def test_a_cancelled_clip_leaves_before_the_next_step(place: Any, how: str) -> N
     assert answer.status_code == 200
     assert not worker.turn()  # nothing runs any more
     worker.close()
-    assert not place.results.place(job).exists()
+    assert job not in place.results.files.list()
     if how == "cancel":
         found = place.look(job)
         assert (found["status"], found["error"]["code"]) == ("failed", "cancelled")
@@ -94,7 +94,7 @@ def test_cancelled_while_it_is_written(place: Any, monkeypatch: pytest.MonkeyPat
         pass
     worker.close()
     assert place.look(job)["error"]["code"] == "cancelled"
-    assert not place.results.place(job).exists()
+    assert job not in place.results.files.list()
 
 
 def test_a_result_that_cannot_be_written_fails_its_job_alone(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,7 +383,7 @@ def test_a_hundred_jobs_with_cancels_deletes_and_deaths(
             assert found is None
         else:
             assert found.state == (State.FAILED if how == "cancel" else State.COMPLETED), found
-        assert place.results.place(job).exists() == (found is not None and found.state == State.COMPLETED)
+        assert (job in place.results.files.list()) == (found is not None and found.state == State.COMPLETED)
     assert place.results.sweep(place.store) == 0
 
 

@@ -1,0 +1,90 @@
+"""Files of completed jobs as answers, ranges of them too."""
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from starlette.responses import FileResponse, Response, StreamingResponse
+
+from stiv_deploy.runtime.pipeline.films import open_film
+from stiv_deploy.runtime.pipeline.media import write_video
+from stiv_deploy.serving.api.service import Service
+from stiv_deploy.serving.errors import ApiError
+from stiv_deploy.serving.store.files import SPRITESHEET, THUMBNAIL, VIDEO, RemoteFile
+from stiv_deploy.serving.store.jobs import Job, State
+
+VARIANTS = {
+    "video": (VIDEO, "video/mp4"),
+    "gif": (VIDEO, "image/gif"),
+    "thumbnail": (THUMBNAIL, "image/webp"),
+    "spritesheet": (SPRITESHEET, "image/png"),
+}
+RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+"""One range; with several a server may answer with the whole, as we do of a file that is elsewhere."""
+
+
+def content_of(service: Service, job: Job, variant: str, headers: Mapping[str, str]) -> Response:
+    """The file of ``job`` that ``variant`` names, to a request with ``headers``; :class:`ApiError` if there is none."""
+    if job.state == State.FAILED:
+        raise ApiError(409, job.error_code or "failed", f"the video failed: {job.error_message}", "video_id")
+    if job.state != State.COMPLETED:
+        raise ApiError(409, "video_not_ready", f"the video is {job.state}", "video_id", 1)
+    name, kind = VARIANTS[variant]
+    found = service.results.files.get(job.id, name)
+    if found is None:
+        raise ApiError(404, "not_found", "the file of this video is gone", "video_id")
+    if variant == "gif":
+        return _gif(found, job)
+    filename = f"{job.id}{Path(name).suffix}"
+    if isinstance(found, Path):
+        return FileResponse(found, 200, {"x-video-id": job.id}, kind, filename=filename)
+    return _remote(found, headers, kind, _headers(job, filename))
+
+
+def _headers(job: Job, filename: str) -> dict[str, str]:
+    return {"x-video-id": job.id, "content-disposition": f'attachment; filename="{filename}"'}
+
+
+def _gif(video: Path | RemoteFile, job: Job) -> Response:
+    """The frames of ``video`` as a GIF, made now."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = video if isinstance(video, Path) else Path(folder) / VIDEO
+        if not isinstance(video, Path):
+            video.fetch(path)
+        frames = np.concatenate([*open_film(path).windows(job.frames, job.height, job.width)])
+        rate = float(json.loads(job.facts)["fps"])
+        content = write_video(Path(folder) / "video.gif", frames, rate).read_bytes()
+    return Response(content, 200, _headers(job, f"{job.id}.gif"), "image/gif")
+
+
+def _remote(file: RemoteFile, asked: Mapping[str, str], kind: str, headers: dict[str, str]) -> Response:
+    """``file``, or the range of it that is ``asked`` for, read while it is sent."""
+    headers |= {"accept-ranges": "bytes", "etag": f'"{file.tag}"'}
+    wanted = asked.get("range") if asked.get("if-range", headers["etag"]) == headers["etag"] else None
+    part = None if wanted is None else byte_range(wanted, file.size)
+    if part is None:
+        headers["content-length"] = str(file.size)
+        return StreamingResponse(file.read(0, file.size), 200, headers, kind)
+    if not part:
+        return Response(None, 416, {"content-range": f"bytes */{file.size}"})
+    headers |= {"content-range": f"bytes {part.start}-{part.stop - 1}/{file.size}", "content-length": str(len(part))}
+    return StreamingResponse(file.read(part.start, part.stop), 206, headers, kind)
+
+
+def byte_range(header: str, size: int) -> range | None:
+    """The bytes of a file of ``size`` that a ``Range`` header asks for, empty where there are none of them.
+
+    ``None`` if it asks for nothing that is one range of bytes, and so for the whole (RFC 9110, section 14.2).
+    """
+    found = RANGE.fullmatch(header.replace(" ", ""))
+    if found is None or not any(found.groups()):
+        return None
+    first, last = found.groups()
+    if not first:
+        return range(max(0, size - int(last)), size)
+    if last and int(last) < int(first):
+        return None
+    return range(min(int(first), size), min(int(last) + 1, size) if last else size)
