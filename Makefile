@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 PLUGIN_BUILD ?= build/plugins
 PLUGIN_FOLDER ?= runtime/plugins/_lib
 # rtx is empty where TensorRT-RTX has no wheels (pyproject.toml); `stiv build` then says what is missing.
-EXTRAS := bench,calibration,data,encoders,export,otel,postgres,serve,tensorboard,rtx,dev
+EXTRAS := bench,calibration,data,encoders,export,fsspec,otel,postgres,serve,tensorboard,rtx,dev
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -61,6 +61,7 @@ DEPENDENCIES = (
     Dependency("python_multipart", "python-multipart", ("serve",)),
     Dependency("prometheus_client", "prometheus-client", ("serve",)),
     Dependency("psycopg", "psycopg", ("postgres",)),
+    Dependency("fsspec", "fsspec", ("fsspec",)),
     Dependency("ray", "ray", ("ray",)),
     Dependency("opentelemetry.sdk", "opentelemetry-sdk", ("otel",)),
     Dependency("opentelemetry.exporter.otlp.proto.http", "opentelemetry-exporter-otlp-proto-http", ("otel",)),

@@ -173,7 +173,8 @@ def content(
 ) -> Response:
     """The file of a completed job; ranges of it too."""
     service = _service(request)
-    return content_of(service, service.job(_owner(request), video_id), variant, request.headers)
+    job, bare = service.job(_owner(request), video_id), request.method == "HEAD"
+    return content_of(service, job, variant, request.headers, bare=bare)
 
 
 @router.get("/v1/videos/{video_id}/events")

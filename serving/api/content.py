@@ -26,8 +26,11 @@ RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 """One range; with several a server may answer with the whole, as we do of a file that is elsewhere."""
 
 
-def content_of(service: Service, job: Job, variant: str, headers: Mapping[str, str]) -> Response:
-    """The file of ``job`` that ``variant`` names, to a request with ``headers``; :class:`ApiError` if there is none."""
+def content_of(service: Service, job: Job, variant: str, headers: Mapping[str, str], *, bare: bool = False) -> Response:
+    """The file of ``job`` that ``variant`` names, to a request with ``headers``; or its headers, ``bare``.
+
+    Raises :class:`ApiError` if there is no such file.
+    """
     if job.state == State.FAILED:
         raise ApiError(409, job.error_code or "failed", f"the video failed: {job.error_message}", "video_id")
     if job.state != State.COMPLETED:
@@ -41,7 +44,7 @@ def content_of(service: Service, job: Job, variant: str, headers: Mapping[str, s
     filename = f"{job.id}{Path(name).suffix}"
     if isinstance(found, Path):
         return FileResponse(found, 200, {"x-video-id": job.id}, kind, filename=filename)
-    return _remote(found, headers, kind, _headers(job, filename))
+    return _remote(found, headers, kind, _headers(job, filename), bare=bare)
 
 
 def _headers(job: Job, filename: str) -> dict[str, str]:
@@ -60,18 +63,21 @@ def _gif(video: Path | RemoteFile, job: Job) -> Response:
     return Response(content, 200, _headers(job, f"{job.id}.gif"), "image/gif")
 
 
-def _remote(file: RemoteFile, asked: Mapping[str, str], kind: str, headers: dict[str, str]) -> Response:
+def _remote(file: RemoteFile, asked: Mapping[str, str], kind: str, headers: dict[str, str], *, bare: bool) -> Response:
     """``file``, or the range of it that is ``asked`` for, read while it is sent."""
     headers |= {"accept-ranges": "bytes", "etag": f'"{file.tag}"'}
-    wanted = asked.get("range") if asked.get("if-range", headers["etag"]) == headers["etag"] else None
-    part = None if wanted is None else byte_range(wanted, file.size)
+    wanted = asked.get("range", "") if asked.get("if-range", headers["etag"]) == headers["etag"] else ""
+    part, status = byte_range(wanted, file.size), 206
     if part is None:
-        headers["content-length"] = str(file.size)
-        return StreamingResponse(file.read(0, file.size), 200, headers, kind)
-    if not part:
+        part, status = range(file.size), 200
+    elif not part:
         return Response(None, 416, {"content-range": f"bytes */{file.size}"})
-    headers |= {"content-range": f"bytes {part.start}-{part.stop - 1}/{file.size}", "content-length": str(len(part))}
-    return StreamingResponse(file.read(part.start, part.stop), 206, headers, kind)
+    else:
+        headers["content-range"] = f"bytes {part.start}-{part.stop - 1}/{file.size}"
+    headers["content-length"] = str(len(part))
+    if bare:
+        return Response(None, status, headers, kind)
+    return StreamingResponse(file.read(part.start, part.stop), status, headers, kind)
 
 
 def byte_range(header: str, size: int) -> range | None:

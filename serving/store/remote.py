@@ -120,5 +120,8 @@ class FsspecFiles:
 
     def list(self) -> list[str]:
         """As the protocol says."""
-        names = [Path(path).name for path in self._system.ls(self._root, detail=False)]
+        try:
+            names = [Path(path).name for path in self._system.ls(self._root, detail=False)]
+        except FileNotFoundError:  # there are no empty folders in an object store
+            names = []
         return [name for name in names if JOB.fullmatch(name)]

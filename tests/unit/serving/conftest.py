@@ -7,6 +7,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
+import fsspec
 import pytest
 from starlette.testclient import TestClient
 
@@ -22,8 +23,7 @@ from stiv_deploy.serving.api.guard import Tokens
 from stiv_deploy.serving.api.service import Service
 from stiv_deploy.serving.settings import ServeSettings
 from stiv_deploy.serving.spans import Spans
-from stiv_deploy.serving.store.opening import open_store
-from stiv_deploy.serving.store.results import Results
+from stiv_deploy.serving.store.opening import open_results, open_store
 from stiv_deploy.serving.workers.scheduler import Scheduler
 from stiv_deploy.serving.workers.workshop import Workshop
 
@@ -48,7 +48,7 @@ class Place:
         self.clock, self.spans = Clock(), spans
         self.settings = ServeSettings(bundle=bundle, data=folder, name="toy", **({"free_bytes": 0} | settings))
         self.bundle = Bundle.open(bundle)
-        self.results = Results(folder)
+        self.results = open_results(folder, self.settings.results)
         self.store = open_store(self.settings.jobs, self.clock)
         self.service = Service(self.settings, self.bundle, self.store, self.results, self.clock, spans)
         self.client = TestClient(create_app(self.service, tokens), base_url=ADDRESS)
@@ -98,6 +98,14 @@ def finish(worker: Scheduler) -> None:
     while worker.turn():
         pass
     worker.close()
+
+
+@pytest.fixture
+def memory() -> Iterator[str]:
+    """URL of a place in this process's memory."""
+    yield "memory://videos/here"
+    fsspec.filesystem("memory").store.clear()
+    fsspec.filesystem("memory").pseudo_dirs[:] = [""]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ SILENCERS = (VARIABLE, "ORT_RUNNING_UNIT_TESTS", "CI", "TF_BUILD", "GITHUB_ACTIO
 GENERATE = "import sys; from stiv_deploy.runtime.command.main import main; sys.exit(main())"
 
 
-@pytest.mark.parametrize("package", ["calibration", "export", "runtime", "stiv_ref"])
+@pytest.mark.parametrize("package", ["calibration", "export", "runtime", "serving", "stiv_ref"])
 def test_importing_a_package_switches_it_off_and_leaves_a_users_value(
     package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
