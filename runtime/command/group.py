@@ -27,7 +27,8 @@ LISTING = "stiv_deploy.listing"
 """Key of a context that asks for names and words of commands only."""
 WORKFLOW = (
     *("data", "train", "plot", "consolidate", "calibrate", "export", "build", "audit", "parity", "verify"),
-    *("tune", "bench", "generate", "extend", "interpolate", "long", "views", "serve", "inspect", "doctor", "demo"),
+    *("tune", "bench", "generate", "extend", "interpolate", "long", "views", "serve", "export-triton"),
+    *("inspect", "doctor", "demo"),
 )
 
 HELP = """STIV video diffusion: train it, export it, compile it, check it, run it.

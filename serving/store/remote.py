@@ -8,7 +8,7 @@ import logging
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -64,9 +64,15 @@ class FsspecFiles:
 
     def _try_out(self) -> None:
         path = f"{self._root}/.{secrets.token_hex(4)}"
-        self._system.makedirs(self._root, exist_ok=True)
+        if "/" in self._root.strip("/"):  # else it is a bucket, which its owner makes
+            self._make(self._root)
         self._system.pipe_file(path, b"")
         self._system.rm_file(path)
+
+    def _make(self, folder: str) -> None:
+        """Make ``folder`` in a place that has folders; nothing above it, and no bucket."""
+        with suppress(FileExistsError):
+            self._system.mkdir(folder, create_parents=False)
 
     def _place(self, job: str) -> str:
         return f"{self._root}/{job}"
@@ -83,7 +89,7 @@ class FsspecFiles:
                 raise OutputError(f"{self._place(job)}: cannot be written ({one_line(str(error))})") from None
 
     def _put(self, folder: Path, job: str) -> None:
-        self._system.makedirs(self._place(job), exist_ok=True)
+        self._make(self._place(job))
         for file in sorted(folder.iterdir(), key=lambda file: file.name == VIDEO):
             self._system.put_file(str(file), f"{self._place(job)}/{file.name}")
 
@@ -91,7 +97,7 @@ class FsspecFiles:
         """As the protocol says; they are copied there."""
         try:
             names = [Path(path).name for path in self._system.ls(self._place(made), detail=False)]
-            self._system.makedirs(self._place(job), exist_ok=True)
+            self._make(self._place(job))
             for name in sorted(names, key=lambda name: name == VIDEO):
                 self._system.cp_file(f"{self._place(made)}/{name}", f"{self._place(job)}/{name}")
         except FileNotFoundError:

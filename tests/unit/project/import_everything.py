@@ -36,6 +36,9 @@ PACKAGES = {
     "serve": ["runtime", "serving"],
 }
 
+OWN_EXTRA = {"stiv_deploy.serving.cluster.running": "ray"}
+"""Modules that want a library which `make setup` does not install."""
+
 
 class Blocker(MetaPathFinder):
     """Makes the modules of ``names`` look as if they were not installed."""
@@ -63,6 +66,7 @@ def main(profile: str) -> None:
     sys.meta_path.insert(0, Blocker(BLOCKED[profile]))
     names = {name for package in PACKAGES[profile] for name in modules(f"stiv_deploy.{package}")}
     names |= {point.module for point in entry_points(group="stiv_deploy.commands")}
+    names -= {name for name, library in OWN_EXTRA.items() if find_spec(library) is None}
     for name in sorted(names):
         import_module(name)
     sys.stdout.write(f"{len(names)} modules imported as in an installation with '{profile}'\n")
