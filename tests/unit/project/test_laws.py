@@ -63,6 +63,7 @@ LAWS = {
         "serving/store",
         "serving/tracing",
     },
+    "serving/triton": {"runtime", "serving/errors"},
     "stiv_ref": {"stiv_ref"},
     "stiv_ref/fused": {"stiv_ref", "runtime/errors", "runtime/plugins"},
     "calibration": {"calibration", "stiv_ref", "runtime/errors", "runtime/pipeline/pictures"},
@@ -80,6 +81,7 @@ FOREIGN = {
     "export/audit": TENSORS,
     "serving": {*TENSORS, "onnx", "onnxscript"},
     "serving/workers": {"fastapi", "starlette", "uvicorn"},
+    "serving/triton": {"fastapi", "starlette", "uvicorn"},
 }
 """Libraries that a room must work without, and so must all that it imports."""
 
