@@ -32,7 +32,7 @@ def schedule(steps: int, shift: float = 1.0, late_stretch: float = 1.0) -> np.nd
         raise RequestError(f"time_shift must be positive and finite, got {shift}")
     if not (math.isfinite(late_stretch) and late_stretch >= 1):
         raise RequestError(f"late_stretch must be finite and at least 1, got {late_stretch}")
-    late = float(shift_time(np.float64(LATE), 1 / shift))
+    late = float(shift_time(np.array(LATE), 1 / shift))
     return shift_time(_stretched(np.linspace(0.0, 1.0, steps + 1), late_stretch, late), shift)
 
 

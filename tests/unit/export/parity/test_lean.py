@@ -26,6 +26,7 @@ def parameters(oracle: Oracle) -> int:
 def manifest(micro: Checkpoint) -> Any:
     sampling = SimpleNamespace(frames=4, height=16, width=16, stride=1, guidance_scale=2.0, image_scale=1.5)
     sampling.time_shift = 1.0
+    sampling.late_stretch = 1.0
     return SimpleNamespace(sampling=sampling, model=model_facts(micro.config))
 
 

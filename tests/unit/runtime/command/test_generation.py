@@ -48,6 +48,7 @@ OPTIONS: dict[str, Any] = {
     "--unseen": "zero",
     "--solver": "ab2",
     "--time-shift": 2.0,
+    "--late-stretch": 1.5,
     "--decode-tile": 4,
 }
 """An option for each field of a request that is one, with another value than the default."""
