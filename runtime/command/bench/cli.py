@@ -69,7 +69,8 @@ def run(
         list[float] | None, typer.Option(help="Percentile of the latency (repeatable). Default: 50 and 90.")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(help="Samples of each kind of work. Default: as few as the percentiles take.")
+        int | None,
+        typer.Option(help="Samples of each work. Default: what the percentiles take, and until p50 is known to 2 %."),
     ] = None,
     scenario: Annotated[
         Literal["singlestream", "offline"] | None,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from stiv_deploy.runtime.command.bench.maker import Maker
 from stiv_deploy.runtime.command.bench.record import CacheProbe, Sample, WarmUp, Work
-from stiv_deploy.runtime.command.bench.statistics import ratio
+from stiv_deploy.runtime.command.bench.statistics import percentile, ratio
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
 
 LEAST_WARM, MOST_WARM = 6, 40
@@ -14,6 +14,9 @@ WINDOW = 3
 """Samples whose median is compared with that of as many before them."""
 GETS_FASTER = 0.05
 """A median that is less than this share below the one before is no faster."""
+NARROW = 0.02
+"""Half of the median's interval, as a share of it, at which there are samples enough: that of the ratio of two such
+medians is sqrt(2) times as wide, below 3 %."""
 PROBES = 6
 """Requests of either kind in a probe."""
 
@@ -61,13 +64,19 @@ def warmed(make: Callable[[], float], news: Callable[[], object]) -> list[float]
     return seconds
 
 
-def samples(maker: Maker, requests: Requests, count: int, news: Callable[[], object]) -> list[Sample]:
-    """``count`` of them."""
-    made = []
-    for _ in range(count):
+def samples(maker: Maker, requests: Requests, count: int, news: Callable[[], object], most: int = 0) -> list[Sample]:
+    """``count`` of them, and then more, up to ``most`` in all, until their median is known to :data:`NARROW`."""
+    made: list[Sample] = []
+    while len(made) < count or (len(made) < most and not known([each.seconds for each in made])):
         made.append(maker.make(requests()))
         news()
     return made
+
+
+def known(seconds: Sequence[float]) -> bool:
+    """Whether the interval of the median is narrow enough."""
+    median = percentile(seconds, 0.5)
+    return median is not None and median.half_width <= NARROW
 
 
 def probe(maker: Maker, requests: Requests) -> CacheProbe:

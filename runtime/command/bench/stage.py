@@ -56,6 +56,8 @@ PROMPTS = (
     "a hand writes a letter with a pen",
 )
 SECONDS_LIMIT = 1e6
+MORE = 6
+"""Times as many samples as the percentiles take, at most, until the median is known well enough."""
 LOOK_SECONDS = 1.0
 """How long the machine is watched before anything is measured."""
 
@@ -73,10 +75,10 @@ class BenchRequest:
     """What to measure of the bundle in the folder ``bundle``: every batch with every size and number of steps.
 
     ``template`` says the rest, and what an empty ``sizes`` or ``steps`` means. ``percentiles`` are from 0 to 1;
-    ``count`` None takes as many samples of each piece of work as they need. Seeds count on from ``seed``, by default
-    another one each time, so that results which are kept beyond the process show, too. In a ``scenario`` LoadGen asks,
-    for ``queries`` clips (None: what it takes at least) and ``least_seconds`` or more. With ``nvtx`` phases and graphs
-    are ranges of NVTX. Raises :class:`RequestError`.
+    ``count`` None takes as many samples of each piece of work as they need, and more until the median is well known.
+    Seeds count on from ``seed``, by default another one each time, so that results which are kept beyond the process
+    show, too. In a ``scenario`` LoadGen asks, for ``queries`` clips (None: what it takes at least) and
+    ``least_seconds`` or more. With ``nvtx`` phases and graphs are ranges of NVTX. Raises :class:`RequestError`.
     """
 
     bundle: Path
@@ -136,6 +138,11 @@ class BenchRequest:
         if self.scenario is not None:
             return -(-self.least_queries // self.batches[0])
         return max(map(least_samples, self.percentiles)) if self.count is None else self.count
+
+    @property
+    def most_samples(self) -> int:
+        """Of each piece of work, where the number of samples is not given."""
+        return MORE * self.samples if self.count is None else self.samples
 
     def kinds(self) -> Iterator[Requests]:
         """The kinds of work, one after another."""
@@ -294,7 +301,7 @@ def _point(
     gpu = Gpu.open(request.device) if maker.queues else None
     meter, before = LoadMeter(), None if gpu is None else gpu.joules()
     if request.scenario is None:
-        made = samples(maker, requests, request.samples, news)
+        made = samples(maker, requests, request.samples, news, request.most_samples)
     else:
         made, result = _asked(request, maker, requests, statistics.median(warm.seconds), news)
         results.append(result)

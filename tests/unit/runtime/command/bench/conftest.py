@@ -25,3 +25,4 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LoadMeter, "others", lambda _: 0.0)
     monkeypatch.setattr("stiv_deploy.runtime.command.bench.stage.LOOK_SECONDS", 0.0)
     monkeypatch.setattr("stiv_deploy.runtime.command.bench.measure.GETS_FASTER", 1.0)
+    monkeypatch.setattr("stiv_deploy.runtime.command.bench.measure.NARROW", 10.0)

@@ -6,7 +6,16 @@ import pytest
 from measured import WORK, a_sample
 
 from stiv_deploy.runtime import GenerationRequest
-from stiv_deploy.runtime.command.bench.measure import LEAST_WARM, MOST_WARM, Requests, probe, samples, settled, warm_up
+from stiv_deploy.runtime.command.bench.measure import (
+    LEAST_WARM,
+    MOST_WARM,
+    Requests,
+    known,
+    probe,
+    samples,
+    settled,
+    warm_up,
+)
 from stiv_deploy.runtime.command.bench.record import Sample
 
 
@@ -73,6 +82,25 @@ def test_samples_are_counted_and_differ() -> None:
     made = samples(table, requests(), 3, lambda: heard.append(1))
     assert ([each.seconds for each in made], len(heard)) == ([1.0, 2.0, 3.0], 3)
     assert len({each[0].seed for each in table.asked}) == 3
+
+
+@pytest.mark.parametrize(
+    ("spread", "taken"),
+    [(0.0, 6), (0.01, 6), (1.0, 60)],
+    ids=["equal", "near", "far apart"],
+)
+def test_there_are_more_samples_until_the_median_is_known(spread: float, taken: int) -> None:
+    table = Table(iter([1.0, 1 + spread] * 40))
+    assert len(samples(table, requests(), 6, quiet, 60)) == taken
+
+
+def test_samples_end_as_soon_as_the_interval_is_narrow() -> None:
+    """Ten that are far apart, then all alike: of so many the interval lies between two of the latter."""
+    seconds = [*(1.5 + 0.1 * index for index in range(10)), *[1.0] * 90]
+    made = samples(Table(iter(seconds)), requests(), 6, quiet, 100)
+    assert 20 < len(made) < 60
+    assert known([each.seconds for each in made])
+    assert not known([each.seconds for each in made[:-1]])
 
 
 def test_the_probe_finds_results_that_are_kept() -> None:
