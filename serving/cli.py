@@ -94,9 +94,7 @@ def serve(
     if results is not None and "://" not in results:
         raise ServeError(f"--results {results}: want a URL, such as s3://BUCKET/PREFIX or file:///FOLDER")
     if max_workers is not None and not ray:
-        raise ServeError(
-            "--max-workers is given without --ray, which starts and ends workers; --workers is their number"
-        )
+        raise ServeError("--max-workers is for --ray, which starts and ends workers; give --workers")
     known = Tokens() if tokens is None else read_tokens(tokens)
     model = Bundle.open(bundle).manifest.model.name
     settings = ServeSettings(
