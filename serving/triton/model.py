@@ -71,7 +71,7 @@ class TritonPythonModel:
         text = np.from_dlpack(self._triton.get_input_tensor_by_name(request, REQUEST))
         output = self._pipe.run(self._pipe.plan(asked(text.tobytes())), observer=watch)
         (record,) = output.records
-        return {FRAMES: output.frames[0], RECORD: np.array(bytearray(record.embedded(), "utf-8"))}
+        return {FRAMES: np.asarray(output.frames[0]), RECORD: np.array(bytearray(record.embedded(), "utf-8"))}
 
     def finalize(self) -> None:
         """Free the device."""
