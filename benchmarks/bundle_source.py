@@ -53,6 +53,7 @@ class BundleSource:
                 guidance_renorm=settings.renorm,
                 unseen=settings.unseen,
                 time_shift=settings.time_shift,
+                late_stretch=settings.late_stretch,
                 solver=settings.solver,
                 seed=seed,
             )

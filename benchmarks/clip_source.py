@@ -25,6 +25,7 @@ class Settings:
     renorm: bool = True
     image_scale: float = 1.5
     time_shift: float | None = None
+    late_stretch: float | None = None
     frames: int | None = None
     stride: int | None = None
     unseen: str = "noised"

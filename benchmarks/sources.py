@@ -29,7 +29,7 @@ class ReferenceSource:
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, given: Given | None) -> Video:
         """As :class:`Source` says, with the reference sampler."""
-        own_shift = self.checkpoint.config.sampling.time_shift
+        own = self.checkpoint.config.sampling
         chosen = SamplingSettings(
             steps=settings.steps,
             guidance_mode=GuidanceMode(settings.mode),
@@ -38,7 +38,8 @@ class ReferenceSource:
             renorm=settings.renorm,
             unseen=Unseen(settings.unseen),
             solver=Solver(settings.solver),
-            time_shift=own_shift if settings.time_shift is None else settings.time_shift,
+            time_shift=own.time_shift if settings.time_shift is None else settings.time_shift,
+            late_stretch=own.late_stretch if settings.late_stretch is None else settings.late_stretch,
         )
         inputs = self._inputs(prompts, seeds, settings, given or {})
         with torch.no_grad():

@@ -273,6 +273,7 @@ def main(
     threads: Annotated[int, typer.Option(min=1)] = 1,
     solver: Annotated[Solver, typer.Option()] = Solver.EULER,
     time_shift: Annotated[float | None, typer.Option(help="Of the times.", show_default="the checkpoint's")] = None,
+    late_stretch: Annotated[float | None, typer.Option(help="Of late steps.", show_default="the checkpoint's")] = None,
 ) -> None:
     """Score SOURCE on held-out clips of the world."""
     torch.set_num_threads(threads)
@@ -288,7 +289,7 @@ def main(
     )
     scorers = validate(opened, [world.clip(index) for index in range(VALIDATION_CLIPS)])
     typer.echo(json.dumps(scorers), err=True)
-    sampled = Settings(steps=steps, scale=scale, time_shift=time_shift, solver=solver.value)
+    sampled = Settings(steps=steps, scale=scale, time_shift=time_shift, late_stretch=late_stretch, solver=solver.value)
     experiment = Experiment(opened, sampled, batch, views_scale)
     measure(experiment, names, world, Views(views, frames=view_frames, side=side, split="test"), samples)
     report: Result = {
