@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 from clip_source import Video
 from scorers import brightness, judge
-from world_scores import as_frames, as_video, wanted, world_of
+from world_scores import as_frames, as_video, wanted
 
 from stiv_deploy.stiv_ref.checkpoint import SamplingDefaults
 from stiv_deploy.stiv_ref.data.digit_requests import balanced_requests, real_clips
@@ -76,6 +76,6 @@ def exam_of(checkpoint: Path, sampling: SamplingDefaults, samples: int) -> Exam:
     """The exam for what ``checkpoint`` was trained on, by the recipe beside it; of digits without one."""
     recipe = checkpoint / "recipe.toml"
     last = load_recipe(recipe) if recipe.is_file() else None
-    if last and any(isinstance(each, WorldData) for each in last.parts_of(last.stages[-1].data).values()):
-        return WorldExam(samples, world_of(checkpoint, None)[0], sampling)
-    return DigitExam(samples, sampling.frames)
+    parts = last.parts_of(last.stages[-1].data).values() if last else ()
+    world = next((each for each in parts if isinstance(each, WorldData)), None)
+    return DigitExam(samples, sampling.frames) if world is None else WorldExam(samples, world, sampling)

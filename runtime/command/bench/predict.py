@@ -54,6 +54,11 @@ class Shape(NamedTuple):
     ffn: int = 4
     temporal: bool = True
 
+    @property
+    def squares(self) -> int:
+        """Weights of a block, in matrices of width x width."""
+        return SQUARES + TEMPORAL_SQUARES * self.temporal + 2 * self.ffn
+
 
 PAPER = {"XL": Shape(1152, 28), "XXL": Shape(1536, 38), "M": Shape(3072, 46)}
 """Sizes of STIV (arXiv 2412.07730, table 1)."""
@@ -66,6 +71,11 @@ class Load(NamedTuple):
     frames: int
     places: int
     text: int = TEXT_TOKENS
+
+
+def seen_tokens(shape: Shape, load: Load) -> int:
+    """Tokens that each token attends to in a block: of its frame, of the text, and of its place."""
+    return load.places + load.text + (load.frames if shape.temporal else 0)
 
 
 class Prediction(Frozen):
@@ -91,16 +101,14 @@ def predicted(gpu: str, shape: Shape, load: Load, precision: PlannedPrecision, f
     if fast is None:
         return None
     tokens = load.rows * load.frames * load.places * shape.blocks
-    squares = SQUARES + TEMPORAL_SQUARES * shape.temporal + 2 * shape.ffn
-    seen = load.places + load.text + (load.frames if shape.temporal else 0)
     passes = PASSES[form] - (FEWER_IN_8_BITS if precision != "bfloat16" else 0)
     share = reached.half if precision == "bfloat16" else reached.eight
     return Prediction(
         gpu=gpu,
         precision=precision,
         form=form,
-        linear=tokens * 2 * squares * shape.width**2 / (fast * share),
-        attention=tokens * 4 * seen * shape.width / (peak.half * reached.half * ATTENTION),
+        linear=tokens * 2 * shape.squares * shape.width**2 / (fast * share),
+        attention=tokens * 4 * seen_tokens(shape, load) * shape.width / (peak.half * reached.half * ATTENTION),
         memory=tokens * passes * shape.width * HALF_BYTES / (peak.bandwidth * COPIED),
     )
 

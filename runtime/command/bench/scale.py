@@ -6,12 +6,13 @@ are those of :mod:`~stiv_deploy.runtime.sampling.parallel.shards`, which the run
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from stiv_deploy.runtime.bundle.contract import Frozen
-from stiv_deploy.runtime.command.bench.predict import HALF_BYTES, Load, Prediction, Shape
-from stiv_deploy.runtime.command.bench.roofline import GIGA, SQUARES, TEMPORAL_SQUARES
+from stiv_deploy.runtime.command.bench.predict import HALF_BYTES, Load, Prediction, Shape, seen_tokens
+from stiv_deploy.runtime.command.bench.roofline import GIGA
 from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.sampling.parallel.placement import MOST_DEVICES, Layout, layout
 from stiv_deploy.runtime.sampling.parallel.shards import group_rows, spans
 
 Link = Literal["nvlink", "pcie5", "pcie4"]
@@ -26,7 +27,6 @@ SPATIAL_SQUARES = 4
 """Weights of width x width in the first half of a block: qkv and out of attention in space."""
 PAYS = 0.9
 """More GPUs pay where the step takes at most this part of what it took with fewer."""
-MOST_GPUS = 64
 
 
 class Scaled(Frozen):
@@ -49,27 +49,11 @@ class Scaled(Frozen):
     pays: bool
 
 
-class Layout(NamedTuple):
-    """Groups for guidance, and GPUs in each."""
-
-    guidance: int
-    sequence: int
-
-    def __str__(self) -> str:
-        return f"cfg{self.guidance}xdsp{self.sequence}"
-
-
-def layout(gpus: int, rows: int) -> Layout:
-    """Guidance first, where there are branches and the number is even."""
-    guidance = 2 if rows > 1 and gpus % 2 == 0 else 1
-    return Layout(guidance, gpus // guidance)
-
-
 def parse_counts(text: str) -> tuple[int, ...]:
     """``1,2,4,8``: numbers of GPUs, ascending; :class:`RequestError`."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and len(part) < 4 and 1 <= int(part) <= MOST_GPUS for part in parts):
-        raise RequestError(f"--gpus {text!r}: give numbers of GPUs from 1 to {MOST_GPUS}, as in 1,2,4,8")
+    if not all(part.isdecimal() and len(part) < 4 and 1 <= int(part) <= MOST_DEVICES for part in parts):
+        raise RequestError(f"--gpus {text!r}: give numbers of GPUs from 1 to {MOST_DEVICES}, as in 1,2,4,8")
     return tuple(sorted({int(part) for part in parts}))
 
 
@@ -95,9 +79,8 @@ def _largest(total: int, parts: int) -> float:
 
 def compute_seconds(one: Prediction, shape: Shape, load: Load, plan: Layout) -> float:
     """Of the GPU that has most to do: its frames in the first half of a block, its positions in the second."""
-    squares = SQUARES + TEMPORAL_SQUARES * shape.temporal + 2 * shape.ffn
-    seen = load.places + load.text + (load.frames if shape.temporal else 0)
-    first = (one.linear + one.memory) * SPATIAL_SQUARES / squares + one.attention * load.places / seen
+    seen = seen_tokens(shape, load)
+    first = (one.linear + one.memory) * SPATIAL_SQUARES / shape.squares + one.attention * load.places / seen
     frames, places = _largest(load.frames, plan.sequence), _largest(load.places, plan.sequence)
     rows = group_rows(load.rows, plan.guidance, 0) / load.rows
     return rows * (first * frames + (one.seconds - first) * places)
@@ -105,11 +88,11 @@ def compute_seconds(one: Prediction, shape: Shape, load: Load, plan: Layout) -> 
 
 def memory_bytes(shape: Shape, load: Load, plan: Layout, weight: int) -> float:
     """Of weights of so many bytes each, of x in its four shares, and of the FFN's hidden layer."""
-    squares = SQUARES + TEMPORAL_SQUARES * shape.temporal + 2 * shape.ffn
     share = max(_largest(load.frames, plan.sequence), _largest(load.places, plan.sequence))
     tokens = group_rows(load.rows, plan.guidance, 0) * load.frames * load.places * share
     buffers = 2 if plan.sequence == 1 else 4
-    return squares * shape.width**2 * shape.blocks * weight + tokens * shape.width * HALF_BYTES * (buffers + shape.ffn)
+    weights = shape.squares * shape.width**2 * shape.blocks * weight
+    return weights + tokens * shape.width * HALF_BYTES * (buffers + shape.ffn)
 
 
 def scaled(one: Prediction, shape: Shape, load: Load, counts: Sequence[int], link: Link) -> list[Scaled]:
@@ -117,7 +100,7 @@ def scaled(one: Prediction, shape: Shape, load: Load, counts: Sequence[int], lin
     speed = bandwidth(one.gpu, link)
     found: list[Scaled] = []
     for gpus in counts if speed is not None else ():
-        plan = layout(gpus, load.rows)
+        plan = layout(gpus, branches=load.rows > 1)
         if plan.sequence > min(load.frames, load.places):
             continue
         sent = sent_bytes(shape, load, plan)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from stiv_deploy.runtime.bundle.contract import SAMPLE_ROWS, ModelFacts
 from stiv_deploy.runtime.errors import BackendError, RequestError, briefly, few
@@ -11,6 +12,22 @@ MOST_DEVICES = 64
 CPU = "cpu"
 FORM = re.compile(r"(?:cfg(?P<guidance>\d{1,2}))?x?(?:dsp(?P<sequence>\d{1,2}))?")
 EXAMPLE = "--devices 0,1,2,3, or cpu,cpu"
+
+
+class Layout(NamedTuple):
+    """Groups for guidance branches, and devices in each."""
+
+    guidance: int
+    sequence: int
+
+    def __str__(self) -> str:
+        return f"cfg{self.guidance}xdsp{self.sequence}"
+
+
+def layout(devices: int, *, branches: bool) -> Layout:
+    """Guidance first, where there are ``branches`` of it and the number of devices is even."""
+    guidance = 2 if branches and devices % 2 == 0 else 1
+    return Layout(guidance, devices // guidance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +62,7 @@ class Placement:
         return rank // self.sequence
 
     def __str__(self) -> str:
-        return f"cfg{self.guidance}xdsp{self.sequence}"
+        return str(Layout(self.guidance, self.sequence))
 
     def fitting(self, frames: int, tokens: int) -> "Placement":
         """This one for clips of so many token frames, of so many tokens each.
@@ -96,12 +113,11 @@ def place(devices: Sequence[str], parallel: str | None, model: ModelFacts, mode:
     if parallel is not None:
         guidance, sequence = parse_parallel(parallel, len(names))
         return Placement(devices=names, guidance=guidance, sequence=sequence, chosen=True)
-    branches = mode != "none" and model.student is None
-    guidance = 2 if branches and len(names) % 2 == 0 else 1
-    return Placement(devices=names, guidance=guidance, sequence=len(names) // guidance)
+    guidance, sequence = layout(len(names), branches=mode != "none" and model.student is None)
+    return Placement(devices=names, guidance=guidance, sequence=sequence)
 
 
-def parse_parallel(text: str, devices: int) -> tuple[int, int]:
+def parse_parallel(text: str, devices: int) -> Layout:
     """Groups, and devices in each, of ``cfg2xdsp4``, ``cfg2`` or ``dsp4``; :class:`BackendError`."""
     found = FORM.fullmatch(text.strip().lower())
     if found is None or not any(found.groups()):
@@ -116,4 +132,4 @@ def parse_parallel(text: str, devices: int) -> tuple[int, int]:
         raise BackendError(
             f"--parallel {text} is of {guidance * sequence} devices, --devices names {devices}; make them agree"
         )
-    return guidance, sequence
+    return Layout(guidance, sequence)

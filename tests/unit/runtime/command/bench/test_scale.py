@@ -8,17 +8,16 @@ import pytest
 from stiv_deploy.runtime.command.bench.plan import Plan
 from stiv_deploy.runtime.command.bench.predict import PAPER, Load, Shape, predicted
 from stiv_deploy.runtime.command.bench.scale import (
-    Layout,
     Link,
     bandwidth,
     compute_seconds,
-    layout,
     memory_bytes,
     parse_counts,
     scaled,
     sent_bytes,
 )
 from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.sampling.parallel.placement import Layout, layout
 from stiv_deploy.runtime.sampling.parallel.shards import switch_bytes
 
 Run = Callable[..., tuple[int, str, str]]
@@ -53,14 +52,14 @@ def test_even_shares_are_the_runtimes_bytes(sequence: int) -> None:
 
 
 def test_guidance_is_split_first_and_speed_is_near_the_number() -> None:
-    assert [str(layout(gpus, 2)) for gpus in (1, 2, 3, 4, 8)] == [
+    assert [str(layout(gpus, branches=True)) for gpus in (1, 2, 3, 4, 8)] == [
         "cfg1xdsp1",
         "cfg2xdsp1",
         "cfg1xdsp3",
         "cfg2xdsp2",
         "cfg2xdsp4",
     ]
-    assert str(layout(4, 1)) == "cfg1xdsp4"
+    assert str(layout(4, branches=False)) == "cfg1xdsp4"
     one = predicted("H100", M, LARGE, "bfloat16", "native")
     assert one is not None
     found = scaled(one, M, LARGE, (1, 2, 4, 8), "nvlink")
