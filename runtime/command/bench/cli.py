@@ -80,6 +80,9 @@ def run(
         int | None, typer.Option(help="Clips that a scenario asks for at least. Default: 64; offline 248.")
     ] = None,
     least_seconds: Annotated[float, typer.Option("--seconds", help="How long a scenario lasts at least.")] = 600.0,
+    loadgen_logs: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Keep LoadGen's own logs of a scenario in this folder.")
+    ] = None,
     keep_texts: Annotated[
         bool, typer.Option("--keep-texts", help="Let prompts that come again cost nothing; the result says so.")
     ] = False,
@@ -106,12 +109,14 @@ def run(
     stiv bench run bundle --batch 1 --batch 4 --steps 10 --steps 30 --json bench.json
     """
     from stiv_deploy.runtime.command.bench import show, stage
+    from stiv_deploy.runtime.command.bench.loadgen import check_logs
     from stiv_deploy.runtime.command.bench.page import bench_page, check_page
     from stiv_deploy.runtime.command.generation import requests_from_options
     from stiv_deploy.runtime.files import write_text
 
     check_json(json, bundle, prompts, image)
     check_page(html, json)
+    check_logs(loadgen_logs)
     fixed = {"request": None, "seed": 0, "steps": None}
     read, _ = requests_from_options(context.params | fixed | {"prompt": prompt or (None if prompts else [""])})
     asked = stage.BenchRequest(
@@ -126,6 +131,7 @@ def run(
         scenario=scenario,
         queries=queries,
         least_seconds=least_seconds,
+        logs=loadgen_logs,
         texts=keep_texts,
         nvtx=nvtx,
         cold=cold,

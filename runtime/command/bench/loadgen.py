@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stiv_deploy.runtime.command.bench.mllog import LoadgenResult, Scenario, result_of
-from stiv_deploy.runtime.errors import MeasurementError, one_line
+from stiv_deploy.runtime.errors import MeasurementError, OutputError, one_line
+from stiv_deploy.runtime.files import check_folder, check_no_bundle
 
 CHILD = "stiv_deploy.runtime.command.bench.loadgen_process"
 END = "end"
@@ -37,6 +38,16 @@ class Order(NamedTuple):
 def check_loadgen() -> None:
     """Raise ``ModuleNotFoundError`` if LoadGen is not there."""
     import_module("mlperf_loadgen")
+
+
+def check_logs(folder: Path | None) -> None:
+    """Raise :class:`OutputError` if ``folder`` cannot become one of LoadGen's logs: it is a new one, or empty."""
+    if folder is None:
+        return
+    check_folder(folder, "choose another --loadgen-logs")
+    check_no_bundle(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise OutputError(f"{folder}: holds files already, which the logs would replace; name a new --loadgen-logs")
 
 
 def run_loadgen(order: Order, make: Callable[[Sequence[int]], object], batch: int, folder: Path) -> LoadgenResult:

@@ -44,6 +44,7 @@ from stiv_deploy.runtime.command.bench.refusals import faults, loaded, refuse, t
 from stiv_deploy.runtime.command.bench.roofline import roofline
 from stiv_deploy.runtime.command.bench.statistics import least_samples, percentile
 from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.files import replaced_folder
 from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 from stiv_deploy.runtime.pipeline.request import GenerationRequest, new_seed
 from stiv_deploy.runtime.progress import Progress, unheard
@@ -78,7 +79,8 @@ class BenchRequest:
     ``count`` None takes as many samples of each piece of work as they need, and more until the median is well known.
     Seeds count on from ``seed``, by default another one each time, so that results which are kept beyond the process
     show, too. In a ``scenario`` LoadGen asks, for ``queries`` clips (None: what it takes at least) and
-    ``least_seconds`` or more. With ``nvtx`` phases and graphs are ranges of NVTX. Raises :class:`RequestError`.
+    ``least_seconds`` or more, and its logs are kept in the folder ``logs``, if any. With ``nvtx`` phases and graphs are
+    ranges of NVTX. Raises :class:`RequestError`.
     """
 
     bundle: Path
@@ -93,6 +95,7 @@ class BenchRequest:
     scenario: Scenario | None = None
     queries: int | None = None
     least_seconds: float = LEAST_SECONDS
+    logs: Path | None = None
     texts: bool = False
     nvtx: bool = False
     cold: bool = True
@@ -111,6 +114,8 @@ class BenchRequest:
             raise RequestError("no prompt to measure with; give one or more")
         if self.scenario is not None:
             self._check_scenario()
+        elif self.logs is not None:
+            raise RequestError("--loadgen-logs keeps what LoadGen writes of a scenario; give --scenario, too")
 
     def _check_scenario(self) -> None:
         kinds = len(self.batches) * max(1, len(self.sizes)) * max(1, len(self.steps))
@@ -348,9 +353,20 @@ def _asked(
         prompts=len(request.prompts),
         expected=requests.batch / seconds,
     )
-    with TemporaryDirectory(prefix="stiv-loadgen-") as folder:
-        result = run_loadgen(order, make, requests.batch, Path(folder))
+    with _logs(request.logs) as folder:
+        result = run_loadgen(order, make, requests.batch, folder)
     return made, result
+
+
+@contextmanager
+def _logs(target: Path | None) -> Iterator[Path]:
+    """A folder for LoadGen's logs, which becomes ``target`` if all goes well, and else is gone."""
+    if target is None:
+        with TemporaryDirectory(prefix="stiv-loadgen-") as folder:
+            yield Path(folder)
+    else:
+        with replaced_folder(target, "choose another --loadgen-logs") as folder:
+            yield folder
 
 
 def _gap(sample: Sample) -> float:

@@ -1,14 +1,17 @@
 """MLPerf's LoadGen, the real one, over work that takes no time; and what becomes of faults."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
 
 from stiv_deploy.runtime.command.bench import loadgen
 from stiv_deploy.runtime.command.bench.loadgen import Order, run_loadgen
+from stiv_deploy.runtime.command.bench.mllog import DETAIL, Scenario, result_of
 from stiv_deploy.runtime.command.bench.record import BenchReport
 from stiv_deploy.runtime.errors import MeasurementError, StivError
 
@@ -65,9 +68,9 @@ FEW = ("--backend", "onnxruntime", "--threads", 1, "--no-cold", "--steps", 1, "-
 
 @pytest.mark.usefixtures("quiet", "verified")
 def test_a_scenario_of_the_command(run: Run, bundle_path: Path, tmp_path: Path) -> None:
-    target = tmp_path / "a.json"
+    target, logs = tmp_path / "a.json", tmp_path / "new" / "logs"
     options: tuple[Any, ...] = ("--scenario", "offline", "--queries", 15, "--batch", 2, "--seconds", 0)
-    code, out, err = run("bench", bundle_path, *FEW, *options, "--json", target)
+    code, out, err = run("bench", bundle_path, *FEW, *options, "--json", target, "--loadgen-logs", logs)
     assert code == 0, err
     assert "MLPerf-style, not an MLPerf result: offline" in " ".join(out.split())
     report = BenchReport.read(target)
@@ -75,6 +78,37 @@ def test_a_scenario_of_the_command(run: Run, bundle_path: Path, tmp_path: Path) 
     assert report.loadgen.valid
     assert len(report.points[0].samples) * 2 >= report.loadgen.queries >= 15
     assert report.invalid == ()
+    assert result_of(logs, "offline") == report.loadgen
+
+
+@pytest.mark.parametrize("scenario", ["singlestream", "offline"])
+def test_mlcommons_own_parser_reads_the_same(scenario: Scenario, tmp_path: Path) -> None:
+    path = os.environ.get("MLPERF_LOG_PARSER")
+    if path is None:
+        pytest.skip("MLPERF_LOG_PARSER does not name tools/submission/log_parser.py of github.com/mlcommons/inference")
+    parser: Any = run_path(path)
+    found = run_loadgen(SINGLE._replace(scenario=scenario), lambda _: time.sleep(0.001), 1, tmp_path)
+    log = parser["MLPerfLog"](str(tmp_path / DETAIL), strict=True)
+    assert log["result_validity"] == ("VALID" if found.valid else "INVALID")
+    assert log["loadgen_version"] == found.loadgen
+    assert log["result_90.00_percentile_latency_ns"] == pytest.approx(1e9 * found.measured_p90_seconds)
+    assert (log["num_errors"], log.has_error()) == (0, False)
+    if scenario == "singlestream":
+        assert log["result_query_count"] == found.queries
+        assert log["early_stopping_latency_ss"] == pytest.approx(1e9 * (found.p90_seconds or 0))
+    else:
+        assert log["result_samples_per_second"] == found.samples_per_second
+
+
+def test_logs_replace_nothing(run: Run, bundle_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "mine.txt").write_text("kept")
+    command = ("bench", bundle_path, *FEW, "--scenario", "singlestream", "--loadgen-logs")
+    code, _, err = run(*command, tmp_path / "logs")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "holds files already" in err
+    assert "holds its own files only" in run(*command, bundle_path / "logs")[2]
+    assert "give --scenario, too" in run("bench", bundle_path, *FEW, "--loadgen-logs", tmp_path / "new")[2]
 
 
 WRONG: dict[str, tuple[tuple[Any, ...], str]] = {
