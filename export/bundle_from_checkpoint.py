@@ -18,6 +18,7 @@ from stiv_deploy.export.graphs.preview import fit_preview
 from stiv_deploy.export.graphs.quantization import Quantization, check_shapes, load_quantization
 from stiv_deploy.export.graphs.writer import GRAPH_FOLDER, GraphWriter
 from stiv_deploy.export.request import ExportRequest
+from stiv_deploy.export.tuned_file import read_tuned, with_tuned
 from stiv_deploy.runtime.bundle.bundle import file_record, manifest_text
 from stiv_deploy.runtime.bundle.card import README, readme
 from stiv_deploy.runtime.bundle.contract import Frozen, ModelFacts
@@ -31,6 +32,7 @@ from stiv_deploy.runtime.bundle.manifest import (
     SamplingDefaults,
     TrainedOn,
 )
+from stiv_deploy.runtime.bundle.tuned import Tuned
 from stiv_deploy.runtime.errors import OutputError
 from stiv_deploy.runtime.files import check_apart, check_folder, read_json, replaced_folder
 from stiv_deploy.runtime.pipeline.limits import GIB, memory_bytes
@@ -86,12 +88,13 @@ def export_bundle(request: ExportRequest, progress: Progress = unheard) -> Expor
     opened = open_checkpoint(request.checkpoint)
     buckets = buckets_of(request, opened.config)
     quantization = quantization_of(request, opened)
+    found = read_tuned(opened) if request.tuned else None
     checkpoint = opened.load()
     validate_vocabulary(checkpoint)
     if quantization is not None:
         check_shapes(quantization.scales, checkpoint.model)
     with replaced_folder(request.out, "choose another --out") as folder:
-        manifest = _write(request, checkpoint, buckets, quantization, folder, progress)
+        manifest = _write(request, checkpoint, buckets, quantization, found, folder, progress)
     seconds = time.monotonic() - started
     return ExportReport(bundle=request.out, manifest=manifest, checked=request.check, seconds=seconds)
 
@@ -101,6 +104,7 @@ def _write(
     checkpoint: Checkpoint,
     buckets: tuple[Bucket, ...],
     quantization: Quantization | None,
+    found: Tuned | None,
     folder: Path,
     progress: Progress,
 ) -> Manifest:
@@ -131,6 +135,7 @@ def _write(
         golden=write_golden(folder, golden_answers(writer, graphs, buckets, progress)),
         tools=tool_versions(),
     )
+    manifest = with_tuned(manifest, found)
     (folder / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
     (folder / README).write_text(readme(manifest), encoding="utf-8")
     return manifest

@@ -1,7 +1,8 @@
-"""``stiv tune``: the best solver and times of a bundle for every number of steps."""
+"""``stiv tune``: the best solver and times of a bundle or checkpoint for every number of steps."""
 
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -9,19 +10,27 @@ from stiv_deploy.runtime.command.generation import requests_from_options
 from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, json_text, progress_bar, table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from rich.table import Table
 
     from stiv_deploy.runtime.pipeline.tuning import TuneReport, TuneRequest
+    from stiv_deploy.runtime.progress import Progress
     from stiv_deploy.runtime.sampling.tuning import Interval, Point
 
 SUFFIX = ".svg"
+OF_CHECKPOINTS = "stiv_deploy.of_checkpoints"
+"""Group of entry points: stages that take a checkpoint where the runtime's take a bundle."""
 
 
 def tune(
     context: typer.Context,
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder, made by 'stiv export'.", show_default=False)],
+    bundle: Annotated[
+        Path,
+        typer.Argument(
+            metavar="BUNDLE|CHECKPOINT", help="Folder of 'stiv export', or of 'stiv train'.", show_default=False
+        ),
+    ],
     prompt: Annotated[list[str] | None, typer.Option(help="What to try on; repeat it for several clips.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text file of more prompts, one a line; empty lines are none.")
@@ -72,6 +81,9 @@ def tune(
     (--guidance-until) is tried on the best, and told where it comes nearer than fewer steps that cost as much; it stays
     yours to ask for.
 
+    A checkpoint is tried in a float32 bundle that is then thrown away, and the best are kept beside it: each bundle
+    that 'stiv export' makes of it has them.
+
     stiv tune bundle --prompts prompts.txt --out tuning.svg
     """
     from stiv_deploy.runtime.pipeline import tuning
@@ -90,10 +102,34 @@ def tune(
         **_search_options(evaluations, solver, time_shift),
     )
     with progress_bar("tune") as progress:
-        report = tuning.tune(asked, progress)
+        report = _stage_of(bundle)(asked, progress)
     if out is not None:
         _draw(out, report)
     answer(json, lambda: json_text(report), lambda: _show(report, asked, out))
+
+
+def _stage_of(folder: Path) -> "Callable[[TuneRequest, Progress], TuneReport]":
+    """The stage that tunes what is in ``folder``; that of checkpoints takes torch, and is found by its entry point."""
+    from stiv_deploy.runtime.errors import RequestError
+    from stiv_deploy.runtime.pipeline.tuning import tune as of_bundle
+
+    if not _is_checkpoint(folder):
+        return of_bundle
+    found = tuple(entry_points(group=OF_CHECKPOINTS, name="tune"))
+    if not found:
+        raise RequestError(f"{folder}: is a checkpoint, which this installation cannot tune; export it first")
+    return cast("Callable[[TuneRequest, Progress], TuneReport]", found[0].load())
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether the config of ``folder`` says that it is one."""
+    from stiv_deploy.runtime.files import read_json
+
+    try:
+        values = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and values.get("format") == "stiv-checkpoint"
 
 
 def _search_options(
