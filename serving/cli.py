@@ -1,14 +1,22 @@
 """``stiv serve``: options in, a running service out."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from stiv_deploy.serving.settings import ServeSettings
 
 GIB, HOUR = 2**30, 3600.0
 
 
+NOT_WITH_DYNAMO = ("host", "port", "tokens", "ray")
+"""What is its frontend's to say, or another way to serve."""
+
+
 def serve(
+    context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, made by 'stiv export'.", show_default=False)],
     host: Annotated[str, typer.Option(help="Address to listen at; another than this machine's own needs --tokens.")] = (
         "127.0.0.1"
@@ -37,6 +45,9 @@ def serve(
     ] = None,
     ray: Annotated[
         bool, typer.Option("--ray", help="Serve on Ray: on the cluster of RAY_ADDRESS, or on one of this machine.")
+    ] = False,
+    dynamo: Annotated[
+        bool, typer.Option("--dynamo", help="Serve as a worker of NVIDIA Dynamo, whose frontend answers clients.")
     ] = False,
     max_workers: Annotated[
         int | None, typer.Option(min=1, max=1024, help="With --ray: up to so many workers while there is much to do.")
@@ -75,6 +86,7 @@ def serve(
     stiv serve bundle --host 0.0.0.0 --tokens tokens.txt
     stiv serve bundle --tokens tokens.txt --new-token alice
     stiv serve bundle --ray --workers 2 --max-workers 8
+    stiv serve bundle --dynamo
     """
     from stiv_deploy.runtime.bundle.bundle import Bundle
     from stiv_deploy.serving.api.guard import Tokens, add_token, read_tokens
@@ -95,6 +107,8 @@ def serve(
         raise ServeError(f"--results {results}: want a URL, such as s3://BUCKET/PREFIX or file:///FOLDER")
     if max_workers is not None and not ray:
         raise ServeError("--max-workers is for --ray, which starts and ends workers; give --workers")
+    if dynamo:
+        _check_alone(context)
     known = Tokens() if tokens is None else read_tokens(tokens)
     model = Bundle.open(bundle).manifest.model.name
     settings = ServeSettings(
@@ -126,9 +140,32 @@ def serve(
 
         run_on_ray(settings, known, host, port, Scale(workers, max_workers, backlog), typer.echo)
         return
+    if dynamo:
+        _run_on_dynamo(settings)
+        return
     with listen(host, port, known) as listening:
         server = Server(settings, known)
         typer.echo(f"serving {settings.name} at {address(listening)}, jobs in {settings.data}; Ctrl-C stops it")
         code = server.run(listening)
     if code:
         raise typer.Exit(code)
+
+
+def _check_alone(context: typer.Context) -> None:
+    from stiv_deploy.serving.errors import ServeError
+
+    sources = {name: context.get_parameter_source(name) for name in NOT_WITH_DYNAMO}
+    given = [f"--{name}" for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        raise ServeError(f"{given[0]} is of no use with --dynamo, whose frontend speaks to clients; leave it out")
+
+
+def _run_on_dynamo(settings: "ServeSettings") -> None:
+    from stiv_deploy.serving.errors import ServeError
+
+    try:
+        from stiv_deploy.serving.dynamo.worker import run_on_dynamo
+    except ModuleNotFoundError as error:
+        where = "docs/serving.md, 'In Dynamo', says how"
+        raise ServeError(f"--dynamo: {error.name} is not installed; {where}") from None
+    run_on_dynamo(settings)

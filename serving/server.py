@@ -1,8 +1,8 @@
 """A whole service in this process and its workers: opened, run until it is told to stop, ended in good order."""
 
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import uvicorn
 from fastapi import FastAPI
@@ -54,6 +54,18 @@ def address(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+@contextmanager
+def working(front: Front, supervisor: Supervisor) -> Iterator[None]:
+    """Take jobs and make them, until the block ends."""
+    with front.tidied():
+        supervisor.start()
+        try:
+            yield
+        finally:
+            front.service.accepting = False
+            supervisor.stop()
+
+
 class Server:
     """The service of ``settings``, for those with one of ``tokens``; raises what :class:`Front` does."""
 
@@ -75,13 +87,8 @@ class Server:
 
     @asynccontextmanager
     async def _life(self, _app: FastAPI) -> AsyncIterator[None]:
-        with self._front.tidied():
-            self._supervisor.start()
-            try:
-                yield
-            finally:
-                self._front.service.accepting = False
-                self._supervisor.stop()
+        with working(self._front, self._supervisor):
+            yield
 
     def _fail(self) -> None:
         self._failed = True

@@ -6,14 +6,25 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
+from stiv_deploy.runtime.errors import StivError, one_line
 from stiv_deploy.serving.api.schema import ErrorAnswer, ErrorDetail, VideoDetails, VideoError, VideoResource
-from stiv_deploy.serving.errors import ApiError
+from stiv_deploy.serving.errors import ApiError, StoreError
 from stiv_deploy.serving.store.jobs import Job, State
 
 POLL_AFTER = "openai-poll-after-ms"
 SOON, LATE, UNKNOWN = 100, 5_000, 1_000
 """Milliseconds between two polls: fewest, most, and where nobody knows how long it takes."""
+STORE_BACK = 10.0
+"""Seconds after which one may try again where the job store could not be used."""
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+def api_error(error: StivError) -> ApiError:
+    """``error`` as clients are to be told of it."""
+    if isinstance(error, StoreError):
+        status, code = (507, "insufficient_storage") if error.full else (503, "store_unavailable")
+        return ApiError(status, code, str(error), retry_after=STORE_BACK)
+    return error if isinstance(error, ApiError) else ApiError(400, "invalid_request", one_line(str(error)))
 
 
 def error_answer(error: ApiError) -> Response:

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from stiv_deploy.runtime.errors import StivError, one_line
-from stiv_deploy.serving.api.answers import error_answer, poll_after
+from stiv_deploy.serving.api.answers import api_error, error_answer, poll_after
 from stiv_deploy.serving.api.body import read_body
 from stiv_deploy.serving.api.content import content_of
 from stiv_deploy.serving.api.events import changes, stream
@@ -31,8 +31,6 @@ from stiv_deploy.serving.store.jobs import Job
 log = logging.getLogger(__name__)
 KEY_LIMIT = 255
 """Characters of an idempotency key."""
-STORE_BACK = 10.0
-"""Seconds after which one may try again where the job store could not be used."""
 WORDS = {404: "not_found", 405: "method_not_allowed"}
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
@@ -215,14 +213,12 @@ def metrics(request: Request) -> Response:
 
 
 def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, StivError)
     if isinstance(error, StoreError):
         log.error("%s", error)
-        status, code = (507, "insufficient_storage") if error.full else (503, "store_unavailable")
-        error = ApiError(status, code, str(error), retry_after=STORE_BACK)
-    if not isinstance(error, ApiError):
-        error = ApiError(400, "invalid_request", one_line(str(error)))
-    request.app.state.metrics.refused(error.code)
-    return error_answer(error)
+    told = api_error(error)
+    request.app.state.metrics.refused(told.code)
+    return error_answer(told)
 
 
 def _invalid(_request: Request, error: Exception) -> Response:

@@ -77,8 +77,12 @@ def _of_json(content: bytes) -> Asked:
         raise ApiError(400, "invalid_json", f"the body is not JSON ({error})") from None
     if not isinstance(values, dict):
         raise ApiError(400, "invalid_json", f"the body is a JSON object, got a {type(values).__name__}")
+    return asked_of(values, hashlib.sha256(content).hexdigest())
+
+
+def asked_of(values: dict[str, Any], digest: str = "") -> Asked:
+    """What the ``values`` of a JSON object say, by field; :class:`ApiError` for fields that are unknown."""
     _check_fields(values)
-    digest = hashlib.sha256(content).hexdigest()
     pictures = _referenced(values.pop(REFERENCE, None))
     frames = values.pop("frames", None) or {}
     if not isinstance(frames, dict):

@@ -31,20 +31,26 @@ def content_of(service: Service, job: Job, variant: str, headers: Mapping[str, s
 
     Raises :class:`ApiError` if there is no such file.
     """
-    if job.state == State.FAILED:
-        raise ApiError(409, job.error_code or "failed", f"the video failed: {job.error_message}", "video_id")
-    if job.state != State.COMPLETED:
-        raise ApiError(409, "video_not_ready", f"the video is {job.state}", "video_id", 1)
     name, kind = VARIANTS[variant]
-    found = service.results.files.get(job.id, name)
-    if found is None:
-        raise ApiError(404, "not_found", "the file of this video is gone", "video_id")
+    found = file_of(service, job, name)
     if variant == "gif":
         return _gif(found, job)
     filename = f"{job.id}{Path(name).suffix}"
     if isinstance(found, Path):
         return FileResponse(found, 200, {"x-video-id": job.id}, kind, filename=filename)
     return _remote(found, headers, kind, _headers(job, filename), bare=bare)
+
+
+def file_of(service: Service, job: Job, name: str = VIDEO) -> Path | RemoteFile:
+    """A file of ``job``; :class:`ApiError` if there is no such file."""
+    if job.state == State.FAILED:
+        raise ApiError(409, job.error_code or "failed", f"the video failed: {job.error_message}", "video_id")
+    if job.state != State.COMPLETED:
+        raise ApiError(409, "video_not_ready", f"the video is {job.state}", "video_id", 1)
+    found = service.results.files.get(job.id, name)
+    if found is None:
+        raise ApiError(404, "not_found", "the file of this video is gone", "video_id")
+    return found
 
 
 def _headers(job: Job, filename: str) -> dict[str, str]:
@@ -54,13 +60,18 @@ def _headers(job: Job, filename: str) -> dict[str, str]:
 def _gif(video: Path | RemoteFile, job: Job) -> Response:
     """The frames of ``video`` as a GIF, made now."""
     with tempfile.TemporaryDirectory() as folder:
+        rate = float(json.loads(job.facts)["fps"])
+        content = write_video(Path(folder) / "video.gif", frames_of(video, job), rate).read_bytes()
+    return Response(content, 200, _headers(job, f"{job.id}.gif"), "image/gif")
+
+
+def frames_of(video: Path | RemoteFile, job: Job) -> np.ndarray:
+    """The frames uint8 [F, H, W, 3] of the ``video`` of ``job``."""
+    with tempfile.TemporaryDirectory() as folder:
         path = video if isinstance(video, Path) else Path(folder) / VIDEO
         if not isinstance(video, Path):
             video.fetch(path)
-        frames = np.concatenate([*open_film(path).windows(job.frames, job.height, job.width)])
-        rate = float(json.loads(job.facts)["fps"])
-        content = write_video(Path(folder) / "video.gif", frames, rate).read_bytes()
-    return Response(content, 200, _headers(job, f"{job.id}.gif"), "image/gif")
+        return np.concatenate([*open_film(path).windows(job.frames, job.height, job.width)])
 
 
 def _remote(file: RemoteFile, asked: Mapping[str, str], kind: str, headers: dict[str, str], *, bare: bool) -> Response:

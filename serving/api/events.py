@@ -45,7 +45,7 @@ async def stream(service: Service, job: Job) -> AsyncIterator[str]:
     async for current in changes(service, job):
         if time.monotonic() > looked + WANTED:
             looked = time.monotonic()
-            await run_in_threadpool(_look, service, current)
+            await run_in_threadpool(want_preview, service, current)
         if current is None:
             yield f'event: deleted\ndata: {{"id": "{job.id}"}}\n\n'
         elif current is not last:
@@ -55,21 +55,21 @@ async def stream(service: Service, job: Job) -> AsyncIterator[str]:
         elif time.monotonic() > told + ALIVE:
             told = time.monotonic()
             yield ": alive\n\n"
-        picture = await run_in_threadpool(_preview, service, current)
+        picture = await run_in_threadpool(preview_of, service, current)
         if picture is not None and picture != seen:
             seen, told = picture, time.monotonic()
-            yield f'event: preview\ndata: {{"id": "{job.id}", "image": "data:image/webp;base64,{picture}"}}\n\n'
+            image = base64.b64encode(picture).decode()
+            yield f'event: preview\ndata: {{"id": "{job.id}", "image": "data:image/webp;base64,{image}"}}\n\n'
 
 
-def _look(service: Service, job: Job | None) -> None:
+def want_preview(service: Service, job: Job | None) -> None:
     """Tell who makes ``job`` that somebody looks."""
     if job is not None and job.live and service.bundle.manifest.preview is not None:
         service.results.previews.want(job.id)
 
 
-def _preview(service: Service, job: Job | None) -> str | None:
-    """The newest preview of a running ``job`` in base64."""
+def preview_of(service: Service, job: Job | None) -> bytes | None:
+    """The newest preview of a running ``job``, a WebP."""
     if job is None or job.state != State.IN_PROGRESS:
         return None
-    picture = service.results.previews.get(job.id)
-    return None if picture is None else base64.b64encode(picture).decode()
+    return service.results.previews.get(job.id)

@@ -36,7 +36,7 @@ PACKAGES = {
     "serve": ["runtime", "serving"],
 }
 
-OWN_EXTRA = {"stiv_deploy.serving.cluster.running": "ray"}
+OWN_EXTRA = {"stiv_deploy.serving.cluster.running": "ray", "stiv_deploy.serving.dynamo.worker": "dynamo"}
 """Modules that want a library which `make setup` does not install."""
 
 

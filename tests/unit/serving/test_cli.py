@@ -41,6 +41,8 @@ def test_what_is_wrong_is_one_line(run: Run, bundle_path: Path, tmp_path: Path) 
             ((bundle_path, "--tokens", tmp_path / "file"), "--new-token NAME"),
             ((bundle_path, "--new-token", "alice"), "without --tokens"),
             ((bundle_path, "--max-workers", 2), "is for --ray"),
+            ((bundle_path, "--dynamo", "--port", 0), "--port is of no use with --dynamo"),
+            ((bundle_path, "--dynamo", "--ray"), "--ray is of no use with --dynamo"),
             ((bundle_path, "--results", "videos"), "want a URL"),
             ((bundle_path, "--results", "nothing://x", "--data", tmp_path / "jobs", "--port", 0), "nothing can be put"),
             ((bundle_path, "--port", port, "--data", tmp_path / "jobs"), "choose another --port"),

@@ -1,0 +1,1 @@
+"""The service as a worker of NVIDIA Dynamo, whose frontend answers clients."""
