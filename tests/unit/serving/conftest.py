@@ -137,12 +137,12 @@ def finished() -> Callable[[Scheduler], None]:
 
 @pytest.fixture
 def tuned_path(bundle_with: Callable[..., Path]) -> Path:
-    """A bundle with other solvers and shifts for few steps and for many."""
+    """A bundle with other solvers, shifts and late stretches for few steps and for many."""
     path = bundle_with()
     manifest = Bundle.open(path).manifest
     grids = [
-        TunedGrid(solver=solver, steps=steps, time_shift=shift, tried=0.1, error=0.1)
-        for solver, steps, shift in (("ab2", 4, 1.5), ("euler", 40, 2.5), ("heun", 40, 3.5))
+        TunedGrid(solver=solver, steps=steps, time_shift=shift, late_stretch=stretch, tried=0.1, error=0.1)
+        for solver, steps, shift, stretch in (("ab2", 4, 1.5, 1.25), ("euler", 40, 2.5, 1.0), ("heun", 40, 3.5, 1.75))
     ]
     tuned = Tuned(bundle=manifest.bundle_hash, clips=2, reference_error=0.0, grids=grids)
     write_manifest(path, manifest.model_copy(update={"tuned": tuned}))

@@ -253,16 +253,21 @@ def test_pictures_are_dropped_and_moved_on_the_timeline(visit: Any) -> None:
 def test_what_goes_with_the_steps_is_shown_and_is_what_is_made(visit: Any, tuned_path: Path) -> None:
     place, tab = visit(None, tuned_path)
     tab.get_by_text("More", exact=True).click()
-    solver, shift = tab.locator("#solver"), tab.locator("#time_shift")
-    assert (solver.input_value(), shift.input_value()) == ("ab2", "1.5")
+    fields = ("solver", "time_shift", "late_stretch")
+
+    def shown() -> list[str]:
+        return [tab.locator(f"#{name}").input_value() for name in fields]
+
+    assert shown() == ["ab2", "1.5", "1.25"]
     tab.get_by_label("Steps", exact=True).fill("30")
-    assert (solver.input_value(), shift.input_value()) == ("euler", "2.5")
+    assert shown() == ["euler", "2.5", "1"]
     ask(tab, "as shown", 30)
-    solver.select_option("heun")
-    assert shift.input_value() == "3.5"
+    tab.locator("#solver").select_option("heun")
+    assert shown() == ["heun", "3.5", "1.75"]
     tab.get_by_label("Steps", exact=True).fill("5")
-    assert (solver.input_value(), shift.input_value()) == ("heun", "3.5")  # what was chosen stays
+    assert shown() == ["heun", "3.5", "1.75"]  # what was chosen stays
+    tab.get_by_label("Late stretch", exact=True).fill("2")
     ask(tab, "as chosen", 5)
     requests = [json.loads(place.store.request(job.id)) for job in place.store.waiting()]
-    made = [(each["solver"], each["time_shift"], each["num_inference_steps"]) for each in requests]
-    assert made == [("euler", 2.5, 30), ("heun", 3.5, 5)]
+    made = [[each[name] for name in (*fields, "num_inference_steps")] for each in requests]
+    assert made == [["euler", 2.5, 1.0, 30], ["heun", 3.5, 2.0, 5]]
