@@ -9,6 +9,7 @@ import tempfile
 import time
 import urllib.error
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,19 @@ OPTIONS = ("--ray", "--threads", "1", "--grace", "2", "--latents-every", "50", "
 ENDED = ("completed", "failed")
 
 
+def of_each(server: Running, what: Callable[[psutil.Process], Any]) -> dict[int, Any]:
+    """``what`` of each process that the ``server`` has started, by id, but for those that have ended."""
+    found = {}
+    for each in psutil.Process(server.process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # Ray's come and go, and are zombies for a moment
+            found[each.pid] = what(each)
+    return found
+
+
 def replicas(server: Running, kind: str) -> list[int]:
     """Processes of the ``server`` that are replicas of a ``kind``."""
-    found = psutil.Process(server.process.pid).children(recursive=True)
-    return [each.pid for each in found if any(f"ServeReplica:stiv:{kind}" in word for word in each.cmdline())]
+    words = of_each(server, psutil.Process.cmdline)
+    return [pid for pid, found in words.items() if any(f"ServeReplica:stiv:{kind}" in word for word in found)]
 
 
 def asked(server: Running, path: str, body: object = None) -> Any:
@@ -106,8 +116,8 @@ def test_killed_replicas_and_a_new_bundle_lose_nothing(
 
 def check_manners(server: Running) -> None:
     """Nothing listens for others, and nothing reports to Ray's makers."""
-    processes = psutil.Process(server.process.pid).children(recursive=True)
-    listening = {place.laddr.ip for each in processes for place in each.net_connections() if place.status == "LISTEN"}
+    places = of_each(server, psutil.Process.net_connections).values()
+    listening = {place.laddr.ip for each in places for place in each if place.status == "LISTEN"}
     assert listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
     for kind in ("maker", "front"):
         assert len(replicas(server, kind)) == 2
