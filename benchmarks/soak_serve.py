@@ -9,9 +9,12 @@ third of the jobs to the last. A trigger in the job store notes every completion
 
 import asyncio
 import json
+import os
+import platform
 import tempfile
 from collections import Counter
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -169,7 +172,13 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0,
 ) -> None:
     """Soak a server in tiny jobs, print what came of it, and write it as JSON."""
-    result = soaked(bundle, jobs, kills, workers, seed)
+    result = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": f"python benchmarks/soak_serve.py BUNDLE --jobs {jobs} --kills {kills} --workers {workers}"
+        f" --seed {seed}",
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        **soaked(bundle, jobs, kills, workers, seed),
+    }
     typer.echo(json.dumps(result, indent=2))
     if out is not None:
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
