@@ -209,6 +209,8 @@ class StivPipeline(LongVideos):
         plan = plan_generation(self.bundle, requests)
         if self._team is not None:
             self._team.placement.fitting(*_tokens(self.bundle.manifest.model, plan))
+            for batch in plan.batches:
+                self._loop.check_shared(batch, plan.size)
         return plan
 
     def run(

@@ -21,7 +21,6 @@ from stiv_deploy.runtime.sampling.engine import MakeModel, StepEngine
 from stiv_deploy.runtime.sampling.hooks import Hook
 from stiv_deploy.runtime.sampling.parallel.devices import ParallelDenoiser
 from stiv_deploy.runtime.sampling.parallel.team import Team
-from stiv_deploy.runtime.sampling.sample import Sample
 from stiv_deploy.runtime.sampling.solvers import evaluations, most_rows
 from stiv_deploy.runtime.sampling.text_stage import TextStage
 
@@ -92,11 +91,9 @@ class SamplingLoop:
         Raises :class:`Cancelled` between two steps once ``cancel`` is set,
         :class:`~stiv_deploy.runtime.errors.StivError` if a result is not finite.
         """
-        least = self._bundle.bucket_for(len(batch), size.frames, size.height, size.width).batch.min
-        dims = self._dims(batch, size, least)
         samples = [self._samples(video, given, size) for video, given in zip(batch, clean, strict=True)]
         with phases("load"):
-            engine = self._engine(samples, dims, least)
+            engine = self._engine(batch, size)
         try:
             with phases("text"):
                 for sample in samples:
@@ -106,6 +103,12 @@ class SamplingLoop:
         finally:
             for slot in engine.running:
                 engine.evict(slot)
+
+    def check_shared(self, batch: Sequence[PlannedVideo], size: VideoSize) -> None:
+        """:class:`RequestError` if a group of the team's devices would have fewer rows than graphs take."""
+        if self._team is not None:
+            least = self._least(batch, size)
+            self._team.placement.check_rows(_rungs(batch, least, self._dims(batch, size)["model_batch"]), least)
 
     def free(self) -> None:
         """Free all buffers."""
@@ -129,9 +132,13 @@ class SamplingLoop:
         team = self._team
         return None if team is None else partial(ParallelDenoiser, team, self._bundle.manifest, capture=self._capture)
 
-    def _dims(self, batch: Sequence[PlannedVideo], size: VideoSize, least: int) -> dict[str, int]:
-        """Symbol values; where graphs take no fewer than ``least``, some slots stay free and some rows nobody's."""
-        model = self._bundle.manifest.model
+    def _least(self, batch: Sequence[PlannedVideo], size: VideoSize) -> int:
+        """Clips, and rows, than which graphs take no fewer."""
+        return self._bundle.bucket_for(len(batch), size.frames, size.height, size.width).batch.min
+
+    def _dims(self, batch: Sequence[PlannedVideo], size: VideoSize) -> dict[str, int]:
+        """Symbol values; where graphs take no fewer than there are, some slots stay free and some rows nobody's."""
+        model, least = self._bundle.manifest.model, self._least(batch, size)
         return dimensions(
             model,
             batch=max(len(batch), least),
@@ -142,9 +149,10 @@ class SamplingLoop:
             text_tokens=model.max_text_tokens,
         )
 
-    def _engine(self, samples: Sequence[Sample], dims: dict[str, int], least: int) -> StepEngine:
-        """The engine for ``samples``, kept from an earlier batch or made now."""
-        rungs = _rungs(samples, least, dims["model_batch"])
+    def _engine(self, batch: Sequence[PlannedVideo], size: VideoSize) -> StepEngine:
+        """The engine for ``batch``, kept from an earlier one or made now."""
+        dims = self._dims(batch, size)
+        rungs = _rungs(batch, self._least(batch, size), dims["model_batch"])
 
         def make() -> StepEngine:
             manifest = self._bundle.manifest
@@ -163,14 +171,14 @@ class SamplingLoop:
         return self._engines.get((*dims.values(), rungs), make)
 
 
-def _rungs(samples: Sequence[Sample], least: int, most: int) -> tuple[int, ...]:
+def _rungs(batch: Sequence[PlannedVideo], least: int, most: int) -> tuple[int, ...]:
     """Numbers of rows to bind: one where all videos have theirs to the end.
 
     Where some end before others there are two more, and where guidance is off at times that of the clips.
     """
-    planned = [evaluations(sample.settings) for sample in samples]
+    planned = [evaluations(video.settings) for video in batch]
     shares = (1,) if len({len(each) for each in planned}) == 1 else (1, 2, 4)
-    unguided = {len(samples)} if any(not one.guided for each in planned for one in each) else set()
+    unguided = {len(batch)} if any(not one.guided for each in planned for one in each) else set()
     return tuple(sorted({max(least, rows) for rows in (*(-(-most // share) for share in shares), *unguided)}))
 
 

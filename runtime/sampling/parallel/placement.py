@@ -1,12 +1,13 @@
 """Which devices make a clip together, and how: ``cfg2xdsp4`` is two groups for guidance branches, of four each."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from stiv_deploy.runtime.bundle.contract import SAMPLE_ROWS, ModelFacts
 from stiv_deploy.runtime.errors import BackendError, RequestError, briefly, few
+from stiv_deploy.runtime.sampling.parallel.shards import group_rows
 
 MOST_DEVICES = 64
 CPU = "cpu"
@@ -79,6 +80,16 @@ class Placement:
                 f"--parallel with dsp{most} or less, or leave it out"
             )
         return replace(self, sequence=most)
+
+    def check_rows(self, rungs: Iterable[int], least: int) -> None:
+        """:class:`RequestError` if a call of one of ``rungs`` rows leaves a group fewer than ``least``, but some."""
+        shares = {group_rows(rows, self.guidance, group) for rows in rungs for group in range(self.guidance)}
+        fewest = min(shares - {0})
+        if fewest < least:
+            raise RequestError(
+                f"a group of devices would have {fewest} of the model's rows, and graphs of this size take no fewer "
+                f"than {least}; give --parallel dsp{self.size}, or more videos at a time"
+            )
 
 
 def parse_devices(text: str) -> tuple[str, ...]:

@@ -118,3 +118,13 @@ def test_a_pipeline_that_moves_lets_its_devices_go(halved: Path, monkeypatch: py
     assert pipe._team is None
     assert not team._members
     pipe.close()
+
+
+def test_fewer_rows_than_graphs_take_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    bucket = BUCKET.model_copy(update={"batch": Range(min=2, typical=2, max=4)})
+    bundle = make_bundle(tmp_path / "bundle", Toy(), mixing_graphs(), bucket)
+    with StivPipeline.from_bundle(bundle, devices=["cpu"] * 2, parallel="cfg2", threads=1) as pipe:
+        pipe.plan(REQUEST.changed(count=2))
+        for changed in ({"guidance_mode": "none"}, {"guidance_until": 0.25}):
+            with pytest.raises(RequestError, match="would have 1 of .* no fewer than 2; give --parallel dsp2, or more"):
+                pipe.plan(REQUEST.changed(count=2, **changed))

@@ -99,3 +99,17 @@ def test_more_shares_than_frames_or_positions() -> None:
     assert str(automatic.fitting(3, 16)) == "cfg2xdsp3"
     assert automatic.fitting(3, 16).groups == ((0, 1, 2), (3, 4, 5))
     assert str(automatic.fitting(1, 16)) == "cfg2xdsp1"
+
+
+@pytest.mark.parametrize(("guidance", "rungs", "least"), [(2, (2,), 2), (2, (3,), 2), (2, (4, 2), 2), (3, (4,), 2)])
+def test_fewer_rows_than_graphs_take(guidance: int, rungs: tuple[int, ...], least: int) -> None:
+    placement = Placement(devices=("cpu",) * guidance, guidance=guidance, sequence=1)
+    with pytest.raises(RequestError, match=f"would have 1 of .* no fewer than {least}; give --parallel dsp{guidance},"):
+        placement.check_rows(rungs, least)
+    placement.check_rows(rungs, 1)
+    placement.check_rows((guidance * least, 2 * guidance * least), least)
+    Placement(devices=("cpu",) * 2, guidance=1, sequence=2).check_rows(rungs, least)
+
+
+def test_a_group_without_rows_has_nothing_to_take() -> None:
+    Placement(devices=("cpu",) * 3, guidance=3, sequence=1).check_rows((2,), 1)
