@@ -7,7 +7,7 @@ made is for ``/v1/videos/stream``, which shows the JPEG of every answer, one aft
 import asyncio
 import base64
 import io
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ SHARED = ("model", "prompt", "input_reference", "seconds", "size")
 UNASKED = ("annotations",)
 """Extensions that say nothing of the video."""
 FORMATS = ("url", "b64_json")
-JPEG = {"format": "JPEG", "quality": 90}
+QUALITY = 90
+"""Of a JPEG."""
 Answer = dict[str, Any]
 """What Dynamo calls NvVideosResponse."""
 Stored = Callable[[str, bytes], Awaitable[str]]
@@ -72,7 +73,7 @@ class Videos:
 
     async def make(
         self, request: Mapping[str, Any], name: str, stopped: Callable[[], bool], headers: Mapping[str, str]
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncGenerator[Answer, None]:
         """The answer to ``request``, which is called ``name``; with ``stream`` a JPEG for each, previews at first.
 
         A video that fails is an answer too. It is cancelled when it is ``stopped``, or this is closed. Raises what
@@ -157,5 +158,5 @@ def _read(file: Path | RemoteFile) -> bytes:
 
 def _still(picture: Image.Image) -> dict[str, str]:
     buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, **JPEG)
+    picture.convert("RGB").save(buffer, "JPEG", quality=QUALITY)
     return {"output_format": "jpeg", "b64_json": base64.b64encode(buffer.getvalue()).decode()}

@@ -18,7 +18,7 @@ from dynamo.common.configuration.groups.runtime_args import DynamoRuntimeArgGrou
 from dynamo.common.storage import get_fs, upload_to_fs
 from dynamo.llm import ModelInput, exceptions
 
-from stiv_deploy.runtime.errors import StivError
+from stiv_deploy.runtime.errors import StivError, one_line
 from stiv_deploy.serving.api.answers import api_error
 from stiv_deploy.serving.dynamo.videos import Answer, Videos
 from stiv_deploy.serving.errors import ServeError
@@ -32,10 +32,15 @@ READY = 0.1
 
 
 def run_on_dynamo(settings: ServeSettings) -> None:
-    """Serve as a worker of Dynamo until SIGTERM or Ctrl-C; raises what making the service does."""
+    """Serve as a worker of Dynamo until SIGTERM or Ctrl-C; raises what :class:`Front` does."""
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, signal.SIG_DFL)  # Dynamo's own handlers would call ours too, which end all at once
-    run(StivEngine, [settings.model_dump_json()])
+    try:
+        run(StivEngine, [settings.model_dump_json()])
+    except Exception as error:
+        if type(error) is not Exception:  # Dynamo's core has no other for what ends it
+            raise
+        raise ServeError(f"--dynamo: {one_line(str(error))}") from None
 
 
 def raised(error: StivError) -> Exception:
@@ -51,15 +56,17 @@ def raised(error: StivError) -> Exception:
 class StivEngine(DiffusionEngine):
     """The service of ``settings``, whose clients are those of Dynamo's frontend; the methods are Dynamo's."""
 
-    def __init__(self, settings: ServeSettings, media: str, url: str | None) -> None:
-        self._settings, self._media, self._url = settings, get_fs(media), url
+    def __init__(self, front: Front, settings: ServeSettings, media: str, url: str | None) -> None:
+        self._front, self._service, self._settings = front, front.service, settings
+        self._media, self._url = get_fs(media), url
+        self._videos = Videos(front.service, self._store)
         self._stack, self._failed = ExitStack(), Event()
 
     @classmethod
     async def from_args(cls, argv: list[str] | None = None) -> tuple["StivEngine", WorkerConfig]:
         """The engine of the :class:`ServeSettings` that are the one argument, as JSON, and Dynamo's options of it."""
-        (text,) = argv or ()
-        settings = ServeSettings.model_validate_json(text)
+        assert argv is not None
+        settings = ServeSettings.model_validate_json(argv[0])
         parser = argparse.ArgumentParser()
         DynamoRuntimeArgGroup().add_arguments(parser)
         chosen = DynamoRuntimeConfig.from_cli_args(parser.parse_args([]))
@@ -67,24 +74,19 @@ class StivEngine(DiffusionEngine):
         config = WorkerConfig.from_runtime_config(
             chosen, settings.name, settings.name, ModelInput.Text, endpoint_types="videos", enable_kv_routing=False
         )
-        return cls(settings, chosen.media_output_fs_url, chosen.media_output_http_url), config
+        return cls(Front(settings), settings, chosen.media_output_fs_url, chosen.media_output_http_url), config
 
     async def start(self, worker_id: int) -> EngineConfig:
-        """Open the service, and wait until a worker is ready; :class:`ServeError` if none can start."""
-        await asyncio.to_thread(self._open)
+        """Start the workers, and wait until one is ready; :class:`ServeError` if none can start."""
+        self._stack.callback(self._front.close)
+        supervisor = Supervisor(self._settings, self._service.store, self._failed.set)
+        self._stack.enter_context(working(self._front, supervisor))
+        self._stack.callback(self._videos.close)
         while not any(worker.ready for worker in self._service.store.workers()):
             if self._failed.is_set():
                 raise ServeError("no worker of the service could start")
             await asyncio.sleep(READY)
         return EngineConfig(model=self._settings.name, served_model_name=self._settings.name)
-
-    def _open(self) -> None:
-        front = Front(self._settings)
-        self._stack.callback(front.close)
-        self._stack.enter_context(working(front, Supervisor(self._settings, front.store, self._failed.set)))
-        self._service = front.service
-        self._videos = Videos(front.service, self._store)
-        self._stack.callback(self._videos.close)
 
     async def _store(self, name: str, content: bytes) -> str:
         return str(await upload_to_fs(self._media, name, content, self._url))
