@@ -36,8 +36,8 @@ PACKAGES = {
     "serve": ["runtime", "serving"],
 }
 
-OWN_EXTRA = {"stiv_deploy.serving.cluster.running": "ray", "stiv_deploy.serving.dynamo.worker": "dynamo"}
-"""Modules that want a library which `make setup` does not install."""
+ELSEWHERE = {"stiv_deploy.serving.cluster.running", "stiv_deploy.serving.dynamo.worker"}
+"""Modules that want a library which `make setup` does not install: Ray, and Dynamo."""
 
 
 class Blocker(MetaPathFinder):
@@ -66,10 +66,9 @@ def main(profile: str) -> None:
     sys.meta_path.insert(0, Blocker(BLOCKED[profile]))
     names = {name for package in PACKAGES[profile] for name in modules(f"stiv_deploy.{package}")}
     names |= {point.module for point in entry_points(group="stiv_deploy.commands")}
-    names -= {name for name, library in OWN_EXTRA.items() if find_spec(library) is None}
-    for name in sorted(names):
+    for name in sorted(names - ELSEWHERE):
         import_module(name)
-    sys.stdout.write(f"{len(names)} modules imported as in an installation with '{profile}'\n")
+    sys.stdout.write(f"{len(names - ELSEWHERE)} modules imported as in an installation with '{profile}'\n")
 
 
 if __name__ == "__main__":
