@@ -197,11 +197,11 @@ class Parity:
         import torch
 
         from stiv_deploy.export.graphs.draws import rel_l2
+        from stiv_deploy.export.graphs.precision import torch_dtype
         from stiv_deploy.export.parity.ladder import gate_of
         from stiv_deploy.export.parity.oracle import Oracle
         from stiv_deploy.export.parity.requests import parity_requests
         from stiv_deploy.export.parity.runs import probe
-        from stiv_deploy.export.precision import torch_dtype
         from stiv_deploy.stiv_ref.checkpoint import load_checkpoint
 
         loaded, self.manifest = load_checkpoint(checkpoint), bundle.manifest

@@ -16,9 +16,9 @@ from stiv_deploy.export.graphs.modules import model_facts
 from stiv_deploy.export.graphs.onnx_from_module import OPSET
 from stiv_deploy.export.graphs.preview import fit_preview
 from stiv_deploy.export.graphs.quantization import Quantization, check_shapes, load_quantization
+from stiv_deploy.export.graphs.tuned import read_tuned, with_tuned
 from stiv_deploy.export.graphs.writer import GRAPH_FOLDER, GraphWriter
 from stiv_deploy.export.request import ExportRequest
-from stiv_deploy.export.tuned_file import read_tuned, with_tuned
 from stiv_deploy.runtime.bundle.bundle import file_record, manifest_text
 from stiv_deploy.runtime.bundle.card import README, readme
 from stiv_deploy.runtime.bundle.contract import Frozen, ModelFacts

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
-from stiv_deploy.export.precision import FORMATS
-from stiv_deploy.runtime.bundle.contract import Format, Precision
+from stiv_deploy.runtime.bundle.contract import FORMATS, Format, Precision
 from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, json_text, progress_bar
 
 if TYPE_CHECKING:

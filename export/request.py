@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 from stiv_deploy.export.errors import ExportError
-from stiv_deploy.export.precision import FORMATS
-from stiv_deploy.runtime.bundle.contract import Format, Precision
+from stiv_deploy.runtime.bundle.contract import FORMATS, Format, Precision
 from stiv_deploy.runtime.bundle.engine_files import Attention
 from stiv_deploy.runtime.bundle.manifest import Bucket, Range
 

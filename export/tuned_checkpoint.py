@@ -5,8 +5,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
+from stiv_deploy.export.graphs.tuned import TUNED, CheckpointTuned
 from stiv_deploy.export.request import ExportRequest
-from stiv_deploy.export.tuned_file import TUNED, CheckpointTuned
 from stiv_deploy.runtime.files import make_folder, write_text
 from stiv_deploy.runtime.pipeline.tuning import TuneReport, TuneRequest, tune, tuned
 from stiv_deploy.runtime.progress import Progress, unheard

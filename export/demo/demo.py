@@ -76,7 +76,7 @@ def demo(
 
 def _format(text: str) -> "Format":
     from stiv_deploy.export.errors import ExportError
-    from stiv_deploy.export.precision import FORMATS
+    from stiv_deploy.runtime.bundle.contract import FORMATS
 
     for name in FORMATS:
         if text == name:

@@ -20,11 +20,11 @@ from stiv_deploy.export.graphs.onnx_from_module import (
     write_second_form,
 )
 from stiv_deploy.export.graphs.plugin_nodes import plugin_names
+from stiv_deploy.export.graphs.precision import torch_dtype
 from stiv_deploy.export.graphs.quantization import LayerScheme, Quantization, StoredTensors, graph_scheme
 from stiv_deploy.export.graphs.quantized_graph import quantized_template
 from stiv_deploy.export.graphs.reduced_check import check_reduced
 from stiv_deploy.export.graphs.reduced_form import reduced_template
-from stiv_deploy.export.precision import torch_dtype
 from stiv_deploy.runtime.bundle.contract import (
     VAE_GRAPHS,
     GraphSpec,

@@ -12,11 +12,11 @@ from stiv_deploy.calibration.plan import PrecisionPlan
 from stiv_deploy.calibration.quantize import fake_quantized
 from stiv_deploy.calibration.scales import Scales
 from stiv_deploy.export.graphs.draws import DRAWS, EXACT, WIGGLE, fake_quantized_wide
+from stiv_deploy.export.graphs.precision import torch_dtype
 from stiv_deploy.export.graphs.reference import Boundary
 from stiv_deploy.export.parity.lean import OneAtATime, only
 from stiv_deploy.export.parity.oracle import Oracle, Tensors
 from stiv_deploy.export.parity.requests import Request
-from stiv_deploy.export.precision import torch_dtype
 from stiv_deploy.runtime.bundle.contract import has_layer
 from stiv_deploy.runtime.bundle.manifest import Manifest
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint

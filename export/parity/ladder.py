@@ -27,13 +27,13 @@ from torch import Tensor
 
 from stiv_deploy.calibration.scales import Scales
 from stiv_deploy.export.graphs.draws import UNIT_ROUNDING, quantized_gate, rel_l2
+from stiv_deploy.export.graphs.precision import torch_dtype
 from stiv_deploy.export.graphs.reduced_check import LEAST_PSNR, psnr, reduced_session
 from stiv_deploy.export.parity.draws import Draws
 from stiv_deploy.export.parity.lean import OneAtATime, only
 from stiv_deploy.export.parity.oracle import Oracle, Tensors
 from stiv_deploy.export.parity.requests import Request, parity_requests
 from stiv_deploy.export.parity.runs import TeacherForced, free_run, probe
-from stiv_deploy.export.precision import torch_dtype
 from stiv_deploy.runtime.backends import open_backend
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle

@@ -12,7 +12,7 @@ on the device.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -37,6 +37,7 @@ Reduced = Literal["float16", "bfloat16"]
 """Types of 16 bits."""
 Format = Literal["fp8", "int8"]
 """8-bit formats of quantized layers: E4M3, and symmetric -127 to 127."""
+FORMATS: tuple[Format, ...] = get_args(Format)
 Choice = Literal[Format, "high"]
 """What a precision plan says of a layer: its 8-bit format, or the bundle's own type."""
 DType = Literal[Precision, "int64", "bool", "uint8"]

@@ -21,9 +21,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from stiv_deploy.export.bundle_from_checkpoint import default_bucket, export_bundle
+from stiv_deploy.export.graphs.precision import torch_dtype
 from stiv_deploy.export.graphs.writer import GraphWriter
 from stiv_deploy.export.parity.oracle import Oracle
-from stiv_deploy.export.precision import torch_dtype
 from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime import StivPipeline
 from stiv_deploy.runtime.bundle.bundle import Bundle

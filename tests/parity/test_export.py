@@ -9,7 +9,7 @@ import pytest
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
 from stiv_deploy.export.graphs.check import check_graph, check_sizes
 from stiv_deploy.export.graphs.modules import FLOAT32_GRAPHS, graph_modules, model_facts
-from stiv_deploy.export.precision import torch_dtype
+from stiv_deploy.export.graphs.precision import torch_dtype
 from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.bundle.contract import block_names
 from stiv_deploy.runtime.bundle.manifest import MANIFEST, Manifest

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stiv_deploy.export import tuned_checkpoint
-from stiv_deploy.export.tuned_file import TUNED, read_tuned
+from stiv_deploy.export.graphs.tuned import TUNED, read_tuned
 from stiv_deploy.runtime import Solver
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.pipeline.tuning import TuneReport, TuneRequest

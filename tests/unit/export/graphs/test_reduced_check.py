@@ -11,9 +11,9 @@ from onnx import TensorProto
 from stiv_deploy.export.errors import CheckError
 from stiv_deploy.export.graphs import reduced_check
 from stiv_deploy.export.graphs.check import draw_inputs, relative_error
+from stiv_deploy.export.graphs.precision import torch_dtype
 from stiv_deploy.export.graphs.reduced_check import LEAST_PSNR, psnr, reduced_session
 from stiv_deploy.export.graphs.writer import GraphWriter, in_precision
-from stiv_deploy.export.precision import torch_dtype
 from stiv_deploy.runtime.bundle.contract import VAE_GRAPHS, Reduced, dimensions
 from stiv_deploy.runtime.bundle.manifest import Bucket, GraphRecord, Range
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, open_checkpoint

@@ -5,14 +5,14 @@ from typing import get_args
 import torch
 
 from stiv_deploy.calibration import layers, plan
-from stiv_deploy.export.precision import FORMATS, torch_dtype
+from stiv_deploy.export.graphs.precision import torch_dtype
 from stiv_deploy.runtime.bundle import contract
 
 
 def test_calibration_and_bundles_know_the_same_formats_and_choices() -> None:
-    assert get_args(layers.Format) == get_args(contract.Format) == FORMATS
+    assert get_args(layers.Format) == contract.FORMATS
     assert get_args(plan.Choice) == get_args(contract.Choice)
-    assert set(layers.LARGEST) == set(FORMATS)
+    assert set(layers.LARGEST) == set(contract.FORMATS)
 
 
 def test_every_precision_has_a_type_of_torch() -> None:
