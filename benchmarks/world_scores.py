@@ -13,7 +13,6 @@ import json
 import shlex
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -32,7 +31,7 @@ from sources import open_source
 from stiv_deploy.stiv_ref.data.views.scores import aggregate_views, score_views
 from stiv_deploy.stiv_ref.data.views.sets import Views, ViewSet
 from stiv_deploy.stiv_ref.data.world.clips import World, WorldClip
-from stiv_deploy.stiv_ref.data.world.conflicts import Conflict, conflicts
+from stiv_deploy.stiv_ref.data.world.conflicts import Conflict, conflicts, shares
 from stiv_deploy.stiv_ref.data.world.faults import FAULTS, OF_MOTION, catches
 from stiv_deploy.stiv_ref.data.world.scores import Scores, Wanted, aggregate, asked, markdown, score, wanted_of
 from stiv_deploy.stiv_ref.errors import ConfigError
@@ -146,9 +145,8 @@ class Experiment:
         ask = Asked(prompts=[each.caption.text for each in found], truth=truth, given=[0])
         video = self.generate(ask, replace(self.settings, stride=found[0].clip.stride))
         scores = [score(frames, asked(each.caption.told)) for frames, each in zip(as_frames(video), found, strict=True)]
-        followed = Counter(each.followed(one) for each, one in zip(found, scores, strict=True))
-        row = {name: round(100 * followed[name] / len(found), 1) for name in ("picture", "words", "neither")}
-        self.keep("conflicts", {"clips": len(found), **row}, _captioned(video, ask.prompts, scores), started)
+        row = {"clips": len(found), **shares(found, scores)}
+        self.keep("conflicts", row, _captioned(video, ask.prompts, scores), started)
 
     def views(self, sets: Sequence[ViewSet]) -> None:
         """Views from all around a solid, of which the first is given, sampled as ``stiv views`` does."""

@@ -1,24 +1,25 @@
 """Causal against full temporal attention, text-to-video.
 
-    python benchmarks/studies/causal_time.py [--smallest] [--seeds 0,1,2]
+    python benchmarks/studies/causal_time.py [--smallest] [--ground world] [--seeds 0,1,2]
 
 Both arms start from the T2I base of the seed and get the training of the T2V base, on the same draws; the arm with full
 attention *is* that base.
 """
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import above  # noqa: F401  # isort: split
 import command
 import torch
 import typer
-from base import FULL, SMALLEST, Recipe, base, base_name, base_path, kept_or_made, train_with_notes
-from evaluation import LOSS_TIMES, Trial, clips_for, generate, held_out_loss, scores
-from harness import FRAMES, MINI_SAYS, Frozen, carry_over, frozen_parts, mini
-from image_conditioning import settings
+from base import Recipe, base, base_name, base_path, kept_or_made, recipe_on, train_with_notes
+from columns import cells, compared, heads
+from evaluation import LOSS_TIMES, Trial, generate, guided, held_out_loss, sampled, trial_on
+from ground import FRAMES, Ground, Result
+from grounds import DIGITS, Stand, folder_of
+from harness import MINI_SAYS, Frozen, carry_over, frozen_parts, mini
 from records import WORK, part, seeds_of, shown
 from report import Comparison, Out, Report, Seeds, Smallest, Work, band, default_out, save, table
 from variants import CausalStiv
@@ -28,7 +29,6 @@ from stiv_deploy.stiv_ref.model import Stiv
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Result = dict[str, Any]
 ARMS: dict[str, type[Stiv]] = {"full": Stiv, "causal": CausalStiv}
 SCALES = (1.0, 2.0, 4.0)
 
@@ -36,16 +36,16 @@ SCALES = (1.0, 2.0, 4.0)
 def arm_model(name: str, seed: int, frozen: Frozen, recipe: Recipe, work: Path) -> Stiv:
     """The trained model of an arm."""
 
-    def make() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        model = mini(seed=seed, build=CausalStiv)
+    def make() -> tuple[dict[str, torch.Tensor], Result]:
+        model = mini(frozen.ground, seed=seed, build=CausalStiv)
         carry_over(base("t2i", seed, frozen, recipe, work), model)
         return train_with_notes(model, recipe.t2v, frozen, seed)
 
     if name == "full":
         tensors = base("t2v", seed, frozen, recipe, work)
     else:
-        tensors = kept_or_made(work / "causal" / base_path("t2v", seed, recipe).name, make)
-    model = mini(seed=seed, build=ARMS[name])
+        tensors = kept_or_made(work / "causal" / base_path("t2v", seed, frozen, recipe, work).name, make)
+    model = mini(frozen.ground, seed=seed, build=ARMS[name])
     model.load_state_dict(tensors)
     return model.eval().requires_grad_(False)
 
@@ -54,24 +54,21 @@ def arm_result(name: str, seed: int, frozen: Frozen, recipe: Recipe, work: Path,
     """Held-out loss and scores at every scale of one arm and seed."""
 
     def make() -> Result:
-        model, clips = arm_model(name, seed, frozen, recipe, work), clips_for(trial.clips, seed)
-        result: Result = {"loss": held_out_loss(model, frozen, recipe.t2v.phases[0], clips=min(32, 8 * trial.clips))}
+        model = arm_model(name, seed, frozen, recipe, work)
+        clips = frozen.ground.clips(trial.clips, seed, frozen.ground.shape)
+        result: Result = {"loss": held_out_loss(model, frozen, recipe.t2v.phases[0], clips=trial.loss_clips)}
         for scale in SCALES:
-            video, _ = generate(model, frozen, clips, settings(scale, trial.steps), trial, seed, image=False)
-            result[f"{scale:g}"] = scores(video, clips, image=False)
+            video, _ = generate(model, frozen, clips, guided(frozen, scale, trial.steps), trial, seed, image=False)
+            result[f"{scale:g}"] = clips.scores(video, image=False)
         return result
 
-    return part(work / "causal", f"{name}-{recipe.name}-{seed}", (trial, recipe), make)
+    return part(work / "causal", f"{name}-{recipe.name(frozen)}-{seed}", (trial, recipe), make)
 
 
-def lines(rows: dict[str, list[Result]]) -> list[list[str]]:
+def lines(ground: Ground, rows: dict[str, list[Result]]) -> list[list[str]]:
     """Table rows of every scale and arm."""
-    keys = ("digit", "direction", "both", "motion")
     return [
-        [
-            f"{name}, {way(scale)}",
-            *(shown([row[f"{scale:g}"][key] for row in got]) for key in keys),
-        ]
+        [f"{name}, {way(scale)}", *cells(ground, [row[f"{scale:g}"] for row in got])]
         for scale in SCALES
         for name, got in rows.items()
     ]
@@ -82,29 +79,24 @@ def way(scale: float) -> str:
     return "no guidance" if scale == 1 else f"JIT {scale:g}"
 
 
-def comparisons(rows: dict[str, list[Result]]) -> list[Comparison]:
+def comparisons(ground: Ground, rows: dict[str, list[Result]]) -> list[Comparison]:
     """Full minus causal."""
+    what = "full minus causal"
 
-    def compared(what: str, value: Callable[[Result], float], unit: str = "", digits: int = 1) -> Comparison:
-        first, second = ([*map(value, rows[name])] for name in ("full", "causal"))
-        return Comparison(what=f"full minus causal: {what}", first=first, second=second, unit=unit, digits=digits)
+    def lost(name: str, value: Callable[[Result], float]) -> Comparison:
+        first, second = ([value(row["loss"]) for row in rows[arm]] for arm in ARMS)
+        return Comparison(what=f"{what}: {name}", first=first, second=second, digits=4)
 
-    found = [compared("held-out loss", lambda row: row["loss"]["mean"], digits=4)]
+    found = [lost("held-out loss", lambda loss: loss["mean"])]
     for frame in (0, FRAMES - 1):
-        what = f"held-out loss of frame {frame}"
-        found.append(compared(what, lambda row, frame=frame: row["loss"]["by_frame"][frame], digits=4))
+        found.append(lost(f"held-out loss of frame {frame}", lambda loss, frame=frame: loss["by_frame"][frame]))
     for scale in SCALES:
-        for key, unit in (("digit", "points"), ("direction", "points"), ("motion", "points of real speed")):
-            value = partial(_score, scale=scale, key=key)
-            found.append(compared(f"{key}, {way(scale)}", value, unit))
+        first, second = ([row[f"{scale:g}"] for row in rows[arm]] for arm in ARMS)
+        found += compared(f"{what}, {way(scale)}", ground, first, second)
     return found
 
 
-def _score(row: Result, scale: float, key: str) -> float:
-    return row[f"{scale:g}"][key]
-
-
-def draw(figure: "Figure", rows: dict[str, list[Result]]) -> None:
+def draw(figure: "Figure", ground: Ground, rows: dict[str, list[Result]]) -> None:
     """Held-out loss by frame and by time (relative to full attention), and accuracy over the scale."""
     first, second, third = figure.subplots(1, 3)
     for name, got in rows.items():
@@ -115,25 +107,28 @@ def draw(figure: "Figure", rows: dict[str, list[Result]]) -> None:
             for row, full in zip(got, rows["full"], strict=True)
         ]
         band(second, LOSS_TIMES, ratios, label=label)
-        band(third, SCALES, [[row[f"{scale:g}"]["both"] for scale in SCALES] for row in got], label=label)
+        band(third, SCALES, [[row[f"{scale:g}"][ground.whole] for scale in SCALES] for row in got], label=label)
     first.set(title="held-out loss by frame", xlabel="frame")
     second.set(title="held-out loss above full attention [%]", xlabel="time (0 noise, 1 data)")
-    third.set(title="digit and direction right [%]", xlabel="guidance scale")
+    third.set(title=f"{ground.columns[ground.whole]} right [%]", xlabel="guidance scale")
     for axes in (first, second, third):
         axes.grid(linewidth=0.3)
 
 
-def main(smallest: Smallest = False, seeds: Seeds = "0,1,2", out: Out = None, work: Work = WORK) -> None:
+def main(
+    smallest: Smallest = False, ground: Stand = DIGITS, seeds: Seeds = "0,1,2", out: Out = None, work: Work = WORK
+) -> None:
     """Compare causal with full temporal attention."""
     torch.set_num_threads(1)
-    trial, recipe = (Trial(clips=2, steps=2), SMALLEST) if smallest else (Trial(), FULL)
-    numbers, frozen = seeds_of("0" if smallest else seeds), frozen_parts()
+    numbers, frozen = seeds_of("0" if smallest else seeds), frozen_parts(ground)
+    stand, work = frozen.ground, folder_of(frozen.ground, work)
+    trial, recipe = trial_on(stand, smallest=smallest), recipe_on(stand, smallest=smallest)
     rows: dict[str, list[Result]] = {name: [] for name in ARMS}
     for seed in numbers:
         for name in ARMS:
             rows[name].append(arm_result(name, seed, frozen, recipe, work, trial))
             typer.echo(f"seed {seed} {name}: {rows[name][-1]}", err=True)
-    bases = [base_name("t2i", seed, recipe, work) for seed in numbers]
+    bases = [base_name("t2i", seed, frozen, recipe, work) for seed in numbers]
     losses = [
         [
             name,
@@ -143,24 +138,25 @@ def main(smallest: Smallest = False, seeds: Seeds = "0,1,2", out: Out = None, wo
         for name, got in rows.items()
     ]
     report = Report(
-        title="Causal against full temporal attention",
+        title=f"Causal against full temporal attention{stand.place}",
         question="What does it cost if a frame cannot see later frames?",
         setup=(
             f"{MINI_SAYS}, T2V for {recipe.t2v.steps} steps at batch {recipe.t2v.phases[0].batch} from the T2I base of "
-            f"the seed ({'; '.join(bases)}). Test clips: {trial.clips} a seed, {trial.steps} Euler steps; held-out "
-            "loss on 32 test clips at 8 times, the same noise for both."
+            f"the seed ({'; '.join(bases)}). Test clips: {trial.clips} a seed, {sampled(frozen, trial)}; held-out "
+            f"loss on {trial.loss_clips} test clips at 8 times, the same noise for both."
         ),
         paper="VBench total: base T2V-XL 78.25, with causal temporal attention 74.30.",
         tables=[
-            *table(["arm, guidance", "digit %", "direction %", "both %", "motion %"], lines(rows)),
+            *table(["arm, guidance", *heads(stand)], lines(stand, rows)),
             "",
             *table(["arm", "held-out loss", "of frame 0", f"of frame {FRAMES - 1}"], losses),
         ],
-        comparisons=comparisons(rows),
+        comparisons=comparisons(stand, rows),
         data={"bases": bases, "rows": rows},
         seeds=numbers,
     )
-    typer.echo(save(report, out or default_out("causal-time"), lambda figure: draw(figure, rows), (12, 3.6)))
+    target = out or default_out("causal-time", stand)
+    typer.echo(save(report, target, lambda figure: draw(figure, stand, rows), (12, 3.6)))
 
 
 if __name__ == "__main__":

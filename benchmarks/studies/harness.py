@@ -1,33 +1,37 @@
 """A compact training loop that all studies share: AdamW, warm-up and cosine, EMA, every draw fixed by a seed.
 
-The *mini* model (4 blocks, width 96, 1.06 M parameters) learns in the latent space of the shipped checkpoint, whose
-text encoder and VAE stay frozen, as the paper's pretrained encoders do. Arms of a study get the same data, noise,
-times and dropouts: they differ in what the study asks about and in nothing else.
+The *mini* model (4 blocks, width 96, 1.06 M parameters) learns in the latent space of the checkpoint of a *ground*
+(``grounds.py``: moving digits, or the drawn world), whose text encoder and VAE stay frozen, as the paper's pretrained
+encoders do. Arms of a study get the same data, noise, times and dropouts: they differ in what the study asks about and
+in nothing else.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
+from ground import FRAMES, Ground, Shape
+from grounds import DIGITS, GroundName, ground_of
 from torch import Tensor, nn
 
-from stiv_deploy.stiv_ref.checkpoint import checkpoint_hash, load_checkpoint
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint, load_checkpoint
 from stiv_deploy.stiv_ref.config import StivConfig
-from stiv_deploy.stiv_ref.data.moving_digits import DIGIT_WORDS, DIRECTIONS, MovingDigits, caption, micro_conditions
+from stiv_deploy.stiv_ref.data.buckets import micro_conditions
 from stiv_deploy.stiv_ref.digit_canvas import SIZE
 from stiv_deploy.stiv_ref.errors import DivergedError
+from stiv_deploy.stiv_ref.generation import settings_of
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.objective import Objective, draw, drop_text, sample_generator, training_loss
+from stiv_deploy.stiv_ref.sampler import SamplingSettings
 from stiv_deploy.stiv_ref.text import TextStates, tokenize
 from stiv_deploy.stiv_ref.vae import Vae
 
-CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "tiny"
-FRAMES = 8
 MINI = StivConfig(
     name="mini", blocks=4, width=96, heads=3, text_width=96, base_frames=FRAMES, base_grid=(4, 4), rope_theta=100.0
 )
+TOKEN = 8
+"""Pixels of a token each way: a 4x VAE, a 2x patch."""
 IMAGE_COST = 0.8
 """Work of an image token against a video token: 16 D^2 against 20 D^2 multiplications a block."""
 MINI_SAYS = "Mini model (4 blocks, width 96)"
@@ -46,38 +50,52 @@ def as_is(model: Stiv, text: TextStates, clean: Tensor, given: Tensor) -> tuple[
 
 @dataclass(frozen=True)
 class Frozen:
-    """The frozen parts: the VAE, and the text states of every caption there is, encoded once."""
+    """What is frozen: the checkpoint of a ground, for its text encoder and VAE, and captions that it has encoded."""
 
-    vae: Vae
-    rows: Mapping[str, int]
-    states: TextStates
+    ground: Ground
+    checkpoint: Checkpoint
+    known: dict[str, TextStates] = field(default_factory=dict)
+
+    @property
+    def vae(self) -> Vae:
+        """The checkpoint's."""
+        return self.checkpoint.vae
+
+    @property
+    def hash(self) -> str:
+        """First 12 hex digits of the checkpoint's hash."""
+        return self.checkpoint.sha256[:12]
+
+    def sampling(self, steps: int) -> SamplingSettings:
+        """The checkpoint's own settings, in ``steps`` steps."""
+        return replace(settings_of(self.checkpoint.config.sampling), steps=steps)
 
     def text(self, captions: Sequence[str]) -> TextStates:
-        """Text states [B, L, Dt] of ``captions``."""
-        index = torch.tensor([self.rows[one] for one in captions])
-        return TextStates(*(part[index] for part in self.states))
+        """Text states [B, L, Dt] of ``captions``, L that of the ground's longest; each is encoded once."""
+        new = [one for one in dict.fromkeys(captions) if one not in self.known]
+        if new:
+            self.known.update(zip(new, map(TextStates._make, zip(*self._encoded(new), strict=True)), strict=True))
+        return TextStates(*map(torch.stack, zip(*(self.known[one] for one in captions), strict=True)))
+
+    @torch.no_grad()
+    def _encoded(self, captions: Sequence[str]) -> TextStates:
+        states, mask, pooled = self.checkpoint.text_encoder(*tokenize(self.checkpoint.tokenizer, captions))
+        longest = self.ground.caption_tokens
+        assert not mask[:, longest:].any(), f"a caption of more than {longest} tokens"
+        return TextStates(states[:, :longest], mask[:, :longest], pooled)
 
 
-def captions() -> list[str]:
-    """All captions of moving digits, still and moving, and the empty one."""
-    ways: list[str | None] = [None, *DIRECTIONS]
-    return ["", *(caption(digit, way) for digit in range(len(DIGIT_WORDS)) for way in ways)]
+def frozen_parts(name: GroundName = DIGITS) -> Frozen:
+    """The checkpoint of a ground."""
+    ground = ground_of(name)
+    frozen = Frozen(ground, load_checkpoint(ground.checkpoint))
+    frozen.text(ground.captions())
+    return frozen
 
 
-def frozen_parts(path: Path = CHECKPOINT) -> Frozen:
-    """VAE and text states of the checkpoint at ``path``; padding that no caption needs is cut off."""
-    checkpoint = load_checkpoint(path)
-    ids, mask = tokenize(checkpoint.tokenizer, captions())
-    with torch.no_grad():
-        states, mask, pooled = checkpoint.text_encoder(ids, mask)
-    longest = int(mask.sum(1).max())
-    rows = {text: row for row, text in enumerate(captions())}
-    return Frozen(checkpoint.vae, rows, TextStates(states[:, :longest], mask[:, :longest], pooled))
-
-
-def frozen_hash(path: Path = CHECKPOINT) -> str:
-    """First 12 hex digits of the hash of the checkpoint whose text encoder and VAE are used."""
-    return checkpoint_hash(path)[:12]
+def conditions(count: int, shape: Shape) -> Tensor:
+    """Micro-conditions fp32 [count, 6] of whole clips of that shape, of stride 1."""
+    return micro_conditions((shape.size, shape.size), (0, 0), 1, shape.frames).repeat(count, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +109,14 @@ class Phase:
     size: int = SIZE
 
     @property
+    def shape(self) -> Shape:
+        """Of the clips."""
+        return Shape(self.frames, self.size)
+
+    @property
     def tokens(self) -> int:
-        """Spatial tokens of one frame: an 8th of the pixels each way (4x VAE, 2x patch)."""
-        return (self.size // 8) ** 2
+        """Spatial tokens of one frame."""
+        return (self.size // TOKEN) ** 2
 
     @property
     def step_cost(self) -> float:
@@ -139,7 +162,7 @@ class Training:
 
 
 def t2i(steps: int, *, batch: int = 64, size: int = SIZE) -> Phase:
-    """A phase of text-to-image on still digits."""
+    """A phase of text-to-image on stills."""
     objective = Objective(task="t2i", logit_normal=True)
     return Phase(objective=objective, steps=steps, batch=batch, frames=1, size=size)
 
@@ -163,9 +186,10 @@ def video(
     return Phase(objective=objective, steps=steps, batch=batch, size=size)
 
 
-def mini(*, temporal: bool = True, seed: int = 0, build: type[Stiv] = Stiv) -> Stiv:
-    """A freshly initialized mini model."""
-    model = build(MINI.model_copy(update={"temporal": temporal}))
+def mini(ground: Ground, *, temporal: bool = True, seed: int = 0, build: type[Stiv] = Stiv) -> Stiv:
+    """A freshly initialized mini model for clips of ``ground``."""
+    side = ground.shape.size // TOKEN
+    model = build(MINI.model_copy(update={"temporal": temporal, "base_grid": (side, side)}))
     return model.initialize(torch.Generator().manual_seed(1_000 + seed))
 
 
@@ -202,13 +226,13 @@ class Average:
             parameter.data, value.data = value.data, parameter.data
 
 
-def batch_of(data: MovingDigits, frozen: Frozen, phase: Phase, seed: int, stage: int, step: int) -> Batch:
+def batch_of(frozen: Frozen, phase: Phase, seed: int, stage: int, step: int) -> Batch:
     """Latents [B, T, C, h, w], text and micro-conditions of one step."""
     generator = torch.Generator().manual_seed((seed * 1_000 + stage) * 10_000_000 + step)
-    clips = data.draw(phase.batch, phase.frames, generator)
+    clips = frozen.ground.draw(phase.batch, phase.shape, generator)
     with torch.no_grad():
         latents = frozen.vae.encode(clips.video)
-    return latents, frozen.text(clips.captions), micro_conditions(phase.batch, phase.frames, phase.size)
+    return latents, frozen.text(clips.captions), conditions(phase.batch, phase.shape)
 
 
 def loss_of(model: Stiv, frozen: Frozen, phase: Phase, batch: Batch, key: tuple[int, int, int], adapt: Adapt) -> Tensor:
@@ -237,14 +261,12 @@ def train(
     one, while the model holds its averaged weights.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    average, data, losses = Average(model, training.ema), {}, []
+    average, losses = Average(model, training.ema), []
     average.update()
     for step, phase in enumerate(training.schedule()):
         if observe is not None and every and step % every == 0:
             look(model, average, observe, step)
-        if phase.size not in data:
-            data[phase.size] = MovingDigits("train", phase.size)
-        batch = batch_of(data[phase.size], frozen, phase, seed, training.stage, step)
+        batch = batch_of(frozen, phase, seed, training.stage, step)
         loss = loss_of(model, frozen, phase, batch, (seed, training.stage, step), adapt).mean()
         if not torch.isfinite(loss):
             raise DivergedError(f"loss is {loss.item()} at step {step} of a study; lower its learning rate")

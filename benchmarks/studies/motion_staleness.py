@@ -1,23 +1,26 @@
 """Motion staleness of image-to-video, with and without image dropout in training.
 
-    python benchmarks/studies/motion_staleness.py [--smallest] [--seeds 0,1,2]
+    python benchmarks/studies/motion_staleness.py [--smallest] [--ground world] [--seeds 0,1,2]
 
 Three TI2V models of a seed from the same T2V base, on the same draws: no image dropout, 0.1, 0.5. A *stale* clip moves
 with less than half of the real speed. Also measured: what is left of text-to-video, which image dropout trains on.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import above  # noqa: F401  # isort: split
 import command
 import numpy as np
 import torch
 import typer
-from base import FULL, SMALLEST, Recipe, base_name
-from evaluation import Trial, clips_for, generate, held_out_loss, scores, validation
-from harness import FRAMES, MINI_SAYS, Frozen, frozen_parts
-from image_conditioning import arm_scores, bars, later, settings, sheet_rows
+from base import Recipe, base_name, recipe_on
+from columns import cells, compared, heads
+from evaluation import Trial, generate, guided, held_out_loss, sampled, trial_on, validation
+from ground import FRAMES, Ground, Result
+from grounds import DIGITS, Stand, folder_of
+from harness import MINI_SAYS, Frozen, frozen_parts
+from image_conditioning import arm_scores, bars, later, sheet_rows
 from records import WORK, part, seeds_of, shown
 from report import Comparison, Out, Report, Seeds, Smallest, Work, band, default_out, save, table
 from ti2v import ARMS, STEPS, arm_path, ti2v_model
@@ -27,7 +30,6 @@ from stiv_deploy.stiv_ref.plots import contact_sheet
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Result = dict[str, Any]
 Rows = dict[str, dict[str, list[Result]]]
 ORDER = {"none": "no image dropout", "0.1": "frame replacement", "0.5": "image dropout 0.5"}
 WAYS = {"no guidance": (1.0, True), "JIT 2": (2.0, True), "JIT 4": (4.0, True), "image only, no guidance": (1.0, False)}
@@ -39,28 +41,30 @@ def text_to_video(
     name: str, seed: int, frozen: Frozen, recipe: Recipe, work: Path, trial: Trial, *, steps: int, batch: int
 ) -> Result:
     """What the model of an arm still can without an image: held-out loss and scores at JIT 2."""
-    training = ARMS[name].training(steps, batch)
-    path = arm_path(name, seed, training, recipe, work)
+    ground = frozen.ground
+    training = ARMS[name].training(ground, steps, batch)
+    path = arm_path(name, seed, training, frozen, recipe, work)
 
     def make() -> Result:
         model = ti2v_model(name, seed, frozen, recipe, work, steps=steps, batch=batch)
-        clips = clips_for(trial.clips, seed)
-        video, _ = generate(model, frozen, clips, settings(2.0, trial.steps), trial, seed, image=False)
+        clips = ground.clips(trial.clips, seed, ground.shape)
+        video, _ = generate(model, frozen, clips, guided(frozen, 2.0, trial.steps), trial, seed, image=False)
         losses = {
-            "t2v_loss": held_out_loss(model, frozen, training.phases[0])["mean"],
-            "ti2v_loss": held_out_loss(model, frozen, training.phases[0], image=True)["mean"],
+            name: held_out_loss(model, frozen, training.phases[0], image=image, clips=trial.loss_clips)["mean"]
+            for name, image in (("t2v_loss", False), ("ti2v_loss", True))
         }
-        return scores(video, clips, image=False) | losses
+        return clips.scores(video, image=False) | losses
 
     return part(work / "ti2v", f"{path.stem}-t2v", (trial, path.name), make)
 
 
-def lines(rows: Rows) -> list[list[str]]:
+def lines(ground: Ground, rows: Rows) -> list[list[str]]:
     """Table rows of image-to-video."""
     return [
         [
             f"{way}, image dropout {name}",
-            *(shown([row[key] for row in got]) for key in ("motion", "stale", "direction", "digit")),
+            shown([row["stale"] for row in got]),
+            *cells(ground, got),
             shown([later(row) for row in got], 2),
             shown([row["psnr_to_first"][-1] for row in got], 2),
         ]
@@ -69,46 +73,38 @@ def lines(rows: Rows) -> list[list[str]]:
     ]
 
 
-def text_lines(kept: dict[str, list[Result]]) -> list[list[str]]:
+def text_lines(ground: Ground, kept: dict[str, list[Result]]) -> list[list[str]]:
     """Table rows of text-to-video after the training."""
     return [
         [
             f"image dropout {name}",
-            shown([row["ti2v_loss"] for row in got], 4),
-            shown([row["t2v_loss"] for row in got], 4),
-            *(shown([row[key] for row in got]) for key in ("digit", "direction", "motion")),
+            *(shown([row[key] for row in got], 4) for key in ("ti2v_loss", "t2v_loss")),
+            *cells(ground, got),
         ]
         for name, got in kept.items()
     ]
 
 
-def comparisons(rows: Rows, kept: dict[str, list[Result]]) -> list[Comparison]:
+def comparisons(ground: Ground, rows: Rows, kept: dict[str, list[Result]]) -> list[Comparison]:
     """No dropout minus each dropout."""
     found = []
     for other in ("0.1", "0.5"):
+        what = f"no dropout minus {other}"
         for way, by_arm in rows.items():
-            what = f"no dropout minus {other}, {way}"
-            for key, label, unit in (("motion", "motion", "points of real speed"), ("stale", "stale clips", "points")):
-                values = [[row[key] for row in by_arm[name]] for name in ("none", other)]
-                found.append(Comparison(what=f"{what}: {label}", first=values[0], second=values[1], unit=unit))
-        for key, label, unit, digits in (
-            ("t2v_loss", "held-out loss without image", "", 4),
-            ("ti2v_loss", "held-out loss with image", "", 4),
-            ("motion", "motion without image, JIT 2", "points of real speed", 1),
-            ("direction", "direction right without image, JIT 2", "points", 1),
-        ):
-            values = [[row[key] for row in kept[name]] for name in ("none", other)]
-            what = f"no dropout minus {other}: {label}"
-            found.append(Comparison(what=what, first=values[0], second=values[1], unit=unit, digits=digits))
+            found += compared(f"{what}, {way}", ground, by_arm["none"], by_arm[other], ground.speed, "stale")
+        for key, label in (("t2v_loss", "held-out loss without image"), ("ti2v_loss", "held-out loss with image")):
+            first, second = ([row[key] for row in kept[name]] for name in ("none", other))
+            found.append(Comparison(what=f"{what}: {label}", first=first, second=second, digits=4))
+        found += compared(f"{what}, without image, JIT 2", ground, kept["none"], kept[other])
     return found
 
 
-def draw(figure: "Figure", rows: Rows, kept: dict[str, list[Result]], real: list[Result]) -> None:
-    """Motion by way of asking, likeness to the given frame by frame, and the loss without an image."""
+def draw(figure: "Figure", ground: Ground, rows: Rows, kept: dict[str, list[Result]], real: list[Result]) -> None:
+    """Speed by way of asking, likeness to the given frame by frame, and the loss without an image."""
     first, second, third = figure.subplots(1, 3, width_ratios=(1.5, 1, 0.8))
     for index, (name, _) in enumerate(ORDER.items()):
         for place, by_arm in enumerate(rows.values()):
-            values = [row["motion"] for row in by_arm[name]]
+            values = [row[ground.speed] for row in by_arm[name]]
             x = place + 0.27 * (index - 1)
             first.bar(
                 x,
@@ -121,7 +117,7 @@ def draw(figure: "Figure", rows: Rows, kept: dict[str, list[Result]], real: list
             first.plot([x] * len(values), values, "k.", markersize=3)
         band(second, range(FRAMES), [row["psnr_to_first"] for row in rows[PLOTTED][name]])
     first.set_xticks(range(len(rows)), [way.replace(", ", ",\n") for way in rows], fontsize=8)
-    first.set_title("motion [% of real]")
+    first.set_title(f"{ground.columns[ground.speed]} [% of real]")
     first.axhline(100, color="#888888", linewidth=1, linestyle="--")
     second.plot(
         range(FRAMES),
@@ -138,16 +134,16 @@ def draw(figure: "Figure", rows: Rows, kept: dict[str, list[Result]], real: list
     )
 
 
-def main(smallest: Smallest = False, seeds: Seeds = "0,1,2", out: Out = None, work: Work = WORK) -> None:
+def main(
+    smallest: Smallest = False, ground: Stand = DIGITS, seeds: Seeds = "0,1,2", out: Out = None, work: Work = WORK
+) -> None:
     """Look for stale motion."""
     torch.set_num_threads(1)
-    trial = Trial(clips=2, steps=2) if smallest else Trial()
-    recipe, steps, batch = (SMALLEST, 2, 2) if smallest else (FULL, STEPS, 16)
-    numbers, frozen, target = (
-        seeds_of("0" if smallest else seeds),
-        frozen_parts(),
-        out or default_out("motion-staleness"),
-    )
+    numbers, frozen = seeds_of("0" if smallest else seeds), frozen_parts(ground)
+    stand, work = frozen.ground, folder_of(frozen.ground, work)
+    trial, recipe = trial_on(stand, smallest=smallest), recipe_on(stand, smallest=smallest)
+    steps, batch = (2, 2) if smallest else (STEPS, 16)
+    target = out or default_out("motion-staleness", stand)
     rows: Rows = {way: {name: [] for name in ORDER} for way in WAYS}
     kept: dict[str, list[Result]] = {name: [] for name in ORDER}
     for seed in numbers:
@@ -158,55 +154,42 @@ def main(smallest: Smallest = False, seeds: Seeds = "0,1,2", out: Out = None, wo
                 )
                 typer.echo(f"seed {seed} {name} {way}: {rows[way][name][-1]}", err=True)
             kept[name].append(text_to_video(arm, seed, frozen, recipe, work, trial, steps=steps, batch=batch))
-    real = [validation(frozen, seed, trial) for seed in numbers]
-    bases = [base_name("t2v", seed, recipe, work) for seed in numbers]
-    head = [
-        "asked",
-        "motion %",
-        "stale clips %",
-        "direction %",
-        "digit %",
-        "later frames PSNR dB",
-        "last frame against given, PSNR dB",
-    ]
-    text_head = [
-        "without image, JIT 2",
-        "held-out TI2V loss",
-        "held-out T2V loss",
-        "digit %",
-        "direction %",
-        "motion %",
-    ]
+    real = [validation(frozen, seed, trial, stand.shape) for seed in numbers]
+    bases = [base_name("t2v", seed, frozen, recipe, work) for seed in numbers]
+    head = ["asked", "stale clips %", *heads(stand), "later frames PSNR dB", "last frame against given, PSNR dB"]
+    text_head = ["without image, JIT 2", "held-out TI2V loss", "held-out T2V loss", *heads(stand)]
     report = Report(
-        title="Motion staleness with and without image dropout",
+        title=f"Motion staleness with and without image dropout{stand.place}",
         question="Does a model that always sees its first frame in training repeat it? Does image dropout cure that?",
         setup=(
             f"{MINI_SAYS}, TI2V by frame replacement for {steps} steps at batch {batch} from the T2V base of the seed "
-            f"({'; '.join(bases)}). Test clips: {trial.clips} a seed, {trial.steps} Euler steps. *Image only*: the "
-            "caption is empty, so that any direction would do. 32 pixels, 8 frames."
+            f"({'; '.join(bases)}). Test clips: {trial.clips} a seed, {sampled(frozen, trial)}. *Image only*: the "
+            f"caption is empty, so that any direction would do. {stand.shape.size} pixels, {FRAMES} frames."
         ),
         paper=(
             "Seen at 512 pixels and 8 B parameters, not below: dynamic degree 10.2 without image dropout, 24.0 with it "
             "(8 % of the images, and JIT-CFG)."
         ),
         tables=[
-            *table(head, [*lines(rows), ["*real clips through the VAE*", *lines({"": {"": real}})[0][1:]]]),
+            *table(
+                head, [*lines(stand, rows), ["*real clips through the VAE*", *lines(stand, {"": {"": real}})[0][1:]]]
+            ),
             "",
-            *table(text_head, text_lines(kept)),
+            *table(text_head, text_lines(stand, kept)),
         ],
-        comparisons=comparisons(rows, kept),
+        comparisons=comparisons(stand, rows, kept),
         data={"bases": bases, "rows": rows, "text_to_video": kept, "real": real},
         seeds=numbers,
     )
     pictured = {f"image dropout {name}": arm for name, arm in ORDER.items()}
     sheet = target.with_name(f"{target.stem}-clips.png")
-    text = save(report, target, lambda figure: draw(figure, rows, kept, real), (13, 3.6), sheet.name)
+    text = save(report, target, lambda figure: draw(figure, stand, rows, kept, real), (13, 3.6), sheet.name)
     contact_sheet(
         sheet_rows(pictured, frozen, recipe, work, trial, steps=steps, batch=batch, seed=numbers[0], scale=4.0),
         sheet,
         columns=len(ORDER) + 1,
         zoom=1,
-        heading=f"seed {numbers[0]}, {PLOTTED}; green: digit and direction as asked",
+        heading=f"seed {numbers[0]}, {PLOTTED}; green: all as asked",
     )
     typer.echo(text)
 

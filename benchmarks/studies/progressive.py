@@ -1,11 +1,11 @@
-"""Progressive initialization against scratch at equal compute: text-to-video at 48 pixels.
+"""Progressive initialization against scratch at equal compute: text-to-video at 16 pixels more than the bases'.
 
-    python benchmarks/studies/progressive.py [--smallest] [--seeds 0,1,2]
+    python benchmarks/studies/progressive.py [--smallest] [--ground world] [--seeds 0,1,2]
 
-*Progressive*: T2I at 32 pixels -> T2I at 48; T2V at 32 from the same T2I; then T2V at 48 with the spatial weights of
-T2I-48 and the temporal weights of T2V-32. *Text from T2V*: the same, but what reads the text (cross-attention, text and
-pooled projections) comes from T2V-32 too: T2I has never read a word of motion. *Whole T2V*: T2V at 48 from all weights
-of T2V-32. *Scratch*: T2V at 48 from random weights.
+*Progressive*, with digits: T2I at 32 pixels -> T2I at 48; T2V at 32 from the same T2I; then T2V at 48 with the spatial
+weights of T2I-48 and the temporal weights of T2V-32. *Text from T2V*: the same, but what reads the text
+(cross-attention, text and pooled projections) comes from T2V-32 too: T2I has never read a word of motion. *Whole T2V*:
+T2V at 48 from all weights of T2V-32. *Scratch*: T2V at 48 from random weights. In the world it is 48 and 64 pixels.
 
 Compute is counted in video-token updates (batch x frames x tokens of a frame, over the steps); a token of an image
 model counts 0.8 of one, 16 D^2 multiplications a block against 20 D^2. Every arm's last stage is as long as the compute
@@ -22,10 +22,12 @@ import above  # noqa: F401  # isort: split
 import command
 import torch
 import typer
-from base import FULL, SMALLEST, Recipe, base, base_name, base_path, kept_or_made, notes_of, train_with_notes
-from evaluation import Trial, clips_for, generate, held_out_loss, scores, validation
-from harness import MINI_SAYS, Frozen, Training, carry_over, frozen_parts, mini, t2i, video
-from image_conditioning import settings
+from base import Recipe, base, base_name, base_path, kept_or_made, notes_of, recipe_on, train_with_notes
+from columns import cells, compared, heads
+from evaluation import Trial, generate, guided, held_out_loss, sampled, trial_on, validation
+from ground import FRAMES, Ground, Result, Shape
+from grounds import DIGITS, Stand, folder_of
+from harness import MINI_SAYS, TOKEN, Frozen, Training, carry_over, frozen_parts, mini, t2i, video
 from records import WORK, part, seeds_of, shown
 from report import Comparison, Out, Report, Seeds, Smallest, Work, band, default_out, save, table
 
@@ -36,8 +38,8 @@ if TYPE_CHECKING:
 
     from stiv_deploy.stiv_ref.model import Stiv
 
-Result = dict[str, Any]
-SIZE = 48
+LARGER = 16
+"""Pixels that clips have more than those of the bases."""
 ORDER = ("progressive", "progressive, text from T2V", "whole T2V", "scratch")
 FROM_LOW: dict[str, Callable[[str], bool]] = {
     "progressive": is_temporal,
@@ -49,9 +51,9 @@ SCALES = (1.0, 2.0, 4.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How long the stages at 48 pixels are: T2I, and the last stage of the progressive arm, in steps."""
+    """How long the stages of larger pictures are: T2I, and the last stage of the progressive arm, in steps."""
 
-    recipe: Recipe = FULL
+    recipe: Recipe
     image_steps: int = 150
     image_batch: int = 32
     last_steps: int = 250
@@ -60,9 +62,19 @@ class Plan:
     loss_clips: int = 16
 
     @property
+    def small(self) -> int:
+        """Pixels of the bases."""
+        return self.recipe.t2v.phases[0].size
+
+    @property
+    def size(self) -> int:
+        """Pixels of the larger pictures."""
+        return self.small + LARGER
+
+    @property
     def image(self) -> Training:
-        """T2I at 48 pixels."""
-        return Training(phases=(t2i(self.image_steps, batch=self.image_batch, size=SIZE),), stage=4)
+        """T2I of the larger size."""
+        return Training(phases=(t2i(self.image_steps, batch=self.image_batch, size=self.size),), stage=4)
 
     def earlier(self, name: str) -> float:
         """Compute before the last stage of an arm."""
@@ -70,28 +82,35 @@ class Plan:
         return {"whole T2V": low, "scratch": 0.0}.get(name, low + self.image.cost)
 
     def last(self, name: str) -> Training:
-        """The last stage of an arm: T2V at 48 pixels, the first half of its times shifted by 20, the other by 3."""
-        step = video("t2v", 1, size=SIZE, batch=self.batch).step_cost
+        """The last stage of an arm: T2V of the larger size, with times shifted by 20, and in its second half by 3."""
+        step = video("t2v", 1, size=self.size, batch=self.batch).step_cost
         total = self.earlier("progressive") + self.last_steps * step
         steps = round((total - self.earlier(name)) / step)
         first = steps // 2
         halves = ((first, 20.0), (steps - first, 3.0))
-        phases = tuple(video("t2v", count, time_shift=shift, size=SIZE, batch=self.batch) for count, shift in halves)
+        options = {"size": self.size, "batch": self.batch}
+        phases = tuple(video("t2v", count, time_shift=shift, **options) for count, shift in halves)
         return Training(phases=phases, stage=5)
 
 
-TINY_PLAN = Plan(recipe=SMALLEST, image_steps=1, image_batch=2, last_steps=2, batch=1, looks=1, loss_clips=1)
+def plan_on(ground: Ground, *, smallest: bool = False) -> Plan:
+    """The plan on ``ground``; or a few steps."""
+    recipe = recipe_on(ground, smallest=smallest)
+    if smallest:
+        return Plan(recipe=recipe, image_steps=1, image_batch=2, last_steps=2, batch=1, looks=1, loss_clips=1)
+    return Plan(recipe=recipe)
 
 
 def image_model(seed: int, frozen: Frozen, plan: Plan, work: Path) -> dict[str, torch.Tensor]:
-    """Weights of T2I at 48 pixels, from T2I at 32."""
+    """Weights of T2I of the larger size, from the base's."""
 
     def make() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        model = mini(temporal=False, seed=seed)
+        model = mini(frozen.ground, temporal=False, seed=seed)
         carry_over(base("t2i", seed, frozen, plan.recipe, work), model)
         return train_with_notes(model, plan.image, frozen, seed)
 
-    return kept_or_made(work / "progressive" / f"t2i-{SIZE}-{digest(plan.image, plan.recipe)}-{seed}.safetensors", make)
+    name = f"t2i-{plan.size}-{digest(plan.image, plan.recipe)}-{seed}.safetensors"
+    return kept_or_made(work / "progressive" / name, make)
 
 
 def digest(*what: object) -> str:
@@ -101,7 +120,7 @@ def digest(*what: object) -> str:
 
 def start(name: str, seed: int, frozen: Frozen, plan: Plan, work: Path) -> "Stiv":
     """The model of an arm before its last stage."""
-    model = mini(seed=seed)
+    model = mini(frozen.ground, seed=seed)
     if name == "whole T2V":
         carry_over(base("t2v", seed, frozen, plan.recipe, work), model)
     if name in FROM_LOW:
@@ -128,63 +147,60 @@ def arm_result(name: str, seed: int, frozen: Frozen, plan: Plan, work: Path, tri
         return tensors, notes | {"curve": curve}
 
     def make() -> Result:
-        model = mini(seed=seed)
+        model = mini(frozen.ground, seed=seed)
         model.load_state_dict(kept_or_made(path, fresh))
         model.eval().requires_grad_(False)
-        notes, clips = notes_of(path), clips_for(trial.clips, seed, SIZE)
+        notes, clips = notes_of(path), frozen.ground.clips(trial.clips, seed, Shape(FRAMES, plan.size))
         result: Result = {"curve": notes["curve"], "seconds": notes["seconds"], "steps": training.steps}
         for scale in SCALES:
-            made, _ = generate(model, frozen, clips, settings(scale, trial.steps), trial, seed, image=False)
-            result[f"{scale:g}"] = scores(made, clips, image=False)
+            made, _ = generate(model, frozen, clips, guided(frozen, scale, trial.steps), trial, seed, image=False)
+            result[f"{scale:g}"] = clips.scores(made, image=False)
         return result
 
     return part(work / "progressive", path.stem, (trial, plan), make)
 
 
 def lines(rows: dict[str, list[Result]]) -> list[list[str]]:
-    """Table rows of every arm."""
-    found = []
-    for name, got in rows.items():
-        cells = [
+    """Table rows of every arm: its last stage."""
+    return [
+        [
             name,
             str(got[0]["steps"]),
             shown([row["curve"][0][1] for row in got], 3),
             shown([row["curve"][-1][1] for row in got], 4),
+            shown([row["seconds"] for row in got], 0),
         ]
-        for scale in SCALES[1:]:
-            cells += [shown([row[f"{scale:g}"][key] for row in got]) for key in ("digit", "direction")]
-        found.append([*cells, shown([row["seconds"] for row in got], 0)])
-    return found
+        for name, got in rows.items()
+    ]
 
 
-def comparisons(rows: dict[str, list[Result]]) -> list[Comparison]:
+def score_lines(ground: Ground, rows: dict[str, list[Result]]) -> list[list[str]]:
+    """Table rows of every guidance and arm."""
+    return [
+        [f"{name}, JIT {scale:g}", *cells(ground, [row[f"{scale:g}"] for row in got])]
+        for scale in SCALES[1:]
+        for name, got in rows.items()
+    ]
+
+
+def comparisons(ground: Ground, rows: dict[str, list[Result]]) -> list[Comparison]:
     """Each initialization minus scratch, and the two against each other."""
     found = []
     pairs = [(name, "scratch") for name in ORDER[:-1]] + [(name, "whole T2V") for name in FROM_LOW]
-    for first, second in pairs:
-        values = [[row["curve"][-1][1] for row in rows[name]] for name in (first, second)]
-        found.append(
-            Comparison(
-                what=f"{first} minus {second}: held-out loss at the end", first=values[0], second=values[1], digits=4
-            )
-        )
+    for pair in pairs:
+        what = " minus ".join(pair)
+        first, second = ([row["curve"][-1][1] for row in rows[name]] for name in pair)
+        found.append(Comparison(what=f"{what}: held-out loss at the end", first=first, second=second, digits=4))
         for scale in SCALES[1:]:
-            for key in ("digit", "direction", "both"):
-                values = [[row[f"{scale:g}"][key] for row in rows[name]] for name in (first, second)]
-                found.append(
-                    Comparison(
-                        what=f"{first} minus {second}: {key} right, JIT {scale:g}",
-                        first=values[0],
-                        second=values[1],
-                        unit="points",
-                    )
-                )
+            own, other = ([row[f"{scale:g}"] for row in rows[name]] for name in pair)
+            found += compared(f"{what}, JIT {scale:g}", ground, own, other)
     return found
 
 
-def draw(figure: "Figure", rows: dict[str, list[Result]]) -> None:
+def draw(figure: "Figure", ground: Ground, plan: Plan, rows: dict[str, list[Result]]) -> None:
     """Held-out loss over compute, and accuracy over the guidance scale."""
-    first, second, third = figure.subplots(1, 3)
+    shown_keys = [key for key in ground.columns if key not in (ground.whole, ground.speed)]
+    first, *others = figure.subplots(1, 1 + len(shown_keys))
     for name, got in rows.items():
         band(
             first,
@@ -192,83 +208,85 @@ def draw(figure: "Figure", rows: dict[str, list[Result]]) -> None:
             [[loss for _, loss in row["curve"]] for row in got],
             label=name,
         )
-        for axes, key in ((second, "digit"), (third, "direction")):
+        for axes, key in zip(others, shown_keys, strict=True):
             band(axes, SCALES, [[row[f"{scale:g}"][key] for scale in SCALES] for row in got], label=name)
-    first.set(title=f"held-out T2V loss at {SIZE} pixels", xlabel="compute [million video-token updates]", yscale="log")
-    second.set(title="digit right [%]", xlabel="guidance scale")
-    third.set(title="direction right [%]", xlabel="guidance scale")
-    for axes in (first, second, third):
+    label = "compute [million video-token updates]"
+    first.set(title=f"held-out T2V loss at {plan.size} pixels", xlabel=label, yscale="log")
+    for axes, key in zip(others, shown_keys, strict=True):
+        axes.set(title=f"{ground.columns[key]} right [%]", xlabel="guidance scale")
+    for axes in (first, *others):
         axes.grid(linewidth=0.3, which="both")
 
 
-def compute_lines(plan: Plan) -> list[list[str]]:
-    """Where each arm's compute goes."""
-    rows = []
-    for name in ORDER:
-        low = {"T2I 32": plan.recipe.t2i.cost, "T2V 32": plan.recipe.t2v.cost} if name != "scratch" else {}
-        high = {"T2I 48": plan.image.cost} if name in FROM_LOW else {}
-        parts = low | high | {"T2V 48": plan.last(name).cost}
-        rows.append(
-            [
-                name,
-                *(f"{parts.get(key, 0) / 1e6:.2f}" for key in ("T2I 32", "T2I 48", "T2V 32", "T2V 48")),
-                f"{sum(parts.values()) / 1e6:.2f}",
-            ]
-        )
-    return rows
+def spent(plan: Plan, name: str) -> dict[str, float]:
+    """Where an arm's compute goes, in million video-token updates."""
+    low, scratch = plan.recipe, name == "scratch"
+    return {
+        f"T2I {plan.small}": 0.0 if scratch else low.t2i.cost / 1e6,
+        f"T2I {plan.size}": plan.image.cost / 1e6 if name in FROM_LOW else 0.0,
+        f"T2V {plan.small}": 0.0 if scratch else low.t2v.cost / 1e6,
+        f"T2V {plan.size}": plan.last(name).cost / 1e6,
+    }
 
 
-def main(smallest: Smallest = False, seeds: Seeds = "0,1,2", out: Out = None, work: Work = WORK) -> None:
+def compute_table(plan: Plan) -> list[str]:
+    """A table of where each arm's compute goes."""
+    parts = {name: spent(plan, name) for name in ORDER}
+    rows = [[name, *(f"{cost:.2f}" for cost in (*each.values(), sum(each.values())))] for name, each in parts.items()]
+    return table(["compute [million video-token updates]", *parts["scratch"], "in all"], rows)
+
+
+def main(
+    smallest: Smallest = False, ground: Stand = DIGITS, seeds: Seeds = "0,1,2", out: Out = None, work: Work = WORK
+) -> None:
     """Compare progressive initialization with scratch."""
     torch.set_num_threads(1)
-    trial, plan = (Trial(clips=2, steps=2), TINY_PLAN) if smallest else (Trial(), Plan())
-    numbers, frozen = seeds_of("0" if smallest else seeds), frozen_parts()
+    numbers, frozen = seeds_of("0" if smallest else seeds), frozen_parts(ground)
+    stand, work = frozen.ground, folder_of(frozen.ground, work)
+    trial, plan = trial_on(stand, smallest=smallest), plan_on(stand, smallest=smallest)
     rows: dict[str, list[Result]] = {name: [] for name in ORDER}
     for seed in numbers:
         for name in ORDER:
             rows[name].append(arm_result(name, seed, frozen, plan, work, trial))
             typer.echo(f"seed {seed} {name}: {rows[name][-1]}", err=True)
-    real = [validation(frozen, seed, trial, SIZE) for seed in numbers]
-    bases = [base_name(task, seed, plan.recipe, work) for seed in numbers for task in ("t2i", "t2v")]
-    base_seconds = [
-        notes_of(base_path(task, seed, plan.recipe, work))["seconds"] for seed in numbers for task in ("t2i", "t2v")
-    ]
-    head = [
-        "arm",
-        "steps at 48",
-        "loss before the last stage",
-        "held-out loss",
-        "digit %, JIT 2",
-        "direction %, JIT 2",
-        "digit %, JIT 4",
-        "direction %, JIT 4",
-        "seconds of the last stage",
-    ]
-    spent = ["compute [million video-token updates]", "T2I 32", "T2I 48", "T2V 32", "T2V 48", "in all"]
+    real = [validation(frozen, seed, trial, Shape(FRAMES, plan.size)) for seed in numbers]
+    made = [(task, seed) for seed in numbers for task in ("t2i", "t2v")]
+    bases = [base_name(*each, frozen, plan.recipe, work) for each in made]
+    base_seconds = [notes_of(base_path(*each, frozen, plan.recipe, work))["seconds"] for each in made]
+    head = ["arm", f"steps at {plan.size}", "loss before the last stage", "held-out loss", "seconds of the last stage"]
     report = Report(
-        title="Progressive initialization against scratch at equal compute",
+        title=f"Progressive initialization against scratch at equal compute{stand.place}",
         question="Is a high-resolution T2V better when it starts from a T2I of its size and a T2V of a smaller one?",
         setup=(
-            f"{MINI_SAYS}, {SIZE} pixels (36 tokens a frame; base 32 pixels, 16 tokens), 8 frames, bases "
-            f"{'; '.join(bases)}. Test clips: {trial.clips} a seed, {trial.steps} Euler steps, shrunk to 32 pixels for "
-            f"the scorers; held-out loss on {plan.loss_clips} test clips at 8 times. Compute is counted in video-token "
-            "updates; a token of an image model counts 0.8. The base stages are charged in full, although other models "
-            "use them too."
+            f"{MINI_SAYS}, {plan.size} pixels ({(plan.size // TOKEN) ** 2} tokens a frame; base {plan.small} pixels, "
+            f"{(plan.small // TOKEN) ** 2} tokens), {FRAMES} frames, bases {'; '.join(bases)}. Test clips: "
+            f"{trial.clips} a seed, {sampled(frozen, trial)}; held-out loss on {plan.loss_clips} test clips at 8 "
+            "times. Compute is counted in video-token updates; a token of an image model counts 0.8. The base stages "
+            "are charged in full, although other models use them too."
         ),
         paper=(
             "VBench total of T2V at 512 pixels at equal compute (about 6e21 FLOP): from scratch 77.78, from T2I-512 "
             "78.13, from T2V-256 78.49, from both 78.83. TI2V: from T2V 77.9, from T2I 77.2."
         ),
-        tables=[*table(spent, compute_lines(plan)), "", *table(head, lines(rows))],
-        comparisons=comparisons(rows),
+        tables=[
+            *compute_table(plan),
+            "",
+            *table(head, lines(rows)),
+            "",
+            *table(["arm, guidance", *heads(stand)], score_lines(stand, rows)),
+        ],
+        comparisons=comparisons(stand, rows),
         data={"bases": bases, "base_seconds": base_seconds, "rows": rows, "real": real},
         seeds=numbers,
-        notes=[
-            f"Scorers on real {SIZE}-pixel clips through the VAE: digit {shown([row['digit'] for row in real])} %, "
-            f"direction {shown([row['direction'] for row in real])} %."
-        ],
+        notes=[f"Scorers on real clips of that size through the VAE: {told_of(stand, real)}."],
     )
-    typer.echo(save(report, out or default_out("progressive"), lambda figure: draw(figure, rows), (12, 3.6)))
+    target = out or default_out("progressive", stand)
+    typer.echo(save(report, target, lambda figure: draw(figure, stand, plan, rows), (12, 3.6)))
+
+
+def told_of(ground: Ground, rows: list[Result]) -> str:
+    """All scores in a sentence."""
+    return ", ".join(f"{words} {shown([row[key] for row in rows])} %" for key, words in ground.columns.items())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,17 @@ def seeds_of(text: str) -> list[int]:
     if not seeds or min(seeds) < 0 or len(set(seeds)) != len(seeds):
         raise StivRefError(f"--seeds {text!r}: wanted different whole numbers from 0, with commas, such as 0,1,2")
     return seeds
+
+
+def scales_of(text: str) -> tuple[float, ...]:
+    """The guidance scales of an option such as ``2,4``; :class:`StivRefError` for anything else."""
+    try:
+        scales = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        scales = ()
+    if not scales or not all(1 < scale < math.inf for scale in scales) or len(set(scales)) != len(scales):
+        raise StivRefError(f"--scales {text!r}: wanted different numbers above 1, with commas, such as 2,4")
+    return scales
 
 
 def write_text(path: Path, text: str) -> None:

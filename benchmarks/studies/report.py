@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import above  # noqa: F401  # isort: split
 import typer
 from digit_scores import cpu_name
+from ground import Ground
+from grounds import suffixed
 from records import paired, write_text
 
 from stiv_deploy.stiv_ref.files import replaced_file
@@ -106,9 +108,9 @@ def command_line() -> str:
     return f"python {shlex.join(sys.argv)}"
 
 
-def default_out(name: str) -> Path:
-    """The dated result file of the study ``name``."""
-    return RESULTS / f"{name}-{date.today().isoformat()}.json"
+def default_out(name: str, ground: Ground) -> Path:
+    """The dated result file of the study ``name`` on ``ground``."""
+    return RESULTS / f"{suffixed(name, ground)}-{date.today().isoformat()}.json"
 
 
 def save_plot(path: Path, draw: Callable[["Figure"], None], size: tuple[float, float]) -> None:

@@ -1,6 +1,6 @@
 """Skipping the blocks of some evaluations, against fewer steps of as many evaluations. Sampling only.
 
-    python benchmarks/studies/residual_skip.py [CHECKPOINT ...] [--smallest] [--seeds 0,1,2,3,4,5,6,7]
+    python benchmarks/studies/residual_skip.py [CHECKPOINT ...] [--smallest] [--ground world] [--seeds 0,1,2,3,4,5,6,7]
 
 A seed is a clip, its prompt and its noise; those of odd seeds are given their first frame. Errors are relative L2 of
 the final latents against the exact flow of the same checkpoint. Fewer steps are sampled in two ways: over a grid of
@@ -21,7 +21,7 @@ import command
 import numpy as np
 import torch
 import typer
-from harness import CHECKPOINT
+from grounds import DIGITS, Stand, ground_of
 from records import WORK, part, seeds_of
 from report import Comparison, Out, Report, Seeds, Smallest, Work, default_out, save, table
 from skips import Evaluated, Skipping, every, fixed_share, norm_ratios, within_budget
@@ -314,8 +314,9 @@ def shares(tried: Sequence[Clips]) -> str:
 
 
 def main(
-    checkpoints: Annotated[list[Path] | None, typer.Argument(help="Checkpoints. [default: the shipped one]")] = None,
+    checkpoints: Annotated[list[Path] | None, typer.Argument(help="Checkpoints. [default: that of the ground]")] = None,
     smallest: Smallest = False,
+    ground: Stand = DIGITS,
     seeds: Seeds = "0,1,2,3,4,5,6,7",
     out: Out = None,
     work: Work = WORK,
@@ -323,7 +324,8 @@ def main(
     """Skip evaluations' blocks, or take fewer steps?"""
     torch.set_num_threads(1)
     plan, numbers = (SMALLEST, [0]) if smallest else (Plan(), seeds_of(seeds))
-    tried = [Clips(path, numbers, plan, work / "residual-skip") for path in checkpoints or [CHECKPOINT]]
+    stand = ground_of(ground)
+    tried = [Clips(path, numbers, plan, work / "residual-skip") for path in checkpoints or [stand.checkpoint]]
     found = [row for clips in tried for row in rows(clips)]
     without = [row for clips in tried for row in grids(clips)]
     report = Report(
@@ -337,7 +339,7 @@ def main(
         seeds=numbers,
     )
     typer.echo(
-        save(report, out or default_out("residual-skip"), lambda figure: draw(figure, without, found), (10, 4.5))
+        save(report, out or default_out("residual-skip", stand), lambda figure: draw(figure, without, found), (10, 4.5))
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import above  # noqa: F401  # isort: split
 from base import Recipe, base, kept_or_made, train_with_notes
+from ground import Ground
 from harness import Adapt, Frozen, Training, as_is, carry_over, mini, video
 from variants import ImageCrossStiv, LargeImageCrossStiv, by_both, by_cross_attention
 
@@ -25,9 +26,10 @@ class Arm:
     adapt: Adapt = as_is
     image_dropout: float = 0.1
 
-    def training(self, steps: int, batch: int) -> Training:
+    def training(self, ground: Ground, steps: int, batch: int) -> Training:
         """The training of this arm."""
-        return Training(phases=(video("ti2v", steps, image_dropout=self.image_dropout, batch=batch),), stage=3)
+        phase = video("ti2v", steps, image_dropout=self.image_dropout, batch=batch, size=ground.shape.size)
+        return Training(phases=(phase,), stage=3)
 
 
 ARMS = {
@@ -40,9 +42,9 @@ ARMS = {
 }
 
 
-def arm_path(name: str, seed: int, training: Training, recipe: Recipe, work: Path) -> Path:
+def arm_path(name: str, seed: int, training: Training, frozen: Frozen, recipe: Recipe, work: Path) -> Path:
     """Where the arm's weights are kept; another training or base is another file."""
-    digest = hashlib.sha256(f"{training!r} {recipe.name}".encode()).hexdigest()[:8]
+    digest = hashlib.sha256(f"{training!r} {recipe.name(frozen)}".encode()).hexdigest()[:8]
     return work / "ti2v" / f"{name.replace(',', '').replace(' ', '-')}-{digest}-{seed}.safetensors"
 
 
@@ -51,15 +53,15 @@ def ti2v_model(
 ) -> Stiv:
     """The trained model of the arm ``name``, for evaluation."""
     arm = ARMS[name]
-    training = arm.training(steps, batch)
+    training = arm.training(frozen.ground, steps, batch)
 
     def fresh() -> Stiv:
-        model = mini(seed=seed, build=arm.build)
+        model = mini(frozen.ground, seed=seed, build=arm.build)
         carry_over(base("t2v", seed, frozen, recipe, work), model)
         return model
 
-    path = arm_path(name, seed, training, recipe, work)
+    path = arm_path(name, seed, training, frozen, recipe, work)
     tensors = kept_or_made(path, lambda: train_with_notes(fresh(), training, frozen, seed, adapt=arm.adapt))
-    model = mini(seed=seed, build=arm.build)
+    model = mini(frozen.ground, seed=seed, build=arm.build)
     model.load_state_dict(tensors)
     return model.eval().requires_grad_(False)

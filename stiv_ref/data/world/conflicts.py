@@ -1,5 +1,6 @@
 """Prompts that contradict the frame given with them: does the clip follow the picture, or the words?"""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -11,6 +12,7 @@ from stiv_deploy.stiv_ref.data.world.scores import Scores
 from stiv_deploy.stiv_ref.world_settings import MOTIONS, SHAPES
 
 About = Literal["colour", "shape", "motion"]
+Followed = Literal["picture", "words", "neither"]
 ABOUT: tuple[About, ...] = get_args(About)
 CONFLICT_DRAWS = 2
 """Seeds the choices of conflicts, beside the clip's number."""
@@ -24,7 +26,7 @@ class Conflict:
     caption: Caption
     about: About
 
-    def followed(self, scores: Scores) -> Literal["picture", "words", "neither"]:
+    def followed(self, scores: Scores) -> Followed:
         """What a clip with these scores follows in what they differ about."""
         seen = getattr(scores.seen, self.about, None)
         if seen is not None and seen == getattr(self.clip.scene.truth, self.about):
@@ -32,12 +34,18 @@ class Conflict:
         return "words" if seen is not None and seen == getattr(self.caption.told, self.about) else "neither"
 
 
-def conflicts(world: World, count: int, about: Sequence[About] = ABOUT) -> list[Conflict]:
-    """``count`` conflicts with the first clips of ``world``, ``about`` one thing after the other.
+def conflicts(world: World, count: int, about: Sequence[About] = ABOUT, *, first: int = 0) -> list[Conflict]:
+    """``count`` conflicts with the clips of ``world`` from number ``first`` on, ``about`` one thing after the other.
 
     A single frame shows no motion: a caption about another motion is in conflict only where more frames are given.
     """
-    return [_conflict(world.clip(index), about[index % len(about)]) for index in range(count)]
+    return [_conflict(world.clip(first + index), about[index % len(about)]) for index in range(count)]
+
+
+def shares(found: Sequence[Conflict], scores: Sequence[Scores]) -> dict[str, float]:
+    """Percent of clips, with these ``scores``, that follow the picture, the words, or neither."""
+    followed = Counter(each.followed(one) for each, one in zip(found, scores, strict=True))
+    return {name: round(100 * followed[name] / len(found), 1) for name in get_args(Followed)}
 
 
 def _conflict(clip: WorldClip, about: About) -> Conflict:

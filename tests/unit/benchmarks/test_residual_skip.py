@@ -29,7 +29,7 @@ def script(study: Load) -> ModuleType:
 def test_a_run_that_skips_nothing_is_the_reference(skips: ModuleType, study: Load) -> None:
     from stiv_deploy.stiv_ref.checkpoint import load_checkpoint
 
-    checkpoint = load_checkpoint(study("harness").CHECKPOINT)
+    checkpoint = load_checkpoint(study("grounds").ground_of("digits").checkpoint)
     inputs = sampling_inputs(checkpoint, ["digit three moving left"], [0], None, frames=2)
     settings, evaluated = SamplingSettings(steps=3, guidance_scale=2.0, solver=Solver.AB2), {}
     right = sample(checkpoint.model, inputs, settings)
@@ -94,7 +94,7 @@ def test_steps_left_out_leave_the_other_times(script: ModuleType, study: Load, t
     skipping = script.replace(run, order=1)
     torch.testing.assert_close(skipping.times(), times)
     assert skipping.skips == (3, 5)
-    clips = script.Clips(study("harness").CHECKPOINT, [0], script.SMALLEST, tmp_path)
+    clips = script.Clips(study("grounds").ground_of("digits").checkpoint, [0], script.SMALLEST, tmp_path)
     assert clips.evaluations(run) == 6
     assert 6 < clips.evaluations(skipping) < 6.02
 

@@ -28,6 +28,7 @@ ALL = (
     "cfg_renorm",
     "residual_skip",
 )
+WITH_CONFLICTS = ("image_conditioning", "guidance_modes")
 Load = Callable[[str], ModuleType]
 
 
@@ -46,6 +47,16 @@ def frozen(harness: ModuleType) -> object:
     return harness.frozen_parts()
 
 
+@pytest.fixture(scope="module")
+def world(harness: ModuleType) -> object:
+    return harness.frozen_parts("world")
+
+
+@pytest.fixture(scope="module")
+def digits(frozen: object) -> object:
+    return frozen.ground
+
+
 def tiny_training(harness: ModuleType, steps: int = 3) -> object:
     return harness.Training(phases=(harness.video("ti2v", steps, batch=2),), stage=9, warmup=1)
 
@@ -57,42 +68,47 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
 # Training loop
 
 
-def test_every_caption_is_encoded_as_the_encoder_does(harness: ModuleType, frozen: object) -> None:
+def test_captions_are_encoded_as_the_encoder_does(frozen: object, world: object) -> None:
     from stiv_deploy.stiv_ref.checkpoint import load_checkpoint
     from stiv_deploy.stiv_ref.text import tokenize
 
-    checkpoint = load_checkpoint(harness.CHECKPOINT)
-    prompts = ["", "digit seven", "digit two moving up"]
-    truth = checkpoint.text_encoder(*tokenize(checkpoint.tokenizer, prompts))
-    found = frozen.text(prompts)
-    length = found.mask.shape[1]
-    torch.testing.assert_close(found.states, truth.states[:, :length])
-    torch.testing.assert_close(found.pooled, truth.pooled)
-    assert truth.mask[:, length:].sum() == 0
-    assert len(harness.captions()) == 51
+    longest = ((frozen, "digit two moving up"), (world, "the small magenta triangle is going back and forth"))
+    for parts, prompt in longest:
+        checkpoint = load_checkpoint(parts.ground.checkpoint)
+        prompts = ["", prompt, "digit seven", prompt]
+        truth = checkpoint.text_encoder(*tokenize(checkpoint.tokenizer, prompts))
+        found = parts.text(prompts)
+        length = found.mask.shape[1]
+        torch.testing.assert_close(found.states, truth.states[:, :length])
+        torch.testing.assert_close(found.pooled, truth.pooled)
+        assert truth.mask[:, length:].sum() == 0
+        assert truth.mask.sum(1).max() <= length
+    assert len(frozen.ground.captions()) == 51
 
 
-def test_training_is_fixed_by_its_seed(harness: ModuleType, frozen: object) -> None:
+def test_training_is_fixed_by_its_seed(digits: object, harness: ModuleType, frozen: object) -> None:
     training = tiny_training(harness, steps=2)
     runs = []
     for seed in (0, 0, 1):
-        model = harness.mini(seed=0)
+        model = harness.mini(digits, seed=0)
         runs.append((harness.train(model, training, frozen, seed), weights(model)))
     assert runs[0][0] == runs[1][0]
     torch.testing.assert_close(runs[0][1], runs[1][1], rtol=0, atol=0)
     assert runs[0][0] != runs[2][0]
 
 
-def test_training_lowers_the_loss(harness: ModuleType, frozen: object) -> None:
+def test_training_lowers_the_loss(digits: object, harness: ModuleType, frozen: object) -> None:
     training = harness.Training(phases=(harness.t2i(25, batch=8),), stage=9, warmup=5)
-    losses = harness.train(harness.mini(temporal=False), training, frozen, 0)
+    losses = harness.train(harness.mini(digits, temporal=False), training, frozen, 0)
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
 
 
-def test_observer_sees_averaged_weights_and_leaves_no_trace(harness: ModuleType, frozen: object) -> None:
+def test_observer_sees_averaged_weights_and_leaves_no_trace(
+    digits: object, harness: ModuleType, frozen: object
+) -> None:
     training, seen, finals = tiny_training(harness), [], []
     for observed in (True, False):
-        model = harness.mini()
+        model = harness.mini(digits)
         options = {"observe": lambda step, model=model: seen.append((step, weights(model))), "every": 2}
         harness.train(model, training, frozen, 0, **(options if observed else {}))
         finals.append(weights(model))
@@ -101,8 +117,8 @@ def test_observer_sees_averaged_weights_and_leaves_no_trace(harness: ModuleType,
     torch.testing.assert_close(seen[-1][1], finals[0], rtol=0, atol=0)
 
 
-def test_divergence_is_an_error(harness: ModuleType, frozen: object) -> None:
-    model = harness.mini()
+def test_divergence_is_an_error(digits: object, harness: ModuleType, frozen: object) -> None:
+    model = harness.mini(digits)
     torch.nn.init.constant_(model.head.out.weight, float("nan"))
     with pytest.raises(DivergedError, match="loss is nan at step 0"):
         harness.train(model, tiny_training(harness), frozen, 0)
@@ -128,8 +144,12 @@ def test_dropouts_are_possible(harness: ModuleType, dropout: float) -> None:
     assert objective.joint_dropout * objective.image_dropout <= objective.text_dropout
 
 
-def test_carry_over_splits_space_and_time(harness: ModuleType) -> None:
-    image, low, model = harness.mini(temporal=False, seed=1), harness.mini(seed=2), harness.mini(seed=3)
+def test_carry_over_splits_space_and_time(digits: object, harness: ModuleType) -> None:
+    image, low, model = (
+        harness.mini(digits, temporal=False, seed=1),
+        harness.mini(digits, seed=2),
+        harness.mini(digits, seed=3),
+    )
     harness.carry_over(image.state_dict(), model)
     harness.carry_over(low.state_dict(), model, only=is_temporal)
     for name, value in model.state_dict().items():
@@ -158,10 +178,10 @@ def randomized(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def test_causal_attention_sees_no_later_frame(harness: ModuleType, study: Load) -> None:
+def test_causal_attention_sees_no_later_frame(digits: object, harness: ModuleType, study: Load) -> None:
     causal = study("variants").CausalStiv
     for build, blind in ((causal, True), (None, False)):
-        model = randomized(harness.mini(build=build) if build else harness.mini())
+        model = randomized(harness.mini(digits, build=build) if build else harness.mini(digits))
         latents, *rest = inputs_of()
         changed = latents.clone()
         changed[:, 5:] += 1
@@ -184,9 +204,11 @@ def test_causal_attention_is_full_attention_for_the_last_frame(study: Load) -> N
 
 
 @pytest.mark.parametrize("name", ["ImageCrossStiv", "LargeImageCrossStiv"])
-def test_image_tokens_reach_the_output_only_if_seen(harness: ModuleType, study: Load, name: str) -> None:
+def test_image_tokens_reach_the_output_only_if_seen(
+    digits: object, harness: ModuleType, study: Load, name: str
+) -> None:
     variants = study("variants")
-    model = randomized(harness.mini(build=getattr(variants, name)))
+    model = randomized(harness.mini(digits, build=getattr(variants, name)))
     latents, timestep, micro, *text = inputs_of()
     states = TextStates(*text)
     clean = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
@@ -219,45 +241,93 @@ def test_image_tokens_are_the_patches_and_their_places(study: Load, harness: Mod
 # Measurements
 
 
-def test_scores_of_real_clips(evaluation: ModuleType) -> None:
+def test_scores_of_real_digits(digits: object) -> None:
     for size in (SIZE, 48):
-        clips = evaluation.clips_for(20, 0, size)
-        found = evaluation.scores(clips.video.numpy(), clips, image=True)
+        clips = digits.clips(20, 0, digits.shape._replace(size=size))
+        video = clips.video.numpy()
+        found = clips.scores(video, image=True)
         assert found["digit"] >= 95
         assert found["direction"] == 100
         assert found["motion"] == pytest.approx(100, abs=1)
         assert (found["stale"], found["empty"]) == (0, 0)
         assert min(found["psnr"]) > 100
         assert np.all(np.diff(found["psnr_to_first"][:4]) < 0)
+        assert np.mean(clips.right(video)) == pytest.approx(found["both"] / 100, abs=1e-6)
 
 
-def test_a_still_is_stale_and_darkness_empty(evaluation: ModuleType) -> None:
-    clips = evaluation.clips_for(4, 0)
+def test_a_still_is_stale_and_darkness_empty(digits: object) -> None:
+    clips = digits.clips(4, 0, digits.shape)
     still = np.repeat(clips.video.numpy()[:, :1], 8, axis=1)
-    found = evaluation.scores(still, clips, image=True)
+    found = clips.scores(still, image=True)
     assert (found["stale"], found["motion"]) == (100, pytest.approx(0, abs=1e-6))
     assert min(found["psnr_to_first"]) > 100
-    dark = evaluation.scores(np.full_like(still, -1), clips, image=False)
+    dark = clips.scores(np.full_like(still, -1), image=False)
     assert (dark["empty"], dark["motion"]) == (100, 0)
 
 
-def test_half_speed_is_fifty_percent(evaluation: ModuleType) -> None:
-    clips = evaluation.clips_for(3, 0)
+def test_half_speed_is_fifty_percent(digits: object) -> None:
+    clips = digits.clips(3, 0, digits.shape)
     slow = clips.video.numpy()[:, [0, 0, 1, 1, 2, 2, 3, 3]]
-    assert evaluation.scores(slow, clips, image=False)["motion"] == pytest.approx(50, abs=4)
+    assert clips.scores(slow, image=False)["motion"] == pytest.approx(50, abs=4)
 
 
-def test_psnr_by_frame(evaluation: ModuleType) -> None:
+def test_scores_in_the_world(world: object) -> None:
+    """Of true clips all is right but that they differ in speed; of repeated first frames all but their motion is."""
+    ground = world.ground
+    for shape in (ground.shape, ground.shipped):
+        clips = ground.clips(10, 1, shape)
+        video = clips.video.numpy()
+        assert video.shape == (10, shape.frames, 3, shape.size, shape.size)
+        moving = [clip.scene.track.motion != "stay" for clip in clips.truth]
+        real = clips.scores(video, image=True)
+        assert {real[key] for key in ground.columns if key != "speed"} == {100}
+        assert real["speed"] == pytest.approx(100, abs=1)
+        assert min(real["psnr"]) > 100
+        assert all(clips.right(video))
+        still = np.repeat(video[:, :1], shape.frames, axis=1)
+        found = clips.scores(still, image=False)
+        assert (found["stale"], found["speed"]) == (100, pytest.approx(0, abs=1e-6))
+        assert (found["colour"], found["smooth"]) == (100, 100)
+        assert found["motion"] == pytest.approx(100 * (1 - np.mean(moving)))
+        assert [not right for right in clips.right(still)] == moving
+
+
+def test_held_out_clips_of_the_world_tell_their_motion_and_differ_by_seed(world: object) -> None:
+    ground = world.ground
+    found = [clip for seed in (0, 1) for clip in ground.clips(12, seed, ground.shape).truth]
+    assert len({clip.index for clip in found}) == 24
+    assert all(clip.caption.told.motion for clip in found)
+
+
+def test_conflicts_are_of_the_world_alone(world: object, digits: object) -> None:
+    ground = world.ground
+    asked = ground.conflicts(4, 1, ground.shape)
+    assert asked.followed(asked.video.numpy()) == {"picture": 100, "words": 0, "neither": 0}
+    assert asked.captions != [each.clip.caption.text for each in asked.found]
+    assert digits.conflicts(4, 1, digits.shape) is None
+
+
+def test_both_grounds_draw_what_training_takes(world: object, digits: object) -> None:
+    for ground in (world.ground, digits):
+        for shape in (ground.shape, ground.shape._replace(frames=1)):
+            one, again, other = (ground.draw(3, shape, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+            assert one.video.shape == (3, shape.frames, 3, shape.size, shape.size)
+            assert -1 <= one.video.min() < one.video.max() <= 1
+            assert one.captions == again.captions != other.captions
+            assert torch.equal(one.video, again.video)
+
+
+def test_psnr_by_frame(study: Load) -> None:
     truth = np.zeros((2, 3, 3, 4, 4), np.float32)
     video = truth + np.array([0.02, 0.2, 3.0], np.float32)[None, :, None, None, None]  # the last is clipped to 1
-    assert evaluation.psnr_by_frame(video, truth) == pytest.approx([40, 20, 10 * np.log10(4)], abs=1e-2)
+    assert study("fidelity").psnr_by_frame(video, truth) == pytest.approx([40, 20, 10 * np.log10(4)], abs=1e-2)
 
 
 def test_generated_clips_keep_a_replaced_frame_and_depend_on_seed_alone(
-    evaluation: ModuleType, harness: ModuleType, frozen: object
+    digits: object, evaluation: ModuleType, harness: ModuleType, frozen: object
 ) -> None:
-    model = randomized(harness.mini()).eval()
-    clips = evaluation.clips_for(3, 0)
+    model = randomized(harness.mini(digits)).eval()
+    clips = digits.clips(3, 0, digits.shape)
     settings = SamplingSettings(steps=2, guidance_mode=GuidanceMode.JIT, guidance_scale=2.0)
     results = [
         evaluation.generate(model, frozen, clips, settings, evaluation.Trial(clips=3, batch=batch), 4, image=True)
@@ -271,12 +341,14 @@ def test_generated_clips_keep_a_replaced_frame_and_depend_on_seed_alone(
     assert abs(other - results[0][0]).max() > 0.01
 
 
-def test_held_out_loss_of_zero_velocity(evaluation: ModuleType, harness: ModuleType, frozen: object) -> None:
+def test_held_out_loss_of_zero_velocity(
+    digits: object, evaluation: ModuleType, harness: ModuleType, frozen: object
+) -> None:
     """A fresh model predicts zero: its loss is the mean square of data minus noise, at every time alike."""
     phase = harness.video("t2v", 1)
-    found = evaluation.held_out_loss(harness.mini(), frozen, phase, clips=4)
+    found = evaluation.held_out_loss(harness.mini(digits), frozen, phase, clips=4)
     with torch.no_grad():
-        latents = frozen.vae.encode(evaluation.clips_for(4, 77).video)
+        latents = frozen.vae.encode(digits.clips(4, 77, digits.shape).video)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(77))
     truth = float((latents - noise).square().mean())
     assert found["by_time"] == pytest.approx([truth] * len(evaluation.LOSS_TIMES), rel=1e-5)
@@ -321,6 +393,12 @@ def test_bad_seeds(study: Load, given: str) -> None:
         study("records").seeds_of(given)
 
 
+@pytest.mark.parametrize("given", ["", "a", "2,2", "1", "inf", "nan", "2,"])
+def test_bad_scales(study: Load, given: str) -> None:
+    with pytest.raises(StivRefError, match="different numbers above 1"):
+        study("records").scales_of(given)
+
+
 @pytest.mark.parametrize(
     ("first", "second", "expected"),
     [
@@ -343,9 +421,9 @@ def test_guidances_leave_out_what_is_the_same(study: Load) -> None:
     assert names[4:] == [f"sit {text}, image {image}" for text, image in pairs]
 
 
-def test_arms_of_progressive_spend_the_same(study: Load) -> None:
+def test_arms_of_progressive_spend_the_same(study: Load, digits: object) -> None:
     progressive = study("progressive")
-    plan = progressive.Plan()
+    plan = progressive.plan_on(digits)
     totals = [plan.earlier(name) + plan.last(name).cost for name in progressive.ORDER]
     step = plan.last("scratch").phases[0].step_cost
     assert max(totals) - min(totals) <= step
@@ -353,14 +431,14 @@ def test_arms_of_progressive_spend_the_same(study: Load) -> None:
 
 
 def test_progressive_starts_from_its_sources(
-    study: Load, harness: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    study: Load, harness: ModuleType, frozen: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    progressive = study("progressive")
-    image, low = harness.mini(temporal=False, seed=1).state_dict(), harness.mini(seed=2).state_dict()
+    progressive, digits = study("progressive"), frozen.ground
+    image, low = harness.mini(digits, temporal=False, seed=1).state_dict(), harness.mini(digits, seed=2).state_dict()
     monkeypatch.setattr(progressive, "image_model", lambda *arguments: image)
     monkeypatch.setattr(progressive, "base", lambda task, *arguments: low)
-    plan = progressive.Plan()
-    made = {name: progressive.start(name, 0, None, plan, tmp_path).state_dict() for name in progressive.ORDER}
+    plan = progressive.plan_on(digits)
+    made = {name: progressive.start(name, 0, frozen, plan, tmp_path).state_dict() for name in progressive.ORDER}
     temporal = [name for name in low if is_temporal(name)]
     torch.testing.assert_close({n: made["progressive"][n] for n in temporal}, {n: low[n] for n in temporal})
     torch.testing.assert_close({n: made["progressive"][n] for n in image}, dict(image))
@@ -369,25 +447,27 @@ def test_progressive_starts_from_its_sources(
         text = any(part in name for part in ("cross", "text_", "pooled"))
         torch.testing.assert_close(value, (low if text or name in temporal else image)[name], rtol=0, atol=0)
     torch.testing.assert_close(dict(made["whole T2V"]), dict(low))
-    torch.testing.assert_close(dict(made["scratch"]), dict(harness.mini(seed=0).state_dict()))
+    torch.testing.assert_close(dict(made["scratch"]), dict(harness.mini(digits, seed=0).state_dict()))
 
 
-def test_objectives_of_base_and_arms(study: Load) -> None:
+def test_objectives_of_base_and_arms(study: Load, digits: object) -> None:
     base = study("base")
-    tasks = [phase.objective for training in (base.T2I, base.T2V) for phase in training.phases]
+    recipe = base.recipe_on(digits)
+    tasks = [phase.objective for training in (recipe.t2i, recipe.t2v) for phase in training.phases]
     assert [one.task for one in tasks] == ["t2i", "t2v", "t2v"]
     assert all(isinstance(one, Objective) for one in tasks)
     arms = study("ti2v").ARMS
-    assert arms["no image dropout"].training(1, 1).phases[0].objective.image_dropout == 0
+    assert arms["no image dropout"].training(digits, 1, 1).phases[0].objective.image_dropout == 0
 
 
 @pytest.mark.slow
-def test_smallest_form_of_every_study(study: Load, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ground", ["digits", "world"])
+def test_smallest_form_of_every_study(study: Load, tmp_path: Path, ground: str) -> None:
     """All, as commands, sharing their bases: result files with every arm, and a second run makes nothing anew."""
     for name in ALL:
         module, app, out = study(name), typer.Typer(), tmp_path / f"{name}.json"
         app.command()(module.main)
-        arguments = ["--smallest", "--work", str(tmp_path / "work"), "--out", str(out)]
+        arguments = ["--smallest", "--ground", ground, "--work", str(tmp_path / "work"), "--out", str(out)]
         first = CliRunner().invoke(app, arguments, catch_exceptions=False)
         assert first.exit_code == 0, first.output
         found = json.loads(out.read_text())
@@ -395,6 +475,7 @@ def test_smallest_form_of_every_study(study: Load, tmp_path: Path) -> None:
         assert found["comparisons"]
         assert all(one["verdict"] == "one seed" for one in found["comparisons"])
         text = out.with_suffix(".md").read_text()
+        assert ("| neither % |" in text) == (ground == "world" and name in WITH_CONFLICTS)
         assert "**Question.**" in text
         assert out.with_suffix(".png").stat().st_size > 5_000
         for picture in tmp_path.glob(f"{name}*.png"):

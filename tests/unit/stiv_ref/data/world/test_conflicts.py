@@ -3,7 +3,7 @@
 import numpy as np
 
 from stiv_deploy.stiv_ref.data.world.clips import World, render, times_of
-from stiv_deploy.stiv_ref.data.world.conflicts import ABOUT, conflicts
+from stiv_deploy.stiv_ref.data.world.conflicts import ABOUT, conflicts, shares
 from stiv_deploy.stiv_ref.data.world.scores import asked, score
 
 
@@ -16,6 +16,8 @@ def test_the_caption_says_another_thing_in_one_respect() -> None:
         assert str(told.shape) in conflict.caption.text.split()
     again = conflicts(World(split="test"), 30)
     assert [each.caption for each in again] == [each.caption for each in found]
+    later = conflicts(World(split="test"), 3, first=27)
+    assert [each.caption for each in later] == [each.caption for each in found[27:]]
 
 
 def test_what_is_followed() -> None:
@@ -28,3 +30,11 @@ def test_what_is_followed() -> None:
         if conflict.about != "motion":
             scene = dataclasses.replace(clip.scene, colour=told.colour, shape=told.shape)
             assert conflict.followed(score(render(scene, times_of(clip)), asked(told))) == "words"
+
+
+def test_shares_of_what_is_followed() -> None:
+    found = conflicts(World(split="test"), 4)
+    blank = np.zeros_like(found[0].clip.frames)
+    made = [found[0].clip.frames, blank, blank, found[3].clip.frames]
+    scores = [score(frames, asked(each.caption.told)) for frames, each in zip(made, found, strict=True)]
+    assert shares(found, scores) == {"picture": 50.0, "words": 0.0, "neither": 50.0}
