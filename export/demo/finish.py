@@ -5,19 +5,24 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from PIL import Image
+
 from stiv_deploy.export.demo.machine import machine
 from stiv_deploy.export.demo.report import DemoReport, ShownStage, report_page
 from stiv_deploy.export.demo.shared import BACKEND, Demo, Done
-from stiv_deploy.export.demo.shown import shown_clip
-from stiv_deploy.runtime.files import write_text
+from stiv_deploy.export.demo.shown import shown_clip, tasks_sheet
+from stiv_deploy.runtime.files import replaced_file, write_text
 
-REPORT = "report.html"
+REPORT, SHEET = "report.html", "tasks.png"
 
 
 def finish(demo: Demo, title: str) -> None:
-    """Write the report, whole or not at all; say how long everything took and what there is to look at."""
-    written = demo.out / REPORT
-    write_text(written, report_page(demo_report(demo, title)))
+    """Write the sheet and the report, each whole or not at all; say how long it took and what there is to look at."""
+    written, report = demo.out / REPORT, demo_report(demo, title)
+    if report.sheet is not None:
+        with replaced_file(demo.out / SHEET) as temporary:
+            Image.fromarray(report.sheet).save(temporary, "PNG")
+    write_text(written, report_page(report))
     demo.console.print(f"\n{sum(each.seconds for each in demo.done):.0f} s in all. Look at:")
     found = [path for kind in ("mp4", "png", "json") for path in sorted(demo.out.glob(f"*.{kind}"))]
     for path in (written, *found, demo.bundle):
@@ -28,13 +33,15 @@ def finish(demo: Demo, title: str) -> None:
 
 def demo_report(demo: Demo, title: str) -> DemoReport:
     """What the report of ``demo`` shows, now."""
+    clips = tuple(filter(None, (shown_clip(done.report) for done in demo.done)))
     return DemoReport(
         title=title,
         checkpoint=str(demo.checkpoint),
         date=datetime.now(UTC).date().isoformat(),
         failed=tuple(demo.failed),
         notes=tuple(demo.notes),
-        clips=tuple(filter(None, (shown_clip(done.report) for done in demo.done))),
+        clips=clips,
+        sheet=tasks_sheet(clips),
         parity=next(iter(demo.reports("parity")), None),
         stages=tuple(map(_stage, demo.done)),
         sizes=tuple(_sizes(demo)),
@@ -61,7 +68,7 @@ def _sizes(demo: Demo) -> Iterator[tuple[str, int]]:
     if engines:
         yield f"bundle: {len(engines)} engines", _bytes(engines)
     for path in sorted(demo.out.glob("*.*")):
-        if path.is_file() and path.name != REPORT:
+        if path.is_file() and path.name not in (REPORT, SHEET):
             yield path.name, path.stat().st_size
 
 

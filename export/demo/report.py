@@ -6,6 +6,8 @@ It is made of values alone, and whoever gets it needs nothing else: pictures, cl
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from stiv_deploy.export.demo.ladder_plot import ladder_plot
 from stiv_deploy.export.demo.shown import ShownClip
 from stiv_deploy.export.parity.ladder import ParityReport
@@ -36,7 +38,10 @@ class ShownStage:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoReport:
-    """All that the page shows; ``sizes`` are bytes, ``following`` pairs of what a command does and the command."""
+    """All that the page shows; ``sizes`` are bytes, ``following`` pairs of what a command does and the command.
+
+    ``sheet``, uint8 [H, W, 3], is all clips in one picture.
+    """
 
     title: str
     checkpoint: str
@@ -44,6 +49,7 @@ class DemoReport:
     failed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     clips: tuple[ShownClip, ...] = ()
+    sheet: np.ndarray | None = None
     parity: ParityReport | None = None
     stages: tuple[ShownStage, ...] = ()
     sizes: tuple[tuple[str, int], ...] = ()
@@ -57,6 +63,7 @@ def report_page(report: DemoReport) -> str:
     return page(
         f"{report.title}: {verdict}",
         _header(report, verdict),
+        *section("All tasks", *_sheet(report.sheet)),
         *section("Clips", *map(_clip, report.clips)),
         *section("Parity", *_parity(report.parity)),
         *section("Stages", *_stages(report.stages)),
@@ -81,6 +88,13 @@ def _header(report: DemoReport, verdict: str) -> Html:
     facts = f"Checkpoint {report.checkpoint}, {report.date}, {total:.0f} s in all."
     notes = (element("p", note, class_="note") for note in report.notes)
     return element("header", element("h1", report.title, " ", badge), element("p", facts), *notes)
+
+
+def _sheet(sheet: np.ndarray | None) -> Iterator[Html]:
+    if sheet is not None:
+        yield element("p", "A row for each, frame by frame; what was given has a blue edge.")
+        picture = element("img", src=png_uri(sheet), alt="all clips, a row each", width=sheet.shape[1])
+        yield element("div", picture, class_="wide")
 
 
 def _clip(clip: ShownClip) -> Html:

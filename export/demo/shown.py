@@ -1,6 +1,6 @@
 """What a report shows of clips, whichever command made them, and their pictures beside them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,6 +18,8 @@ from stiv_deploy.runtime.pipeline.stage import ClipsReport
 from stiv_deploy.runtime.pipeline.views_stage import ViewsReport
 from stiv_deploy.runtime.pipeline.visible import upscale_for
 
+EDGE, GIVEN, MADE = 2, (0, 120, 212), (32, 32, 32)
+"""Pixels around each frame of a sheet, and their colour by what the frame is."""
 LONG_TITLES = {"extend": "What comes after", "interpolate": "The frames between", "long": "A long video"}
 
 
@@ -50,6 +52,27 @@ def write_pictures(clip: ShownClip, path: Path) -> None:
     factor = upscale_for(path, *clip.frames.shape[1:3])
     write_video(path.with_suffix(".gif"), clip.frames, clip.fps, factor)
     contact_sheet([clip.frames], [clip.prompt], max(1, factor // 2)).save(path.with_suffix(".png"))
+
+
+def tasks_sheet(clips: Sequence[ShownClip]) -> np.ndarray | None:
+    """One picture, uint8 [H, W, 3], of ``clips``: a row each under its title, the given frames with a blue edge.
+
+    Nothing is enlarged; ``None`` without clips.
+    """
+    if not clips:
+        return None
+    labels = [f"{clip.title}: {clip.prompt}" for clip in clips]
+    return np.asarray(contact_sheet([_edged(clip) for clip in clips], labels))
+
+
+def _edged(clip: ShownClip) -> np.ndarray:
+    """Its frames within edges that hide nothing of them."""
+    count, height, width, _ = clip.frames.shape
+    made = np.empty((count, height + 2 * EDGE, width + 2 * EDGE, 3), np.uint8)
+    for index, frame in enumerate(made):
+        frame[:] = GIVEN if index in clip.given else MADE
+    made[:, EDGE:-EDGE, EDGE:-EDGE] = clip.frames
+    return made
 
 
 def _generated(report: ClipsReport) -> ShownClip:

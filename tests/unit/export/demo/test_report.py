@@ -1,6 +1,7 @@
 """A report of recorded values as a page: nothing else is needed, all text is escaped, dots lie as errors do."""
 
 import base64
+import dataclasses
 import io
 import math
 from html.parser import HTMLParser
@@ -13,6 +14,7 @@ from PIL import Image
 
 from stiv_deploy.export.demo.ladder_plot import Axis, axis_of
 from stiv_deploy.export.demo.report import DemoReport, ShownClip, ShownStage, report_page, size_text
+from stiv_deploy.export.demo.shown import EDGE, GIVEN, tasks_sheet
 from stiv_deploy.export.parity.ladder import ParityReport, VideoGate
 from stiv_deploy.runtime.bundle.manifest import ParityRow
 from stiv_deploy.runtime.command.html import POLICY, VOID, element
@@ -165,6 +167,22 @@ def test_small_clips_are_enlarged_with_hard_pixels_and_given_frames_are_marked(s
     assert ".pixels { image-rendering: pixelated" in shown.text
     assert len(shown.all("li", "given")) == 1
     assert "0, given" in shown.text
+
+
+def test_all_tasks_are_on_one_sheet_with_given_frames_marked() -> None:
+    made = report()
+    longer = ShownClip(title="Longer", prompt="p", frames=clip(11), fps=8, facts="", given=frozenset(range(0, 11, 2)))
+    sheet = tasks_sheet([*made.clips, longer])
+    assert sheet is not None
+    assert tasks_sheet([]) is None
+    marks = (sheet == GIVEN).all(-1)
+    ring = 4 * EDGE * (32 + EDGE)
+    assert marks.sum() == (1 + 6) * ring  # the first frame of the second clip, every other one of the third
+    top, left = np.argwhere(marks)[0] + EDGE
+    assert np.array_equal(sheet[top : top + 32, left : left + 32], made.clips[1].frames[0])
+    page = Page(report_page(dataclasses.replace(made, sheet=sheet)))
+    (picture,) = [found for found in page.all("img") if found["alt"] == "all clips, a row each"]
+    assert np.array_equal(np.asarray(decoded(picture["src"])), sheet)
 
 
 @pytest.mark.parametrize("worse", [1.0, 2.5, math.nan, math.inf])
