@@ -141,14 +141,15 @@ def draw(figure: "Figure", ground: Ground, rows: dict[str, list[Result]], scales
     kinds = {"JIT (2 passes)": "jit {:g}"} | {
         f"SIT, image {i:g} (3 passes)": f"sit {{:g}}, image {i:g}" for i in IMAGE_SCALES
     }
-    panels = [
-        ("PSNR of later frames [dB]", rest),
-        (f"{ground.columns[ground.speed]} [% of real]", itemgetter(ground.speed)),
-        (f"{ground.columns[ground.whole]} right [%]", itemgetter(ground.whole)),
-    ]
+    panels = {
+        "PSNR of later frames [dB]": rest,
+        f"{ground.columns[ground.speed]} [% of real]": itemgetter(ground.speed),
+        f"{ground.columns[ground.whole]} right [%]": itemgetter(ground.whole),
+    }
     if contradictions.KEY in rows["none"][0]:
-        panels.append(("follow the words, not the picture [%]", lambda row: row[contradictions.KEY]["words"]))
-    for axes, (title, value) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        panels["follow the words, not the picture [%]"] = lambda row: row[contradictions.KEY]["words"]
+        figure.set_figwidth(figure.get_figwidth() * 4 / 3)
+    for axes, (title, value) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for label, pattern in kinds.items():
             known = [scale for scale in scales if pattern.format(scale) in rows]
             columns = [[value(row) for row in rows[pattern.format(scale)]] for scale in known]

@@ -197,10 +197,15 @@ def comparisons(ground: Ground, rows: dict[str, list[Result]]) -> list[Compariso
     return found
 
 
+def panels(ground: Ground) -> list[str]:
+    """Which of its scores are drawn: each that is right or wrong by itself."""
+    return [key for key in ground.columns if key not in (ground.whole, ground.speed)]
+
+
 def draw(figure: "Figure", ground: Ground, plan: Plan, rows: dict[str, list[Result]]) -> None:
     """Held-out loss over compute, and accuracy over the guidance scale."""
-    shown_keys = [key for key in ground.columns if key not in (ground.whole, ground.speed)]
-    first, *others = figure.subplots(1, 1 + len(shown_keys))
+    keys = panels(ground)
+    first, *others = figure.subplots(1, 1 + len(keys))
     for name, got in rows.items():
         band(
             first,
@@ -208,11 +213,11 @@ def draw(figure: "Figure", ground: Ground, plan: Plan, rows: dict[str, list[Resu
             [[loss for _, loss in row["curve"]] for row in got],
             label=name,
         )
-        for axes, key in zip(others, shown_keys, strict=True):
+        for axes, key in zip(others, keys, strict=True):
             band(axes, SCALES, [[row[f"{scale:g}"][key] for scale in SCALES] for row in got], label=name)
     label = "compute [million video-token updates]"
     first.set(title=f"held-out T2V loss at {plan.size} pixels", xlabel=label, yscale="log")
-    for axes, key in zip(others, shown_keys, strict=True):
+    for axes, key in zip(others, keys, strict=True):
         axes.set(title=f"{ground.columns[key]} right [%]", xlabel="guidance scale")
     for axes in (first, *others):
         axes.grid(linewidth=0.3, which="both")
@@ -281,7 +286,7 @@ def main(
         notes=[f"Scorers on real clips of that size through the VAE: {told_of(stand, real)}."],
     )
     target = out or default_out("progressive", stand)
-    typer.echo(save(report, target, lambda figure: draw(figure, stand, plan, rows), (12, 3.6)))
+    typer.echo(save(report, target, lambda figure: draw(figure, stand, plan, rows), (4 * len(panels(stand)) + 4, 3.6)))
 
 
 def told_of(ground: Ground, rows: list[Result]) -> str:

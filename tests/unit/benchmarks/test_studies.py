@@ -355,6 +355,12 @@ def test_held_out_loss_of_zero_velocity(
     assert np.mean(found["by_frame"]) == pytest.approx(truth, rel=1e-5)
 
 
+def test_results_and_parts_of_the_world_are_kept_apart(study: Load, world: object, digits: object) -> None:
+    grounds, work = study("grounds"), Path("work")
+    assert [grounds.suffixed("name", each) for each in (digits, world.ground)] == ["name", "name-world"]
+    assert [grounds.folder_of(each, work) for each in (digits, world.ground)] == [work, work / "world"]
+
+
 # Records and reports
 
 
