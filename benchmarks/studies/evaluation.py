@@ -36,8 +36,8 @@ class Trial:
 
 
 def trial_on(ground: Ground, *, smallest: bool = False, clips: int = 40) -> Trial:
-    """An evaluation with the sampling steps of ``ground``, all clips at once; or of two clips and steps."""
-    return Trial(clips=2, steps=2) if smallest else Trial(clips=clips, steps=ground.steps, batch=clips)
+    """An evaluation with the sampling steps of ``ground``, all clips at once; or of one clip and two steps."""
+    return Trial(clips=1, steps=2) if smallest else Trial(clips=clips, steps=ground.steps, batch=clips)
 
 
 def guided(frozen: Frozen, scale: float, steps: int) -> SamplingSettings:

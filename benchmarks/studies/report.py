@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path("benchmarks/results/studies")
 Result = dict[str, Any]
-Smallest = Annotated[bool, typer.Option(help="A few steps and clips of seed 0: shows that it runs.")]
+Smallest = Annotated[bool, typer.Option(help="A few steps, and a clip, of seed 0: shows that it runs.")]
 Seeds = Annotated[str, typer.Option(help="Seeds, with commas.")]
 Out = Annotated[Path | None, typer.Option(help="JSON file; table and plots go beside it. [default: dated]")]
 Work = Annotated[Path, typer.Option(help="Folder of finished parts, with which a stopped run goes on.")]
