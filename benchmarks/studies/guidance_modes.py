@@ -147,7 +147,7 @@ def draw(figure: "Figure", ground: Ground, rows: dict[str, list[Result]], scales
         f"{ground.columns[ground.whole]} right [%]": itemgetter(ground.whole),
     }
     if contradictions.KEY in rows["none"][0]:
-        panels["follow the words, not the picture [%]"] = lambda row: row[contradictions.KEY]["words"]
+        panels["follow words, not picture [%]"] = lambda row: row[contradictions.KEY]["words"]
         figure.set_figwidth(figure.get_figwidth() * 4 / 3)
     for axes, (title, value) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for label, pattern in kinds.items():
