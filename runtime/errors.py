@@ -13,6 +13,10 @@ class BundleError(StivError):
     """The bundle or one of its files is missing, damaged, or does not fit its manifest."""
 
 
+class LoraError(StivError):
+    """A LoRA file is missing, damaged, or made for another model, or there is none to merge it into here."""
+
+
 class RequestError(StivError):
     """A generation request is not possible: an image, size, step count or scale is out of range."""
 

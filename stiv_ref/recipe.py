@@ -31,6 +31,7 @@ from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig, Student, model
 from stiv_deploy.stiv_ref.digit_canvas import SIZE, check_frames
 from stiv_deploy.stiv_ref.errors import ConfigError, one_line
 from stiv_deploy.stiv_ref.files import read_text
+from stiv_deploy.stiv_ref.lora import LoraSettings
 from stiv_deploy.stiv_ref.objective import Objective
 from stiv_deploy.stiv_ref.sampler import Solver
 from stiv_deploy.stiv_ref.tasks import MIX, TaskName
@@ -268,7 +269,8 @@ class Stage(Objective):
 class Recipe(FrozenConfig):
     """A whole training run.
 
-    ``model`` is a name, or a table with a ``base`` name and what differs from it.
+    ``model`` is a name, or a table with a ``base`` name and what differs from it. With ``lora`` its one stage keeps the
+    checkpoint that it starts from as it is, and trains low-rank changes of it.
     """
 
     name: Name = Field(pattern=NAME)
@@ -285,6 +287,7 @@ class Recipe(FrozenConfig):
     efficiency: Efficiency = Efficiency()
     logging: Logging = Logging()
     sampling: SamplingDefaults = SamplingDefaults()
+    lora: LoraSettings | None = None
     stages: tuple[Stage, ...] = Field(min_length=1, max_length=1_000)
 
     @model_validator(mode="before")
@@ -356,7 +359,27 @@ class Recipe(FrozenConfig):
             self._check_data(self.vae_stage(self.vae))
         self._check_crop(self.stages[0])
         self._check_sampling()
+        if self.lora is not None:
+            self._check_lora(self.stages[0])
         return self
+
+    def _check_lora(self, stage: Stage) -> None:
+        """A LoRA is of one checkpoint, of which all else is frozen."""
+        if len(self.stages) > 1:
+            raise ValueError(f"[lora] trains one stage, there are {len(self.stages)}; make a recipe of each")
+        if stage.distill:
+            raise ValueError("[lora]: a stage that distills trains its whole model; take out [lora], or distill")
+        if "/" not in stage.spatial_from or stage.temporal_from:
+            raise ValueError(
+                "[lora] is of one checkpoint; name its folder in spatial_from, and leave out temporal_from"
+            )
+        for section, part in (("text", self.text), ("vae", self.vae)):
+            own = Path(part.path) if isinstance(part, FrozenText | FrozenVae) and part.kind == "checkpoint" else None
+            if own != Path(stage.spatial_from):
+                raise ValueError(
+                    f'[lora] keeps its checkpoint as it is: set kind = "checkpoint" and path = "{stage.spatial_from}" '
+                    f"in [{section}]"
+                )
 
     def _check_origins(self, number: int, stage: Stage) -> None:
         """Weights come from earlier stages, or from checkpoints; temporal ones from stages that have them."""

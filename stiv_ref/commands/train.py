@@ -33,7 +33,8 @@ def train(
 
     Stop it with Ctrl-C and give the same command again to go on from where it was: the result is the same. Writes
     checkpoint/ (for 'stiv export'), stages/ with the checkpoint of every stage, log.jsonl with every step, its curves
-    in training.png, and contact sheets in samples/: one of the result, and as many before as the recipe asks for.
+    in training.png, and contact sheets in samples/: one of the result, and as many before as the recipe asks for. A
+    recipe with [lora] trains lora.safetensors besides, for 'stiv export --lora'; its checkpoint/ has that merged.
 
     On several GPUs, or processes: torchrun --nproc-per-node 8 --no-python stiv train RECIPE shards the model over them
     (FSDP2). A run may go on with another number of processes than it began with.
@@ -84,7 +85,7 @@ def _train(recipe: "Recipe", folder: Path, quiet: bool) -> None:
             typer.echo(f"stopped; the same command goes on from {state}", err=True)
         raise
     if first:
-        _show(report.checkpoint, folder)
+        _show(report.checkpoint, folder, report.lora)
 
 
 def _announced(line: str, progress: "Progress") -> "Progress":
@@ -99,13 +100,15 @@ def _announced(line: str, progress: "Progress") -> "Progress":
     return heard
 
 
-def _show(checkpoint: Path, folder: Path) -> None:
+def _show(checkpoint: Path, folder: Path, lora: Path | None) -> None:
     from stiv_deploy.stiv_ref.files import told
     from stiv_deploy.stiv_ref.plots import plot_training
 
     curves = folder / "training.png"
     with told(curves, "'stiv plot' draws it again"):
         plot_training(folder, curves)
+    if lora is not None:
+        typer.echo(f"LoRA        {lora}")
     typer.echo(f"checkpoint  {checkpoint}\ncurves      {curves}\nsamples     {folder / 'samples'}")
 
 

@@ -15,14 +15,14 @@ from stiv_deploy.stiv_ref.files import make_writable, told
 from stiv_deploy.stiv_ref.training import log
 from stiv_deploy.stiv_ref.training.pictures import FOLDER as SAMPLES
 from stiv_deploy.stiv_ref.training.run import TOKENIZER_FILE, VAE_FILE
-from stiv_deploy.stiv_ref.training.stages import STAGES
+from stiv_deploy.stiv_ref.training.stages import LORA_FILE, STAGES
 from stiv_deploy.stiv_ref.training.state import OLD, PARTIAL, STATE, find_state
 
 LOCK = ".lock"
 CHECKPOINT = "checkpoint"
 BROKEN = "broken.txt"
 """What could not be read of a run's data, and why."""
-FILES = (log.FILE, TOKENIZER_FILE, VAE_FILE, BROKEN)
+FILES = (log.FILE, TOKENIZER_FILE, VAE_FILE, LORA_FILE, BROKEN)
 FOLDERS = (CHECKPOINT, STAGES, SAMPLES, STATE, PARTIAL, OLD, log.EVENTS)
 FOREIGN = ("config.json", "manifest.json")
 """Files of a checkpoint and of a bundle."""

@@ -59,7 +59,7 @@ def _needed(recipe: Recipe, team: Team) -> Iterator[tuple[str, int]]:
         if config not in counted:
             counted[config] = parameter_count(config)
         count = counted[config]
-        copies = COPIES + (stage.distill is not None)  # its teacher
+        copies = 1 if recipe.lora else COPIES + (stage.distill is not None)  # its teacher
         yield f"stage {stage.name}: a model of {count:,} parameters takes", copies * FLOAT * count // team.world
         clips = min(stage.batch // team.world, recipe.efficiency.micro_batch or stage.batch)
         frames, height, width = _largest(stage)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stiv_deploy.stiv_ref.checkpoint import AnyVae, finite
 from stiv_deploy.stiv_ref.checkpoint import load_vae as load_checkpoint_vae
 from stiv_deploy.stiv_ref.files import replaced_file, write_text
+from stiv_deploy.stiv_ref.lora import is_factor
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.pretrained.vae import load_pretrained_vae
 from stiv_deploy.stiv_ref.recipe import FrozenVae, Recipe, Stage, TrainedVae
@@ -32,7 +33,8 @@ class Run:
     """Components of the running stage, sharded over ``team``: what :mod:`~stiv_deploy.stiv_ref.training.state` stores.
 
     In stage 0 there is no ``model`` yet and the optimizer is that of the VAE. ``teacher`` is what a stage that distills
-    learns from: frozen, and part of the state, so that it is the same to the end whatever becomes of its checkpoint.
+    learns from: frozen, and part of the state, so that it is the same to the end whatever becomes of its checkpoint. So
+    are the weights of the model that a LoRA is trained of; ``base`` is the hash of their checkpoint.
     """
 
     recipe: Recipe
@@ -42,6 +44,7 @@ class Run:
     vae: AnyVae
     model: Stiv | None = None
     teacher: Stiv | None = None
+    base: str | None = None
     stage: int = VAE_STAGE
     step: int = 0
     optimizer: torch.optim.Optimizer | None = None
@@ -62,7 +65,18 @@ class Run:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by name."""
+        """The trained parameters by name: of a LoRA its factors."""
+        every = self._every_parameter()
+        return every if self.recipe.lora is None else {name: each for name, each in every.items() if is_factor(name)}
+
+    @property
+    def frozen(self) -> dict[str, Tensor]:
+        """What a LoRA leaves of its model, by name; of any other training nothing."""
+        if self.recipe.lora is None:
+            return {}
+        return {name: each.detach() for name, each in self._every_parameter().items() if not is_factor(name)}
+
+    def _every_parameter(self) -> dict[str, nn.Parameter]:
         return {
             f"{part}.{name}": each for part, module in self.modules.items() for name, each in module.named_parameters()
         }
@@ -74,6 +88,7 @@ class Run:
         teacher = {} if self.teacher is None else dict(self.teacher.named_parameters())
         return {
             **{f"teacher.{name}": parameter.detach() for name, parameter in teacher.items()},
+            **{f"base.{name}": weight for name, weight in self.frozen.items()},
             **{f"weights.{name}": parameter.detach() for name, parameter in parameters.items()},
             **{f"ema.{name}": average for name, average in self.averages.items()},
             **{f"optimizer.{name}": value for name, value in moments(self.optimizer, parameters).items()},

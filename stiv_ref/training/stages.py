@@ -13,6 +13,8 @@ from stiv_deploy.stiv_ref.checkpoint import (
     AnyTextEncoder,
     Checkpoint,
     CheckpointConfig,
+    TrainedOn,
+    checkpoint_hash,
     load_model,
     load_text_encoder,
     read_checkpoint_config,
@@ -21,6 +23,7 @@ from stiv_deploy.stiv_ref.checkpoint import (
 from stiv_deploy.stiv_ref.data.moving_digits import WORDS
 from stiv_deploy.stiv_ref.errors import CheckpointError
 from stiv_deploy.stiv_ref.initialization import check_fits, initialize_from
+from stiv_deploy.stiv_ref.lora import attach, merged, save_lora, target_names
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.objective import sample_generator
 from stiv_deploy.stiv_ref.recipe import SCRATCH, Recipe, WordText
@@ -38,6 +41,8 @@ NO_SAMPLE = 2**31
 """Number of the generator that initializes a stage's weights: no sample has it."""
 STAGES = "stages"
 """Folder of the finished stages' checkpoints in a run's folder."""
+LORA_FILE = "lora.safetensors"
+"""What a run with ``[lora]`` trained, beside its checkpoint, into which that is merged."""
 
 
 def origins(recipe: Recipe, number: int, out: Path) -> tuple[Path | None, Path | None]:
@@ -69,6 +74,33 @@ def check_origins(recipe: Recipe) -> None:
                     raise CheckpointError(
                         f"stage {stage.name}: {key} {name} is an image model, without temporal weights"
                     )
+    if recipe.lora is not None:
+        _check_base(recipe)
+
+
+def _check_base(recipe: Recipe) -> None:
+    """:class:`CheckpointError` unless the model of a LoRA is that of its checkpoint.
+
+    Raises :class:`~stiv_deploy.stiv_ref.errors.ConfigError` for targets that it has not.
+    """
+    assert recipe.lora is not None
+    (stage,) = recipe.stages
+    there = read_checkpoint_config(Path(stage.spatial_from)).model
+    here = recipe.model_of(stage)
+    for field, value in here.model_dump(exclude={"name"}).items():
+        theirs = there.model_dump()[field]
+        if theirs != value:
+            raise CheckpointError(
+                f"stage {stage.name}: {field} of {stage.spatial_from} is {theirs}, the recipe has {value}; a LoRA "
+                "leaves its model as it is"
+            )
+    with torch.device("meta"):
+        target_names(Stiv(here), recipe.lora)
+
+
+def base_hash(recipe: Recipe) -> str | None:
+    """Hash of the checkpoint that a LoRA is trained of; None for any other recipe."""
+    return None if recipe.lora is None else checkpoint_hash(Path(recipe.stages[0].spatial_from))
 
 
 def initial_weights(run: Run) -> dict[str, nn.Module]:
@@ -85,6 +117,8 @@ def initial_weights(run: Run) -> dict[str, nn.Module]:
     if spatial is not None:
         other = None if temporal is None or temporal == spatial else load_model(temporal)  # none: spatial gives both
         initialize_from(model, load_model(spatial), other, text_with_temporal=late)
+    if recipe.lora is not None:
+        attach(model, recipe.lora, sample_generator(recipe.seed, run.stage, 1, NO_SAMPLE))
     modules: dict[str, nn.Module] = {"model": model}
     if run.current.distill:
         modules["teacher"] = _teacher(model)
@@ -152,6 +186,8 @@ def begin_stage(run: Run, *, fresh: bool = True) -> None:
     first = initial_weights(run) if fresh and team.first else {}
     with torch.device("meta"):
         run.model = Stiv(recipe.model_of(run.current))
+        if recipe.lora is not None:
+            attach(run.model, recipe.lora)
         if isinstance(run.text.encoder, TextEncoder) and run.text.trained:
             run.text.encoder = TextEncoder(run.text.encoder.config)
         if run.current.distill:
@@ -182,6 +218,13 @@ def gathered_averages(run: Run) -> dict[str, Tensor]:
     return found
 
 
+def _weights(run: Run, averages: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the stage's result, by name: the averages, of a LoRA merged into its model."""
+    if run.recipe.lora is None:
+        return averages
+    return merged({name: each.cpu() for name, each in run.frozen.items()}, averages, run.recipe.lora)
+
+
 def _with_averages(module: AnyModule, part: str, averages: dict[str, Tensor]) -> AnyModule:
     """``module``, made on the meta device, with its part of ``averages``, in evaluation mode."""
     weights = {name.removeprefix(f"{part}."): each for name, each in averages.items() if name.startswith(f"{part}.")}
@@ -194,7 +237,7 @@ def averaged_checkpoint(run: Run) -> Checkpoint | None:
 
     All processes must call it together; only the first one gets it.
     """
-    averages = gathered_averages(run)
+    averages = _weights(run, gathered_averages(run))
     if not run.team.first:
         return None
     text: AnyTextEncoder = run.text.encoder
@@ -207,7 +250,7 @@ def averaged_checkpoint(run: Run) -> Checkpoint | None:
             text=text.config,
             vae=run.vae.config,
             sampling=sampling_of(run.recipe, run.stage),
-            trained=trained_on(run.recipe, run.stage),
+            trained=_trained(run),
         ),
         model=_with_averages(model, "model", averages),
         text_encoder=_with_averages(trained, "text_encoder", averages) if trained else _on_cpu(text),
@@ -216,11 +259,29 @@ def averaged_checkpoint(run: Run) -> Checkpoint | None:
     )
 
 
+def _trained(run: Run) -> TrainedOn | None:
+    """What the stage's model has seen; of a LoRA what its checkpoint says, as that is what it can do."""
+    if run.recipe.lora is None:
+        return trained_on(run.recipe, run.stage)
+    return read_checkpoint_config(Path(run.current.spatial_from)).trained
+
+
+def keep_lora(run: Run) -> Path | None:
+    """Write the averaged factors of a run with ``[lora]``, and say where; None for any other run."""
+    settings = run.recipe.lora
+    if settings is None:
+        return None
+    assert run.base is not None
+    factors = {name.removeprefix("model."): each for name, each in gathered_averages(run).items()}
+    save_lora(run.out / LORA_FILE, factors, settings, run.base)
+    return run.out / LORA_FILE
+
+
 def untrained_checkpoint(recipe: Recipe, words: Sequence[str] = WORDS) -> Checkpoint:
     """What a run of ``recipe`` would give without a single step: its last stage's model, from scratch."""
     team = Team(device=torch.device("cpu"))
     last = recipe.stages[-1].model_copy(update={"spatial_from": SCRATCH, "temporal_from": ""})
-    alone = recipe.model_copy(update={"stages": (last,)})
+    alone = recipe.model_copy(update={"stages": (last,), "lora": None})
     run = Run(
         recipe=alone,
         out=Path(),

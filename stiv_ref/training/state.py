@@ -41,6 +41,8 @@ class Position(FrozenConfig):
     step: int = Field(ge=0)
     processes: int = Field(gt=0)
     recipe: Recipe
+    base: str | None = None
+    """Hash of the checkpoint that a LoRA is trained of."""
     files: dict[str, int]
 
     @model_validator(mode="after")
@@ -106,6 +108,7 @@ def _write_position(run: Run, partial: Path) -> None:
         step=run.step,
         processes=run.team.world,
         recipe=run.recipe,
+        base=run.base,
         files={file.name: file.stat().st_size for file in sorted(partial.iterdir())},
     )
     (partial / POSITION).write_text(json.dumps(position.model_dump(mode="json"), indent=1), encoding="utf-8")

@@ -15,7 +15,7 @@ from stiv_deploy.stiv_ref.checkpoint import AnyVae, save_checkpoint
 from stiv_deploy.stiv_ref.config import FrozenConfig
 from stiv_deploy.stiv_ref.data.open_source import open_source
 from stiv_deploy.stiv_ref.data.source import Source
-from stiv_deploy.stiv_ref.errors import ConfigError
+from stiv_deploy.stiv_ref.errors import CheckpointError, ConfigError
 from stiv_deploy.stiv_ref.files import write_text
 from stiv_deploy.stiv_ref.progress import Progress, unheard
 from stiv_deploy.stiv_ref.recipe import Recipe, Size, Stage, TrainedVae
@@ -26,7 +26,14 @@ from stiv_deploy.stiv_ref.training.memory import check_memory, memory_told
 from stiv_deploy.stiv_ref.training.parallel import Team, joined
 from stiv_deploy.stiv_ref.training.run import VAE_STAGE, Run, load_vae, new_run, save_tokenizer, save_vae
 from stiv_deploy.stiv_ref.training.sheets import Sheets
-from stiv_deploy.stiv_ref.training.stages import averaged_checkpoint, begin_stage, check_origins, keep_stage
+from stiv_deploy.stiv_ref.training.stages import (
+    averaged_checkpoint,
+    base_hash,
+    begin_stage,
+    check_origins,
+    keep_lora,
+    keep_stage,
+)
 from stiv_deploy.stiv_ref.training.state import (
     check_recipe,
     find_state,
@@ -50,9 +57,13 @@ class TrainRequest:
 
 
 class TrainReport(FrozenConfig):
-    """What a training made: its checkpoint. ``resumed`` is the state that it went on from, None if it began anew."""
+    """What a training made: its checkpoint, and the file of its LoRA if the recipe has one.
+
+    ``resumed`` is the state that it went on from, None if it began anew.
+    """
 
     checkpoint: Path
+    lora: Path | None
     resumed: Path | None
     seconds: float
 
@@ -79,13 +90,15 @@ def train(request: TrainRequest, progress: Progress = unheard) -> TrainReport:
             Interruption(impatient=team.world == 1) as wish,
             memory_told(),
         ):
-            checkpoint = Trainer(run, sources, log, wish).train()
-    return TrainReport(checkpoint=checkpoint, resumed=state, seconds=time.monotonic() - started)
+            checkpoint, lora = Trainer(run, sources, log, wish).train()
+    return TrainReport(checkpoint=checkpoint, lora=lora, resumed=state, seconds=time.monotonic() - started)
 
 
 def check(recipe: Recipe, team: Team) -> None:
     """Refuse what cannot work with these processes, in this memory or from these origins, before any training."""
     check_memory(recipe, team)
+    if recipe.lora is not None and team.world > 1:
+        raise ConfigError(f"[lora] is trained by one process, there are {team.world}; start it without torchrun")
     if isinstance(recipe.vae, TrainedVae):
         team.check("vae", recipe.vae.batch)
     for stage in recipe.stages:
@@ -157,6 +170,7 @@ def open_run(recipe: Recipe, out: Path, team: Team, sources: Sequence[Source], s
     """The run in ``out``: at its very start, or where the folder ``state`` says that it was."""
     words = list(dict.fromkeys(word for source in sources for word in source.words()))
     run = new_run(recipe, out, team, words, resumed=state is not None)
+    run.base = base_hash(recipe)
     check_words(run, words)
     check_vae(recipe, run.vae)
     if state is None:
@@ -165,6 +179,11 @@ def open_run(recipe: Recipe, out: Path, team: Team, sources: Sequence[Source], s
         begin_vae(run) if isinstance(recipe.vae, TrainedVae) else start_stage(run, 1)
         return run
     position = read_position(state)
+    if position.base != run.base:
+        raise CheckpointError(
+            f"{recipe.stages[0].spatial_from}: another checkpoint than the run in {out} was begun with; restore it, or "
+            "train into another --out"
+        )
     run.stage, run.step = position.stage, position.step
     if run.stage == VAE_STAGE:
         begin_vae(run)
@@ -187,8 +206,8 @@ class Trainer:
     def __init__(self, run: Run, sources: Sequence[Source], log: Log, wish: Interruption) -> None:
         self.run, self.sources, self.log, self.wish = run, sources, log, wish
 
-    def train(self) -> Path:
-        """Train what is left of the run; the path of its checkpoint."""
+    def train(self) -> tuple[Path, Path | None]:
+        """Train what is left of the run; the path of its checkpoint, and of its LoRA if it trains one."""
         run = self.run
         if run.stage == VAE_STAGE:
             self._train_vae()
@@ -203,9 +222,10 @@ class Trainer:
         checkpoint = averaged_checkpoint(run)
         if checkpoint is not None:
             save_checkpoint(run.out / CHECKPOINT, checkpoint, torch.float16)
+        lora = keep_lora(run)
         run.team.barrier()
         self._stop_if_wished()
-        return run.out / CHECKPOINT
+        return run.out / CHECKPOINT, lora
 
     def _train_vae(self) -> None:
         run, settings = self.run, self.run.recipe.vae
