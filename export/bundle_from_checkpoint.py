@@ -12,6 +12,7 @@ import torch
 from stiv_deploy.calibration.quantize import require_modelopt
 from stiv_deploy.export.errors import ExportError
 from stiv_deploy.export.graphs.golden import golden_answers
+from stiv_deploy.export.graphs.lora import check_loras, lora_records, merge_loras
 from stiv_deploy.export.graphs.modules import model_facts
 from stiv_deploy.export.graphs.onnx_from_module import OPSET
 from stiv_deploy.export.graphs.preview import fit_preview
@@ -23,6 +24,7 @@ from stiv_deploy.runtime.bundle.bundle import file_record, manifest_text
 from stiv_deploy.runtime.bundle.card import README, readme
 from stiv_deploy.runtime.bundle.contract import Frozen, ModelFacts
 from stiv_deploy.runtime.bundle.golden import GOLDEN, Golden
+from stiv_deploy.runtime.bundle.lora import Lora, read_loras
 from stiv_deploy.runtime.bundle.manifest import (
     MANIFEST,
     Bucket,
@@ -78,23 +80,27 @@ def export_bundle(request: ExportRequest, progress: Progress = unheard) -> Expor
 
     An existing bundle is replaced when the new one is complete, any other folder is refused. Raises
     :class:`~stiv_deploy.stiv_ref.errors.CheckpointError`, :class:`~stiv_deploy.calibration.errors.CalibrationError`
-    (scales or plan of another model, or no ModelOpt for the comparison), :class:`ExportError` (sizes that the model or
-    the plugins cannot take), :class:`OutputError`, all before the checkpoint is loaded where possible, or
-    :class:`~stiv_deploy.export.errors.CheckError`.
+    (scales or plan of another model, or no ModelOpt for the comparison),
+    :class:`~stiv_deploy.runtime.errors.LoraError` (a file that is none, or of another model), :class:`ExportError`
+    (sizes that the model or the plugins cannot take), :class:`OutputError`, all before the checkpoint is loaded where
+    possible, or :class:`~stiv_deploy.export.errors.CheckError`.
     """
     started = time.monotonic()
     refuse_bad_target(request.out)
-    check_apart([request.out], [request.checkpoint, request.scales, request.plan])
+    loras = read_loras(request.loras)
+    check_apart([request.out], [request.checkpoint, request.scales, request.plan, *(lora.path for lora in loras)])
     opened = open_checkpoint(request.checkpoint)
+    check_loras(loras, opened)
     buckets = buckets_of(request, opened.config)
     quantization = quantization_of(request, opened)
-    found = read_tuned(opened) if request.tuned else None
+    found = read_tuned(opened) if request.tuned and not loras else None  # it is of the weights without them
     checkpoint = opened.load()
     validate_vocabulary(checkpoint)
+    merge_loras(checkpoint, loras)
     if quantization is not None:
         check_shapes(quantization.scales, checkpoint.model)
     with replaced_folder(request.out, "choose another --out") as folder:
-        manifest = _write(request, checkpoint, buckets, quantization, found, folder, progress)
+        manifest = _write(request, checkpoint, loras, buckets, quantization, found, folder, progress)
     seconds = time.monotonic() - started
     return ExportReport(bundle=request.out, manifest=manifest, checked=request.check, seconds=seconds)
 
@@ -102,6 +108,7 @@ def export_bundle(request: ExportRequest, progress: Progress = unheard) -> Expor
 def _write(
     request: ExportRequest,
     checkpoint: Checkpoint,
+    loras: tuple[Lora, ...],
     buckets: tuple[Bucket, ...],
     quantization: Quantization | None,
     found: Tuned | None,
@@ -129,6 +136,7 @@ def _write(
         graphs=graphs,
         tokenizer=_copy_tokenizer(checkpoint.path, folder),
         checkpoint=checkpoint.sha256,
+        lora=lora_records(loras),
         trained=trained_facts(checkpoint.config),
         quantization=None if quantization is None else quantization.record(),
         preview=fit_preview(checkpoint.vae),

@@ -52,6 +52,10 @@ def export(
     halves: Annotated[
         bool, typer.Option("--halves", help="The blocks also in two halves, for one clip on several devices.")
     ] = False,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:SCALE]", help="LoRA to merge into the weights, by default whole; repeatable."),
+    ] = None,
     no_check: Annotated[bool, typer.Option("--no-check", help="Skip the comparison with the reference.")] = False,
     json: JsonTarget = None,
 ) -> None:
@@ -61,8 +65,9 @@ def export(
 
     stiv export checkpoints/world --out bundle
     stiv export checkpoints/world --out bundle --precision bfloat16 --frames 1:16:32
+    stiv export checkpoints/world --out bundle --lora look.safetensors:0.8
     """
-    check_json(json, checkpoint, scales, plan)
+    check_json(json, checkpoint, scales, plan, *lora_files(lora))
     sizes = {"batch": batch, "frames": frames, "height": height, "width": width}
     request = request_of(
         checkpoint,
@@ -75,6 +80,7 @@ def export(
         attention=parse_attention(attention),
         vae_precision=None if vae_precision is None else parse_precision(vae_precision, "vae-precision"),
         halves=halves,
+        loras=tuple(lora or ()),
         check=not no_check,
     )
     with progress_bar("export") as progress:
@@ -83,6 +89,13 @@ def export(
 
         report = export_bundle(request, progress)
     answer(json, lambda: json_text(report), lambda: typer.echo(report))
+
+
+def lora_files(options: list[str] | None) -> list[Path]:
+    """The files of --lora; raises :class:`~stiv_deploy.runtime.errors.LoraError`."""
+    from stiv_deploy.runtime.bundle.lora import parse_lora
+
+    return [parse_lora(option)[0] for option in options or ()]
 
 
 def request_of(

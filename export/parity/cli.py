@@ -27,6 +27,12 @@ def parity(
             help="Scales of an fp8 or int8 bundle; by default the file with its hash in or beside the bundle."
         ),
     ] = None,
+    lora: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="LoRA that was merged (repeatable); by default the file with its hash in or beside the bundle."
+        ),
+    ] = None,
     backend: Annotated[
         list[str] | None, typer.Option(help="Backend to measure (repeatable); by default all that run here.")
     ] = None,
@@ -48,17 +54,18 @@ def parity(
     stiv parity bundle --explain out/why
     """
     if explain is not None:
-        explain_failure(bundle, explain, json, checkpoint, scales, backend)
+        explain_failure(bundle, explain, json, checkpoint, scales, lora, backend)
         return
     from stiv_deploy.export.parity.files import report_json
     from stiv_deploy.export.parity.stage import ParityRequest, run_parity
     from stiv_deploy.runtime.bundle.manifest import MANIFEST
 
-    check_json(json, bundle / MANIFEST, checkpoint, scales)
+    check_json(json, bundle / MANIFEST, checkpoint, scales, *(lora or ()))
     request = ParityRequest(
         bundle=bundle,
         checkpoint=checkpoint,
         scales=scales,
+        loras=tuple(lora or ()),
         backends=tuple(dict.fromkeys(backend or ())),
         steps=steps,
         record=record,
@@ -71,19 +78,26 @@ def parity(
 
 
 def explain_failure(
-    bundle: Path, out: Path, json: Path | None, checkpoint: Path | None, scales: Path | None, backend: list[str] | None
+    bundle: Path,
+    out: Path,
+    json: Path | None,
+    checkpoint: Path | None,
+    scales: Path | None,
+    lora: list[Path] | None,
+    backend: list[str] | None,
 ) -> None:
     """Print the modules of the first graph that fails; exit 1 if one does."""
     from stiv_deploy.export.parity.explain import ExplainRequest, explain
     from stiv_deploy.runtime.bundle.manifest import MANIFEST
     from stiv_deploy.runtime.command.terminal import json_text
 
-    check_json(json, bundle / MANIFEST, checkpoint, scales)
+    check_json(json, bundle / MANIFEST, checkpoint, scales, *(lora or ()))
     request = ExplainRequest(
         bundle=bundle,
         out=out,
         checkpoint=checkpoint,
         scales=scales,
+        loras=tuple(lora or ()),
         backends=tuple(dict.fromkeys(backend or ())),
     )
     with progress_bar("parity") as progress:

@@ -44,6 +44,7 @@ class ExplainRequest:
     checkpoint: Path | None = None
     checkpoints: Path = CHECKPOINTS
     scales: Path | None = None
+    loras: tuple[Path, ...] = ()
     backends: tuple[str, ...] = ()
 
 
@@ -85,7 +86,13 @@ def explain(request: ExplainRequest, progress: Progress = unheard) -> ExplainRep
     bundle = Bundle.open(request.bundle)
     backends = runnable(bundle, request.backends)
     progress("loading the checkpoint", 0, 1)
-    subject = open_subject(bundle, checkpoint=request.checkpoint, folder=request.checkpoints, scales=request.scales)
+    subject = open_subject(
+        bundle,
+        checkpoint=request.checkpoint,
+        folder=request.checkpoints,
+        scales=request.scales,
+        loras=request.loras,
+    )
     sides = sides_of(subject, lean=True)
     rows: list[ParityRow] = []
     for failure in failures(subject, backends, sides, rows, progress):
@@ -98,7 +105,7 @@ def check_target(request: ExplainRequest) -> None:
     """:class:`OutputError` if the reproduction cannot be written, or something that is none would be lost."""
     out = request.out
     check_folder(out, ANOTHER)
-    check_apart([out], [request.bundle, request.checkpoint, request.scales])
+    check_apart([out], [request.bundle, request.checkpoint, request.scales, *request.loras])
     check_no_bundle(out)
     if out.is_dir() and not {each.name for each in out.iterdir()} <= FILES:
         raise OutputError(f"{out}: this folder has other files than those of a reproduction; {ANOTHER}, or remove it")

@@ -2,11 +2,13 @@
 
 import json
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from stiv_deploy.calibration.scales import Scales, load_scales
+from stiv_deploy.export.graphs.lora import loras_of, merge_loras
 from stiv_deploy.export.parity.ladder import ParityReport, Subject
 from stiv_deploy.runtime.bundle.bundle import Bundle, write_manifest
 from stiv_deploy.runtime.errors import BundleError
@@ -16,16 +18,25 @@ from stiv_deploy.stiv_ref.errors import StivRefError
 
 
 def open_subject(
-    bundle: Bundle, *, checkpoint: Path | None = None, folder: Path, scales: Path | None = None
+    bundle: Bundle,
+    *,
+    checkpoint: Path | None = None,
+    folder: Path,
+    scales: Path | None = None,
+    loras: Sequence[Path] = (),
 ) -> Subject:
-    """``bundle`` with the checkpoint and the scales that it was exported from.
+    """``bundle`` with the checkpoint and the scales that it was exported from, with the ``loras`` that were merged.
 
-    Without ``checkpoint`` it is the one among the folders in ``folder``; for ``scales`` see :func:`opened_scales`.
-    Raises :class:`BundleError` if they are other ones or not found, before the checkpoint is loaded.
+    Without ``checkpoint`` it is the one among the folders in ``folder``; for ``scales`` see :func:`opened_scales`, for
+    ``loras`` :func:`~stiv_deploy.export.graphs.lora.loras_of`. Raises :class:`BundleError` if they are other ones or
+    not found, before the checkpoint is loaded.
     """
     found = _below(folder, bundle) if checkpoint is None else _named(checkpoint, bundle)
     ranges = opened_scales(bundle, scales)
-    return Subject(bundle=bundle, checkpoint=found.load(), scales=ranges)
+    merged = loras_of(bundle, loras)
+    loaded = found.load()
+    merge_loras(loaded, merged)
+    return Subject(bundle=bundle, checkpoint=loaded, scales=ranges)
 
 
 def _below(folder: Path, bundle: Bundle) -> CheckpointFolder:

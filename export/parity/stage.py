@@ -21,14 +21,16 @@ class ParityRequest:
     """A measurement of the bundle in the folder ``bundle``, along trajectories of so many ``steps``.
 
     Without ``checkpoint`` the one among the folders in ``checkpoints`` with the bundle's hash is taken, without
-    ``scales`` the file with their hash in or beside the bundle, without ``backends`` all that can run the bundle here.
-    ``record`` keeps the rows in the bundle's manifest. Raises :class:`ExportError` for too few or too many steps.
+    ``scales`` and ``loras`` the files with their hashes in or beside the bundle, without ``backends`` all that can run
+    the bundle here. ``record`` keeps the rows in the bundle's manifest. Raises :class:`ExportError` for too few or too
+    many steps.
     """
 
     bundle: Path
     checkpoint: Path | None = None
     checkpoints: Path = CHECKPOINTS
     scales: Path | None = None
+    loras: tuple[Path, ...] = ()
     backends: tuple[str, ...] = ()
     steps: int = 10
     record: bool = True
@@ -50,7 +52,13 @@ def run_parity(request: ParityRequest, progress: Progress = unheard) -> ParityRe
         make_folder(bundle.folder, "give --no-record, or copy the bundle to a folder you own")
     backends = runnable(bundle, request.backends)
     progress("loading the checkpoint", 0, 1)
-    subject = open_subject(bundle, checkpoint=request.checkpoint, folder=request.checkpoints, scales=request.scales)
+    subject = open_subject(
+        bundle,
+        checkpoint=request.checkpoint,
+        folder=request.checkpoints,
+        scales=request.scales,
+        loras=request.loras,
+    )
     report = climb(subject, backends, request.steps, progress)
     if request.record:
         record_rows(bundle, report)

@@ -61,6 +61,8 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "student", f"guidance in one row of the model, at scales {model.student.scales}{steps}"
     if manifest.trained is not None:
         yield "trained for", f"{', '.join(manifest.trained.tasks)}; given: {', '.join(manifest.trained.givings)}"
+    for lora in manifest.lora:
+        yield "LoRA", f"{lora.name}, merged with scale {lora.scale:g}, SHA-256 `{lora.sha256}`"
     yield "checkpoint", f"SHA-256 `{manifest.checkpoint}`"
     yield "made with", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())
 

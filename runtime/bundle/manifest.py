@@ -234,6 +234,14 @@ class QuantizationRecord(Frozen):
     layers: Annotated[dict[Name, Choice], Field(max_length=100 * BLOCK_LIMIT)]
 
 
+class LoraRecord(Frozen):
+    """A LoRA that was merged into the checkpoint's weights: its file's name and SHA-256, and the scale."""
+
+    name: Name
+    sha256: Digest
+    scale: Scale
+
+
 class Manifest(Frozen):
     """Contents of ``manifest.json``."""
 
@@ -248,6 +256,8 @@ class Manifest(Frozen):
     tokenizer: FileRecord
     checkpoint: Digest
     """SHA-256 over the checkpoint's files."""
+    lora: Annotated[tuple[LoraRecord, ...], Field(max_length=1_000)] = ()
+    """What was merged into the checkpoint's weights, in order."""
     trained: TrainedOn | None = None
     """What the model has seen; None where its checkpoint does not tell."""
     quantization: QuantizationRecord | None = None

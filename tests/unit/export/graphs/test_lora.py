@@ -1,0 +1,140 @@
+"""LoRA files merged for good: what bundles then hold, what they say of it, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from safetensors.torch import load_file, save_file
+
+from stiv_deploy.export.bundle_from_checkpoint import export_bundle
+from stiv_deploy.export.graphs.lora import linear_shapes
+from stiv_deploy.export.parity.files import open_subject
+from stiv_deploy.export.request import ExportRequest
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.errors import BundleError, LoraError
+from stiv_deploy.runtime.files import sha256
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint, checkpoint_hash
+
+LINEARS = ("blocks.1.spatial.qkv", "blocks.0.cross.kv", "patch", "head.out")
+RANK, ALPHA, SCALE = 2, 3.0, 0.5
+
+
+def write_lora(path: Path, checkpoint: Checkpoint, base: str, linears: tuple[str, ...] = LINEARS) -> Path:
+    shapes, generator = linear_shapes(checkpoint.config.model), torch.Generator().manual_seed(1)
+    tensors = {}
+    for name in linears:
+        out, inner = shapes[name]
+        tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(RANK, inner, generator=generator) * inner**-0.5
+        tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(out, RANK, generator=generator) * 0.1
+    settings = {"stiv.base": base, "transformer.lora_alpha": ALPHA}
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(settings)})
+    return path
+
+
+@pytest.fixture(scope="module")
+def lora(micro: Checkpoint, micro_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_lora(tmp_path_factory.mktemp("lora") / "some.safetensors", micro, checkpoint_hash(micro_path))
+
+
+def changed(micro: Checkpoint, lora: Path, name: str) -> np.ndarray:
+    """The merged weight float64 [out, in] of a linear."""
+    factors = load_file(lora)
+    down, up = (factors[f"transformer.{name}.lora_{part}.weight"].double() for part in "AB")
+    weight = micro.model.get_parameter(f"{name}.weight").double() + SCALE * ALPHA / RANK * up @ down
+    return weight.detach().numpy()
+
+
+def stored(bundle: Path, graph: str, name: str) -> np.ndarray:
+    """A weight of a bundle as it is stored, [in, out]."""
+    model = onnx.load(bundle / "onnx" / f"{graph}.onnx")
+    return numpy_helper.to_array(next(each for each in model.graph.initializer if each.name == name))
+
+
+@pytest.fixture(scope="module")
+def bundle(micro_path: Path, lora: Path, once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """A float32 bundle with the LoRA merged."""
+    request = {"checkpoint": micro_path, "loras": (f"{lora}:{SCALE}",), "check": False}
+    return once("lora bundle", lambda folder: export_bundle(ExportRequest(out=folder, **request)))
+
+
+@pytest.mark.slow
+def test_the_bundle_holds_the_merged_weights_and_says_so(micro: Checkpoint, bundle: Path, lora: Path) -> None:
+    for graph, name, linear in (
+        ("block_01", "spatial.qkv.weight", "blocks.1.spatial.qkv"),
+        ("text_kv", "blocks.0.cross.kv.weight", "blocks.0.cross.kv"),
+        ("embed", "patch.weight", "patch"),
+        ("head", "head.out.weight", "head.out"),
+    ):
+        # Roundings of a float32 sum of two terms, each below 1 here, of a product with the scale, and of the sum.
+        assert np.abs(stored(bundle, graph, name).T - changed(micro, lora, linear)).max() <= 5 * 2**-24
+    untouched = micro.model.get_parameter("blocks.0.spatial.qkv.weight").detach().numpy()
+    assert np.array_equal(stored(bundle, "block_00", "spatial.qkv.weight").T, untouched)
+    (record,) = Bundle.open(bundle).manifest.lora
+    assert (record.name, record.sha256, record.scale) == ("some.safetensors", sha256(lora), SCALE)
+    assert f"some.safetensors, merged with scale 0.5, SHA-256 `{record.sha256}`" in (bundle / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_parity_compares_with_what_was_merged(
+    micro: Checkpoint, micro_path: Path, bundle: Path, lora: Path, tmp_path: Path
+) -> None:
+    """With the file that is named, or beside the bundle; another one, or none, is refused."""
+    place = tmp_path / "bundle"
+    shutil.copytree(bundle, place)
+    opened = Bundle.open(place)
+
+    def subject(*loras: Path) -> Any:
+        return open_subject(opened, checkpoint=micro_path, folder=tmp_path, loras=loras)
+
+    with pytest.raises(
+        BundleError, match=r"the LoRA some.safetensors \(SHA-256 .*\) that was merged into it is neither"
+    ):
+        subject()
+    other = write_lora(tmp_path / "other.safetensors", micro, "", LINEARS[:1])
+    with pytest.raises(BundleError, match=r"other.safetensors: no LoRA that was merged into"):
+        subject(lora, other)
+    shutil.copy(lora, tmp_path / "again.safetensors")
+    for found in (subject(), subject(lora)):
+        weight = found.checkpoint.model.get_parameter("patch.weight").numpy()
+        assert np.array_equal(weight, stored(bundle, "embed", "patch.weight").T)
+
+
+@pytest.mark.slow
+def test_eight_bits_are_of_the_merged_weights_by_the_stored_scales(
+    micro: Checkpoint, micro_path: Path, lora: Path, tmp_path: Path, quantize: Any, saved: Any
+) -> None:
+    """E4M3 has 3 bits behind the point: at most half a unit of 2^-3 of the value, and of the least normal 2^-6."""
+    out, quantization = tmp_path / "bundle", quantize("fp8")
+    options = saved(quantization)
+    export_bundle(ExportRequest(checkpoint=micro_path, out=out, loras=(f"{lora}:{SCALE}",), check=False, **options))
+    scale = float(quantization.scales.amax["block_01.spatial.qkv.weight"]) / 448
+    wanted = changed(micro, lora, "blocks.1.spatial.qkv").clip(-448 * scale, 448 * scale)
+    found = stored(out, "block_01", "spatial.qkv.weight").astype(np.float64).T * scale
+    assert (np.abs(found - wanted) <= 2**-4 * np.maximum(np.abs(wanted), 2**-6 * scale) + 1e-6).all()
+    base = micro.model.get_parameter("blocks.1.spatial.qkv.weight").detach().numpy()
+    assert np.abs(found - wanted).mean() < 0.5 * np.abs(base - wanted).mean()
+
+
+@pytest.mark.parametrize(
+    ("base", "linears", "said"),
+    [
+        ("c" * 64, LINEARS, "trained for the checkpoint cccccccccccc, this one is"),
+        (None, ("nowhere",), "cannot be read"),
+    ],
+)
+def test_nothing_is_written_with_a_lora_of_others(
+    micro: Checkpoint, micro_path: Path, tmp_path: Path, base: str | None, linears: tuple[str, ...], said: str
+) -> None:
+    file = tmp_path / "a.safetensors"
+    if base is not None:
+        write_lora(file, micro, base, linears)
+    with pytest.raises(LoraError, match=said):
+        export_bundle(ExportRequest(checkpoint=micro_path, out=tmp_path / "bundle", loras=(str(file),)))
+    assert not (tmp_path / "bundle").exists()
