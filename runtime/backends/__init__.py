@@ -7,8 +7,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.merging import FOR_GOOD
 from stiv_deploy.runtime.bundle.verified import read_result
-from stiv_deploy.runtime.errors import BackendError, BundleError, EngineError, Quarantined, briefly, raise_interrupt
+from stiv_deploy.runtime.errors import (
+    BackendError,
+    BundleError,
+    EngineError,
+    LoraError,
+    Quarantined,
+    briefly,
+    raise_interrupt,
+)
 from stiv_deploy.runtime.tensorrt_library import FLAVOURS, Flavour
 
 if TYPE_CHECKING:
@@ -61,6 +70,11 @@ def _engine_graph_reason(flavour: Flavour, device: int) -> str | None:
 
 
 def _open_engines(flavour: Flavour, bundle: Bundle, _threads: int | None, device: int) -> Backend:
+    if bundle.loras:
+        raise LoraError(
+            f"engines have their weights in them, --lora cannot change these of {flavour}; {FOR_GOOD}, and build "
+            "engines of that, or give --backend onnxruntime"
+        )
     from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend
 
     return TensorRTBackend(bundle, flavour, device)

@@ -25,6 +25,7 @@ from stiv_deploy.runtime.backends.onnxruntime_memory import DeviceMemory, HostMe
 from stiv_deploy.runtime.bundle.bundle import AGAIN, Bundle
 from stiv_deploy.runtime.bundle.card import FP8_OPTION
 from stiv_deploy.runtime.bundle.contract import DType, Format, GraphSpec, Precision, TensorSpec
+from stiv_deploy.runtime.bundle.merging import Replacement, replacements
 from stiv_deploy.runtime.errors import BackendError, BundleError, StivError, briefly, few, one_line
 
 THREADS_VARIABLE = "STIV_THREADS"
@@ -150,10 +151,12 @@ class OnnxRuntimeBackend(Backend):
         self._where, self._index = where, device
         _share_arena()
         record = bundle.manifest.quantization
-        self._options = session_options(
-            thread_count(threads), None if record is None else record.format, bundle.manifest.precision
+        self._new_options = partial(
+            session_options, thread_count(threads), None if record is None else record.format, bundle.manifest.precision
         )
+        self._options = self._new_options()
         self._sessions: dict[str, ort.InferenceSession] = {}
+        self._changed: dict[str, Mapping[str, Replacement]] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Buffer:
         """Allocate uninitialized memory; :class:`BackendError` where there is not as much."""
@@ -208,7 +211,7 @@ class OnnxRuntimeBackend(Backend):
             binding.bind_input(name, *where, ONNX_TYPES[buffer.dtype], buffer.shape, buffer.address)
         for name, buffer in outputs.items():
             binding.bind_output(name, *where, ONNX_TYPES[buffer.dtype], buffer.shape, buffer.address)
-        return partial(_run, session, binding, graph, (*inputs.values(), *outputs.values()))
+        return partial(_run, session, binding, graph, (*inputs.values(), *outputs.values(), self._changed[graph]))
 
     def synchronize(self) -> None:
         """Nothing to wait for: calls return when their work is done."""
@@ -220,15 +223,27 @@ class OnnxRuntimeBackend(Backend):
     def _session(self, graph: str) -> ort.InferenceSession:
         if graph not in self._sessions:
             path = self._bundle.graph_file(graph)
-            session = self._load(path)
+            self._changed[graph] = replacements(self._bundle, graph)
+            session = self._load(path, self._options_with(self._changed[graph]))
             check_session(session, self._bundle.manifest.graphs[graph].spec, path)
             self._sessions[graph] = session
         return self._sessions[graph]
 
-    def _load(self, path: Path) -> ort.InferenceSession:
+    def _options_with(self, changed: Mapping[str, Replacement]) -> ort.SessionOptions:
+        """Those of all sessions, and ``changed`` weights, which the session reads where they are."""
+        if not changed:
+            return self._options
+        options = self._new_options()
+        options.add_external_initializers(
+            list(changed),
+            [ort.OrtValue.ortvalue_from_numpy_with_onnx_type(values, kind) for values, kind in changed.values()],
+        )
+        return options
+
+    def _load(self, path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
         try:
             providers = execution_providers(self._where, self._index)
-            session = ort.InferenceSession(str(path), self._options, providers=providers, enable_fallback=0)
+            session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
         except ort_errors.NotImplemented as error:
             manifest = self._bundle.manifest
             option = "--precision" if manifest.quantization is None else "--activations"
@@ -283,8 +298,8 @@ def _first_line(error: Exception) -> str:
     return one_line((str(error).splitlines() or [type(error).__name__])[0], 200)
 
 
-def _run(session: ort.InferenceSession, binding: Any, graph: str, _alive: tuple[Buffer, ...]) -> None:
-    """Run a binding. ``_alive`` are its buffers, which the binding knows by address only."""
+def _run(session: ort.InferenceSession, binding: Any, graph: str, _alive: tuple[object, ...]) -> None:
+    """Run a binding. ``_alive`` are its buffers and changed weights, which the session knows by address only."""
     try:
         session.run_with_iobinding(binding)
     except Exception as error:  # pybind exception types differ by fault; the text is what tells

@@ -1,7 +1,8 @@
 """The bundle on disk: opened, checked against its manifest, and written whole or not at all."""
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 
 from stiv_deploy.runtime.bundle.contract import FRAMES, GraphSpec, block_of
 from stiv_deploy.runtime.bundle.faults import fault_text
+from stiv_deploy.runtime.bundle.lora import Lora
 from stiv_deploy.runtime.bundle.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -143,17 +145,25 @@ def _readable_sha256(path: Path) -> str:
 
 
 class Bundle:
-    """An opened bundle: its manifest and the paths of its files. Open with :meth:`open`."""
+    """An opened bundle: its manifest and the paths of its files. Open with :meth:`open`.
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    ``loras`` are merged into its weights where a backend loads them; its files stay as they are.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, loras: Sequence[Lora] = ()) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.loras = tuple(loras)
         self._verified: set[str] = set()
 
     @cached_property
     def hash(self) -> str:
-        """:attr:`Manifest.bundle_hash`, computed once."""
-        return self.manifest.bundle_hash
+        """:attr:`Manifest.bundle_hash`, computed once; with LoRAs one over theirs too, as results follow from them."""
+        own = self.manifest.bundle_hash
+        if not self.loras:
+            return own
+        text = json.dumps([own, *([lora.sha256, lora.scale] for lora in self.loras)])
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @classmethod
     def open(cls, path: str | Path) -> "Bundle":
@@ -205,7 +215,13 @@ class Bundle:
 
     def with_engines(self, records: Iterable[EngineRecord]) -> "Bundle":
         """The same bundle with these of its engines alone."""
-        view = Bundle(self.folder, self.manifest.model_copy(update={"engines": tuple(records)}))
+        view = Bundle(self.folder, self.manifest.model_copy(update={"engines": tuple(records)}), self.loras)
+        view._verified = self._verified
+        return view
+
+    def with_loras(self, loras: Sequence[Lora]) -> "Bundle":
+        """The same bundle with ``loras``, which were checked, merged into its weights."""
+        view = Bundle(self.folder, self.manifest, loras)
         view._verified = self._verified
         return view
 

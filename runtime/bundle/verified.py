@@ -91,7 +91,7 @@ def read_result(bundle: Bundle, machine: Machine) -> Verdict:
     golden = bundle.manifest.golden
     if golden is None:
         return Verdict("not verified", "the bundle has no golden answers, an older export made it")
-    wanted = bundle.hash, golden.sha256, machine
+    wanted = bundle.manifest.bundle_hash, golden.sha256, machine
     found = next((each for each in _read(bundle.folder) if each.of == wanted), None)
     if found is None:
         return Verdict("not verified", f"'stiv verify' has not run for {machine.backend} ({machine.device}) as it is")

@@ -141,6 +141,14 @@ def generate(
     processes: Annotated[
         bool, typer.Option("--processes", help="A process for each of --devices; default: a thread.")
     ] = False,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:SCALE]",
+            help="LoRA to merge into the weights for this call, by default whole; repeatable. The bundle stays as it "
+            "is.",
+        ),
+    ] = None,
     decode_tile: Annotated[
         int | None,
         typer.Option(
@@ -201,6 +209,7 @@ def generate(
         devices=devices_of(devices, device),
         parallel=parallel,
         processes=processes,
+        loras=tuple(lora or ()),
     )
     check_places(context.params, check_output(out, asked.files))
     with progress_bar("step") as progress:

@@ -166,6 +166,7 @@ def upsampled_request(requests: "Sequence[GenerationRequest]", options: Mapping[
     return LongRequest(
         task="upsampled",
         arguments=values | {"upsample": options["upsample"]},
+        loras=tuple(options["lora"] or ()),
         **{name: options[name] for name in ("bundle", "out", "upscale", "backend", "device", "threads")},
     )
 
@@ -175,10 +176,13 @@ def check_places(options: Mapping[str, Any], clips: Sequence[Path]) -> None:
 
     The file of ``--json`` is no clip either.
     """
+    from stiv_deploy.runtime.bundle.lora import parse_lora
     from stiv_deploy.runtime.bundle.manifest import MANIFEST
 
     report = options["json"]
     if report is not None and report.absolute() in [clip.absolute() for clip in clips]:
         raise OutputError(f"{report}: named by both --out and --json; choose two names")
     pictures = parse_frames(options["image"], options["frame"] or []).values()
-    check_apart([*clips, report], [*pictures, options["request"], options["prompts"], options["bundle"] / MANIFEST])
+    loras = [parse_lora(option)[0] for option in options["lora"] or ()]
+    read = [*pictures, *loras, options["request"], options["prompts"], options["bundle"] / MANIFEST]
+    check_apart([*clips, report], read)

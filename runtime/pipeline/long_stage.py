@@ -23,7 +23,7 @@ class LongRequest:
     """A long video by the bundle in the folder ``bundle``, to be written to ``out``.
 
     ``arguments`` are those of the pipeline's method ``task``. Finished clips are kept in ``chunks``, by default beside
-    ``out`` and until that is written. ``upscale``, ``backend``, ``device`` and ``threads`` are those of
+    ``out`` and until that is written. ``upscale``, ``backend``, ``device``, ``threads`` and ``loras`` are those of
     :class:`~stiv_deploy.runtime.pipeline.stage.ClipsRequest`.
     """
 
@@ -36,6 +36,7 @@ class LongRequest:
     backend: str | None = None
     device: int = 0
     threads: int | None = None
+    loras: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -65,7 +66,11 @@ def make_long(request: LongRequest, progress: Progress = unheard) -> LongReport:
     check_folder(request.folder, "choose another --chunks")
     progress("loading", 0, 1)
     with StivPipeline.from_bundle(
-        request.bundle, backend=request.backend, threads=request.threads, device=request.device
+        request.bundle,
+        backend=request.backend,
+        threads=request.threads,
+        device=request.device,
+        loras=request.loras,
     ) as pipe:
         make = getattr(pipe, request.task)
         output = make(

@@ -13,6 +13,7 @@ from stiv_deploy.runtime.backends import open_backend
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import ModelFacts
+from stiv_deploy.runtime.bundle.merging import with_loras
 from stiv_deploy.runtime.errors import BackendError, Cancelled, RequestError, briefly
 from stiv_deploy.runtime.pipeline.call import CallOptions, ClipOptions, requests_of_call
 from stiv_deploy.runtime.pipeline.coding import Clean, Coder
@@ -120,6 +121,7 @@ class StivPipeline(LongVideos):
         devices: str | Sequence[str] = (),
         parallel: str | None = None,
         processes: bool = False,
+        loras: Sequence[str] = (),
         profile: bool = False,
         debug: bool = False,
         mark: Mark = unmarked,
@@ -129,10 +131,11 @@ class StivPipeline(LongVideos):
         ``threads`` limits the CPU threads, ``device`` is the GPU's index as CUDA counts. Several ``devices``, indices
         of GPUs or ``cpu`` for each, as in ``"0,1,2,3"``, make clips together: shared as ``parallel`` says
         (``cfg2xdsp4``), by default guidance first, each in a thread of this process or in ``processes`` of their own.
-        Raises :class:`~stiv_deploy.runtime.errors.BundleError`, :class:`~stiv_deploy.runtime.errors.BackendError` or
-        :class:`~stiv_deploy.runtime.errors.EngineError`.
+        ``loras``, each a file with its scale as ``FILE[:SCALE]``, are merged into the weights at load.
+        Raises :class:`~stiv_deploy.runtime.errors.BundleError`, :class:`~stiv_deploy.runtime.errors.BackendError`,
+        :class:`~stiv_deploy.runtime.errors.EngineError` or :class:`~stiv_deploy.runtime.errors.LoraError`.
         """
-        bundle = Bundle.open(path)
+        bundle = with_loras(Bundle.open(path), loras)
         if not devices:
             if parallel is not None or processes:
                 raise BackendError("--parallel and --processes are for several devices; name them with --devices")

@@ -22,7 +22,8 @@ class ClipsRequest:
     ``upscale`` None enlarges small clips so that they can be seen
     (:func:`~stiv_deploy.runtime.pipeline.visible.upscale_for`), 1 none. In a ``grid`` all are in one file.
     ``backend`` None is the best that works here, ``device`` the index of a GPU, ``threads`` None all cores. Several
-    ``devices`` make a clip together, as ``parallel`` says, in ``processes`` of their own or in threads.
+    ``devices`` make a clip together, as ``parallel`` says, in ``processes`` of their own or in threads. ``loras`` are
+    merged into the weights at load, each a file with its scale as ``FILE[:SCALE]``.
     """
 
     bundle: Path
@@ -36,6 +37,7 @@ class ClipsRequest:
     devices: tuple[str, ...] = ()
     parallel: str | None = None
     processes: bool = False
+    loras: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
@@ -76,6 +78,7 @@ def make_clips(request: ClipsRequest, progress: Progress = unheard) -> ClipsRepo
         devices=request.devices,
         parallel=request.parallel,
         processes=request.processes,
+        loras=request.loras,
     ) as pipe:
         plan = pipe.plan(list(request.requests))
         _check_written(request, plan)

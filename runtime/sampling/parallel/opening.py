@@ -41,6 +41,8 @@ def open_team(
     check_devices(devices)
     placement = place(devices, parallel, manifest.model, manifest.sampling.guidance_mode)
     check_halves(manifest, placement, bundle.folder)
+    if processes and bundle.loras:
+        raise BackendError("--lora is merged in this process, --processes have weights of their own; leave one out")
     open_all = _in_processes if processes else _in_threads
     return open_all(bundle, placement, backend, shared_threads(placement, threads))
 

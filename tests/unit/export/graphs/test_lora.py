@@ -17,7 +17,9 @@ from stiv_deploy.export.bundle_from_checkpoint import export_bundle
 from stiv_deploy.export.graphs.lora import linear_shapes
 from stiv_deploy.export.parity.files import open_subject
 from stiv_deploy.export.request import ExportRequest
+from stiv_deploy.runtime import StivPipeline
 from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.merging import replacements, with_loras
 from stiv_deploy.runtime.errors import BundleError, LoraError
 from stiv_deploy.runtime.files import sha256
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, checkpoint_hash
@@ -26,13 +28,15 @@ LINEARS = ("blocks.1.spatial.qkv", "blocks.0.cross.kv", "patch", "head.out")
 RANK, ALPHA, SCALE = 2, 3.0, 0.5
 
 
-def write_lora(path: Path, checkpoint: Checkpoint, base: str, linears: tuple[str, ...] = LINEARS) -> Path:
+def write_lora(
+    path: Path, checkpoint: Checkpoint, base: str, linears: tuple[str, ...] = LINEARS, size: float = 0.1
+) -> Path:
     shapes, generator = linear_shapes(checkpoint.config.model), torch.Generator().manual_seed(1)
     tensors = {}
     for name in linears:
         out, inner = shapes[name]
         tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(RANK, inner, generator=generator) * inner**-0.5
-        tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(out, RANK, generator=generator) * 0.1
+        tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(out, RANK, generator=generator) * size
     settings = {"stiv.base": base, "transformer.lora_alpha": ALPHA}
     save_file(tensors, path, {"lora_adapter_metadata": json.dumps(settings)})
     return path
@@ -106,6 +110,57 @@ def test_parity_compares_with_what_was_merged(
         assert np.array_equal(weight, stored(bundle, "embed", "patch.weight").T)
 
 
+def clip(bundle: Path, *loras: str) -> np.ndarray:
+    """Pixels of a clip, made in two steps."""
+    with StivPipeline.from_bundle(bundle, backend="onnxruntime", threads=1, loras=loras) as pipe:
+        return np.asarray(pipe("a digit moving left", seed=1, num_inference_steps=2).frames)
+
+
+@pytest.mark.slow
+def test_at_load_base_a_b_and_base_again(
+    micro: Checkpoint, micro_bundle: Path, bundle: Path, lora: Path, tmp_path: Path
+) -> None:
+    """Base is the same, bit by bit, before and after; and what is merged at load is what is merged for good."""
+    other = write_lora(tmp_path / "b.safetensors", micro, "", ("blocks.0.ffn.down", "modulation"))
+    manifest = (micro_bundle / "manifest.json").read_bytes()
+    base, one, two = clip(micro_bundle), clip(micro_bundle, f"{lora}:{SCALE}"), clip(micro_bundle, str(other))
+    assert np.array_equal(one, clip(bundle))
+    assert np.array_equal(clip(micro_bundle), base)
+    assert np.array_equal(clip(micro_bundle, f"{lora}:0", f"{other}:0"), base)
+    assert not np.array_equal(one, base)
+    assert not np.array_equal(two, base)
+    assert not np.array_equal(two, one)
+    assert (micro_bundle / "manifest.json").read_bytes() == manifest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_at_load_in_sixteen_bits(
+    micro: Checkpoint, micro_path: Path, lora: Path, tmp_path: Path, precision: Any
+) -> None:
+    """The stored weight in float32, the change added in float64, is at most half a unit of the type away."""
+    out = tmp_path / "bundle"
+    export_bundle(ExportRequest(checkpoint=micro_path, out=out, precision=precision, check=False))
+    opened = with_loras(Bundle.open(out), [f"{lora}:{SCALE}"])
+    replaced = replacements(opened, "block_01")
+    assert list(replaced) == ["spatial.qkv.weight"]
+    values, _ = replaced["spatial.qkv.weight"]
+    dtype, bits = (torch.float16, 11) if precision == "float16" else (torch.bfloat16, 8)
+    got = torch.from_numpy(values.view(np.int16)).view(dtype).double().numpy().T
+    weight = micro.model.get_parameter("blocks.1.spatial.qkv.weight")
+    stored_weight = weight.to(dtype).double().detach().numpy()
+    wanted = stored_weight + changed(micro, lora, "blocks.1.spatial.qkv") - weight.double().detach().numpy()
+    assert (np.abs(got - wanted) <= 2.0**-bits * np.abs(wanted) + 5 * 2**-24).all()
+    if precision == "float16":
+        assert not np.array_equal(clip(out, f"{lora}:{SCALE}"), clip(out))
+    huge = with_loras(Bundle.open(out), [f"{write_lora(tmp_path / 'huge', micro, '', LINEARS, 1e6)}:100"])
+    if precision == "float16":
+        with pytest.raises(
+            LoraError, match="huge: blocks.1.spatial.qkv is too large once merged; give a smaller scale"
+        ):
+            replacements(huge, "block_01")
+
+
 @pytest.mark.slow
 def test_eight_bits_are_of_the_merged_weights_by_the_stored_scales(
     micro: Checkpoint, micro_path: Path, lora: Path, tmp_path: Path, quantize: Any, saved: Any
@@ -120,6 +175,10 @@ def test_eight_bits_are_of_the_merged_weights_by_the_stored_scales(
     assert (np.abs(found - wanted) <= 2**-4 * np.maximum(np.abs(wanted), 2**-6 * scale) + 1e-6).all()
     base = micro.model.get_parameter("blocks.1.spatial.qkv.weight").detach().numpy()
     assert np.abs(found - wanted).mean() < 0.5 * np.abs(base - wanted).mean()
+    with pytest.raises(
+        LoraError, match="blocks.1.spatial.qkv is stored in 8 bits, a LoRA is merged before that; merge"
+    ):
+        with_loras(Bundle.open(out), [str(lora)])
 
 
 @pytest.mark.parametrize(
