@@ -5,12 +5,14 @@
 
 import copy
 import json
+import math
 import os
 import shutil
 import signal
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from measured import a_report
 
 from stiv_deploy.runtime import StivPipeline
 from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.lora import check_lora, read_lora
 from stiv_deploy.runtime.command.bench.compare import compare
 from stiv_deploy.runtime.command.bench.record import BenchReport
 from stiv_deploy.runtime.command.main import main
@@ -208,10 +211,26 @@ def test_requests(bundle_path: Path, tmp_path: Path, edits: Any, damage: str | N
     one_line_or_well(lambda: plan_generation(opened, [each.request for each in read_requests(file)]), tmp_path)
 
 
+@cases(0.1, changes, changes, damages)
+def test_loras(tmp_path: Path, edits: Any, settings: Any, damage: str | None) -> None:
+    adapter = changed({"stiv.base": "b" * 64, "transformer.lora_alpha": 2.0, "transformer.use_dora": False}, settings)
+    tensors = {"patch.lora_A.weight": [2, 3], "patch.lora_B.weight": [4, 2], "patch.alpha": []}
+    header = {
+        f"transformer.{name}": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * math.prod(shape)]}
+        for name, shape in tensors.items()
+    }
+    text = damaged(
+        json.dumps(changed({"__metadata__": {"lora_adapter_metadata": json.dumps(adapter)}, **header}, edits)), damage
+    )
+    (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
+    read = partial(read_lora, tmp_path / "a.safetensors")
+    one_line_or_well(lambda: check_lora(read(), {"patch": (4, 3)}, "b" * 64), tmp_path)
+
+
 OPTIONS = (
     "steps", "guidance", "image-guidance", "guidance-mode", "frames", "height", "width", "fps", "stride", "seed",
     "count", "time-shift", "threads", "device", "upscale", "decode-tile", "original-height", "backend", "solver", "fit",
-    "frame", "image", "request", "out", "prompt",
+    "frame", "image", "request", "out", "prompt", "lora",
 )  # fmt: skip
 words = st.one_of(
     hostile.map(str), st.sampled_from(("0=a.png", f"{'9' * 5000}=a.png", "x" * 5000, "1" * 5000, "/dev/null"))
