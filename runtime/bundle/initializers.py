@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ DIMS, DATA_TYPE, NAME, EXTERNAL = 1, 2, 8, 13
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16
 """``TensorProto.DataType`` numbers."""
-STORED = {FLOAT: np.dtype("<f4"), FLOAT16: np.dtype("<f2"), BFLOAT16: np.dtype("<u2")}
+STORED: dict[int, np.dtype[Any]] = {FLOAT: np.dtype("<f4"), FLOAT16: np.dtype("<f2"), BFLOAT16: np.dtype("<u2")}
 """What weights that can be changed are stored as; bfloat16 as the bits of it."""
 
 
@@ -78,7 +79,7 @@ def _initializer(data: bytes) -> tuple[str, Initializer | None]:
     """Name and place of a tensor; ``None`` for one whose values stand in the ONNX file itself."""
     fields = list(_fields(data))
     entries = [dict(_fields(value)) for number, value in fields if number == EXTERNAL and isinstance(value, bytes)]
-    place = {bytes(entry[1]).decode(): bytes(entry[2]).decode() for entry in entries}  # type: ignore[arg-type]
+    place = {bytes(entry[1]).decode(): bytes(entry[2]).decode() for entry in entries}
     single = dict(fields)
     name, kind = single[NAME], single[DATA_TYPE]
     assert isinstance(name, bytes)

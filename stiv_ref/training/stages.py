@@ -14,9 +14,9 @@ from stiv_deploy.stiv_ref.checkpoint import (
     Checkpoint,
     CheckpointConfig,
     TrainedOn,
-    checkpoint_hash,
     load_model,
     load_text_encoder,
+    open_checkpoint,
     read_checkpoint_config,
     save_checkpoint,
 )
@@ -99,8 +99,8 @@ def _check_base(recipe: Recipe) -> None:
 
 
 def base_hash(recipe: Recipe) -> str | None:
-    """Hash of the checkpoint that a LoRA is trained of; None for any other recipe."""
-    return None if recipe.lora is None else checkpoint_hash(Path(recipe.stages[0].spatial_from))
+    """Hash of the checkpoint that a LoRA is trained of; None for any other recipe. Raises :class:`CheckpointError`."""
+    return None if recipe.lora is None else open_checkpoint(Path(recipe.stages[0].spatial_from)).sha256
 
 
 def initial_weights(run: Run) -> dict[str, nn.Module]:
