@@ -6,6 +6,7 @@ A linear with the weight W [out, in] computes W x + alpha / r * B (A x), where A
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -53,9 +54,9 @@ class LoraLinear(nn.Linear):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
         self.requires_grad_(False)
-        like = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
-        self.lora_A = nn.Linear(base.in_features, settings.rank, **like)
-        self.lora_B = nn.Linear(settings.rank, base.out_features, **like)
+        linear = partial(nn.Linear, bias=False, device=base.weight.device, dtype=base.weight.dtype)
+        self.lora_A = linear(base.in_features, settings.rank)
+        self.lora_B = linear(settings.rank, base.out_features)
         self.factor = settings.factor
 
     def forward(self, input: Tensor) -> Tensor:

@@ -75,19 +75,23 @@ def _sizes(value: int | bytes) -> Iterator[int]:
         yield size
 
 
+def _text(value: int | bytes) -> str:
+    if isinstance(value, int):
+        raise ValueError("a number in the place of text")
+    return value.decode()
+
+
 def _initializer(data: bytes) -> tuple[str, Initializer | None]:
     """Name and place of a tensor; ``None`` for one whose values stand in the ONNX file itself."""
     fields = list(_fields(data))
     entries = [dict(_fields(value)) for number, value in fields if number == EXTERNAL and isinstance(value, bytes)]
-    place = {bytes(entry[1]).decode(): bytes(entry[2]).decode() for entry in entries}
+    place = {_text(entry[1]): _text(entry[2]) for entry in entries}
     single = dict(fields)
-    name, kind = single[NAME], single[DATA_TYPE]
-    assert isinstance(name, bytes)
-    assert isinstance(kind, int)
-    if not place:
-        return name.decode(), None
+    name, kind = _text(single[NAME]), single[DATA_TYPE]
+    if not place or not isinstance(kind, int):
+        return name, None
     shape = tuple(size for number, value in fields if number == DIMS for size in _sizes(value))
-    return name.decode(), Initializer(data_type=kind, shape=shape, offset=int(place.get("offset", "0")))
+    return name, Initializer(data_type=kind, shape=shape, offset=int(place.get("offset", "0")))
 
 
 def read_initializers(path: Path) -> Mapping[str, Initializer]:
@@ -95,7 +99,7 @@ def read_initializers(path: Path) -> Mapping[str, Initializer]:
     try:
         (graph,) = _parts(path.read_bytes(), GRAPH)
         found = dict(_initializer(each) for each in _parts(graph, INITIALIZER))
-    except (IndexError, KeyError, TypeError, ValueError, AssertionError):
+    except (IndexError, KeyError, ValueError):
         raise ValueError("it is no ONNX file") from None
     return {name: each for name, each in found.items() if each is not None}
 
