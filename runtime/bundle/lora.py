@@ -24,7 +24,7 @@ PREFIX = "transformer."
 DOWN, UP, ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
 METADATA, BASE = "lora_adapter_metadata", "stiv.base"
 """Key of a file's metadata under which diffusers keeps settings, as JSON; among them we keep the checkpoint's hash."""
-LAYOUT = f"'{PREFIX}<linear>{DOWN}' and '...{UP}', as PEFT and diffusers write them"
+LAYOUT = f"'{PREFIX}<linear>{DOWN}' and '{PREFIX}<linear>{UP}', as PEFT and diffusers write them"
 SCALE_LIMIT = 100.0
 SIZE_LIMIT = 2**34
 """Most bytes of a file: more than the largest rank makes of the largest model."""
