@@ -7,16 +7,17 @@ are noised, with the noise of the clip, or zero, as the task has it. The student
 that it learns the mean over that noise where frames are given.
 
 ``flow-map``: the student then learns the mean velocity u(x, t, r) = (X(r) - x) / (r - t) of the path X of its teacher's
-velocity v that goes through x at time t, so that x + (r - t) u is the path's point at r, however far that is. Its
-target (MeanFlow, arXiv 2505.13447; without derivatives of the model, as AnyFlow, arXiv 2605.13724): by definition
-(r - t) u(X(t), t, r) = X(r) - X(t). Along the path, with r fixed, d/dt of the left is -u + (r - t) du/dt, and of the
-right -v, so that
+velocity v that goes through x at time t, so that x + (r - t) u is the path's point at r, however far that is. Over a
+short interval that is what the midpoint rule makes of v. A long one is split at a time s (SplitMeanFlow, arXiv
+2507.16884): two steps that are right make one that is, so that
 
-    u = v + (r - t) du/dt,    du/dt = [u(X(t + d), t + d, r) - u(X(t - d), t - d, r)] / 2d + O(d^2),
+    (r - t) u(x, t, r) = (s - t) u(x, t, s) + (r - s) u(x + (s - t) u(x, t, s), s, r),
 
-a central difference of two calls of the student itself, averaged weights. The path is straight enough over d: x + d v
-is X(t + d) but for a term of d^2 that both points share, which changes their difference by O(d^3). Where t - d lies
-before 0, or t + d behind r, the point is 0 or r, and the difference is of first order. Where r = t, u is v itself.
+by two calls of the student itself, averaged weights. What these are wrong by is added up, by shares of the interval,
+and never grows. The derivative of the definition, u = v + (r - t) du/dt (MeanFlow, arXiv 2505.13447), with central
+differences over d in the place of du/dt, is no such target: (r - t) cos(pi t / d) solves it too, since its differences
+are 0, and the error of other fast modes grows by up to (r - t) / d. A student of the shipped model that was trained by
+it had ever smaller losses, and in the end steps that were wrong by more than their size.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,12 +36,14 @@ from stiv_deploy.stiv_ref.text import TextStates
 
 Mean = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Mean velocity [B, ...] at latents [B, ...] and times [B] up to later times [B]."""
-SPAN = 0.01
-"""The d of central differences: in float32 rounding is 1e-5 of the difference's quotient."""
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""Velocity [B, ...] at latents [B, ...] and times [B]."""
+SPAN = 0.02
+"""Intervals up to so long are short: the midpoint rule errs by their square."""
 LEAST = 1e-2
 """Mean squared error from which on a sample of a flow map counts less than its share."""
-AT_ONCE, TO_THE_END = 0.5, 0.25
-"""Shares of the samples whose target time is their own time, and the end; the others' is uniform between."""
+TO_THE_END = 0.3
+"""Share of the long intervals that go to the end; the others' lengths are log-uniform."""
 
 
 class Point(NamedTuple):
@@ -108,59 +111,116 @@ def guidance_loss(student: Stiv, teacher: Stiv, point: Point, conditions: Condit
     return flow_loss(prediction, guided_target(teacher, point, conditions), point.given)
 
 
-def draw_targets(timestep: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Target times fp32 [B], from each of ``timestep`` [B] to 1, one sample per generator."""
-    targets = []
-    for time, generator in zip(timestep, generators, strict=True):
-        kind, share = torch.rand(2, generator=generator)
-        farther = (
-            time if kind < AT_ONCE else torch.ones(()) if kind < AT_ONCE + TO_THE_END else time + (1 - time) * share
-        )
-        targets.append(farther)
-    return torch.stack(targets)
+class Intervals(NamedTuple):
+    """Where steps of a batch go: fp32 [B] each, ``start`` <= ``split`` <= ``end``; ``short`` bool [B], on the host."""
+
+    start: Tensor
+    split: Tensor
+    end: Tensor
+    short: Tensor
+
+    def part(self, index: Tensor) -> "Intervals":
+        """Those of some samples, int64 [b] on the host."""
+        return Intervals(*(each[index.to(each.device)] for each in self))
+
+    def to(self, device: torch.device) -> "Intervals":
+        """Times on ``device``."""
+        return Intervals(self.start.to(device), self.split.to(device), self.end.to(device), self.short)
+
+
+def draw_intervals(timestep: Tensor, generators: Sequence[torch.Generator], part: Sequence[int]) -> Intervals:
+    """Intervals from each of ``timestep`` [B], one sample per generator; samples with an even number have short ones.
+
+    ``part`` are the numbers of the samples in the whole batch: half of any of its parts is short.
+    """
+    ends, splits = [], []
+    for time, generator, number in zip(timestep, generators, part, strict=True):
+        kind, share, fraction = torch.rand(3, generator=generator)
+        room = 1 - time
+        if number % 2 == 0:
+            length = room.clamp_max(SPAN) * share
+        elif kind < TO_THE_END or room <= SPAN:
+            length = room
+        else:
+            length = room ** (1 - share) * SPAN**share
+        ends.append((time + length).clamp_max(1))
+        splits.append(torch.minimum(time + fraction * length, ends[-1]))
+    short = torch.tensor([number % 2 == 0 for number in part])
+    return Intervals(timestep, torch.stack(splits), torch.stack(ends), short)
 
 
 def _wide(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
+def midpoint(velocity: Velocity, latents: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """Mean velocity [B, ...] of the path through ``latents`` between two times fp32 [B], by the midpoint rule."""
+    half = (end - start) / 2
+    between = latents + _wide(half, latents) * velocity(latents, start)
+    return velocity(between, start + half)
+
+
+def split_mean(mean: Mean, latents: Tensor, start: Tensor, split: Tensor, end: Tensor) -> Tensor:
+    """Mean velocity [B, ...] that two steps by ``mean`` have together, from ``start`` over ``split`` to ``end`` [B]."""
+    first = mean(latents, start, split)
+    there = latents + _wide(split - start, latents) * first
+    share = _wide((split - start) / (end - start).clamp_min(1e-6), latents)
+    return share * first + (1 - share) * mean(there, split, end)
+
+
+def _some(point: Point, conditions: Conditions, index: Tensor) -> tuple[Point, Conditions]:
+    """Those of some samples, int64 [b]."""
+    text, null, micro, scale = conditions
+    some = [TextStates(*(each[index] for each in states)) for states in (text, null)]
+    return Point(*(each[index] for each in point)), Conditions(*some, micro[index], scale[index])
+
+
 @torch.no_grad()
-def flow_map_target(
-    mean: Mean, velocity: Tensor, latents: Tensor, times: tuple[Tensor, Tensor], span: float = SPAN
+def flow_map_targets(
+    averaged: Stiv, teacher: Stiv, point: Point, conditions: Conditions, intervals: Intervals
 ) -> Tensor:
-    """What ``mean`` should give at ``latents`` [B, ...] between ``times`` [B] twice; see the module's text.
+    """Mean velocities [B, T, C, h, w] over ``intervals``: short ones by ``teacher``, others by ``averaged`` weights.
 
-    ``velocity`` [B, ...] is that of the path at the first of the times, 0 where nothing moves.
+    Given frames do not move.
     """
-    time, target = times
-    before, after = (time - span).clamp_min(0), torch.minimum(time + span, target)
-    both = torch.cat([latents + _wide(when - time, latents) * velocity for when in (before, after)])
-    first, last = mean(both, torch.cat((before, after)), target.repeat(2)).chunk(2)
-    slope = (last - first) / _wide((after - before).clamp_min(1e-6), latents)
-    return velocity + _wide(target - time, latents) * slope
+    found = torch.empty_like(point.latents)
+    for short in (True, False):
+        index = (intervals.short == short).nonzero()[:, 0]
+        if len(index):
+            here = index.to(found.device)
+            some = _some(point, conditions, here)
+            part = intervals.part(index)
+            found[here] = _short_targets(teacher, *some, part) if short else _long_targets(averaged, *some, part)
+    return found
 
 
-def flow_map_targets(averaged: Stiv, teacher: Stiv, point: Point, conditions: Conditions, target: Tensor) -> Tensor:
-    """Targets [B, T, C, h, w] of a batch, by calls of the student's ``averaged`` weights; given frames do not move."""
+def _short_targets(teacher: Stiv, point: Point, conditions: Conditions, intervals: Intervals) -> Tensor:
     text, _, micro, scale = conditions
     given = point.given[:, :, None, None, None]
-    with torch.no_grad():
-        velocity = teacher(point.latents, point.timestep, micro, *text, guidance=scale).masked_fill(given, 0)
-    twice = TextStates(*(torch.cat((part, part)) for part in text))
+
+    def velocity(latents: Tensor, time: Tensor) -> Tensor:
+        return teacher(latents, time, micro, *text, guidance=scale).masked_fill(given, 0)
+
+    return midpoint(velocity, point.latents, intervals.start, intervals.end)
+
+
+def _long_targets(averaged: Stiv, point: Point, conditions: Conditions, intervals: Intervals) -> Tensor:
+    text, _, micro, scale = conditions
+    given = point.given[:, :, None, None, None]
 
     def mean(latents: Tensor, time: Tensor, until: Tensor) -> Tensor:
-        return averaged(latents, time, micro.repeat(2, 1), *twice, guidance=scale.repeat(2), target_time=until)
+        return averaged(latents, time, micro, *text, guidance=scale, target_time=until).masked_fill(given, 0)
 
-    return flow_map_target(mean, velocity, point.latents, (point.timestep, target))
+    return split_mean(mean, point.latents, *intervals[:3])
 
 
-def flow_map_loss(student: Stiv, point: Point, conditions: Conditions, target: Tensor, wanted: Tensor) -> Tensor:
-    """Squared error to the ``wanted`` mean velocity up to ``target`` [B], fp32 [B], of the frames to make.
+def flow_map_loss(student: Stiv, point: Point, conditions: Conditions, end: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error to the ``wanted`` mean velocity up to ``end`` [B], fp32 [B], of the frames to make.
 
     Each sample's is divided by what it is, and :data:`LEAST` more (MeanFlow, section 4.3): targets that are far off are
     those of long steps while the student has not learnt the short ones, and would drown all others.
     """
     text, _, micro, scale = conditions
-    prediction = student(point.latents, point.timestep, micro, *text, guidance=scale, target_time=target)
+    prediction = student(point.latents, point.timestep, micro, *text, guidance=scale, target_time=end)
     losses = flow_loss(prediction, wanted, point.given)
     return losses / (losses.detach() + LEAST)

@@ -13,8 +13,8 @@ from stiv_deploy.stiv_ref.data.source import Batch
 from stiv_deploy.stiv_ref.distillation import (
     Conditions,
     Point,
+    draw_intervals,
     draw_scales,
-    draw_targets,
     flow_map_loss,
     flow_map_targets,
     guidance_loss,
@@ -91,7 +91,7 @@ def sample_losses(run: Run, batch: Batch, part: range) -> tuple[Tensor, Tensor, 
         else:
             conditions = Conditions(text, run.text.null(len(part), device), micro, scales_of(run, generators))
             zeros = sees_zeros(stage, len(latents), batch.tasks).to(device)
-            losses = distillation_losses(run, point_of(latents, draws, zeros), conditions, generators)
+            losses = distillation_losses(run, point_of(latents, draws, zeros), conditions, generators, part)
     return losses, timesteps.to(device), tokens
 
 
@@ -102,18 +102,18 @@ def scales_of(run: Run, generators: Sequence[torch.Generator]) -> Tensor:
 
 
 def distillation_losses(
-    run: Run, point: Point, conditions: Conditions, generators: Sequence[torch.Generator]
+    run: Run, point: Point, conditions: Conditions, generators: Sequence[torch.Generator], part: range
 ) -> Tensor:
-    """Losses fp32 [B] of a stage that distills."""
+    """Losses fp32 [B] of a stage that distills, of the samples ``part`` of the batch."""
     assert run.model is not None
     assert run.teacher is not None
     if run.current.distill == "guidance":
         return guidance_loss(run.model, run.teacher, point, conditions)
-    target = draw_targets(point.timestep.cpu(), generators).to(run.team.device)
+    intervals = draw_intervals(point.timestep.cpu(), generators, part).to(run.team.device)
     weights = [local(run.parameters[name].detach()) for name in run.averages]
     with averaged(weights, [local(average) for average in run.averages.values()]):
-        wanted = flow_map_targets(run.model, run.teacher, point, conditions, target)
-    return flow_map_loss(run.model, point, conditions, target, wanted)
+        wanted = flow_map_targets(run.model, run.teacher, point, conditions, intervals)
+    return flow_map_loss(run.model, point, conditions, intervals.end, wanted)
 
 
 def diverged(name: str, value: float, run: Run, names: Sequence[str]) -> DivergedError:

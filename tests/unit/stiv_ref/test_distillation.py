@@ -12,19 +12,21 @@ from torch import Tensor
 
 from stiv_deploy.stiv_ref.config import StivConfig, Student
 from stiv_deploy.stiv_ref.distillation import (
-    AT_ONCE,
     LEAST,
+    SPAN,
     TO_THE_END,
     Conditions,
+    Intervals,
+    draw_intervals,
     draw_scales,
-    draw_targets,
     flow_map_loss,
-    flow_map_target,
     flow_map_targets,
     guidance_loss,
     guided_target,
+    midpoint,
     point_of,
     sees_zeros,
+    split_mean,
 )
 from stiv_deploy.stiv_ref.initialization import initialize_from
 from stiv_deploy.stiv_ref.model import Stiv
@@ -146,73 +148,101 @@ class Gaussian:
         there = target * self.data + self.spread(target) / self.spread(time) * (x - time * self.data)
         return torch.where(target == time, self.velocity(x, time), (there - x) / (target - time))
 
-    def error(self, time: float, target: float, span: float) -> float:
-        x, times = normal(50), (torch.full((50,), each, dtype=torch.float64) for each in (time, target))
-        start, end = times
-        made = flow_map_target(self.mean, self.velocity(x, start), x, (start, end), span)
-        return (made - self.mean(x, start, end)).abs().max().item()
+
+def at(*times: float) -> list[Tensor]:
+    return [torch.full((50,), time, dtype=torch.float64) for time in times]
 
 
 @given(
     mean=st.floats(-2, 2),
     deviation=st.floats(0.3, 2),
-    time=st.floats(0, 0.999),
-    share=st.just(0.0) | st.floats(1e-3, 1),
+    start=st.floats(0, 0.99),
+    share=st.floats(1e-3, 1),
+    fraction=st.floats(0, 1),
 )
-def test_the_mean_velocity_is_its_own_target(mean: float, deviation: float, time: float, share: float) -> None:
-    """At every pair of times, up to the error of the differences; times nearer than 1e-6 cancel in what is exact."""
-    assert Gaussian(mean, deviation).error(time, time + (1 - time) * share, 1e-4) < 2e-2
+def test_two_steps_that_are_right_make_one(
+    mean: float, deviation: float, start: float, share: float, fraction: float
+) -> None:
+    flow, length = Gaussian(mean, deviation), (1 - start) * share
+    times = at(start, start + fraction * length, start + length)
+    x = normal(50)
+    assert torch.allclose(split_mean(flow.mean, x, *times), flow.mean(x, times[0], times[2]), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("time", "target"), [(0.3, 1.0), (0.3, 0.6), (0.5, 0.9)])
-def test_the_differences_are_of_second_order(time: float, target: float) -> None:
-    flow = Gaussian(1.0, 0.5)
-    coarse, fine = (flow.error(time, target, span) for span in (0.04, 0.02))
-    assert coarse / fine == pytest.approx(4, rel=0.1)
+@given(start=st.floats(0, 0.9), share=st.floats(0.05, 0.95), fraction=st.floats(0, 1), rate=st.floats(1, 2000))
+def test_what_steps_are_wrong_by_is_added_up_and_never_grows(
+    start: float, share: float, fraction: float, rate: float
+) -> None:
+    """However fast it changes with the times: mean velocities that do not depend on the place show it."""
+    times = at(start, start + fraction * share * (1 - start), start + share * (1 - start))
+
+    def wrong(x: Tensor, time: Tensor, until: Tensor) -> Tensor:
+        return (torch.cos(rate * time + rate * until)).expand_as(x)
+
+    assert split_mean(wrong, normal(50), *times).abs().max() <= 1 + 1e-9
 
 
-def test_at_the_time_itself_the_target_is_the_velocity() -> None:
-    flow, x = Gaussian(1.0, 0.5), normal(3)
+@pytest.mark.parametrize("start", [0.1, 0.3, 0.6])
+def test_the_midpoint_rule_is_of_second_order(start: float) -> None:
+    """Half of the interval has a quarter of the error, or less."""
+    flow, x = Gaussian(1.0, 0.5), normal(50)
+    errors = []
+    for length in (0.08, 0.04):
+        times = at(start, start + length)
+        errors.append((midpoint(flow.velocity, x, *times) - flow.mean(x, *times)).abs().max().item())
+    assert errors[0] / errors[1] > 3.5
+    assert errors[1] < 1e-2
+
+
+def test_over_no_time_it_is_the_velocity() -> None:
+    flow, x = Gaussian(1.0, 0.5), normal(50)
     for time in (0.0, 0.4, 1.0):
-        times = torch.full((3,), time, dtype=torch.float64)
-        velocity = flow.velocity(x, times)
-        assert torch.equal(flow_map_target(flow.mean, velocity, x, (times, times)), velocity)
+        assert torch.equal(midpoint(flow.velocity, x, *at(time, time)), flow.velocity(x, *at(time)))
 
 
 def test_targets_of_a_batch(random_model: ModelFactory) -> None:
-    """By the student's own calls at the clip's scale, from its teacher's velocity; given frames stay."""
+    """Short intervals by the teacher, long ones by the student's own calls, at the clip's scale; given frames stay."""
     teacher = random_model(student=Student(guidance=SCALES))
     student = random_model(1, student=Student(guidance=SCALES, flow_map=True))
     conditions, clean = conditions_of(torch.tensor(SCALES).double()), normal(2, *SHAPE, seed=9)
     objective = Objective(task="ti2v", image_dropout=0)
     point = point_of(clean, drawn(objective), sees_zeros(objective, 2, None))
+    start = point.timestep
+    intervals = Intervals(start, start + 0.25 * (1 - start), torch.ones_like(start), torch.tensor([False, True]))
+    made = flow_map_targets(student, teacher, point, conditions, intervals)
     text, _, micro, scale = conditions
-    velocity = teacher(point.latents, point.timestep, micro, *text, guidance=scale)
-    made = flow_map_targets(student, teacher, point, conditions, point.timestep)
-    torch.testing.assert_close(made[:, 1:], velocity[:, 1:])
-    target = torch.ones(2, dtype=torch.float64)
-    velocity[:, 0] = 0
+
+    def velocity(latents: Tensor, time: Tensor) -> Tensor:
+        assert torch.equal(latents[:, 0], clean[:, 0])
+        found = teacher(latents, time, micro, *text, guidance=scale)
+        return torch.cat((torch.zeros_like(found[:, :1]), found[:, 1:]), 1)
 
     def mean(latents: Tensor, time: Tensor, until: Tensor) -> Tensor:
-        assert torch.equal(latents[:, 0], clean[:, 0].repeat(2, 1, 1, 1))
-        halves = zip(latents.chunk(2), time.chunk(2), until.chunk(2), strict=True)
-        return torch.cat([student(x, t, micro, *text, guidance=scale, target_time=r) for x, t, r in halves])
+        assert torch.equal(latents[:, 0], clean[:, 0])
+        found = student(latents, time, micro, *text, guidance=scale, target_time=until)
+        return torch.cat((torch.zeros_like(found[:, :1]), found[:, 1:]), 1)
 
-    wanted = flow_map_target(mean, velocity, point.latents, (point.timestep, target))
-    torch.testing.assert_close(flow_map_targets(student, teacher, point, conditions, target), wanted)
-    losses = flow_map_loss(student, point, conditions, target, wanted)
-    error = (student(point.latents, point.timestep, micro, *text, guidance=scale, target_time=target) - wanted).square()
+    wanted = split_mean(mean, point.latents, *intervals[:3])
+    torch.testing.assert_close(made[0], wanted[0])
+    torch.testing.assert_close(made[1], midpoint(velocity, point.latents, start, intervals.end)[1])
+    losses = flow_map_loss(student, point, conditions, intervals.end, made)
+    error = (student(point.latents, start, micro, *text, guidance=scale, target_time=intervals.end) - made).square()
     size = error[:, 1:].mean(dim=(1, 2, 3, 4)).float()
     torch.testing.assert_close(losses, size / (size + LEAST), rtol=1e-5, atol=0)
 
 
-def test_target_times_are_of_three_kinds_and_each_samples_own() -> None:
+def test_intervals_are_short_or_long_and_each_samples_own() -> None:
     def generators() -> list[torch.Generator]:
         return [sample_generator(0, 1, 0, index) for index in range(400)]
 
-    times = torch.linspace(0, 0.9, 400)
-    targets = draw_targets(times, generators())
-    assert ((targets >= times) & (targets <= 1)).all()
-    for kind, share in ((targets == times, AT_ONCE), (targets == 1, TO_THE_END)):
-        assert abs(kind.float().mean().item() - share) < 0.1
-    assert torch.equal(targets[7:9], draw_targets(times[7:9], generators()[7:9]))
+    times = torch.linspace(0, 1, 400)
+    found = draw_intervals(times, generators(), range(400))
+    assert ((times <= found.split) & (found.split <= found.end) & (found.end <= 1)).all()
+    assert found.short.tolist() == [number % 2 == 0 for number in range(400)]
+    lengths = found.end - times
+    assert lengths[found.short].max() <= SPAN + 1e-6
+    far = ~found.short & (times < 1 - SPAN)
+    assert lengths[far].min() >= SPAN - 1e-6
+    assert abs((found.end[far] == 1).float().mean().item() - TO_THE_END) < 0.1
+    part = draw_intervals(times[7:9], generators()[7:9], range(7, 9))
+    assert all(torch.equal(mine, whole[7:9]) for mine, whole in zip(part, found, strict=True))
