@@ -171,8 +171,12 @@ def split_mean(mean: Mean, latents: Tensor, start: Tensor, split: Tensor, end: T
 def _some(point: Point, conditions: Conditions, index: Tensor) -> tuple[Point, Conditions]:
     """Those of some samples, int64 [b]."""
     text, null, micro, scale = conditions
-    some = [TextStates(*(each[index] for each in states)) for states in (text, null)]
-    return Point(*(each[index] for each in point)), Conditions(*some, micro[index], scale[index])
+
+    def part(states: TextStates) -> TextStates:
+        return TextStates(*(each[index] for each in states))
+
+    some = Conditions(part(text), part(null), micro[index], scale[index])
+    return Point(*(each[index] for each in point)), some
 
 
 @torch.no_grad()
