@@ -152,8 +152,7 @@ class Measurement:
             row.request(prompt, FIRST_SEED + number, self.exam.first_frames[number] if image else None)
             for number, prompt in enumerate(self.exam.prompts)
         ]
-        plan = pipe.plan(requests)
-        clips = as_video(pipe.decode(plan, pipe.sample(plan)))
+        clips = as_video(np.asarray(pipe.run(pipe.plan(requests)).frames))
         return percentages(self.exam.judged, self.exam.verdicts(clips, image=image))
 
     def times(self, rows: Sequence[Row], rounds: int) -> dict[str, list[float]]:

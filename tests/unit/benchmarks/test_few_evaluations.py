@@ -63,7 +63,7 @@ def test_the_smallest_run_is_kept_and_goes_on(
     monkeypatch.setattr(few, "open_checkpoint", lambda _: type("Opened", (), {"config": config, "sha256": "0" * 64}))
     monkeypatch.setattr(sys, "argv", ["few_evaluations.py"])
     monkeypatch.setattr(few, "STUDENT_STEPS", (1, 2))
-    numbers: dict[str, Any] = {"samples": 2, "clips": 2, "prompts": 1, "exact": 4, "rounds": 1, "steps": "2"}
+    numbers: dict[str, Any] = {"samples": 5, "clips": 2, "prompts": 1, "exact": 4, "rounds": 1, "steps": "2"}
     options = {"time_shift": 2.0, "late_stretch": 3.0, "until": 0.4, "guidance": 2.0, "threads": 1}
     files = {"out": tmp_path / "few.json", "work": tmp_path / "work"}
 
