@@ -1,8 +1,10 @@
 """The step graph against the reference's own functions and its sampler."""
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stiv_deploy.export.graphs.modules import StepGraph
+from stiv_deploy.export.graphs.writer import GraphWriter
+from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.conditioning import noise_frames, replace_frames
 from stiv_deploy.stiv_ref.config import model_config
 from stiv_deploy.stiv_ref.flow import schedule
@@ -167,6 +171,28 @@ def test_all_frames_given_stay_finite() -> None:
     )  # fmt: skip
     assert all(bool(output.isfinite().all()) for output in outputs)
     assert torch.equal(outputs[0], t["clean"])
+
+
+def test_norms_of_a_large_clip_are_right_in_onnx_runtime(micro: Checkpoint, tmp_path: Path) -> None:
+    """Sums of half a million squares: rounding of some units, and not of their square root times as much."""
+    GraphWriter(micro, tmp_path, "float32").write("step")
+    session = onnxruntime.InferenceSession(tmp_path / "step.onnx")
+    shape = (1, 20, micro.config.model.latent_channels, 80, 80)
+    generator = torch.Generator().manual_seed(0)
+    wide = [torch.randn(each, generator=generator) for each in ((2, *shape[1:]), *[shape] * 4)]
+    velocity, latents, clean, noise, previous = wide
+    mask = torch.zeros(shape[:2], dtype=torch.bool)
+    rows = rows_of(mask, [True, False], torch.tensor([4.0, -3.0]))
+    one = torch.ones(1)
+    inputs = (
+        *(velocity, latents, clean, noise, mask), *rows, previous, torch.tensor([[1.0, 0.0]]),
+        *(0.1 * one, 0.2 * one, one, torch.zeros(1, dtype=torch.bool)),
+    )  # fmt: skip
+    names = [each.name for each in session.get_inputs()]
+    found = session.run(["guided_velocity"], {name: each.numpy() for name, each in zip(names, inputs, strict=True)})[0]
+    exact = STEP(*(each.double() if each.is_floating_point() else each for each in inputs))[1]
+    error = torch.linalg.vector_norm(torch.from_numpy(found) - exact) / torch.linalg.vector_norm(exact)
+    assert error < 8 * 2**-24
 
 
 def test_hold_keeps_the_latents_and_moves_the_next_input() -> None:
