@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stiv_deploy.stiv_ref.flow import schedule
@@ -53,6 +53,7 @@ def test_residuals_on_a_line_are_found(skips: ModuleType) -> None:
     torch.testing.assert_close(skips.extrapolated(known[1:], 0.8, 1), line(0.5))
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(4, 40), st.floats(0.5, 8), st.floats(0, 0.5), st.data())
 def test_no_rule_skips_where_none_may(
     skips: ModuleType, steps: int, shift: float, budget: float, data: st.DataObject
