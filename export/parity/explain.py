@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from stiv_deploy.export.parity.cuts import CutGraph
 from stiv_deploy.export.parity.explanation import Explanation, description
-from stiv_deploy.export.parity.files import open_subject
+from stiv_deploy.export.parity.files import Sources, open_subject
 from stiv_deploy.export.parity.ladder import DIRECT, Ladder, News, Sides, Subject, sides_of
 from stiv_deploy.export.parity.modules import Measured, Modules, alone, as_array
 from stiv_deploy.export.parity.oracle import Tensors
@@ -20,7 +20,7 @@ from stiv_deploy.export.parity.pieces import Pieces
 from stiv_deploy.export.parity.reproduction import FILES, Wrong, require_polygraphy, write_reproduction
 from stiv_deploy.export.parity.requests import parity_requests
 from stiv_deploy.export.parity.runs import probe
-from stiv_deploy.export.parity.stage import CHECKPOINTS, LEAST_STEPS
+from stiv_deploy.export.parity.stage import LEAST_STEPS
 from stiv_deploy.runtime.backends import open_backend, runnable
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import Frozen
@@ -33,7 +33,7 @@ ANOTHER = "choose another folder for --explain"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExplainRequest:
+class ExplainRequest(Sources):
     """An explanation of what fails in the bundle in the folder ``bundle``, its reproduction to be the folder ``out``.
 
     The rest is as in :class:`~stiv_deploy.export.parity.stage.ParityRequest`.
@@ -41,10 +41,6 @@ class ExplainRequest:
 
     bundle: Path
     out: Path
-    checkpoint: Path | None = None
-    checkpoints: Path = CHECKPOINTS
-    scales: Path | None = None
-    loras: tuple[Path, ...] = ()
     backends: tuple[str, ...] = ()
 
 
@@ -86,13 +82,7 @@ def explain(request: ExplainRequest, progress: Progress = unheard) -> ExplainRep
     bundle = Bundle.open(request.bundle)
     backends = runnable(bundle, request.backends)
     progress("loading the checkpoint", 0, 1)
-    subject = open_subject(
-        bundle,
-        checkpoint=request.checkpoint,
-        folder=request.checkpoints,
-        scales=request.scales,
-        loras=request.loras,
-    )
+    subject = open_subject(bundle, request)
     sides = sides_of(subject, lean=True)
     rows: list[ParityRow] = []
     for failure in failures(subject, backends, sides, rows, progress):

@@ -4,39 +4,55 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stiv_deploy.calibration.scales import Scales, load_scales
-from stiv_deploy.export.graphs.lora import loras_of, merge_loras
+from stiv_deploy.export.graphs.lora import merge_loras
 from stiv_deploy.export.parity.ladder import ParityReport, Subject
 from stiv_deploy.runtime.bundle.bundle import Bundle, write_manifest
+from stiv_deploy.runtime.bundle.lora import Lora, read_lora
 from stiv_deploy.runtime.errors import BundleError
 from stiv_deploy.runtime.files import sha256
 from stiv_deploy.stiv_ref.checkpoint import CheckpointFolder, open_checkpoint
 from stiv_deploy.stiv_ref.errors import StivRefError
 
+CHECKPOINTS = Path("checkpoints")
 
-def open_subject(
-    bundle: Bundle,
-    *,
-    checkpoint: Path | None = None,
-    folder: Path,
-    scales: Path | None = None,
-    loras: Sequence[Path] = (),
-) -> Subject:
-    """``bundle`` with the checkpoint and the scales that it was exported from, with the ``loras`` that were merged.
 
-    Without ``checkpoint`` it is the one among the folders in ``folder``; for ``scales`` see :func:`opened_scales`, for
-    ``loras`` :func:`~stiv_deploy.export.graphs.lora.loras_of`. Raises :class:`BundleError` if they are other ones or
-    not found, before the checkpoint is loaded.
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """What a bundle was exported from: its ``checkpoint``, its ``scales``, the ``loras`` that were merged.
+
+    Without ``checkpoint`` it is the one among the folders in ``checkpoints`` with the bundle's hash, without ``scales``
+    and ``loras`` they are the files with their hashes in or beside the bundle.
     """
-    found = _below(folder, bundle) if checkpoint is None else _named(checkpoint, bundle)
-    ranges = opened_scales(bundle, scales)
-    merged = loras_of(bundle, loras)
+
+    checkpoint: Path | None = None
+    checkpoints: Path = CHECKPOINTS
+    scales: Path | None = None
+    loras: tuple[Path, ...] = ()
+
+
+def open_subject(bundle: Bundle, sources: Sources) -> Subject:
+    """``bundle`` with its checkpoint, LoRAs merged, and scales.
+
+    Raises :class:`BundleError` if they are other ones or not found, before the checkpoint is loaded.
+    """
+    given = sources.checkpoint
+    found = _below(sources.checkpoints, bundle) if given is None else _named(given, bundle)
+    ranges = opened_scales(bundle, sources.scales)
+    merged = loras_of(bundle, sources.loras)
     loaded = found.load()
     merge_loras(loaded, merged)
     return Subject(bundle=bundle, checkpoint=loaded, scales=ranges)
+
+
+def _tensors_near(bundle: Bundle) -> list[Path]:
+    """Files of tensors in the bundle's folder and beside it."""
+    folders = (bundle.folder, bundle.folder.absolute().parent)
+    return [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
 
 
 def _below(folder: Path, bundle: Bundle) -> CheckpointFolder:
@@ -73,9 +89,7 @@ def opened_scales(bundle: Bundle, scales: Path | None) -> Scales | None:
             raise BundleError(f"{bundle.folder}: this bundle has no 8-bit layers; leave out --scales")
         return None
     if scales is None:
-        folders = (bundle.folder, bundle.folder.absolute().parent)
-        candidates = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
-        scales = next((path for path in candidates if sha256(path) == record.scales), None)
+        scales = next((path for path in _tensors_near(bundle) if sha256(path) == record.scales), None)
         if scales is None:
             raise BundleError(
                 f"{bundle.folder}: the scales it was exported with are neither in it nor beside it; "
@@ -85,6 +99,25 @@ def opened_scales(bundle: Bundle, scales: Path | None) -> Scales | None:
         what = "not what this bundle was exported with" if scales.is_file() else "no such file"
         raise BundleError(f"{scales}: {what} (SHA-256 {record.scales[:12]}); name the right scales with --scales")
     return load_scales(scales)
+
+
+def loras_of(bundle: Bundle, named: Sequence[Path]) -> tuple[Lora, ...]:
+    """What was merged into ``bundle``, from the files ``named``, or in the bundle's folder or beside it.
+
+    Raises :class:`BundleError` for a file that is not there, or that was not merged.
+    """
+    wanted = {each.sha256: each for each in bundle.manifest.lora}
+    candidates = list(named) or (_tensors_near(bundle) if wanted else [])
+    hashes = {path: sha256(path) if path.is_file() else "" for path in candidates}
+    if strange := [path for path in named if hashes[path] not in wanted]:
+        raise BundleError(f"{strange[0]}: no LoRA that was merged into {bundle.folder}; name those that were")
+    known = {digest: path for path, digest in hashes.items()}
+    if missing := [each for each in wanted.values() if each.sha256 not in known]:
+        raise BundleError(
+            f"{bundle.folder}: the LoRA {missing[0].name} (SHA-256 {missing[0].sha256[:12]}) that was merged into it "
+            "is neither in it nor beside it; name the file with --lora"
+        )
+    return tuple(read_lora(known[each.sha256], each.scale) for each in bundle.manifest.lora)
 
 
 def report_json(report: ParityReport) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stiv_deploy.export.errors import ExportError
-from stiv_deploy.export.parity.files import open_subject, record_rows
+from stiv_deploy.export.parity.files import Sources, open_subject, record_rows
 from stiv_deploy.export.parity.ladder import ParityReport, climb
 from stiv_deploy.runtime.backends import runnable
 from stiv_deploy.runtime.bundle.bounds import STEP_LIMIT
@@ -12,25 +12,18 @@ from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.files import make_folder
 from stiv_deploy.runtime.progress import Progress, unheard
 
-CHECKPOINTS = Path("checkpoints")
 LEAST_STEPS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParityRequest:
+class ParityRequest(Sources):
     """A measurement of the bundle in the folder ``bundle``, along trajectories of so many ``steps``.
 
-    Without ``checkpoint`` the one among the folders in ``checkpoints`` with the bundle's hash is taken, without
-    ``scales`` and ``loras`` the files with their hashes in or beside the bundle, without ``backends`` all that can run
-    the bundle here. ``record`` keeps the rows in the bundle's manifest. Raises :class:`ExportError` for too few or too
-    many steps.
+    Without ``backends`` all that can run the bundle here are taken. ``record`` keeps the rows in the bundle's manifest.
+    Raises :class:`ExportError` for too few or too many steps.
     """
 
     bundle: Path
-    checkpoint: Path | None = None
-    checkpoints: Path = CHECKPOINTS
-    scales: Path | None = None
-    loras: tuple[Path, ...] = ()
     backends: tuple[str, ...] = ()
     steps: int = 10
     record: bool = True
@@ -52,13 +45,7 @@ def run_parity(request: ParityRequest, progress: Progress = unheard) -> ParityRe
         make_folder(bundle.folder, "give --no-record, or copy the bundle to a folder you own")
     backends = runnable(bundle, request.backends)
     progress("loading the checkpoint", 0, 1)
-    subject = open_subject(
-        bundle,
-        checkpoint=request.checkpoint,
-        folder=request.checkpoints,
-        scales=request.scales,
-        loras=request.loras,
-    )
+    subject = open_subject(bundle, request)
     report = climb(subject, backends, request.steps, progress)
     if request.record:
         record_rows(bundle, report)

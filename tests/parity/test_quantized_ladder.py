@@ -17,7 +17,7 @@ from stiv_deploy.calibration.stage import calibrate
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
 from stiv_deploy.export.graphs.draws import quantized_gate, rel_l2
 from stiv_deploy.export.parity.draws import Draws
-from stiv_deploy.export.parity.files import open_subject
+from stiv_deploy.export.parity.files import Sources, open_subject
 from stiv_deploy.export.parity.ladder import climb
 from stiv_deploy.export.parity.oracle import Oracle
 from stiv_deploy.export.parity.requests import Request, parity_requests
@@ -57,7 +57,7 @@ def test_fp8_bundle_passes_and_one_with_a_lost_bit_fails(
     request = ExportRequest(checkpoint=checkpoint, out=tmp_path / "good", precision="float16", check=False, **files)
     export_bundle(request)
     opened = Bundle.open(tmp_path / "good")
-    subject = open_subject(opened, checkpoint=checkpoint, folder=Path("unused"), scales=scale_files["fp8"])
+    subject = open_subject(opened, Sources(checkpoint=checkpoint, scales=scale_files["fp8"]))
     report = climb(subject, ["onnxruntime"], 2)
     assert report.passed, [row for row in report.rows if not row.passed]
     levels = {row.level for row in report.rows}

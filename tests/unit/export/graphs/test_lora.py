@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
 from stiv_deploy.export.graphs.lora import linear_shapes
-from stiv_deploy.export.parity.files import open_subject
+from stiv_deploy.export.parity.files import Sources, open_subject
 from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime import StivPipeline
 from stiv_deploy.runtime.bundle.bundle import Bundle
@@ -95,7 +95,7 @@ def test_parity_compares_with_what_was_merged(
     opened = Bundle.open(place)
 
     def subject(*loras: Path) -> Any:
-        return open_subject(opened, checkpoint=micro_path, folder=tmp_path, loras=loras)
+        return open_subject(opened, Sources(checkpoint=micro_path, loras=loras))
 
     with pytest.raises(
         BundleError, match=r"the LoRA some.safetensors \(SHA-256 .*\) that was merged into it is neither"
