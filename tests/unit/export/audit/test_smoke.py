@@ -116,8 +116,8 @@ def test_float32_is_audited_without_fused_attention(bundle: Path) -> None:
     assert found["ffn.up GEMM"] == "Float x Float -> Float"
 
 
-def test_the_step_is_two_kernels(bundle: Path, tmp_path: Path) -> None:
-    """Both norms, and everything else: why there is no guidance plugin (runtime/plugins/README.md)."""
+def test_the_step_is_four_kernels(bundle: Path, tmp_path: Path) -> None:
+    """Sums over positions, two small ones that end norms, the rest: no guidance plugin (runtime/plugins/README.md)."""
     manifest = Bundle.open(bundle).manifest
     record, report = manifest.graphs["step"], tmp_path / "report.txt"
     job = EngineJob(
@@ -130,4 +130,4 @@ def test_the_step_is_two_kernels(bundle: Path, tmp_path: Path) -> None:
         report=str(report),
     )
     build_engine(job)
-    assert sum(layer.is_kernel for layer in read_report(report)) == 2
+    assert sum(layer.is_kernel for layer in read_report(report)) == 4
