@@ -1,7 +1,7 @@
 """``stiv`` with another scheduler than its own, to compare with: ``python benchmarks/policies.py POLICY serve BUNDLE``.
 
-``fifo``: one clip at a time, in the order that they came. ``request``: clips that wait are batched, and nobody joins a
-batch that runs. ``step``: the product's own, between steps.
+``fifo``: one clip at a time, in the order that they came. ``request``: clips that wait are batched in that order, and
+nobody joins a batch that runs. ``step``: the product's own, between steps, short clips before long ones.
 """
 
 import sys
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from stiv_deploy.runtime.command.main import main
-from stiv_deploy.serving.workers import process, supervisor
+from stiv_deploy.serving.workers import order, process, supervisor
 from stiv_deploy.serving.workers.lane import Lane
 
 POLICIES = ("fifo", "request", "step")
@@ -33,6 +33,8 @@ def one_at_a_time(lane: Lane, _rows: int) -> bool:
 def adopt(policy: str) -> None:
     """Let lanes of this process follow ``policy``."""
     lane: Any = Lane
+    if policy != "step":
+        order.STRETCH = 0.0
     if policy == "fifo":
         lane.room = one_at_a_time
     elif policy == "request":

@@ -6,8 +6,6 @@ from stiv_deploy.serving.store.jobs import Job, Measured, Size
 
 WORTH = 1.9
 """A batch twice as large is worth it while it costs less than this many times as much."""
-SHARED = 4
-"""Clips that may share a batch where no larger one is worth it: they take as long together, and short ones less."""
 
 
 class Costs:
@@ -57,10 +55,11 @@ class Costs:
         return sum(known) / max(1, workers) if len(known) == len(costs) else None
 
 
-def worthwhile_rows(seconds: Mapping[int, float], shared: int) -> int:
-    """The most rows of a batch, from the ``seconds`` of a call by rows: at least ``shared``, if there are so many.
+def worthwhile_rows(seconds: Mapping[int, float]) -> int:
+    """The most rows of a batch, from the ``seconds`` of a call by rows.
 
-    More rows are taken as long as twice as many cost less than ``WORTH`` times as much.
+    More rows are taken as long as twice as many cost less than ``WORTH`` times as much. Clips that share a batch which
+    is not worth it end no sooner, and most of them later, than one after another.
     """
     rungs = sorted(seconds)
     best = rungs[0]
@@ -68,7 +67,7 @@ def worthwhile_rows(seconds: Mapping[int, float], shared: int) -> int:
         if seconds[rung] >= seconds[best] * WORTH ** ((rung / best) - 1):
             break
         best = rung
-    return min(max(best, shared), rungs[-1])
+    return best
 
 
 def _nearest(known: Mapping[Size, object], size: Size) -> tuple[Size | None, float]:

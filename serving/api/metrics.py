@@ -14,7 +14,7 @@ COUNTERS = {
     REQUESTS: ("outcome", "Jobs that ended, by how: completed, deleted, or the code of their failure."),
     HITS: ("", "Jobs that were done at once, with the files of an equal one."),
     TAKEN_BACK: ("", "Jobs taken from workers that had died or stood still."),
-    "preemptions": ("", "Clips that paused for one of higher priority."),
+    "preemptions": ("", "Clips that paused for a more urgent one."),
     "prompt_cache_hits": ("", "Prompts that had been encoded before."),
     "steps": ("rows", "Calls of the model, by their rows."),
     "rows": ("kind", "Rows of calls of the model: computed, and used by some clip."),

@@ -32,7 +32,7 @@ from stiv_deploy.serving.settings import ServeSettings
 from stiv_deploy.serving.spans import TRACE, Carrier, Spans
 from stiv_deploy.serving.store.jobs import LEASE, Job, JobStore, State, new_id
 from stiv_deploy.serving.store.results import Results
-from stiv_deploy.serving.workers.order import rank
+from stiv_deploy.serving.workers.order import order_of
 
 log = logging.getLogger(__name__)
 CHOICES = {"guidance_mode": GuidanceMode, "solver": Solver, "unseen": Unseen, "fit": Fit}
@@ -215,7 +215,8 @@ class Service:
     def _outlook_of(self, job: Job) -> Outlook:
         """The queue, with only those waiting that come before a new ``job``."""
         look, now = self.outlook(), self._clock()
-        before = tuple(each for each in look.waiting if rank(each, now) < rank(job, now))
+        order = order_of([*look.waiting, job], look.costs.alone)
+        before = tuple(each for each in look.waiting if order.rank(each, now) < order.rank(job, now))
         return Outlook(before, look.running, look.costs, look.workers)
 
     def _next_place(self) -> float:
@@ -233,9 +234,10 @@ class Service:
             return self._looked[1]
 
     def _look(self) -> Outlook:
-        now = self._clock()
-        waiting = sorted(self.store.waiting(), key=lambda job: rank(job, now))
+        now, waiting = self._clock(), self.store.waiting()
         costs = Costs(self.store.measurements(self.bundle.hash))
+        order = order_of(waiting, costs.alone)
+        waiting.sort(key=lambda job: order.rank(job, now))
         return Outlook(tuple(waiting), tuple(self.store.running()), costs, len(self.store.workers()))
 
     def job(self, owner: str, job: str) -> Job:

@@ -1,12 +1,13 @@
 """Clips of one size in one engine: who is in, who has to wait, and what a tick brings."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from stiv_deploy.runtime.sampling.engine import StepEngine, Tick
-from stiv_deploy.serving.store.jobs import Size
+from stiv_deploy.serving.store.jobs import Job, Size
 from stiv_deploy.serving.workers.clips import Clip
+from stiv_deploy.serving.workers.order import Urgency
 
 
 class Lane:
@@ -61,14 +62,10 @@ class Lane:
         """Take note that the engine has let go of ``slot``."""
         return self._running.pop(slot)
 
-    def lower(self, priority: int) -> Clip | None:
-        """The clip to pause for one of ``priority``: the least important, last come, and between two steps."""
-        found = [
-            clip
-            for slot, clip in self._running.items()
-            if clip.job.priority < priority and self._engine.between_steps(slot)
-        ]
-        return min(found, key=lambda clip: (clip.job.priority, -clip.job.created), default=None)
+    def last(self, urgency: Callable[[Job], Urgency]) -> Clip | None:
+        """The clip to pause first, the least urgent of those between two steps; ``None`` if none is."""
+        found = [clip for slot, clip in self._running.items() if self._engine.between_steps(slot)]
+        return max(found, key=lambda clip: urgency(clip.job), default=None)
 
     def between_steps(self) -> bool:
         """Whether all clips are between two steps."""

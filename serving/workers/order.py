@@ -1,20 +1,51 @@
-"""Who is next: jobs by priority, deadline and age; sizes by turns, each for an equal share of the device's time."""
+"""Who is next: jobs by priority, deadline and length; sizes by turns, each for an equal share of the device's time."""
 
 import math
-from collections.abc import Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from typing import Generic, TypeVar
 
 from stiv_deploy.serving.store.jobs import Job
 
 AGEING = 60.0
 """Seconds of waiting that count as much as one step of priority: nobody waits for ever."""
+STRETCH = 10.0
+"""A job without a deadline is best done within so many times what it takes alone: short ones need not wait for long."""
 Lane = TypeVar("Lane", bound=Hashable)
+Urgency = tuple[float, float, float]
+"""Sorts jobs, the most urgent first."""
 
 
-def rank(job: Job, now: float) -> tuple[float, float, float]:
-    """Sorts jobs, the most urgent first: by priority with age, then by deadline, then by when they came."""
-    aged = job.priority + math.floor(max(0.0, now - job.created) / AGEING)
-    return -aged, math.inf if job.due is None else job.due, job.created
+class Order:
+    """Which of the jobs that were seen is more urgent: by priority, by deadline, by when each is best done.
+
+    That is told once, when a job is first seen: what it is thought to take may change, its place does not.
+    """
+
+    def __init__(self) -> None:
+        self._best: dict[str, float] = {}
+
+    def see(self, jobs: Iterable[Job], alone: Callable[[Job], float | None]) -> None:
+        """These ``jobs`` are there now, and no others; ``alone`` tells the seconds that one takes, if it is known."""
+        told = self._best
+        self._best = {
+            job.id: told[job.id] if job.id in told else job.created + STRETCH * (alone(job) or 0.0) for job in jobs
+        }
+
+    def urgency(self, job: Job) -> Urgency:
+        """By its priority as it came: whom it may take the place of."""
+        return -float(job.priority), math.inf if job.due is None else job.due, self._best[job.id]
+
+    def rank(self, job: Job, now: float) -> Urgency:
+        """By its priority with age: who is let in first."""
+        priority, due, best = self.urgency(job)
+        return priority - math.floor(max(0.0, now - job.created) / AGEING), due, best
+
+
+def order_of(jobs: Iterable[Job], alone: Callable[[Job], float | None]) -> Order:
+    """The order of ``jobs``, see :meth:`Order.see`."""
+    order = Order()
+    order.see(jobs, alone)
+    return order
 
 
 class Turns(Generic[Lane]):

@@ -18,7 +18,7 @@ import numpy as np
 from stiv_deploy.runtime.errors import OutputError, StivError, one_line
 from stiv_deploy.runtime.pipeline.previews import preview_picture
 from stiv_deploy.runtime.sampling.engine import Tick
-from stiv_deploy.serving.costs import SHARED, Costs, worthwhile_rows
+from stiv_deploy.serving.costs import Costs, worthwhile_rows
 from stiv_deploy.serving.errors import StoreError
 from stiv_deploy.serving.settings import ServeSettings
 from stiv_deploy.serving.spans import Spans
@@ -28,8 +28,8 @@ from stiv_deploy.serving.store.tallies import Tallies
 from stiv_deploy.serving.workers.clips import Clip, Decoding, pause_arrays, pause_of, write_files
 from stiv_deploy.serving.workers.gates import suspicions
 from stiv_deploy.serving.workers.lane import Lane
-from stiv_deploy.serving.workers.order import Turns, rank
-from stiv_deploy.serving.workers.workshop import FEWEST, Workshop
+from stiv_deploy.serving.workers.order import Order, Turns
+from stiv_deploy.serving.workers.workshop import Workshop
 
 SIZES = 2
 """Sizes that have an engine at a time."""
@@ -70,6 +70,7 @@ class Scheduler:
         self._name, self._clock, self._spans = name, clock, spans or Spans()
         self._lanes: dict[Size, Lane] = {}
         self._turns: Turns[Size] = Turns(QUANTUM)
+        self._order = Order()
         self._writer = ThreadPoolExecutor(1, "writer")
         self._writing: dict[str, Future[None]] = {}
         self._unwritten: StoreError | None = None
@@ -169,11 +170,13 @@ class Scheduler:
         self._clean_up(job)
 
     def _take(self) -> None:
-        """Let in those who are most urgent, as far as there is room, in place of those of lower priority."""
+        """Let in those who are most urgent, as far as there is room, in place of those who are less so."""
         now = self._clock()
         paused = {clip.job.id: clip for lane in self._lanes.values() for clip in lane.paused}
         jobs = [*(clip.job for clip in paused.values()), *self._store.waiting()]
-        for job in sorted(jobs, key=lambda each: rank(each, now)):
+        running = [clip.job for lane in self._lanes.values() for clip in lane.running]
+        self._order.see([*jobs, *running], Costs(self._measured(self._seconds)).alone)
+        for job in sorted(jobs, key=lambda each: self._order.rank(each, now)):
             if self._must_wait(job):
                 self._room = True
                 return
@@ -239,15 +242,16 @@ class Scheduler:
                 slots //= 2
         for rows, each in seconds.items():
             self._measure(size, rows, each)
-        self._lanes[size] = Lane(size, engine, worthwhile_rows(seconds, SHARED * FEWEST))
+        self._lanes[size] = Lane(size, engine, worthwhile_rows(seconds))
 
     def _make_room(self, lane: Lane, job: Job) -> bool:
+        urgency = self._order.urgency
         while not lane.room(job.rows):
-            lower = lane.lower(job.priority)
-            if lower is None:
-                self._room = self._room or any(clip.job.priority < job.priority for clip in lane.running)
+            last = lane.last(urgency)
+            if last is None or urgency(last.job) <= urgency(job):
+                self._room = self._room or any(urgency(clip.job) > urgency(job) for clip in lane.running)
                 return False
-            lane.pause(lower)
+            lane.pause(last)
             self._tallies.count("preemptions")
         return True
 

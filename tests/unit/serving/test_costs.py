@@ -38,14 +38,12 @@ def test_what_is_done_costs_no_more() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "shared", "rows"),
+    ("seconds", "rows"),
     [
-        ({2: 1.0, 4: 1.2, 8: 2.0, 12: 2.5}, 2, 12),  # a GPU that idles
-        ({2: 1.0, 4: 1.2, 8: 2.4, 12: 3.6}, 2, 4),  # full at 4 rows
-        ({2: 1.0, 4: 2.0, 8: 4.0, 12: 6.0}, 2, 2),  # full from the start
-        ({2: 1.0, 4: 2.0, 8: 4.0, 12: 6.0}, 8, 8),  # clips share it none the less
-        ({2: 1.0, 3: 1.5}, 8, 3),
+        ({2: 1.0, 4: 1.2, 8: 2.0, 12: 2.5}, 12),  # a GPU that idles
+        ({2: 1.0, 4: 1.2, 8: 2.4, 12: 3.6}, 4),  # full at 4 rows
+        ({2: 1.0, 4: 2.0, 8: 4.0, 12: 6.0}, 2),  # full from the start
     ],
 )
-def test_a_batch_grows_while_it_is_worth_it(seconds: dict[int, float], shared: int, rows: int) -> None:
-    assert worthwhile_rows(seconds, shared) == rows
+def test_a_batch_grows_while_it_is_worth_it(seconds: dict[int, float], rows: int) -> None:
+    assert worthwhile_rows(seconds) == rows

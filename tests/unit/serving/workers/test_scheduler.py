@@ -110,24 +110,26 @@ def test_a_result_that_cannot_be_written_fails_its_job_alone(place: Any, monkeyp
     assert place.look(job)["error"]["code"] == "storage_error"
 
 
-def test_urgent_clips_go_first_and_paused_ones_go_on(
-    place_of: Callable[..., Any], bundle_path: Path, finished: Callable[..., None]
+@pytest.mark.parametrize("priority", [5, 0])
+def test_urgent_and_short_clips_go_first_and_paused_ones_go_on(
+    place_of: Callable[..., Any], bundle_path: Path, finished: Callable[..., None], priority: int
 ) -> None:
     place = place_of(bundle_path, slots=1)
     worker = place.worker()
-    calm = place.ask(num_inference_steps=6)["id"]
+    worker.prepare()
+    calm = place.ask(num_inference_steps=40)["id"]
     for _ in range(3):
         worker.turn()
-    urgent = place.ask(num_inference_steps=2, priority=5, seed=2)["id"]
+    urgent = place.ask(num_inference_steps=2, priority=priority, seed=2)["id"]
     for _ in range(2):
         worker.turn()
     assert place.look(calm)["status"] == "in_progress"
     finished(worker)
-    assert place.look(urgent)["stiv"]["priority"] == 5
+    assert place.look(urgent)["stiv"]["priority"] == priority
     first = [place.store.get(job).finished for job in (urgent, calm)]
     assert first == sorted(first)
     paused = taken(place, calm)
-    again = place.ask(num_inference_steps=6)["id"]
+    again = place.ask(num_inference_steps=40)["id"]
     finished(place.worker("other"))
     assert place.sheet(again) == paused  # as if it had never been
 
