@@ -8,7 +8,7 @@ drawn from ``--seed``, on a server of its own, first as a burst (all at once: th
 an open loop: they come by a Poisson process at ``--load`` of what ``fifo`` can take, whether or not others are done.
 Short and long jobs, two sizes, with and without guidance; some are cancelled. A job's time is from when it was due to
 come to its end in the job store, so that a slow server does not slow down its load. Its service level is ``--slo``
-times what its kind takes alone. Loopback only.
+times what its kind takes alone. Loopback only. What is done is told on stderr, and kept in ``--out`` after each rung.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +32,8 @@ from command import run
 from served import Served, serving
 
 from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.errors import MeasurementError
+from stiv_deploy.runtime.files import write_text
 
 LADDER = {"fifo": "fifo", "request": "request", "step": "step", "deadlines": "step"}
 """Rungs, and the policy of each."""
@@ -235,15 +237,17 @@ class Plan:
     rungs: tuple[str, ...] = tuple(LADDER)
     repeats: int = 3
 
-    def climb(self, bundle: Path) -> dict[str, Any]:
-        """All rungs, and what each is worth against the first."""
+    def climb(self, bundle: Path) -> Iterator[dict[str, Any]]:
+        """After each rung all rungs so far, and what each is worth against the first."""
         alone: dict[Kind, float] = {}
-        rungs = {name: self._rung(name, bundle, alone) for name in self.rungs}
-        return {
-            "alone_seconds": {kind.name: round(seconds, 3) for kind, seconds in alone.items()},
-            "rungs": rungs,
-            "ratios": ratios(rungs),
-        }
+        rungs: dict[str, Any] = {}
+        for name in self.rungs:
+            rungs[name] = self._rung(name, bundle, alone)
+            yield {
+                "alone_seconds": {kind.name: round(seconds, 3) for kind, seconds in alone.items()},
+                "rungs": rungs,
+                "ratios": ratios(rungs),
+            }
 
     def _rung(self, name: str, path: Path, alone: dict[Kind, float]) -> dict[str, Any]:
         bundle, random = Bundle.open(path), np.random.default_rng(self.seed)
@@ -255,18 +259,20 @@ class Plan:
                 else:
                     Client(server, bundle, self.steps).sent([Call(kind, 0.0, None) for kind in KINDS], {})  # warm-up
                 deadlines = {kind: self.slo * each for kind, each in alone.items()} if name == "deadlines" else None
-                return self._measured(Client(server, bundle, self.steps, deadlines), server, alone, random)
+                client = Client(server, bundle, self.steps, deadlines)
+                return self._measured(name, client, server, alone, random)
 
     def _measured(
-        self, client: Client, server: Served, alone: dict[Kind, float], random: np.random.Generator
+        self, name: str, client: Client, server: Served, alone: dict[Kind, float], random: np.random.Generator
     ) -> dict[str, Any]:
         client._seeds = iter(range(10**6, 10**9))  # nothing of the warm-up comes again
         burst = drawn(self.jobs, np.zeros(self.jobs), random)
         mean = statistics.fmean(alone[call.kind] for call in burst)
         calls = drawn(self.jobs, random.exponential(mean / self.load, self.jobs), random)
-        before = server.metrics()
-        found = {"burst": summary(client.sent(burst, alone), alone, self.slo)}
-        found["poisson"] = summary(client.sent(calls, alone), alone, self.slo)
+        before, found = server.metrics(), {}
+        for load, jobs in (("burst", burst), ("poisson", calls)):
+            found[load] = summary(client.sent(jobs, alone), alone, self.slo)
+            typer.echo(f"{name} {load}: {found[load]['completed']} jobs in {found[load]['seconds']:.0f} s", err=True)
         after = server.metrics()
         latency = quantile(after, "stiv_cancel_latency_seconds", 0.99)
         return found | {"occupancy": round(occupancy(before, after), 3), "cancel_latency_p99_at_most": latency}
@@ -295,19 +301,25 @@ def main(
     short: Annotated[int, typer.Option(min=1, help="Steps of short jobs.")] = 4,
     long: Annotated[int, typer.Option(min=1, help="Steps of long jobs.")] = 80,
     seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0,
+    rung: Annotated[list[str] | None, typer.Option(help="Of the ladder; repeatable.", show_default="all")] = None,
 ) -> None:
     """Put each rung of the ladder under the same load, print what came of it, and write it as JSON."""
-    plan = Plan(jobs, load, slo, seed, {"short": short, "long": long})
-    result = {
+    rungs = tuple(rung or LADDER)
+    if unknown := [each for each in rungs if each not in LADDER]:
+        raise MeasurementError(f"--rung: there is no {unknown[0]!r}; there are {', '.join(LADDER)}")
+    plan = Plan(jobs, load, slo, seed, {"short": short, "long": long}, rungs)
+    head = {
         "date": datetime.now(UTC).date().isoformat(),
         "command": f"python benchmarks/bench_serve.py BUNDLE --jobs {jobs} --load {load:g} --slo {slo:g}"
-        f" --short {short} --long {long} --seed {seed}",
+        f" --short {short} --long {long} --seed {seed}" + "".join(f" --rung {each}" for each in rung or ()),
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        **plan.climb(bundle),
     }
-    typer.echo(json.dumps(result, indent=2))
-    if out is not None:
-        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    text = ""
+    for found in plan.climb(bundle):
+        text = json.dumps(head | found, indent=2)
+        if out is not None:
+            write_text(out, text + "\n")
+    typer.echo(text)
 
 
 if __name__ == "__main__":
