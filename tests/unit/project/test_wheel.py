@@ -5,6 +5,7 @@ import subprocess
 import sys
 import venv
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import stiv_deploy
 ROOT = Path(__file__).parents[3]
 PACKAGES = ("calibration", "export", "runtime", "serving", "stiv_deploy", "stiv_ref")
 OFFLINE = ("NewConnectionError", "ConnectTimeoutError", "Temporary failure in name resolution", "ProxyError")
+
+Once = Callable[..., Path]
 
 pytestmark = pytest.mark.slow
 
@@ -31,27 +34,31 @@ def pip(python: Path | str, *arguments: object) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def wheel(once: Once) -> Path:
     """A wheel built from a clean copy of the sources: an old build/ must not leak into it."""
-    source = tmp_path_factory.mktemp("source")
+    (built,) = (once("wheel", build_wheel) / "dist").glob("*.whl")
+    return built
+
+
+def build_wheel(source: Path) -> None:
+    """Copy the sources to ``source`` and build a wheel in its dist/."""
     for name in PACKAGES:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     pip(sys.executable, "wheel", "--quiet", "--no-deps", "--wheel-dir", source / "dist", source)
-    (built,) = (source / "dist").glob("*.whl")
-    return built
 
 
-@pytest.fixture(scope="module")
-def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def bare(wheel: Path, once: Once) -> Path:
     """The scripts folder of a new virtual environment that holds the wheel and its base dependencies."""
-    folder = tmp_path_factory.mktemp("bare")
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    pip(python, "install", "--quiet", "--constraint", ROOT / "constraints.txt", wheel)
-    return folder / "bin"
+
+    def make(folder: Path) -> None:
+        venv.create(folder, with_pip=True)
+        pip(folder / "bin" / "python", "install", "--quiet", "--constraint", ROOT / "constraints.txt", wheel)
+
+    return once("bare", make) / "bin"
 
 
 CHECKOUT_ONLY = {".h", ".cuh", ".cu", ".cpp", ".cmake", ".sh", ".md"}
