@@ -78,6 +78,34 @@ class Subject:
     scales: Scales | None = None
 
 
+class Walk(NamedTuple):
+    """The float64 reference's run of a request.
+
+    ``points`` are its latents [1, T, C, h, w] before each step, in float32, ``velocities`` the guided ones there,
+    ``end`` the latents that it comes to.
+    """
+
+    request: Request
+    points: list[Tensor]
+    velocities: list[Tensor]
+    end: Tensor
+
+
+def walk(truth: Oracle, request: Request, news: News) -> Walk:
+    """Let the reference ``truth`` sample ``request``."""
+    points: list[Tensor] = []
+    velocities: list[Tensor] = []
+    news.next(f"the reference: {request.name}")
+
+    def keep(step: int, before: Tensor, velocity: Tensor) -> None:
+        points.append(before.float())
+        velocities.append(velocity)
+        news.more(f"the reference: {request.name}, step {step + 1}")
+
+    end = sample(truth.boundary, truth.sampling_inputs(request), request.settings, keep)
+    return Walk(request, points, velocities, end)
+
+
 class Sides(NamedTuple):
     """What a backend is measured by: the reference in float64 and in the bundle's precision, and draws in 8 bits."""
 
@@ -234,36 +262,25 @@ class Ladder:
         types = {tensor.name: getattr(torch, tensor.dtype) for tensor in spec.inputs}
         return {name: inputs[name].to(dtype).contiguous() for name, dtype in types.items()}
 
-    def trajectory(self, request: Request) -> None:
+    def trajectory(self, walk: Walk) -> None:
         """Levels step and teacher-forced: each step of the oracle's run, from the oracle's latents."""
-        points: list[Tensor] = []
-        truth: list[Tensor] = []
-
-        name = f"{self.backend.name}: {request.name}"
-        self.news.next(f"{name}, the reference's steps")
-
-        def keep(step: int, before: Tensor, velocity: Tensor) -> None:
-            points.append(before.float())
-            truth.append(velocity)
-            self.news.more(f"{name}, step {step + 1} of the reference")
-
-        sample(self.truth.boundary, self.truth.sampling_inputs(request), request.settings, keep)
-        self.news.more(f"{name}, {len(points)} steps from the reference's latents")
+        request = walk.request
+        self.news.next(f"{self.backend.name}: {request.name}, {len(walk.points)} steps from the reference's latents")
         runner = TeacherForced(self.backend, self.bundle, self.dims(request), request)
-        got = [runner.velocity(latents, step) for step, latents in enumerate(points)]
+        got = [runner.velocity(latents, step) for step, latents in enumerate(walk.points)]
         if self.draws is None:
-            self._steps(request, points, got, truth)
+            self._steps(walk, got)
         else:
-            self._quantized_steps(request.name, torch.cat(got), self.draws.velocities(request, points), truth)
+            draws = self.draws.velocities(request, walk.points)
+            self._quantized_steps(request.name, torch.cat(got), draws, walk.velocities)
 
-    def _steps(
-        self, request: Request, points: Sequence[Tensor], got: Sequence[Tensor], truth: Sequence[Tensor]
-    ) -> None:
+    def _steps(self, walk: Walk, got: Sequence[Tensor]) -> None:
         """The teacher-forced row is the step that comes nearest to its gate."""
+        request, truth = walk.request, walk.velocities
         inputs, steps = self.plain.sampling_inputs(request), pairwise(request.times())
         plain = [
             self.plain.guided_velocity(latents, inputs, request.settings, times)
-            for latents, times in zip(points, steps, strict=True)
+            for latents, times in zip(walk.points, steps, strict=True)
         ]
         gates = [gate_of("teacher_forced", self.precision, rel_l2(*pair)) for pair in zip(plain, truth, strict=True)]
         shares = [rel_l2(*pair) / gate for *pair, gate in zip(got, truth, gates, strict=True)]
@@ -277,15 +294,10 @@ class Ladder:
         self.add_quantized("step", name, got[0], [draw[0] for draw in draws], whole[0])
         self.add_quantized("teacher_forced", name, got, draws, whole)
 
-    def free_run(self, request: Request) -> None:
+    def free_run(self, walk: Walk) -> None:
         """Level free_run: the whole loop by itself; given frames must be bit-equal; then the gates on the video."""
-        name = f"{self.backend.name}: {request.name}, free run"
-        self.news.next(name)
-
-        def tell(step: int, _before: Tensor, _velocity: Tensor) -> None:
-            self.news.more(f"{name}, step {step + 1} of the reference")
-
-        truth = sample(self.truth.boundary, self.truth.sampling_inputs(request), request.settings, tell)
+        request, truth = walk.request, walk.end
+        self.news.next(f"{self.backend.name}: {request.name}, free run")
         latents = torch.from_numpy(free_run(self.backend, self.bundle, self.dims(request), request))
         if self.draws is None:
             plain = sample(self.plain.boundary, self.plain.sampling_inputs(request), request.settings)
@@ -337,16 +349,17 @@ def climb(subject: Subject, backends: Sequence[str], steps: int, progress: Progr
     requests = parity_requests(bundle.manifest, checkpoint, steps)
     sides = sides_of(subject)
     graphs = bundle.manifest.graphs.keys() - {FRAMES}  # whose row is the clip's
-    news = News(progress, len(backends) * (len(graphs) + 2 * len(requests)))
+    news = News(progress, len(requests) + len(backends) * (len(graphs) + 2 * len(requests)))
+    walks = [walk(sides.truth, request, news) for request in requests]
     ladders = []
     for name in backends:
         with open_backend(name, bundle, quarantined=True) as backend:
             ladder = Ladder(backend, subject.bundle, sides, news)
             ladder.graphs(requests[-1])
-            for request in requests:
-                ladder.trajectory(request)
-            for request in requests:
-                ladder.free_run(request)
+            for each in walks:
+                ladder.trajectory(each)
+            for each in walks:
+                ladder.free_run(each)
         ladders.append(ladder)
     return ParityReport(
         rows=tuple(row for ladder in ladders for row in ladder.rows),

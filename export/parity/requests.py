@@ -1,6 +1,7 @@
 """The requests that the parity ladder runs: real prompts, and a first frame of the kind the model was trained on."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -30,7 +31,7 @@ UNEQUAL_SHIFT = 3.0
 STRETCH = 2.0
 """How much longer late steps are in the same request."""
 FROM, UNTIL = 0.1, 0.6
-"""The guidance interval of one request: rows join its clip on the way, and leave it again."""
+"""The guidance interval of two requests: rows join their clips on the way, and leave them again."""
 NULL = {GuidanceMode.NONE: 0, GuidanceMode.JIT: 1, GuidanceMode.SIT: 2}
 """How many branches see the empty prompt."""
 
@@ -141,11 +142,11 @@ def _moving_square(batch: int, frames: int, height: int, width: int) -> Tensor:
 
 
 def parity_requests(manifest: Manifest, checkpoint: Checkpoint, steps: int) -> list[Request]:
-    """T2V with JIT-CFG and Euler's solver, TI2V with JIT-CFG and AB2, TI2V with SIT-CFG and Heun's; each solver once.
+    """T2V with JIT-CFG and Euler's solver, TI2V with JIT-CFG and AB2, T2V with the same, TI2V with SIT-CFG and Heun's.
 
-    The last one is guided only from :data:`FROM` until :data:`UNTIL`. A student is asked the same in its one row, at
-    its own scale, its least and its greatest, a flow map by Euler's solver alone. One sample each, at the bundle's
-    default size; for an image model the first alone.
+    The last two are guided only from :data:`FROM` until :data:`UNTIL`: there AB2, which looks back, starts anew twice.
+    A student is asked each solver in its one row, at its own scale, its least and its greatest, a flow map by Euler's
+    solver alone. One sample each, at the bundle's default size; for an image model the first alone.
     """
     defaults, model = manifest.sampling, manifest.model
     video = _moving_square(1, defaults.frames, defaults.height, defaults.width)
@@ -191,25 +192,29 @@ Case = tuple[str, bool, SamplingSettings]
 
 
 def _cases(settings: SamplingSettings) -> list[Case]:
-    separate = replace(settings, guidance_mode=GuidanceMode.SIT, solver=Solver.HEUN)
+    grid: dict[str, Any] = {"time_shift": UNEQUAL_SHIFT, "late_stretch": STRETCH}
+    interval: dict[str, Any] = {"guidance_from": FROM, "guidance_until": UNTIL}
+    ab2, heun = (replace(settings, solver=solver) for solver in (Solver.AB2, Solver.HEUN))
     return [
         ("t2v jit euler", False, settings),
-        ("ti2v jit ab2", True, replace(settings, solver=Solver.AB2, time_shift=UNEQUAL_SHIFT, late_stretch=STRETCH)),
-        ("ti2v sit heun", True, replace(separate, guidance_from=FROM, guidance_until=UNTIL)),
+        ("ti2v jit ab2", True, replace(ab2, **grid)),
+        ("t2v jit ab2, interval", False, replace(ab2, **interval)),
+        ("ti2v sit heun, interval", True, replace(heun, guidance_mode=GuidanceMode.SIT, **interval)),
     ]
 
 
 def _student_cases(settings: SamplingSettings, student: Student) -> list[Case]:
     own = replace(settings, guidance_mode=GuidanceMode.NONE)
     least, greatest = (replace(own, guidance_scale=scale) for scale in student.guidance)
+    uneven = replace(least, time_shift=UNEQUAL_SHIFT, late_stretch=STRETCH)
     if student.flow_map:
         return [
             ("t2v flow map euler", False, own),
-            ("ti2v flow map euler", True, replace(least, time_shift=UNEQUAL_SHIFT)),
+            ("ti2v flow map euler", True, uneven),
             ("ti2v flow map, one step", True, replace(greatest, steps=1)),
         ]
     return [
         ("t2v student euler", False, own),
-        ("ti2v student ab2", True, replace(least, solver=Solver.AB2, time_shift=UNEQUAL_SHIFT)),
+        ("ti2v student ab2", True, replace(uneven, solver=Solver.AB2)),
         ("ti2v student heun", True, replace(greatest, solver=Solver.HEUN)),
     ]

@@ -1,6 +1,7 @@
 """The requests of the ladder: what of the sampler they go through."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 
 from stiv_deploy.export.bundle_from_checkpoint import default_bucket, sampling_defaults
 from stiv_deploy.export.graphs.modules import model_facts
-from stiv_deploy.export.parity.requests import PROMPTS, parity_requests, understood
+from stiv_deploy.export.parity.requests import PROMPTS, Request, parity_requests, understood
 from stiv_deploy.runtime.bundle.contract import Student
-from stiv_deploy.runtime.sampling.solvers import evaluations
+from stiv_deploy.runtime.sampling.solvers import EULER, evaluations
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.data.moving_digits import WORDS
 from stiv_deploy.stiv_ref.data.world.captions import words
@@ -29,7 +30,7 @@ def manifest_of(checkpoint: Checkpoint, **facts: Any) -> Any:
 
 def test_every_solver_and_guidance_is_gone_through_with_and_without_a_given_frame(micro: Checkpoint) -> None:
     requests = parity_requests(manifest_of(micro), micro, 4)
-    assert sorted(each.settings.solver for each in requests) == sorted(Solver)
+    assert {each.settings.solver for each in requests} == {*Solver}
     assert {each.settings.guidance_mode for each in requests} == {GuidanceMode.JIT, GuidanceMode.SIT}
     assert {bool(each.inputs.frame_mask.any()) for each in requests} == {True, False}
     for each in requests:
@@ -65,12 +66,26 @@ def test_a_checkpoint_is_asked_in_the_words_that_it_knows(words: Sequence[str], 
     assert understood(word_tokenizer(words, 16)) == PROMPTS[pair]
 
 
+def by_ab2(checkpoint: Checkpoint, steps: int) -> list[Request]:
+    """The requests by AB2: guided all the time, and in an interval."""
+    requests = parity_requests(manifest_of(checkpoint), checkpoint, steps)
+    return [each for each in requests if each.settings.solver is Solver.AB2]
+
+
 def test_ab2_has_steps_of_other_lengths(micro: Checkpoint) -> None:
-    (request,) = (each for each in parity_requests(manifest_of(micro), micro, 4) if each.settings.solver is Solver.AB2)
+    request = by_ab2(micro, 4)[0]
     weights = [each.weights for each in evaluations(request.runtime_settings())]
     assert len(set(weights)) == 4
     steps = torch.tensor(request.times()).diff()
     assert (steps[1:] / steps[:-1] > 1.2).all()
+
+
+def test_ab2_looks_back_and_starts_anew_on_both_sides_of_guidance(micro: Checkpoint) -> None:
+    planned = evaluations(by_ab2(micro, 10)[1].runtime_settings())
+    turns = [before.guided != after.guided for before, after in pairwise(planned)]
+    assert sum(turns) == 2
+    assert [each.weights == EULER for each in planned[1:]] == turns
+    assert {each.guided for each in planned if each.weights != EULER} == {True, False}
 
 
 def test_an_image_model_has_no_frame_to_give(micro: Checkpoint) -> None:
