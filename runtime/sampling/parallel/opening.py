@@ -1,7 +1,7 @@
 """From devices by name to a team of them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import permutations
 
@@ -10,6 +10,7 @@ from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.backends.onnxruntime import thread_count
 from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend
 from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.manifest import Manifest
 from stiv_deploy.runtime.errors import BackendError
 from stiv_deploy.runtime.sampling.parallel.peers import Offer, PeerTransport
 from stiv_deploy.runtime.sampling.parallel.placement import CPU, Placement, check_devices, place
@@ -19,6 +20,8 @@ from stiv_deploy.runtime.sampling.parallel.team import Team, ThreadMember, check
 from stiv_deploy.runtime.sampling.parallel.transport import HostOffers, HostTransport, Hub, Transport
 
 CPU_BACKEND = "onnxruntime"
+Open = Callable[[str | None, int], Backend]
+"""Opens the backend of a name, by default the best one, on the device of an index."""
 
 
 def open_team(
@@ -48,9 +51,18 @@ def open_team(
 
 
 def _in_threads(bundle: Bundle, placement: Placement, name: str | None, threads: int | None) -> Team:
-    backends = _open(bundle, placement, name, threads)
+    def opened(chosen: str | None, index: int) -> Backend:
+        return open_backend(chosen, bundle, threads, index)
+
+    return team_of(bundle.manifest, placement, open_each(placement, name, opened))
+
+
+def team_of(manifest: Manifest, placement: Placement, backends: Sequence[Backend]) -> Team:
+    """``backends`` of this process by rank, as :func:`open_each` opens them, with a thread for each but the first.
+
+    Closing the team closes those of the threads.
+    """
     transports = transports_of(backends)
-    manifest = bundle.manifest
     members = [ThreadMember(rank, backends[rank], manifest, transports[rank]) for rank in range(1, len(backends))]
     return Team(placement, backends[0], manifest, transports[0], members)
 
@@ -67,13 +79,16 @@ def transports_of(backends: Sequence[Backend]) -> Sequence[Transport]:
     return [PeerTransport(rank, each, peers) for rank, each in enumerate(engines)]
 
 
-def _open(bundle: Bundle, placement: Placement, name: str | None, threads: int | None) -> list[Backend]:
-    """A backend for each device, all of one kind."""
+def open_each(placement: Placement, name: str | None, opening: Open) -> list[Backend]:
+    """A backend for each device, all of one kind: ``name``, or what is ``opening`` for the first one.
+
+    Raises :class:`BackendError` for devices that are unlike each other, and what ``opening`` does; none is then open.
+    """
     with ExitStack() as opened:
         backends: list[Backend] = []
         for device in placement.devices:
             chosen, index = where(device, backends[0].name if backends else name)
-            backends.append(opened.enter_context(open_backend(chosen, bundle, threads, index)))
+            backends.append(opened.enter_context(opening(chosen, index)))
         check_alike([each.machine for each in backends], placement)
         opened.pop_all()
     return backends

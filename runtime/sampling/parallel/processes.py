@@ -14,7 +14,7 @@ from stiv_deploy.runtime.bundle.verified import Machine
 from stiv_deploy.runtime.errors import DeviceError, StivError
 from stiv_deploy.runtime.sampling.parallel.messages import Message, receive, send
 from stiv_deploy.runtime.sampling.parallel.sockets import Wires
-from stiv_deploy.runtime.sampling.parallel.team import Member
+from stiv_deploy.runtime.sampling.parallel.team import CODED, SETTLED, Member
 from stiv_deploy.runtime.sampling.parallel.transport import AGAIN, STALL_SECONDS
 from stiv_deploy.runtime.sampling.parallel.worker import DATA, ORDERS, Post, accept, listener
 
@@ -59,7 +59,7 @@ class ProcessMember(Member):
         end = time.monotonic() + STALL_SECONDS
         while time.monotonic() < end:
             for message in self.hear():
-                if message.command == "coded":
+                if message.command in (CODED, SETTLED):
                     self.said = [each for each in self.said if each is not message]
                     return message
                 if message.command == "error":

@@ -25,6 +25,9 @@ from stiv_deploy.runtime.sampling.parallel.placement import Placement
 from stiv_deploy.runtime.sampling.parallel.rank import GIVEN, Rank, Work
 from stiv_deploy.runtime.sampling.parallel.transport import AGAIN, STALL_SECONDS, Transport
 
+CODED, SETTLED = "coded", "settled"
+"""Answers."""
+
 
 class Worker:
     """Does what the leader says, on one device: the works that it has a share in, and their bound calls."""
@@ -52,7 +55,10 @@ class Worker:
             names = str(values.pop("graphs")).split(",")
             self._coders[key] = self._coder(names, {name: int(value) for name, value in values.items()})
         elif message.command == "code":
-            return Message("coded", arrays={"result": self._coded(self._coders[key], message.arrays["piece"])})
+            return Message(CODED, arrays={"result": self._coded(self._coders[key], message.arrays["piece"])})
+        elif message.command == "settle":
+            self._backend.synchronize()
+            return Message(SETTLED)
         elif message.command == "forget":
             self._forget(key)
         return None
@@ -193,6 +199,14 @@ class Team:
         for coder in coders:
             weakref.finalize(coder, self.forget, [coder.rank], key).atexit = False
         return coders
+
+    def settle(self) -> None:
+        """Wait until every device has done all that it was told; then its backend is another's to use."""
+        self.backend.synchronize()
+        ranks = list(self._members)
+        self.tell(ranks, Message("settle", {"key": self.new_key()}))
+        for rank in ranks:
+            self.answer(rank)
 
     def answer(self, rank: int) -> Message:
         """The answer of ``rank``."""

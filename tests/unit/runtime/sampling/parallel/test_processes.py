@@ -120,6 +120,7 @@ def test_clips_of_several_processes_are_those_of_one(mixing_path: Path, count: i
     guidance = team.placement.guidance
     if count == 2:  # all that moves is the leader's to send or to get
         assert wire.sent + wire.received - before == 2 * evaluation_bytes(3, guidance, team.placement.sequence)
+    team.settle()
     members = [member.process for member in team._members.values()]  # type: ignore[attr-defined]
     team.close()
     assert [process.returncode for process in members] == [0] * (count - 1)

@@ -167,6 +167,15 @@ def _break(backend: Any) -> None:
     backend.bind = broken
 
 
+def test_settled_is_who_has_done_all_that_it_was_told(mixing: Bundle) -> None:
+    team, done = cpus(mixing, 3, "cfg3"), []
+    for rank, member in team._members.items():
+        member._backend.synchronize = lambda rank=rank: (time.sleep(0.02), done.append(rank))  # type: ignore[attr-defined]
+    team.settle()
+    assert sorted(done) == [1, 2]
+    team.close()
+
+
 def test_one_that_does_not_answer_is_not_waited_for_for_ever() -> None:
     hub = Hub(stall=0.05)
     with pytest.raises(DeviceError, match="^a device has not answered for 0.05 s; run it again, or name fewer --dev"):
