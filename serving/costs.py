@@ -1,31 +1,41 @@
 """What jobs cost, in seconds of a device, from times that workers measured: for waits, admission and batches."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from stiv_deploy.serving.store.jobs import Job, Measured, Size
 
 WORTH = 1.9
 """A batch twice as large is worth it while it costs less than this many times as much."""
+Fits = Callable[[Size], bool]
+"""Whether devices can share clips of a size."""
 
 
 class Costs:
-    """Times that were measured; what was not is told from the nearest that was, in proportion to pixels and rows."""
+    """Times that were measured; what was not is told from the nearest that was, in proportion to pixels and rows.
 
-    def __init__(self, measured: Iterable[Measured] = ()) -> None:
+    With several ``devices`` these make clips of sizes that ``fits`` together, too.
+    """
+
+    def __init__(self, measured: Iterable[Measured] = (), devices: int = 1, fits: Fits = lambda _: True) -> None:
+        self._devices, self._fits = devices, fits
         self._calls: dict[Size, dict[int, float]] = {}
+        self._shares: dict[Size, dict[int, float]] = {}
         self._decodes: dict[Size, float] = {}
         for each in measured:
-            if each.rows:
-                self._calls.setdefault(each.size, {})[each.rows] = each.seconds
-            else:
+            if not each.rows:
                 self._decodes[each.size] = each.seconds
+            elif each.devices == 1:
+                self._calls.setdefault(each.size, {})[each.rows] = each.seconds
+            elif each.devices == devices:
+                self._shares.setdefault(each.size, {})[each.rows] = each.seconds
 
-    def call(self, size: Size, rows: int) -> float | None:
+    def call(self, size: Size, rows: int, *, together: bool = False) -> float | None:
         """Seconds of one call of the model over at least ``rows`` rows; ``None`` if nothing was measured."""
-        near, factor = _nearest(self._calls, size)
+        calls = self._shares if together else self._calls
+        near, factor = _nearest(calls, size)
         if near is None:
             return None
-        known = self._calls[near]
+        known = calls[near]
         enough = [each for each in known if each >= rows]
         rung = min(enough) if enough else max(known)
         return known[rung] * factor * max(1.0, rows / rung)
@@ -39,6 +49,21 @@ class Costs:
         """Seconds that the rest of ``job`` takes if it runs by itself."""
         call = self.call(job.size, job.rows)
         return None if call is None else _left(job) * call + self.decode(job.size)
+
+    def together(self, job: Job) -> float | None:
+        """Seconds that all devices take for the rest of ``job``, but to decode it; ``None`` where they do not share."""
+        call = self.call(job.size, job.rows, together=True) if self._fits(job.size) else None
+        return None if call is None else _left(job) * call
+
+    def soonest(self, job: Job) -> float | None:
+        """Seconds that the rest of ``job`` takes at the best: on one device by itself, or on all of them."""
+        alone, together = self.alone(job), self.together(job)
+        return alone if alone is None or together is None else min(alone, together + self.decode(job.size))
+
+    def width(self, job: Job) -> int:
+        """How many clips such as ``job`` a device makes at a time."""
+        near, _ = _nearest(self._calls, job.size)
+        return 1 if near is None else max(1, worthwhile_rows(self._calls[near]) // job.rows)
 
     def shared(self, job: Job) -> float | None:
         """Seconds of a device that the rest of ``job`` takes in a full batch."""

@@ -108,11 +108,15 @@ class WorkerState(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Seconds of one call of the model over ``rows`` rows, or of decoding one clip (0 rows), at one size."""
+    """Seconds of one call of the model over ``rows`` rows, or of decoding one clip (0 rows), at one size.
+
+    The call is of one device, or of several that share it.
+    """
 
     size: Size
     rows: int
     seconds: float
+    devices: int = 1
 
 
 class JobStore(Protocol):

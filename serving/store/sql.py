@@ -44,6 +44,10 @@ CREATE TABLE IF NOT EXISTS workers (
 CREATE TABLE IF NOT EXISTS measured (
     bundle TEXT NOT NULL, frames INTEGER NOT NULL, height INTEGER NOT NULL, width INTEGER NOT NULL,
     rows INTEGER NOT NULL, seconds DOUBLE PRECISION NOT NULL, PRIMARY KEY (bundle, frames, height, width, rows));
+CREATE TABLE IF NOT EXISTS measured_together (
+    bundle TEXT NOT NULL, frames INTEGER NOT NULL, height INTEGER NOT NULL, width INTEGER NOT NULL,
+    rows INTEGER NOT NULL, seconds DOUBLE PRECISION NOT NULL, devices INTEGER NOT NULL,
+    PRIMARY KEY (bundle, frames, height, width, rows, devices));
 CREATE TABLE IF NOT EXISTS tallies (
     metric TEXT NOT NULL, label TEXT NOT NULL, part TEXT NOT NULL, value DOUBLE PRECISION NOT NULL,
     PRIMARY KEY (metric, label, part));
@@ -55,6 +59,10 @@ BEAT = """INSERT INTO workers VALUES (?, ?, ?, ?, ?, ?)
     ON CONFLICT (id) DO UPDATE SET beat = excluded.beat, turned = excluded.turned, ready = excluded.ready"""
 MEASURE = """INSERT INTO measured VALUES (?, ?, ?, ?, ?, ?)
     ON CONFLICT (bundle, frames, height, width, rows) DO UPDATE SET seconds = excluded.seconds"""
+MEASURE_TOGETHER = """INSERT INTO measured_together VALUES (?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (bundle, frames, height, width, rows, devices) DO UPDATE SET seconds = excluded.seconds"""
+MEASURED = """SELECT *, 1 AS devices FROM measured WHERE bundle = ?
+    UNION ALL SELECT * FROM measured_together WHERE bundle = ?"""
 AGAIN = "UPDATE jobs SET state = 'queued', worker = NULL, lease = NULL"
 MINE = "id = ? AND worker = ? AND state = 'in_progress'"
 
@@ -274,14 +282,19 @@ class SqlJobStore:
 
     def measure(self, bundle: str, measured: Sequence[Measured]) -> None:
         """As the protocol says."""
-        rows = [(bundle, *each.size, each.rows, each.seconds) for each in measured]
+        alone = [(bundle, *each.size, each.rows, each.seconds) for each in measured if each.devices == 1]
+        shared = [(bundle, *each.size, *each[1:]) for each in measured if each.devices > 1]
         with self.database.writing() as db:
-            db.executemany(MEASURE, rows)
+            db.executemany(MEASURE, alone)
+            db.executemany(MEASURE_TOGETHER, shared)
 
     def measurements(self, bundle: str) -> list[Measured]:
         """As the protocol says."""
-        rows = self._all("SELECT * FROM measured WHERE bundle = ?", (bundle,))
-        return [Measured(Size(row["frames"], row["height"], row["width"]), row["rows"], row["seconds"]) for row in rows]
+        rows = self._all(MEASURED, (bundle, bundle))
+        names = ("rows", "seconds", "devices")
+        return [
+            Measured(Size(row["frames"], row["height"], row["width"]), *(row[name] for name in names)) for row in rows
+        ]
 
     def twin(self, owner: str, twin: str) -> Job | None:
         """As the protocol says."""

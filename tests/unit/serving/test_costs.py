@@ -47,3 +47,24 @@ def test_what_is_done_costs_no_more() -> None:
 )
 def test_a_batch_grows_while_it_is_worth_it(seconds: dict[int, float], rows: int) -> None:
     assert worthwhile_rows(seconds) == rows
+
+
+def test_several_devices_make_a_clip_together_where_they_can_share_its_size() -> None:
+    measured = [
+        Measured(SIZE, 2, 1.0),
+        Measured(SIZE, 4, 1.5),
+        Measured(SIZE, 2, 0.6, 2),
+        Measured(SIZE, 2, 0.3, 4),
+        Measured(SIZE, 0, 0.5),
+    ]
+    two = Costs(measured, 2, lambda size: size.frames > 1)
+    assert two.together(JOB) == 6.0
+    assert two.soonest(JOB) == 6.5
+    assert two.alone(JOB) == 10.5
+    assert two.width(JOB) == 2
+    still = dataclasses.replace(JOB, frames=1)
+    assert (two.together(still), two.soonest(still)) == (None, two.alone(still))
+    assert Costs(measured, 4).together(JOB) == 3.0
+    assert Costs(measured).together(JOB) is None  # what others had measured
+    assert Costs(measured, 8).soonest(JOB) == 10.5
+    assert Costs().soonest(JOB) is None

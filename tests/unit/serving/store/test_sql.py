@@ -186,6 +186,10 @@ def test_everything_outlives_the_process(place: str) -> None:
     assert second.get(made.id) == made
     assert second.measurements("elsewhere") == []
     assert second.measurements("here") == [Measured(Size(4, 8, 8), 2, 0.5)]
+    both = [Measured(Size(4, 8, 8), 2, 0.4), Measured(Size(4, 8, 8), 2, 0.3, 2), Measured(Size(4, 8, 8), 2, 0.2, 4)]
+    for seconds in (0.9, 0.3):
+        first.measure("here", [both[0], both[1]._replace(seconds=seconds), both[2]])
+    assert sorted(second.measurements("here")) == sorted(both)
     first.close()
     second.close()
 
