@@ -13,6 +13,8 @@ GIB, HOUR = 2**30, 3600.0
 
 NOT_WITH_DYNAMO = ("host", "port", "tokens", "ray")
 """What is its frontend's to say, or another way to serve."""
+NOT_WITH_DEVICES = ("workers", "device", "ray")
+"""What says otherwise who has which device."""
 
 
 def serve(
@@ -57,6 +59,13 @@ def serve(
     ] = 60.0,
     backend: Annotated[str | None, typer.Option(help="Backend ('stiv doctor' lists them); default: the best.")] = None,
     device: Annotated[int, typer.Option(metavar="INDEX", min=0, help="First GPU, as CUDA counts them.")] = 0,
+    devices: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="All of these, for a clip on each or for one clip together: 0,1 or cpu,cpu."),
+    ] = None,
+    parallel: Annotated[
+        str | None, typer.Option(metavar="FORM", help="How --devices share a clip: cfg2, dsp4, cfg2xdsp2.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a worker; default: all cores.")] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse a bundle that is not proven, or a best backend that is wrong.")
@@ -85,6 +94,7 @@ def serve(
     stiv serve bundle --port 8000
     stiv serve bundle --host 0.0.0.0 --tokens tokens.txt
     stiv serve bundle --tokens tokens.txt --new-token alice
+    stiv serve bundle --devices 0,1,2,3
     stiv serve bundle --ray --workers 2 --max-workers 8
     stiv serve bundle --dynamo
     """
@@ -95,6 +105,7 @@ def serve(
     from stiv_deploy.serving.server import Server, address, listen
     from stiv_deploy.serving.settings import ServeSettings
     from stiv_deploy.serving.store.opening import SCHEME
+    from stiv_deploy.serving.workers.sharing import check_there, placement_of
 
     if new_token is not None:
         if tokens is None:
@@ -109,17 +120,20 @@ def serve(
         raise ServeError("--max-workers is for --ray, which starts and ends workers; give --workers")
     if dynamo:
         _check_alone(context)
+    named = _devices(context, devices, parallel)
     known = Tokens() if tokens is None else read_tokens(tokens)
-    model = Bundle.open(bundle).manifest.model.name
+    opened = Bundle.open(bundle)
     settings = ServeSettings(
         bundle=bundle.absolute(),
         data=(data or bundle.absolute().with_name(f"{bundle.absolute().name}.jobs")).absolute(),
         store=store,
         results=results,
-        name=name or model,
+        name=name or opened.manifest.model.name,
         workers=workers or 1,
         backend=backend,
         device=device,
+        devices=named,
+        parallel=parallel,
         threads=threads,
         strict=strict,
         slots=slots,
@@ -133,6 +147,8 @@ def serve(
         spans=spans,
         grace_seconds=grace,
     )
+    placement_of(settings, opened)
+    check_there(settings)
     set_up(as_json=log_json)
     if ray:
         from stiv_deploy.serving.cluster.running import run_on_ray
@@ -151,11 +167,33 @@ def serve(
         raise typer.Exit(code)
 
 
+def _devices(context: typer.Context, devices: str | None, parallel: str | None) -> tuple[str, ...]:
+    """The devices of the one worker that has several of them; none where each has one."""
+    from stiv_deploy.runtime.sampling.parallel.placement import parse_devices
+    from stiv_deploy.serving.errors import ServeError
+
+    if devices is None:
+        if parallel is not None:
+            raise ServeError(f"--parallel {parallel} is given without --devices, which are to share a clip")
+        return ()
+    given = [name for name in NOT_WITH_DEVICES if _given(context, name)]
+    if given:
+        raise ServeError(f"--{given[0]} is of no use with --devices, which are all of one worker; leave one out")
+    named = parse_devices(devices)
+    if len(named) < 2:
+        raise ServeError(f"--devices {devices}: one device shares nothing; name more, or give --device INDEX")
+    return named
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def _check_alone(context: typer.Context) -> None:
     from stiv_deploy.serving.errors import ServeError
 
-    sources = {name: context.get_parameter_source(name) for name in NOT_WITH_DYNAMO}
-    given = [f"--{name}" for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    given = [f"--{name}" for name in NOT_WITH_DYNAMO if _given(context, name)]
     if given:
         raise ServeError(f"{given[0]} is of no use with --dynamo, whose frontend speaks to clients; leave it out")
 

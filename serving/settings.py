@@ -15,9 +15,10 @@ class ServeSettings(Frozen):
     With the URL of a ``store`` of PostgreSQL jobs are there, and servers on several machines may share both.
     Results are at the URL ``results``, if there is one.
 
-    ``workers`` processes make clips, worker i on GPU ``device`` + i; each has up to ``slots`` clips of one size in one
-    batch. Finished jobs go after ``keep_seconds``, and the oldest of them as soon as all files have more than
-    ``keep_bytes``. Nothing is accepted while the disk has less than ``free_bytes``, or ``queue`` jobs are waiting.
+    ``workers`` processes make clips, worker i on GPU ``device`` + i; or one on all ``devices``, one by one and, as
+    ``parallel`` says, together. Each device has up to ``slots`` clips of one size in one batch. Finished jobs go after
+    ``keep_seconds``, and the oldest of them as soon as all files have more than ``keep_bytes``. Nothing is accepted
+    while the disk has less than ``free_bytes``, or ``queue`` jobs are waiting.
     Latents of running clips are written every ``latents_every`` steps (0: never). A worker that stops has
     ``grace_seconds`` to finish what runs. ``rate`` new jobs a minute may come from one client. With ``log_json``
     logs are lines of JSON and tell of every job's way; with ``spans`` OpenTelemetry is told of it.
@@ -32,6 +33,8 @@ class ServeSettings(Frozen):
     workers: int = Field(default=1, ge=1, le=64)
     backend: str | None = None
     device: int = Field(default=0, ge=0)
+    devices: tuple[str, ...] = ()
+    parallel: str | None = None
     threads: int | None = None
     strict: bool = False
     slots: int = Field(default=8, ge=1, le=256)

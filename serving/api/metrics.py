@@ -16,6 +16,7 @@ COUNTERS = {
     TAKEN_BACK: ("", "Jobs taken from workers that had died or stood still."),
     "preemptions": ("", "Clips that paused for a more urgent one."),
     "prompt_cache_hits": ("", "Prompts that had been encoded before."),
+    "clips": ("devices", "Clips whose steps are done, by how many devices made them together."),
     "steps": ("rows", "Calls of the model, by their rows."),
     "rows": ("kind", "Rows of calls of the model: computed, and used by some clip."),
     "suspect_videos": ("what", "Videos that are black, frozen (all frames the same), or not finite, which fail."),
@@ -55,10 +56,11 @@ class StoreCollector:
         yield from (_histogram(name, *about, tallies) for name, about in TIMES.items())
 
     def _calls(self) -> Metric:
-        name, words = "stiv_step_seconds", "Seconds of a call of the model, by size and rows; 0 rows: of decoding."
-        calls = GaugeMetricFamily(name, words, labels=["size", "rows"])
+        name = "stiv_step_seconds"
+        words = "Seconds of a call of the model, by size, rows and the devices that share it; 0 rows: of decoding."
+        calls = GaugeMetricFamily(name, words, labels=["size", "rows", "devices"])
         for each in self._service.store.measurements(self._service.bundle.hash):
-            calls.add_metric([_text(each.size), str(each.rows)], each.seconds)
+            calls.add_metric([_text(each.size), str(each.rows), str(each.devices)], each.seconds)
         return calls
 
 

@@ -30,9 +30,10 @@ from stiv_deploy.serving.costs import Costs
 from stiv_deploy.serving.errors import ApiError, IdempotencyError, QueueFullError
 from stiv_deploy.serving.settings import ServeSettings
 from stiv_deploy.serving.spans import TRACE, Carrier, Spans
-from stiv_deploy.serving.store.jobs import LEASE, Job, JobStore, State, new_id
+from stiv_deploy.serving.store.jobs import LEASE, Job, JobStore, Size, State, new_id
 from stiv_deploy.serving.store.results import Results
 from stiv_deploy.serving.workers.order import order_of
+from stiv_deploy.serving.workers.sharing import misfit, placement_of
 
 log = logging.getLogger(__name__)
 CHOICES = {"guidance_mode": GuidanceMode, "solver": Solver, "unseen": Unseen, "fit": Fit}
@@ -62,11 +63,11 @@ class Outlook:
         """Seconds until ``job``, which may be new, is done; ``None`` if nobody knows."""
         if not job.live:
             return None
-        alone = self.costs.alone(job)
-        if job.state == State.IN_PROGRESS or alone is None:
+        alone, soonest = self.costs.alone(job), self.costs.soonest(job)
+        if job.state == State.IN_PROGRESS or soonest is None:
             return alone
         backlog = self.costs.backlog([*self.running, *self.waiting[: self.position(job)]], self.workers)
-        return None if backlog is None else backlog + alone
+        return None if backlog is None else backlog + soonest
 
 
 class Service:
@@ -87,6 +88,7 @@ class Service:
         self._clock = clock
         self._started = clock()
         self._samples = SampleMaker(bundle)
+        self._placement = placement_of(settings, bundle)
         self._rate = Rate(settings.rate)
         self._lock, self._planning = Lock(), Lock()
         self._looked: tuple[float, Outlook] | None = None
@@ -235,10 +237,14 @@ class Service:
 
     def _look(self) -> Outlook:
         now, waiting = self._clock(), self.store.waiting()
-        costs = Costs(self.store.measurements(self.bundle.hash))
+        costs = Costs(self.store.measurements(self.bundle.hash), len(self.settings.devices) or 1, self._shared)
         order = order_of(waiting, costs.alone)
         waiting.sort(key=lambda job: order.rank(job, now))
         return Outlook(tuple(waiting), tuple(self.store.running()), costs, len(self.store.workers()))
+
+    def _shared(self, size: Size) -> bool:
+        """Whether several devices can make a clip of ``size`` together."""
+        return self._placement is not None and misfit(self.bundle, self._placement, size) is None
 
     def job(self, owner: str, job: str) -> Job:
         """The owner's job of that id; :class:`ApiError` if there is none."""
@@ -309,6 +315,8 @@ class Service:
         sampling, tuned = manifest.recommended(), manifest.tuned
         details = {
             "bundle": self.bundle.hash,
+            "devices": list(self.settings.devices),
+            "parallel": None if self._placement is None else str(self._placement),
             "buckets": [bucket.model_dump(mode="json") for bucket in manifest.buckets],
             "defaults": {name: getattr(sampling, recommended) for name, recommended in RECOMMENDED.items()},
             "tuned": [] if tuned is None else [_grid(each) for each in tuned.grids],

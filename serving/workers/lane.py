@@ -11,10 +11,13 @@ from stiv_deploy.serving.workers.order import Urgency
 
 
 class Lane:
-    """An ``engine`` for clips of ``size``, of which as many run at once as have at most ``rows`` rows together."""
+    """An ``engine`` for clips of ``size``, of which as many run at once as have at most ``rows`` rows together.
 
-    def __init__(self, size: Size, engine: StepEngine, rows: int) -> None:
-        self.size, self._engine, self._rows = size, engine, rows
+    Its calls of the model are shared by so many ``devices``.
+    """
+
+    def __init__(self, size: Size, engine: StepEngine, rows: int, devices: int = 1) -> None:
+        self.size, self._engine, self._rows, self.devices = size, engine, rows, devices
         self._running: dict[int, Clip] = {}
         self.paused: list[Clip] = []
         self.closing = False

@@ -13,17 +13,23 @@ import time
 from contextlib import suppress
 from threading import Event, Thread
 
+from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.backends.cuda import count_gpus
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.errors import StivError, one_line
 from stiv_deploy.runtime.pipeline.verification import proven_backend
+from stiv_deploy.runtime.sampling.parallel.opening import open_each, shared_threads, team_of
+from stiv_deploy.runtime.sampling.parallel.placement import Placement
+from stiv_deploy.runtime.sampling.parallel.team import Team
 from stiv_deploy.serving.errors import StoreError
 from stiv_deploy.serving.logs import set_up
 from stiv_deploy.serving.settings import ServeSettings
 from stiv_deploy.serving.store.jobs import LEASE, WorkerState
 from stiv_deploy.serving.store.opening import open_results, open_store
 from stiv_deploy.serving.tracing import open_spans
+from stiv_deploy.serving.workers.floor import Floor, names_of
 from stiv_deploy.serving.workers.scheduler import Scheduler
+from stiv_deploy.serving.workers.sharing import misfit, placement_of
 from stiv_deploy.serving.workers.workshop import Workshop
 
 CPU = "onnxruntime"
@@ -37,8 +43,24 @@ def device_of(settings: ServeSettings, index: int) -> int:
     return settings.device if settings.backend == CPU or not count_gpus() else settings.device + index
 
 
+def open_backends(settings: ServeSettings, index: int, bundle: Bundle, placement: Placement | None) -> list[Backend]:
+    """The proven backends of worker number ``index``: of its one device, or of those of ``placement`` by rank.
+
+    Raises :class:`~stiv_deploy.runtime.errors.BackendError`, and what
+    :func:`~stiv_deploy.runtime.pipeline.verification.proven_backend` does.
+    """
+    threads = settings.threads if placement is None else shared_threads(placement, settings.threads)
+
+    def proven(name: str | None, device: int) -> Backend:
+        return proven_backend(bundle, name, threads, device, strict=settings.strict)
+
+    if placement is None:
+        return [proven(settings.backend, device_of(settings, index))]
+    return open_each(placement, settings.backend, proven)
+
+
 class Worker:
-    """Worker number ``index`` of a service: a scheduler, and a thread that tells that it lives.
+    """Worker number ``index`` of a service: a scheduler for each device, and a thread that tells that it lives.
 
     It ends when ``parent``, the process that it is to work for, is not its parent any more.
     """
@@ -50,19 +72,27 @@ class Worker:
         self.name = name or f"worker-{index}-{secrets.token_hex(4)}"
         self._store = open_store(settings.jobs)
         bundle = Bundle.open(settings.bundle)
-        device = device_of(settings, index)
-        backend = proven_backend(bundle, settings.backend, settings.threads, device, strict=settings.strict)
-        self._workshop = Workshop(bundle, backend)
-        self._spans = open_spans(settings, worker=self.name)
+        placement = placement_of(settings, bundle)
+        self._workshops = [Workshop(bundle, each) for each in open_backends(settings, index, bundle, placement)]
+        self._team: Team | None = None
+        floor = Floor(names_of(self.name, len(self._workshops)))
+        if placement is not None:
+            self._team = team_of(bundle.manifest, placement, [each.backend for each in self._workshops])
+            floor = Floor(floor.names, self._team, lambda size: misfit(bundle, placement, size) is None)
+        self._floor, self._spans = floor, open_spans(settings, worker=self.name)
         results = open_results(settings.data, settings.results)
-        self._scheduler = Scheduler(self._store, results, self._workshop, settings, self.name, spans=self._spans)
+        self._schedulers = [
+            Scheduler(self._store, results, each, settings, name, spans=self._spans, floor=floor, rank=rank)
+            for rank, (name, each) in enumerate(zip(floor.names, self._workshops, strict=True))
+        ]
+        self._failed: list[BaseException] = []
         self.ready = False
         """Whether it takes jobs, or has done so."""
 
     @property
     def idle_seconds(self) -> float:
-        """Seconds since it last got on with its work, or looked for some."""
-        return time.time() - self._scheduler.turned
+        """Seconds since it last got on with its work, or looked for some, with that device where that is longest."""
+        return time.time() - min(each.turned for each in self._schedulers)
 
     def run(self, stop: Event) -> None:
         """Work until ``stop`` is set."""
@@ -70,18 +100,51 @@ class Worker:
         pulse = Thread(target=self._live, args=(ended, stop), daemon=True)
         pulse.start()
         try:
-            self._scheduler.prepare()
+            for scheduler in self._schedulers:
+                scheduler.prepare()
             self.ready = True
             self._beat()
-            self._scheduler.run(stop)
+            self._work(stop)
         finally:
             ended.set()
             pulse.join()
             with suppress(StoreError):
-                self._store.sign_off(self.name)
-            self._workshop.close()
+                for name in self._floor.names:
+                    self._store.sign_off(name)
+            self._close()
             self._store.close()
             self._spans.close()
+
+    def _work(self, stop: Event) -> None:
+        """Let each scheduler work until ``stop`` is set, the first one in this thread; what ends one ends all."""
+        leader, *others = self._schedulers
+        threads = [Thread(target=self._follow, args=(each, stop)) for each in others]
+        for thread in threads:
+            thread.start()
+        try:
+            leader.run(stop)
+        finally:
+            stop.set()
+            self._floor.give_back()
+            for thread in threads:
+                thread.join()
+        for error in self._failed:
+            raise error
+
+    def _follow(self, scheduler: Scheduler, stop: Event) -> None:
+        try:
+            scheduler.run(stop)
+        except BaseException as error:
+            self._failed.append(error)
+            stop.set()
+
+    def _close(self) -> None:
+        leader, *others = self._workshops
+        for each in others:
+            each.free()
+        if self._team is not None:
+            self._team.close()
+        leader.close()
 
     def _live(self, ended: Event, stop: Event) -> None:
         """Tell that we live, and free what others left; an orphan stops."""
@@ -96,9 +159,9 @@ class Worker:
             ended.wait(BEAT)
 
     def _beat(self) -> None:
-        device = self._workshop.backend.device
-        state = WorkerState(self.name, os.getpid(), time.time(), self._scheduler.turned, self.ready, device)
-        self._store.beat(state)
+        for name, workshop, scheduler in zip(self._floor.names, self._workshops, self._schedulers, strict=True):
+            turned, device = scheduler.turned, workshop.backend.device
+            self._store.beat(WorkerState(name, os.getpid(), time.time(), turned, self.ready, device))
 
 
 def main() -> int:

@@ -1,5 +1,8 @@
 """The scheduler: one thread owns the device, and between two steps clips come, leave, pause and go on.
 
+Where a process has several devices, each has a scheduler. The first one leads: it also makes the clips that are made by
+all of them together, while the others stand still.
+
 It knows of the world by the store alone: a job that was cancelled, deleted or given to another worker is no longer its
 own, which it sees before the next evaluation.
 """
@@ -8,7 +11,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from threading import Event
@@ -18,14 +21,15 @@ import numpy as np
 from stiv_deploy.runtime.errors import OutputError, StivError, one_line
 from stiv_deploy.runtime.pipeline.previews import preview_picture
 from stiv_deploy.runtime.sampling.engine import Tick
-from stiv_deploy.serving.costs import Costs, worthwhile_rows
+from stiv_deploy.serving.costs import worthwhile_rows
 from stiv_deploy.serving.errors import StoreError
 from stiv_deploy.serving.settings import ServeSettings
 from stiv_deploy.serving.spans import Spans
-from stiv_deploy.serving.store.jobs import ATTEMPTS, CANCELLED, Job, JobStore, Measured, Size, State
+from stiv_deploy.serving.store.jobs import ATTEMPTS, CANCELLED, Job, JobStore, Size, State
 from stiv_deploy.serving.store.results import Results
 from stiv_deploy.serving.store.tallies import Tallies
 from stiv_deploy.serving.workers.clips import Clip, Decoding, pause_arrays, pause_of, write_files
+from stiv_deploy.serving.workers.floor import Floor, There
 from stiv_deploy.serving.workers.gates import suspicions
 from stiv_deploy.serving.workers.lane import Lane
 from stiv_deploy.serving.workers.order import Order, Turns
@@ -45,15 +49,13 @@ TOLD = 0.25
 """Seconds between two notes of progress."""
 ENCODING = 8
 """Clips that may wait to be written; then the device waits too."""
-SMOOTH = 0.2
-"""Weight of the newest time in a mean of times."""
 log = logging.getLogger(__name__)
 
 
 class Scheduler:
     """Makes the jobs of ``store`` as the worker ``name``, in one thread; see :meth:`run`, or :meth:`turn` for one step.
 
-    Files are written by another thread.
+    Files are written by another thread. It has the device of ``rank`` on the ``floor``, by default the only one.
     """
 
     def __init__(
@@ -65,10 +67,15 @@ class Scheduler:
         name: str,
         clock: Callable[[], float] = time.time,
         spans: Spans | None = None,
+        floor: Floor | None = None,
+        rank: int = 0,
     ) -> None:
+        self._floor, self._rank = floor or Floor(), rank
+        self._floor.there[rank] = self._there
         self._store, self._results, self._workshop, self._settings = store, results, workshop, settings
         self._name, self._clock, self._spans = name, clock, spans or Spans()
         self._lanes: dict[Size, Lane] = {}
+        self._together: Lane | None = None
         self._turns: Turns[Size] = Turns(QUANTUM)
         self._order = Order()
         self._writer = ThreadPoolExecutor(1, "writer")
@@ -78,15 +85,19 @@ class Scheduler:
         self._seen: tuple[int, int] | None = None
         self._room = True
         self._told = 0.0
-        self._seconds: dict[tuple[Size, int], float] = {}
         self._tallies = Tallies()
         self._prompt_hits = 0
-        self._fresh: set[tuple[Size, int]] = set()
+        self._fresh: set[tuple[Size, int, int]] = set()
         self.turned = clock()
 
     def prepare(self) -> None:
         """Make the engine of the bundle's own size, and time it: the first job waits for nothing."""
-        self._open(self._workshop.default_size)
+        size = self._workshop.default_size
+        self._open(size)
+        if self._rank == 0 and self._floor.team is not None:
+            self._floor.take()
+            self._open_together(size)
+            self._leave_floor()
         self._tell_costs()
 
     def run(self, stop: Event) -> None:
@@ -109,6 +120,8 @@ class Scheduler:
         wait(list(self._writing.values()))
         self._unwritten = None
         self._lanes.clear()
+        self._together = None
+        self._leave_floor()
         self._decoding.clear()
         self._seen, self._room = None, True
         while not stop.wait(RETRY):
@@ -123,11 +136,18 @@ class Scheduler:
         self.turned = self._clock()
         if self._unwritten is not None:
             raise self._unwritten
-        self._look()
-        return self._work()
+        with self._floor.device(self._rank) as mine:
+            if not mine:
+                return False
+            self._look()
+            return self._work()
 
     def _work(self) -> bool:
         decoded = self._decode()
+        if self._together is not None and self._together.running:
+            self._tick(self._together)
+            return True
+        self._leave_floor()
         busy = [size for size, lane in self._lanes.items() if lane.running]
         if not busy:
             self._tell()
@@ -143,12 +163,29 @@ class Scheduler:
         version = self._store.version()
         if version != self._seen:
             self._drop_lost()
-        if version != self._seen or self._room:
+        if version != self._seen or self._room or (self._floor.wanted is not None and not self._rank):
             self._seen, self._room = version, False
             self._take()
 
+    def _leave_floor(self) -> None:
+        """Give the others their devices again, if all were ours: nothing is then under way on any of them."""
+        if not self._floor.held or self._rank:
+            return
+        try:
+            if self._floor.team is not None:
+                self._floor.team.settle()
+        except StivError as error:
+            log.error("%s; from now on each device makes clips of its own", error)
+            self._floor.team = self._together = None
+        self._floor.give_back()
+
+    @property
+    def _open_lanes(self) -> list[Lane]:
+        together = self._together
+        return [*self._lanes.values(), *([] if together is None else [together])]
+
     def _clips(self) -> Iterator[tuple[Lane, Clip]]:
-        yield from [(lane, clip) for lane in self._lanes.values() for clip in lane]
+        yield from [(lane, clip) for lane in self._open_lanes for clip in lane]
 
     def _drop_lost(self) -> None:
         """Give up what is no longer ours."""
@@ -171,31 +208,100 @@ class Scheduler:
 
     def _take(self) -> None:
         """Let in those who are most urgent, as far as there is room, in place of those who are less so."""
-        now = self._clock()
-        paused = {clip.job.id: clip for lane in self._lanes.values() for clip in lane.paused}
-        jobs = [*(clip.job for clip in paused.values()), *self._store.waiting()]
-        running = [clip.job for lane in self._lanes.values() for clip in lane.running]
-        self._order.see([*jobs, *running], Costs(self._measured(self._seconds)).alone)
-        for job in sorted(jobs, key=lambda each: self._order.rank(each, now)):
-            if self._must_wait(job):
+        now, waiting = self._clock(), self._store.waiting()
+        here = [clip.job for _, clip in self._clips()]
+        self._order.see([*waiting, *here], self._floor.costs().alone)
+        if self._together is not None and self._together.running and not self._step_aside(self._together, waiting, now):
+            return
+        paused = {clip.job.id: lane for lane in self._open_lanes for clip in lane.paused}
+        jobs = [*(clip.job for lane in self._open_lanes for clip in lane.paused), *waiting]
+        jobs.sort(key=lambda each: self._order.rank(each, now))
+        others = self._store.running() if self._floor.team is not None else []
+        others = [job for job in others if job.worker in self._floor.names]
+        chosen, left = self._next_together(waiting, now), dict[Size, bool]()
+        for job in jobs:
+            if self._must_wait(job, others):
                 self._room = True
                 return
+            if job.id == chosen and (self._rank or self._gather(job, paused.get(job.id))):
+                self._room = True
+                return
+            if job.size not in left:
+                left[job.size] = self._floor.left_to_others(self._rank, job.size)
+            if left[job.size] and job.id not in paused:
+                self._room = True
+                continue
             lane = self._lane(job, now)
             if lane is None or (lane.closing and job.id not in paused) or not self._make_room(lane, job):
                 continue
-            clip = paused.get(job.id)
-            if clip is not None:
-                lane.paused.remove(clip)
-            else:
-                clip = self._claim(job)
-            if clip is not None:
-                lane.admit(clip)
+            self._admit(lane, job, paused.get(job.id))
+            left.clear()
 
-    def _must_wait(self, job: Job) -> bool:
-        """Whether ``job`` or one that runs has been there when workers died: the last try of such a one is alone."""
+    def _there(self) -> There:
+        """The clips that are here; other threads ask."""
+        running = [clip for lane in [*self._lanes.values()] for clip in lane.running]
+        paused = [clip for lane in self._open_lanes for clip in [*lane.paused]]
+        return There(*([replace(clip.job, step=clip.step) for clip in each] for each in (running, paused)))
+
+    def _admit(self, lane: Lane, job: Job, paused: Lane | None) -> None:
+        """Let ``job`` into ``lane``, from the lane where it is ``paused`` or from the store, if we get it."""
+        if paused is None:
+            clip = self._claim(job)
+        else:
+            clip = next(each for each in paused.paused if each.job.id == job.id)
+            paused.paused.remove(clip)
+        if clip is not None:
+            lane.admit(clip)
+
+    def _gather(self, job: Job, paused: Lane | None) -> bool:
+        """Let all devices make ``job`` together, as soon as the others are between two steps; whether they can."""
+        if self._together is not None and self._together.size != job.size and not self._together.empty:
+            return False
+        self._floor.take()
+        try:
+            lane = self._open_together(job.size)
+        except Exception as error:  # there is no room for it on some device, or the bundle has changed
+            log.warning("%s cannot be made by all devices together (%s)", job.size, one_line(str(error)))
+            self._floor.refuse(job.size)
+            self._leave_floor()
+            return False
+        self._admit(lane, job, paused)
+        return True
+
+    def _next_together(self, waiting: Sequence[Job], now: float) -> str | None:
+        """The job that all devices are to make next; who does not lead lets the leader know."""
+        chosen = self._floor.chosen(waiting, now)
+        if self._rank:
+            self._floor.wanted = chosen or self._floor.wanted
+            return chosen
+        wanted, self._floor.wanted = self._floor.wanted, None
+        return chosen or wanted
+
+    def _step_aside(self, lane: Lane, waiting: Sequence[Job], now: float) -> bool:
+        """Pause the clip that all devices make for a more urgent one that is next; whether others may come in now."""
+        (clip,) = lane.running
+        rank, urgency = self._order.rank, self._order.urgency
+        if clip.job.attempts >= ATTEMPTS or not any(
+            urgency(job) < urgency(clip.job) and rank(job, now) < rank(clip.job, now) for job in waiting
+        ):
+            return False
+        if lane.last(urgency) is None:
+            self._room = True
+            return False
+        lane.pause(clip)
+        self._tallies.count("preemptions")
+        self._leave_floor()
+        return True
+
+    def _must_wait(self, job: Job, others: Sequence[Job]) -> bool:
+        """Whether ``job`` or one that runs has been there when workers died: the last try of such a one is alone.
+
+        Of several schedulers of a process, in which ``others`` may run, the first one makes it.
+        """
         running = [clip.job for _, clip in self._clips()] + [each.clip.job for each in self._decoding]
+        running += others
         suspect = job.worker is None and job.attempts >= ATTEMPTS - 1
-        return any(each.attempts >= ATTEMPTS for each in running) or (suspect and bool(running))
+        return any(each.attempts >= ATTEMPTS for each in running) or (suspect and bool(running or self._rank))
 
     def _lane(self, job: Job, now: float) -> Lane | None:
         """The lane of the size of ``job``, in the place of an empty one if need be; ``None`` if there is none."""
@@ -243,6 +349,17 @@ class Scheduler:
         for rows, each in seconds.items():
             self._measure(size, rows, each)
         self._lanes[size] = Lane(size, engine, worthwhile_rows(seconds))
+
+    def _open_together(self, size: Size) -> Lane:
+        """The lane of ``size`` of all devices, which must be ours, in the place of an empty one."""
+        if self._together is not None and self._together.size == size:
+            return self._together
+        self._together = None
+        engine, devices = self._workshop.engine(size, 1, self._floor.team), self._floor.devices
+        for rows, each in self._workshop.timed(engine).items():
+            self._measure(size, rows, each, devices)
+        self._together = Lane(size, engine, engine.rows, devices)
+        return self._together
 
     def _make_room(self, lane: Lane, job: Job) -> bool:
         urgency = self._order.urgency
@@ -316,7 +433,7 @@ class Scheduler:
         self._count_rows(rung, lane.used_rows)
         moved, tick = lane.tick()
         self._workshop.backend.synchronize()
-        self._measure(lane.size, rung, time.perf_counter() - start)
+        self._measure(lane.size, rung, time.perf_counter() - start, lane.devices)
         self._leave(lane, tick)
         self._keep(lane, [clip for clip in moved if clip in lane.running])
         self._tell()
@@ -326,10 +443,9 @@ class Scheduler:
         self._tallies.count("rows", "computed", computed)
         self._tallies.count("rows", "used", used)
 
-    def _measure(self, size: Size, rows: int, seconds: float) -> None:
-        mean = self._seconds.get((size, rows), seconds)
-        self._seconds[size, rows] = mean + SMOOTH * (seconds - mean)
-        self._fresh.add((size, rows))
+    def _measure(self, size: Size, rows: int, seconds: float, devices: int = 1) -> None:
+        self._floor.measure(size, rows, seconds, devices)
+        self._fresh.add((size, rows, devices))
 
     def _leave(self, lane: Lane, tick: Tick) -> None:
         """See off those who are done."""
@@ -339,6 +455,7 @@ class Scheduler:
         for slot, latents in tick.finished.items():
             clip = lane.leave(slot)
             self._note_stage("denoise", clip.job, time.perf_counter() - clip.since)
+            self._tallies.count("clips", str(lane.devices))
             self._decoding.append(Decoding(clip, latents, self._workshop.decoding(clip, latents)))
         self._room = self._room or bool(tick.failed or tick.finished)
 
@@ -454,29 +571,33 @@ class Scheduler:
             self._store.tally(found)
 
     def _tell_costs(self) -> None:
-        self._store.measure(self._workshop.bundle.hash, self._measured(self._fresh))
+        fresh = [each for each in self._floor.measured() if (each.size, each.rows, each.devices) in self._fresh]
+        self._store.measure(self._workshop.bundle.hash, fresh)
         self._fresh.clear()
-
-    def _measured(self, keys: Iterable[tuple[Size, int]]) -> list[Measured]:
-        return [Measured(*key, self._seconds[key]) for key in keys]
 
     def _end(self) -> None:
         """Let what runs finish while there is time; then give it back, to go on from here."""
         until = time.monotonic() + self._settings.grace_seconds
         while time.monotonic() + self._soonest() < until:
-            self._drop_lost()
-            self._work()
-        for lane in self._lanes.values():
-            self._give_back(lane)
-        while self._decode():
-            pass
+            with self._floor.device(self._rank) as mine:
+                if mine:
+                    self._drop_lost()
+                    self._work()
+        with self._floor.own(self._rank):
+            for lane in reversed(self._open_lanes):
+                self._give_back(lane)
+                self._leave_floor()
+            while self._decode():
+                pass
         self.close()
 
     def _soonest(self) -> float:
         """Seconds until the next running clip is done, by the times measured; infinite if none runs."""
-        costs = Costs(self._measured(self._seconds))
+        costs = self._floor.costs()
         found = [
-            costs.alone(replace(clip.job, step=clip.step)) for lane in self._lanes.values() for clip in lane.running
+            (costs.alone if lane.devices == 1 else costs.soonest)(replace(clip.job, step=clip.step))
+            for lane in self._open_lanes
+            for clip in lane.running
         ]
         return min((each for each in found if each is not None), default=math.inf)
 

@@ -12,6 +12,7 @@ from threading import Event, Thread
 from stiv_deploy.serving.errors import StoreError
 from stiv_deploy.serving.settings import ServeSettings
 from stiv_deploy.serving.store.jobs import JobStore
+from stiv_deploy.serving.workers.floor import names_of
 
 WATCH = 0.2
 """Seconds between two looks at the workers."""
@@ -44,6 +45,11 @@ class _Watched:
         self.starts += 1
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         self._started = time.monotonic()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of its schedulers."""
+        return names_of(self.name, len(self._settings.devices))
 
     def pause(self) -> float:
         """Seconds to wait before the next start, after a death."""
@@ -93,17 +99,19 @@ class Supervisor:
         except StoreError:
             return
         for each in self._watched:
-            state = states.get(each.name)
-            if state is not None and state.ready and state.turned < state.beat - HUNG:
-                log.error("%s has not got on for %d s; it is killed", each.name, state.beat - state.turned)
+            there = [state for name in each.names if (state := states.get(name)) is not None and state.ready]
+            idle = max((state.beat - state.turned for state in there), default=0.0)
+            if idle > HUNG:
+                log.error("%s has not got on for %d s; it is killed", each.name, idle)
                 each.process.kill()
 
     def _bury(self, each: _Watched) -> None:
         """Give the jobs of a worker that died to others."""
         log.error("%s died (exit code %d); its jobs go on elsewhere", each.name, each.process.returncode)
         try:
-            self._store.release(each.name)
-            self._store.sign_off(each.name)
+            for name in each.names:
+                self._store.release(name)
+                self._store.sign_off(name)
         except StoreError as error:  # its leases end by themselves
             log.error("the jobs of %s wait until its leases end (%s)", each.name, error)
 

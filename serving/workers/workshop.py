@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from stiv_deploy.runtime.pipeline.request import GenerationRequest
 from stiv_deploy.runtime.pipeline.samples import SampleMaker
 from stiv_deploy.runtime.sampling.engine import StepEngine
 from stiv_deploy.runtime.sampling.hooks import GraphClock
+from stiv_deploy.runtime.sampling.parallel.devices import ParallelDenoiser
+from stiv_deploy.runtime.sampling.parallel.team import Team
 from stiv_deploy.runtime.sampling.text_stage import TextStage
 from stiv_deploy.serving.store.jobs import Job, Size
 from stiv_deploy.serving.workers.clips import Clip
@@ -31,6 +34,12 @@ def rungs(most: int) -> tuple[int, ...]:
     return (*found, most)
 
 
+def default_size(bundle: Bundle) -> Size:
+    """Size of a request that says nothing of it."""
+    defaults = bundle.manifest.sampling
+    return Size(defaults.frames, defaults.height, defaults.width)
+
+
 class Workshop:
     """A ``bundle`` open on ``backend``."""
 
@@ -44,9 +53,8 @@ class Workshop:
 
     @property
     def default_size(self) -> Size:
-        """Size of a request that says nothing of it."""
-        defaults = self.bundle.manifest.sampling
-        return Size(defaults.frames, defaults.height, defaults.width)
+        """That of the bundle, see :func:`default_size`."""
+        return default_size(self.bundle)
 
     @property
     def prompt_hits(self) -> int:
@@ -61,8 +69,8 @@ class Workshop:
         sample = self._samples(video, given[video.given], plan.size)
         return Clip(job=job, plan=plan, sample=sample, lost=self._samples.lost(plan.videos))
 
-    def engine(self, size: Size, slots: int) -> StepEngine:
-        """A new engine for up to ``slots`` clips of ``size``."""
+    def engine(self, size: Size, slots: int, team: Team | None = None) -> StepEngine:
+        """A new engine for up to ``slots`` clips of ``size``, of the devices of a ``team`` that the backend leads."""
         model = self.bundle.manifest.model
         rows = SAMPLE_ROWS * slots
         dims = dimensions(
@@ -74,7 +82,9 @@ class Workshop:
             width=size.width,
             text_tokens=model.max_text_tokens,
         )
-        return StepEngine(self.backend, self.bundle.manifest, dims, self._text, rungs=rungs(rows), hook=self._clock)
+        manifest, hook = self.bundle.manifest, self._clock
+        shared = None if team is None else partial(ParallelDenoiser, team, manifest)
+        return StepEngine(self.backend, manifest, dims, self._text, rungs=rungs(rows), hook=hook, model=shared)
 
     def decoding(self, clip: Clip, latents: np.ndarray) -> Iterator[np.ndarray]:
         """Frames uint8 [F, H, W, 3] of latents fp32 [T, C, h, w], again and again after each part, at last all made."""
@@ -92,5 +102,9 @@ class Workshop:
 
     def close(self) -> None:
         """Free the device."""
-        self._coder.free()
+        self.free()
         self.backend.close()
+
+    def free(self) -> None:
+        """Free what is kept on it; the backend stays open."""
+        self._coder.free()

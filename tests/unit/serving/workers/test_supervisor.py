@@ -53,6 +53,17 @@ def test_who_dies_is_started_again_and_its_jobs_go_on(place: Any, watching: Call
     assert place.look(job)["status"] == "queued"
 
 
+def test_jobs_of_all_devices_of_who_dies_go_on(place: Any, watching: Callable[..., Supervisor]) -> None:
+    place.settings = place.settings.model_copy(update={"devices": ("cpu", "cpu")})
+    supervisor = watching(SLEEPS)
+    job, (watched,) = place.ask()["id"], supervisor._watched
+    name = watched.name
+    assert place.store.claim(job, f"{name}.1") is not None
+    watched.process.kill()
+    wait_for(lambda: watched.name != name and watched.process.poll() is None)
+    assert place.look(job)["status"] == "queued"
+
+
 def test_who_hangs_is_killed_and_started_again(place: Any, watching: Callable[..., Supervisor]) -> None:
     """It gives signs of life by another thread, so that its leases would be renewed for ever."""
     supervisor = watching(SLEEPS)
