@@ -18,7 +18,14 @@ from stiv_deploy.export.engines.plugin_graphs import BuildAttention, Packaging, 
 from stiv_deploy.export.engines.processes import BuilderProcesses
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import Frozen, has_layer, is_block, is_half
-from stiv_deploy.runtime.bundle.engine_files import graph_hash, graph_profile, reduced_for, sm_folder, takes_tf32
+from stiv_deploy.runtime.bundle.engine_files import (
+    engine_path,
+    graph_hash,
+    graph_profile,
+    reduced_for,
+    sm_folder,
+    takes_tf32,
+)
 from stiv_deploy.runtime.bundle.manifest import HALVES_REMEDY, PORTABLE, Bucket, EngineRecord, FileRecord, Manifest
 from stiv_deploy.runtime.errors import BackendError, EngineError, OutputError, few
 from stiv_deploy.runtime.pipeline.limits import memory_bytes
@@ -316,9 +323,8 @@ class EngineBuild:
         return max(data.bytes if (data := self.bundle.manifest.graphs[graph].data) else 0 for graph in self.graphs)
 
     def _path(self, graph: str) -> str:
-        """Where the engine goes in the bundle; one built for chosen buckets only has a file of its own."""
-        suffix = "." + "+".join(self.request.buckets) if self.request.buckets else ""
-        return f"engines/{self.request.backend}/{sm_folder(self.sm)}/{graph}{suffix}.engine"
+        """Where the engine goes in the bundle."""
+        return engine_path(self.request.backend, self.sm, graph, self.request.buckets)
 
     def _records(self, engine: BuiltEngine) -> list[EngineRecord]:
         """Manifest entries of one engine: one per bucket."""

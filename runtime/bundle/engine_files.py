@@ -4,7 +4,8 @@ Shared by the build, which writes the records, and the runtime, which believes t
 """
 
 import hashlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import PurePosixPath
 from typing import Literal
 
 from stiv_deploy.runtime.bundle.contract import HALVES, VAE_GRAPHS, GraphSpec, ModelFacts, is_block, is_half
@@ -63,6 +64,19 @@ def attention_form(record: EngineRecord, manifest: Manifest) -> Attention | None
 def sm_folder(sm: str) -> str:
     """Folder name of engines for ``sm``: ``sm89``, or ``portable``."""
     return sm if sm == PORTABLE else f"sm{sm}"
+
+
+def engine_path(backend: str, sm: str, graph: str, buckets: Sequence[str]) -> str:
+    """Where an engine lies in a bundle; one that was built for chosen ``buckets`` only has a file of its own."""
+    suffix = "." + "+".join(buckets) if buckets else ""
+    return f"engines/{backend}/{sm_folder(sm)}/{graph}{suffix}.engine"
+
+
+def buckets_of_engine(record: EngineRecord, manifest: Manifest) -> list[str]:
+    """Names of the buckets that an engine has profiles for, in the order of these, by its file's name."""
+    if record.file.path == engine_path(record.backend, record.sm, record.graph, ()):
+        return [bucket.name for bucket in manifest.buckets]
+    return PurePosixPath(record.file.path).name[len(record.graph) + 1 : -len(".engine")].split("+")
 
 
 def profile(spec: GraphSpec, model: ModelFacts, bucket: Bucket) -> dict[str, tuple[Shape, Shape, Shape]]:

@@ -28,7 +28,7 @@ LISTING = "stiv_deploy.listing"
 WORKFLOW = (
     *("data", "train", "plot", "consolidate", "calibrate", "export", "build", "audit", "parity", "verify"),
     *("tune", "bench", "generate", "extend", "interpolate", "long", "views", "serve", "export-triton"),
-    *("inspect", "doctor", "demo"),
+    *("export-epcontext", "inspect", "doctor", "demo"),
 )
 
 HELP = """STIV video diffusion: train it, export it, compile it, check it, run it.
