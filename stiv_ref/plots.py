@@ -2,6 +2,7 @@
 
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 MARKS = {"right": "#107c10", "wrong": "#c50f1f", None: "#222222"}
 SMOOTHING = 50  # steps of the running mean
 STRIP_GAP = 2  # pixels between the frames of a film strip
+LEAST_CELL = 150  # pixels of a sheet's cell, so that short strips have room for their captions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +218,20 @@ def label_font() -> "FreeTypeFont | ImageFont":
     return ImageFont.load_default(12)
 
 
+def fitted(captions: Sequence[str], width: float) -> list[str]:
+    """``captions``, those that are wider than ``width`` pixels shortened, with an ellipsis at the end."""
+    font = label_font()
+
+    def short(caption: str) -> str:
+        if font.getlength(caption) <= width:
+            return caption
+        ends = range(len(caption))
+        kept = bisect_right(ends, width, key=lambda end: font.getlength(f"{caption[:end]}...")) - 1
+        return f"{caption[: max(kept, 0)].rstrip()}..."
+
+    return [short(caption) for caption in captions]
+
+
 def contact_sheet(
     rows: Sequence[Row],
     out: Path,
@@ -227,6 +243,8 @@ def contact_sheet(
 ) -> None:
     """Write one PNG with every clip as a captioned film strip, ``columns`` strips a line; judged ones green or red.
 
+    Cells are as wide as their captions, up to two strips; a caption that is longer still ends in an ellipsis.
+
     The PNG's text chunk ``stiv`` holds ``about`` as JSON, with ``captions``, the size of a ``frame`` and the corners of
     the ``strips``, so that pictures can be made of sheets (``training/pictures.py``).
     """
@@ -234,7 +252,9 @@ def contact_sheet(
 
     frames, _, height, width = rows[0].video.shape
     strip, caption_height, gap = (frames * (width * zoom + STRIP_GAP), height * zoom), 18, 6
-    cell = (max(strip[0], 150) + gap, strip[1] + caption_height + gap)
+    captions = fitted([row.caption for row in rows], 2 * max(strip[0], LEAST_CELL))
+    widest = max(math.ceil(label_font().getlength(caption)) for caption in captions)
+    cell = (max(strip[0], LEAST_CELL, widest) + gap, strip[1] + caption_height + gap)
     top = 20 if heading else 0
     sheet = Image.new("RGB", (cell[0] * columns + gap, cell[1] * -(-len(rows) // columns) + top + gap), "white")
     draw = ImageDraw.Draw(sheet)
@@ -244,7 +264,7 @@ def contact_sheet(
     for index, row in enumerate(rows):
         x, y = gap + index % columns * cell[0], top + gap + index // columns * cell[1]
         strips.append((x, y + caption_height))
-        draw.text((x, y), row.caption, fill=MARKS[row.mark])
+        draw.text((x, y), captions[index], fill=MARKS[row.mark])
         for frame, picture in enumerate(np.asarray(row.video)):
             pixels = ((np.clip(picture, -1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(1, 2, 0)
             image = Image.fromarray(pixels).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
@@ -252,8 +272,8 @@ def contact_sheet(
         if row.mark is not None:
             box = (x - 2, y + caption_height - 2, x + strip[0], y + caption_height + strip[1] + 1)
             draw.rectangle(box, outline=MARKS[row.mark], width=2)
-    frame_size, captions = (width * zoom, height * zoom, frames), [row.caption for row in rows]
+    told = {"captions": [row.caption for row in rows], "frame": (width * zoom, height * zoom, frames), "strips": strips}
     info = PngImagePlugin.PngInfo()
-    info.add_text("stiv", json.dumps({**(about or {}), "captions": captions, "frame": frame_size, "strips": strips}))
+    info.add_text("stiv", json.dumps({**(about or {}), **told}))
     with replaced_file(out) as temporary:
         sheet.save(temporary, format="PNG", pnginfo=info)

@@ -14,7 +14,16 @@ from typer.testing import CliRunner
 from stiv_deploy.stiv_ref import plots
 from stiv_deploy.stiv_ref.commands.plot import plot
 from stiv_deploy.stiv_ref.errors import StivRefError
-from stiv_deploy.stiv_ref.plots import Row, contact_sheet, label_font, legend_below, plot_training, read_stages, smooth
+from stiv_deploy.stiv_ref.plots import (
+    Row,
+    contact_sheet,
+    fitted,
+    label_font,
+    legend_below,
+    plot_training,
+    read_stages,
+    smooth,
+)
 
 ROOT = Path(__file__).parents[3]
 
@@ -207,6 +216,38 @@ def test_contact_sheet_shows_every_frame_and_mark(tmp_path: Path) -> None:
         assert colours[(red, 128, 128)] == (256 if index < 3 else 512)
     assert colours[(0x10, 0x7C, 0x10)] > 50
     assert colours[(0xC5, 0x0F, 0x1F)] > 50
+
+
+def test_captions_are_shown_in_their_cells(tmp_path: Path) -> None:
+    """Two cells beside each other, the first without a caption: nothing of the second's is cut, or lies in the first.
+
+    The other side is the same caption drawn on a picture that has room for it.
+    """
+    caption, video = "base again: yellow triangle moving down", np.zeros((3, 3, 64, 64), np.float32)
+    rows = [Row(video=video, caption=""), Row(video=video, caption=caption)]
+    contact_sheet(rows, tmp_path / "sheet.png", columns=2, zoom=1)
+    alone = Image.new("L", (600, 18), 255)
+    ImageDraw.Draw(alone).text((0, 0), caption, fill=34, font=label_font())
+    with Image.open(tmp_path / "sheet.png") as image:
+        found, left = np.asarray(image.convert("L")), json.loads(image.info["stiv"])["strips"][1][0]
+    assert found.shape[1] - left < 300
+    assert np.array_equal(found[6:24, left:], np.asarray(alone)[:, : found.shape[1] - left])
+    assert (np.asarray(alone)[:, found.shape[1] - left :] == 255).all()
+    assert (found[6:24, :left] == 255).all()
+
+
+def test_long_captions_end_in_an_ellipsis(tmp_path: Path) -> None:
+    long, short = "a caption that somebody wrote " * 20, "a short one"
+    found = fitted([long, short], 200)
+    assert found[1] == short
+    assert long.startswith(found[0].removesuffix("..."))
+    assert 150 < label_font().getlength(found[0]) <= 200
+    assert fitted(["anything"], 0) == ["..."]
+    row = Row(video=np.zeros((2, 3, 8, 8), np.float32), caption=long)
+    contact_sheet([row], tmp_path / "sheet.png", columns=1, zoom=1)
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.width < 320
+        assert json.loads(image.info["stiv"])["captions"] == [long]
 
 
 def test_labels_keep_their_spaces() -> None:
