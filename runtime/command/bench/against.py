@@ -22,7 +22,15 @@ from stiv_deploy.runtime.command.bench.maker import threads_of
 from stiv_deploy.runtime.command.bench.measure import LEAST_WARM, Requests, settled, warmed
 from stiv_deploy.runtime.command.bench.record import Circumstances, Line, Took, Work
 from stiv_deploy.runtime.command.bench.refusals import loaded, refuse, too_few, unproven
-from stiv_deploy.runtime.command.bench.rivals import BUNDLE, REFERENCE, TORCH, Rival, check_names, rival
+from stiv_deploy.runtime.command.bench.rivals import (
+    BUNDLE,
+    REFERENCE,
+    TORCH,
+    Rival,
+    check_merged,
+    check_names,
+    rival,
+)
 from stiv_deploy.runtime.command.bench.statistics import Estimate, least_samples, percentile, ratio
 from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.pipeline.pipeline import CPU, StivPipeline
@@ -130,6 +138,7 @@ def _known(request: AgainstRequest) -> Known:
     with StivPipeline.from_bundle(
         request.bundle, backend=request.backend, threads=request.threads, device=request.device
     ) as pipe:
+        check_merged(request.baselines, pipe.bundle)
         requests = Requests(request.template, request.prompts, request.batch, request.seed)
         work, plan = stage.work(pipe, requests), pipe.plan(requests())
         common = {"threads": threads_of(request.threads)}

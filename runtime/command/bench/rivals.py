@@ -12,7 +12,8 @@ from typing import Any, Self
 import numpy as np
 
 from stiv_deploy.runtime.backends import BACKENDS
-from stiv_deploy.runtime.errors import MeasurementError, RequestError, briefly, one_line
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.errors import MeasurementError, RequestError, briefly, few, one_line
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
 
 CHILD = "stiv_deploy.runtime.command.bench.rival_process"
@@ -33,6 +34,16 @@ def check_names(names: Sequence[str]) -> None:
             raise RequestError(f"--baseline {briefly(name)}: there are {', '.join(NAMES)}")
     if set(names) & set(TORCH) and find_spec("torch") is None:
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+
+def check_merged(names: Sequence[str], bundle: Bundle) -> None:
+    """:class:`RequestError` where LoRAs were merged into ``bundle`` and the reference, which has none, is to run."""
+    loras = [each.name for each in bundle.manifest.lora]
+    if loras and set(names) & set(TORCH):
+        raise RequestError(
+            f"{bundle.folder}: {few(loras)} was merged into it, and PyTorch runs the checkpoint without, which makes "
+            "other clips; measure a bundle without LoRA, which takes as long, or give other baselines"
+        )
 
 
 class Rival:

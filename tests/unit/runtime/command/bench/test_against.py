@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stiv_deploy.runtime.bundle.bundle import read_manifest, write_manifest
+from stiv_deploy.runtime.bundle.manifest import LoraRecord
 from stiv_deploy.runtime.command.bench import against
 from stiv_deploy.runtime.command.bench.measure import LEAST_WARM
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
@@ -44,7 +46,9 @@ class ClockedOne:
     def make(self, requests: Sequence[GenerationRequest]) -> float:
         self.clocked.turns.append((self.name, tuple(each.seed for each in requests)))
         spent = sum(name == self.name for name, _ in self.clocked.turns)
-        return SPEEDS[self.name] * (0.9**spent if self.name == self.clocked.slowing else 1 + 0.001 * (spent % 2))
+        return SPEEDS.get(self.name, 1.0) * (
+            0.9**spent if self.name == self.clocked.slowing else 1 + 0.001 * (spent % 2)
+        )
 
     def clips(self, requests: Sequence[GenerationRequest], _: Path) -> np.ndarray:
         values = [np.random.default_rng(each.seed).integers(0, 256, (4, 8, 8, 3)) for each in requests]
@@ -139,3 +143,17 @@ def test_anyway_is_invalid_in_every_output(run: Run, bundle_path: Path, clocked:
     assert "INVALID: torch-compile makes other clips" in " ".join(out.split())
     _, out, _ = run(*asked, "--json", "-")
     assert json.loads(out)["invalid"]
+
+
+@QUIET
+def test_the_reference_is_no_baseline_of_a_bundle_with_a_lora(run: Run, own_bundle: Path, clocked: Clocked) -> None:
+    """It would run the checkpoint that the LoRA was merged into; another backend of the same bundle may run."""
+    merged = LoraRecord(name="look.safetensors", sha256="a" * 64, scale=1.0)
+    write_manifest(own_bundle, read_manifest(own_bundle).model_copy(update={"lora": (merged,)}))
+    asked = ("bench", "against", own_bundle, "--backend", "onnxruntime", "--threads", 1)
+    code, _, err = run(*asked)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "look.safetensors was merged into it, and PyTorch runs the checkpoint without" in err
+    assert clocked.orders == {}
+    code, _, err = run(*asked, "--baseline", "onnxruntime")
+    assert code == 0, err
