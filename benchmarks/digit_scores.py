@@ -31,6 +31,7 @@ from sources import open_source
 
 from stiv_deploy.stiv_ref.data.digit_requests import DigitRequests, balanced_requests, real_clips
 from stiv_deploy.stiv_ref.data.moving_digits import MovingDigits
+from stiv_deploy.stiv_ref.decibels import decibels
 from stiv_deploy.stiv_ref.plots import Row, contact_sheet
 
 VALIDATION_CLIPS = 300
@@ -41,7 +42,7 @@ Result = dict[str, Any]
 def psnr(video: Video, truth: Video) -> float:
     """Peak signal-to-noise ratio in dB (peak 2, values in [-1, 1]), mean over samples [B, ...]."""
     error = np.square(video - truth).reshape(len(video), -1).mean(axis=1)
-    return round(float((10 * np.log10(4 / np.maximum(error, 1e-12))).mean()), 2)
+    return round(float(decibels(error, 2).mean()), 2)
 
 
 def validate(source: Source) -> Result:

@@ -3,11 +3,13 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from stiv_deploy.stiv_ref.decibels import decibels
+
 
 def psnr_by_frame(video: NDArray[np.float32], truth: NDArray[np.float32]) -> list[float]:
     """PSNR in dB (values in [-1, 1]) by frame of [B, F, 3, H, W] against ``truth`` (F or 1 frames), mean over clips."""
     error = np.square(np.clip(video, -1, 1) - truth).mean(axis=(2, 3, 4))
-    return (10 * np.log10(4 / np.maximum(error, 1e-12))).mean(axis=0).round(3).tolist()
+    return decibels(error, 2).mean(axis=0).round(3).tolist()
 
 
 def fidelity(video: NDArray[np.float32], truth: NDArray[np.float32]) -> dict[str, list[float]]:

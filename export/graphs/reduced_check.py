@@ -1,6 +1,5 @@
 """Is a VAE in 16 bits good enough? Its second form, emulated on the CPU, against the reference in float32."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from stiv_deploy.export.graphs.check import HALF_FACTOR, relative_error
 from stiv_deploy.export.graphs.draws import UNIT_ROUNDING
 from stiv_deploy.export.graphs.emulation import emulated
 from stiv_deploy.runtime.bundle.contract import Reduced
+from stiv_deploy.stiv_ref.decibels import decibels
 
 LEAST_PSNR = 50.0
 """Decibels of a decoded video against the float32 decode: an rms error of 0.8 of the 255 levels that leave the device,
@@ -21,9 +21,8 @@ and 7.7 times the power of the rounding to them."""
 
 
 def psnr(video: np.ndarray, truth: np.ndarray) -> float:
-    """Of videos in [-1, 1], in dB: the power of that range over that of the error; infinite where there is none."""
-    error = np.square(np.asarray(video, np.float64) - np.asarray(truth, np.float64)).mean()
-    return -10 * math.log10(error / 4) if error else math.inf
+    """Of videos in [-1, 1], all values of them together, in dB."""
+    return float(decibels(np.square(np.asarray(video, np.float64) - np.asarray(truth, np.float64)).mean(), 2))
 
 
 def reduced_session(path: Path, precision: Reduced) -> onnxruntime.InferenceSession:

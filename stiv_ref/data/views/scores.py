@@ -3,7 +3,6 @@
 No learnt classifier. What a view cannot show, as how a ball is turned whose mark is behind it, is not held against it.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +14,7 @@ from stiv_deploy.stiv_ref.data.views.sets import ViewSet, shown
 from stiv_deploy.stiv_ref.data.views.solids import Look, View
 from stiv_deploy.stiv_ref.data.world.reading import Pixels, pixels_of
 from stiv_deploy.stiv_ref.data.world.scores import Table
+from stiv_deploy.stiv_ref.decibels import decibels
 
 STEP = 10
 """Degrees between the pictures that a view is compared with, from where it should be on."""
@@ -56,11 +56,10 @@ def score_views(frames: NDArray[np.generic], truth: ViewSet) -> ViewScores:
         raise ValueError(f"views are {list(truth.frames.shape)}, and at least 2, got {list(frames.shape)}")
     pixels, wanted = pixels_of(frames)[1:], pixels_of(truth.frames)[1:]
     found = [_nearest(seen, _around(truth, view)) for seen, view in zip(pixels, truth.views[1:], strict=True)]
-    error = float(np.square(pixels - wanted, dtype=np.float64).mean())
     return ViewScores(
         errors=tuple(each[0] for each in found),
         differences=tuple(each[1] for each in found),
-        psnr=-10 * math.log10(max(error, 1e-10)),
+        psnr=float(decibels(np.square(pixels - wanted, dtype=np.float64).mean(), 1)),
     )
 
 

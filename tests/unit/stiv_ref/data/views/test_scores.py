@@ -10,6 +10,7 @@ from stiv_deploy.stiv_ref.data.views.scores import ViewScores, aggregate_views, 
 from stiv_deploy.stiv_ref.data.views.sets import Views, ViewSet
 from stiv_deploy.stiv_ref.data.views.solids import Look, View
 from stiv_deploy.stiv_ref.data.world.captions import COLOURS
+from stiv_deploy.stiv_ref.decibels import MOST
 from stiv_deploy.stiv_ref.world_settings import SOLIDS
 
 VIEWS = Views(split="test", side=32)
@@ -56,7 +57,7 @@ def test_true_views_are_placed(scores_of: dict[str, list[ViewScores]]) -> None:
     for scores in scores_of["true"]:
         assert scores.errors == (0.0,) * 6
         assert all(scores.placed)
-        assert scores.psnr == pytest.approx(100)
+        assert scores.psnr == MOST
 
 
 @pytest.mark.parametrize("fault", FAULTS)
