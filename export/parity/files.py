@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +43,25 @@ def open_subject(bundle: Bundle, sources: Sources) -> Subject:
     """
     given = sources.checkpoint
     found = _below(sources.checkpoints, bundle) if given is None else _named(given, bundle)
-    ranges = opened_scales(bundle, sources.scales)
-    merged = loras_of(bundle, sources.loras)
+    near = Near(bundle)
+    ranges = opened_scales(bundle, sources.scales, near)
+    merged = loras_of(bundle, sources.loras, near)
     loaded = found.load()
     merge_loras(loaded, merged)
     return Subject(bundle=bundle, checkpoint=loaded, scales=ranges)
 
 
-def _tensors_near(bundle: Bundle) -> list[Path]:
-    """Files of tensors in the bundle's folder and beside it."""
-    folders = (bundle.folder, bundle.folder.absolute().parent)
-    return [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
+class Near:
+    """Files of tensors in a bundle's folder and beside it, found by their hashes; none is hashed twice."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        folders = (bundle.folder, bundle.folder.absolute().parent)
+        self._paths = [path for folder in folders for path in sorted(folder.glob("*.safetensors")) if path.is_file()]
+        self._hash = cache(sha256)
+
+    def find(self, digest: str) -> Path | None:
+        """The first file with the SHA-256 ``digest``, if there is one."""
+        return next((path for path in self._paths if self._hash(path) == digest), None)
 
 
 def _below(folder: Path, bundle: Bundle) -> CheckpointFolder:
@@ -77,7 +86,7 @@ def _named(checkpoint: Path, bundle: Bundle) -> CheckpointFolder:
     return opened
 
 
-def opened_scales(bundle: Bundle, scales: Path | None) -> Scales | None:
+def opened_scales(bundle: Bundle, scales: Path | None, near: Near | None = None) -> Scales | None:
     """The scales that ``bundle`` was exported with, None for one without 8-bit layers.
 
     By default they are looked for by their hash in the bundle's folder and beside it. Raises :class:`BundleError` if
@@ -89,7 +98,7 @@ def opened_scales(bundle: Bundle, scales: Path | None) -> Scales | None:
             raise BundleError(f"{bundle.folder}: this bundle has no 8-bit layers; leave out --scales")
         return None
     if scales is None:
-        scales = next((path for path in _tensors_near(bundle) if sha256(path) == record.scales), None)
+        scales = (near or Near(bundle)).find(record.scales)
         if scales is None:
             raise BundleError(
                 f"{bundle.folder}: the scales it was exported with are neither in it nor beside it; "
@@ -101,23 +110,22 @@ def opened_scales(bundle: Bundle, scales: Path | None) -> Scales | None:
     return load_scales(scales)
 
 
-def loras_of(bundle: Bundle, named: Sequence[Path]) -> tuple[Lora, ...]:
-    """What was merged into ``bundle``, from the files ``named``, or in the bundle's folder or beside it.
+def loras_of(bundle: Bundle, named: Sequence[Path], near: Near) -> tuple[Lora, ...]:
+    """What was merged into ``bundle``, from the files ``named``, or those ``near`` it.
 
     Raises :class:`BundleError` for a file that is not there, or that was not merged.
     """
-    wanted = {each.sha256: each for each in bundle.manifest.lora}
-    candidates = list(named) or (_tensors_near(bundle) if wanted else [])
-    hashes = {path: sha256(path) if path.is_file() else "" for path in candidates}
-    if strange := [path for path in named if hashes[path] not in wanted]:
+    records = bundle.manifest.lora
+    known = {sha256(path) if path.is_file() else "": path for path in named}
+    if strange := [path for digest, path in known.items() if digest not in {each.sha256 for each in records}]:
         raise BundleError(f"{strange[0]}: no LoRA that was merged into {bundle.folder}; name those that were")
-    known = {digest: path for path, digest in hashes.items()}
-    if missing := [each for each in wanted.values() if each.sha256 not in known]:
+    found = [known.get(each.sha256) if named else near.find(each.sha256) for each in records]
+    if missing := [each for each, path in zip(records, found, strict=True) if path is None]:
         raise BundleError(
             f"{bundle.folder}: the LoRA {missing[0].name} (SHA-256 {missing[0].sha256[:12]}) that was merged into it "
             "is neither in it nor beside it; name the file with --lora"
         )
-    return tuple(read_lora(known[each.sha256], each.scale) for each in bundle.manifest.lora)
+    return tuple(read_lora(path, each.scale) for each, path in zip(records, found, strict=True) if path is not None)
 
 
 def report_json(report: ParityReport) -> str:
