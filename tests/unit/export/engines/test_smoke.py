@@ -8,10 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented
 
 from stiv_deploy.export.bundle_from_checkpoint import export_bundle
 from stiv_deploy.export.engines.build import BuildRequest, EngineBuild
+from stiv_deploy.export.engines.epcontext import EpContextRequest, export_epcontext
 from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.progress import unheard
@@ -76,10 +79,16 @@ def test_one_block_for_other_targets(own_bundle: Path, sm: str) -> None:
     assert record.file.bytes > 0
 
 
-def test_all_bfloat16_graphs_for_blackwell(bfloat16_bundle: Path) -> None:
+def test_all_bfloat16_graphs_for_blackwell(bfloat16_bundle: Path, tmp_path: Path) -> None:
+    """Then as models with their engines inside, of which ONNX Runtime lacks nothing but the provider."""
     build(bfloat16_bundle, "120")
     manifest = Bundle.open(bfloat16_bundle).manifest
     assert {record.graph for record in manifest.engines} == manifest.graphs.keys()
+    report = export_epcontext(EpContextRequest(bundle=bfloat16_bundle, out=tmp_path / "models", embed=True))
+    assert len(report.models) == len(manifest.graphs)
+    for name in report.models:
+        with pytest.raises(NotImplemented, match="EPContext"):
+            onnxruntime.InferenceSession(tmp_path / "models" / name, providers=["CPUExecutionProvider"])
 
 
 @pytest.mark.alone

@@ -18,10 +18,11 @@ from stiv_deploy.export.graphs.lora import linear_shapes
 from stiv_deploy.export.parity.files import Sources, open_subject
 from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime import StivPipeline
-from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.bundle import Bundle, write_manifest
 from stiv_deploy.runtime.bundle.merging import replacements, with_loras
 from stiv_deploy.runtime.errors import BundleError, LoraError
 from stiv_deploy.runtime.files import sha256
+from stiv_deploy.runtime.pipeline.pictures import read_picture
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint, checkpoint_hash
 
 LINEARS = ("blocks.1.spatial.qkv", "blocks.0.cross.kv", "patch", "head.out")
@@ -110,6 +111,26 @@ def test_parity_compares_with_what_was_merged(
         assert np.array_equal(weight, stored(bundle, "embed", "patch.weight").T)
 
 
+@pytest.mark.slow
+def test_gates_hold_the_merged_model_and_no_other(
+    stiv: Callable[..., tuple[int, str]], micro_path: Path, bundle: Path, lora: Path, tmp_path: Path
+) -> None:
+    """``stiv parity`` passes with the file beside the bundle; the reference without it fails where it was merged."""
+    place, report = shutil.copytree(bundle, tmp_path / "bundle"), tmp_path / "parity.json"
+    shutil.copy(lora, tmp_path)
+    options = ("--checkpoint", micro_path, "--backend", "onnxruntime", "--steps", 2, "--json", report)
+    code, text = stiv("parity", place, *options)
+    assert code == 0, text
+    assert {row.level for row in Bundle.open(place).manifest.parity} >= {"block", "step", "free_run"}
+    hidden = Bundle.open(place).manifest.model_copy(update={"lora": ()})
+    write_manifest(place, hidden)
+    assert stiv("parity", place, *options)[0] == 1
+    rows = json.loads(report.read_text())["rows"]
+    failed = {row["name"] for row in rows if row["level"] in ("op", "block") and not row["passed"]}
+    assert failed == {"text_kv.text_k", "text_kv.text_v", "embed.x", "block_01", "head.velocity"}
+    assert not any(row["passed"] for row in rows if row["level"] == "step")
+
+
 def clip(bundle: Path, *loras: str) -> np.ndarray:
     """Pixels of a clip, made in two steps."""
     with StivPipeline.from_bundle(bundle, backend="onnxruntime", threads=1, loras=loras) as pipe:
@@ -132,6 +153,26 @@ def test_at_load_base_a_b_and_base_again(
     assert not np.array_equal(two, base)
     assert not np.array_equal(two, one)
     assert (micro_bundle / "manifest.json").read_bytes() == manifest
+
+
+@pytest.mark.slow
+def test_both_passes_of_an_upsampled_clip_have_it(
+    stiv: Callable[..., tuple[int, str]], micro_bundle: Path, bundle: Path, lora: Path, tmp_path: Path
+) -> None:
+    """Frames of the clip and those between are the merged bundle's; without it, none is."""
+    words = ("--prompt", "a digit moving left", "--seed", 1, "--steps", 2, "--backend", "onnxruntime", "--threads", 1)
+
+    def frames(name: str, *more: object) -> np.ndarray:
+        code, text = stiv("generate", *more, *words, "--out", tmp_path / name)
+        assert code == 0, text
+        return np.stack([read_picture(path) for path in sorted((tmp_path / name).glob("*.png"))])
+
+    base, merged = frames("base", micro_bundle, "--upsample", 2), frames("good", bundle, "--upsample", 2)
+    loaded = frames("load", micro_bundle, "--upsample", 2, "--lora", f"{lora}:{SCALE}")
+    assert len(loaded) == 7
+    assert np.array_equal(loaded, merged)
+    assert np.array_equal(loaded[::2], frames("clip", micro_bundle, "--lora", f"{lora}:{SCALE}"))
+    assert not any(np.array_equal(one, other) for one, other in zip(loaded, base, strict=True))
 
 
 @pytest.mark.slow
