@@ -1,4 +1,4 @@
-"""``stiv calibrate``: ranges for 8-bit layers, from the reference sampler."""
+"""``stiv calibrate``: ranges for layers in 8 or 4 bits, from the reference sampler."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def calibrate(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, as written by 'stiv train'.")],
-    precision: Annotated[str, typer.Option(help="fp8 (E4M3) or int8.")],
+    precision: Annotated[str, typer.Option(help="fp8 (E4M3), int8, or nvfp4 (W4A4; its engines were never run by us).")],
     out: Annotated[Path, typer.Option(help="Scale file to write (.safetensors), with its report beside it.")],
     samples: Annotated[int, typer.Option(help="Clips to sample, text-to-video and image-to-video in turn.")] = 40,
     steps: Annotated[int, typer.Option(help="Sampling steps of each.")] = 15,
@@ -50,7 +50,7 @@ def calibrate(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
     json: JsonTarget = None,
 ) -> None:
-    """Calibrate a checkpoint for 8 bits on what the sampler really feeds it.
+    """Calibrate a checkpoint for 8 or 4 bits on what the sampler really feeds it.
 
     Writes the scale file for 'stiv export --scales' and a report (.report.json, .report.md). Stop it with Ctrl-C and
     give the same command again to go on: the ranges are the same. --sweep also writes how sensitive each layer is, as

@@ -1,4 +1,4 @@
-"""Which layers of a model can run in 8 bits, and by which names scales, plans, graphs and reports know them.
+"""Which layers of a model can run in 8 or 4 bits, and by which names scales, plans, graphs and reports know them.
 
 A layer's name is ``<graph>.<module>``: the graph of the bundle that holds it (``block_00``, ``embed``, ...) and the
 module inside, ``block_00.spatial.qkv``. The matrix products of spatial attention are one layer, ``spatial.attention``.
@@ -9,13 +9,15 @@ from typing import Literal
 
 from stiv_deploy.stiv_ref.config import StivConfig
 
-Format = Literal["fp8", "int8"]
-"""``fp8``: E4M3; ``int8``: symmetric, -127 to 127 (W8A8)."""
+Format = Literal["fp8", "int8", "nvfp4"]
+"""``fp8``: E4M3; ``int8``: symmetric, -127 to 127 (W8A8); ``nvfp4``: E2M1 in blocks of 16 with E4M3 scales (W4A4)."""
 Kind = Literal["linear", "attention"]
 Group = Literal["block", "edge"]
 
-LARGEST = {"fp8": 448.0, "int8": 127.0}
-"""Largest magnitude of each format; scale = amax / largest."""
+LARGEST = {"fp8": 448.0, "int8": 127.0, "nvfp4": 6.0 * 448.0}
+"""Largest magnitude of each format; scale = amax / largest. That of NVFP4 is its largest element times block scale."""
+BLOCK = 16
+"""Elements, neighbours along the inputs of a linear, that have an NVFP4 block scale in common."""
 SPATIAL = ("spatial.qkv", "spatial.out")
 TEMPORAL = ("temporal.qkv", "temporal.out")
 REST = ("cross.q", "cross.out", "ffn.up", "ffn.down")
@@ -73,3 +75,16 @@ def model_layers(config: StivConfig) -> tuple[Layer, ...]:
     """All layers of a model: those of its blocks in running order, then the edges."""
     blocks = [layer for index in range(config.blocks) for layer in block_layers(config, index)]
     return (*blocks, *edge_layers(config))
+
+
+def takes(config: StivConfig, layer: Layer, quantization: Format) -> bool:
+    """Whether ``layer`` can run in a format: in NVFP4 linears of blocks with whole blocks of inputs, else all."""
+    if quantization != "nvfp4":
+        return True
+    inputs = config.width * (config.mlp_ratio if layer.name.endswith("ffn.down") else 1)
+    return layer.kind == "linear" and layer.group == "block" and inputs % BLOCK == 0
+
+
+def quantizable_layers(config: StivConfig, quantization: Format) -> tuple[Layer, ...]:
+    """Those of :func:`model_layers` that can run in a format."""
+    return tuple(layer for layer in model_layers(config) if takes(config, layer, quantization))

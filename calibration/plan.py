@@ -1,4 +1,4 @@
-"""The precision plan: which layer runs in 8 bits. A JSON file that people read and edit."""
+"""The precision plan: which layer runs in 8 or 4 bits. A JSON file that people read and edit."""
 
 from pathlib import Path
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from stiv_deploy.calibration.errors import CalibrationError
-from stiv_deploy.calibration.layers import Format, Layer, model_layers
+from stiv_deploy.calibration.layers import BLOCK, Format, Layer, model_layers, quantizable_layers, takes
 from stiv_deploy.stiv_ref.config import FrozenConfig, StivConfig, faults_of
 from stiv_deploy.stiv_ref.files import read_text, write_text
 
@@ -26,22 +26,22 @@ class PrecisionPlan(FrozenConfig):
     layers: dict[str, Choice]
 
     def quantized(self, layer: str) -> bool:
-        """Whether ``layer`` runs in 8 bits."""
+        """Whether ``layer`` runs in fewer bits."""
         return self.layers.get(layer, "high") != "high"
 
 
 def default_plan(config: StivConfig, quantization: Format) -> PrecisionPlan:
-    """All linears of the blocks in 8 bits, spatial attention where a fused FP8 kernel exists, the edges high.
+    """All linears of the blocks in 8 or 4 bits, spatial attention where a fused FP8 kernel exists, the edges high.
 
     Buckets go down to half of the model's base grid in each direction: to a quarter of its tokens. INT8 attention
     stays high, as its kernels end at 512 tokens. Temporal attention has too few tokens for an 8-bit kernel and is no
-    layer of a plan.
+    layer of a plan. In NVFP4 linears stay high whose inputs are no whole number of blocks.
     """
     rows, columns = config.base_grid
     fused = quantization == "fp8" and rows * columns // 4 >= LEAST_TOKENS
 
     def choice(layer: Layer) -> Choice:
-        if layer.group == "edge":
+        if layer.group == "edge" or not takes(config, layer, quantization):
             return "high"
         if layer.kind == "linear":
             return quantization
@@ -52,8 +52,9 @@ def default_plan(config: StivConfig, quantization: Format) -> PrecisionPlan:
 
 
 def everything(config: StivConfig, quantization: Format) -> PrecisionPlan:
-    """Every layer in 8 bits, edges too: the counter-example that shows what the default keeps high for."""
-    layers: dict[str, Choice] = {layer.name: quantization for layer in model_layers(config)}
+    """Every layer that can be in the format, edges too: the counter-example that shows what the default spares."""
+    layers: dict[str, Choice] = dict.fromkeys((layer.name for layer in model_layers(config)), "high")
+    layers |= dict.fromkeys((layer.name for layer in quantizable_layers(config, quantization)), quantization)
     return PrecisionPlan(quantization=quantization, model=config.name, layers=layers)
 
 
@@ -87,5 +88,11 @@ def checked_plan(plan: PrecisionPlan, config: StivConfig, quantization: Format, 
     if wrong := [name for name, choice in plan.layers.items() if choice not in (quantization, "high")]:
         raise CalibrationError(
             f"{where}: layer {wrong[0]} is {plan.layers[wrong[0]]}; a {quantization} plan has {quantization} and high"
+        )
+    able = {layer.name for layer in quantizable_layers(config, quantization)}
+    if unable := [name for name in plan.layers if plan.quantized(name) and name not in able]:
+        raise CalibrationError(
+            f"{where}: layer {unable[0]} cannot be {quantization}, which is for linears of the blocks with a multiple "
+            f"of {BLOCK} inputs; make it high"
         )
     return plan

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stiv_deploy.calibration.errors import CalibrationError
 from stiv_deploy.calibration.layers import LARGEST, OPERANDS, Format, Layer, model_layers
+from stiv_deploy.calibration.nvfp4 import Nvfp4Quantizer
 from stiv_deploy.calibration.plan import PrecisionPlan, checked_plan
 from stiv_deploy.calibration.scales import Scales, scale_of
 from stiv_deploy.stiv_ref.block import SelfAttention
@@ -23,7 +24,7 @@ from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.rope import rotate
 
 BITS: dict[Format, int | tuple[int, int]] = {"fp8": (4, 3), "int8": 8}
-"""ModelOpt's names of the formats: exponent and mantissa bits of E4M3, bits of an integer.
+"""ModelOpt's names of the 8-bit formats: exponent and mantissa bits of E4M3, bits of an integer.
 
 The integer's scale is symmetric, amax / 127; values beyond a range saturate at -128 and 127, as in QuantizeLinear.
 """
@@ -94,7 +95,9 @@ def require_modelopt() -> None:
 
 
 def _quantizer(quantization: Format, amax: Tensor, dtype: torch.dtype) -> nn.Module:
-    """A ModelOpt quantizer for the range ``amax`` [] or [out], on the grid of a model of ``dtype``."""
+    """A quantizer for the range ``amax`` [] or [out], on the grid of a model of ``dtype``: ModelOpt's, or of NVFP4."""
+    if quantization == "nvfp4":
+        return Nvfp4Quantizer(scale_of(amax, quantization, dtype))
     tools = _modelopt()
     exact = scale_of(amax, quantization, dtype).float() * LARGEST[quantization]
     per_channel = amax.dim() > 0
@@ -147,7 +150,7 @@ def _quantize_attention(attention: SelfAttention, layer: Layer, scales: Scales) 
 
 
 def fake_quantized(model: Stiv, scales: Scales, plan: PrecisionPlan) -> Stiv:
-    """A copy of ``model`` (fp64, fp32 or fp16) whose layers in ``plan`` compute with 8-bit values.
+    """A copy of ``model`` (fp64, fp32 or fp16) whose layers in ``plan`` compute with values of 8 or 4 bits.
 
     The ranges are exactly those of ``scales``, their scales rounded to the model's type: cast the model before, not
     the copy after. ``model`` may be a view with some of its modules only. Raises :class:`CalibrationError` if plan or
@@ -187,15 +190,26 @@ def quantized_copy(model: Stiv, scales: Scales, layers: Iterable[Layer]) -> Stiv
 def switch_on(quantized: Stiv, layers: Iterable[Layer]) -> None:
     """Let just ``layers`` of a model from :func:`quantized_copy` quantize; its other layers compute as they did.
 
-    (With SmoothQuant they keep its factors in input and weight, which cancel.)
+    (With SmoothQuant they keep its factors in input and weight, which cancel.) All of ``layers`` must have quantizers.
     """
     wanted = {layer.name for layer in layers}
-    for layer in model_layers(quantized.config):
+    for layer in quantized_layers(quantized):
         module = quantized.get_submodule(layer.module)
-        operands = ("input", "weight") if layer.kind == "linear" else (*OPERANDS, "softmax")
-        for operand in operands:
+        for operand in _quantizers(layer):
             quantizer = cast(Any, module.get_submodule(f"{operand}_quantizer"))
             quantizer.enable() if layer.name in wanted else quantizer.disable()
+
+
+def _quantizers(layer: Layer) -> tuple[str, ...]:
+    """Operands of ``layer`` that have a quantizer where it has any."""
+    return ("input", "weight") if layer.kind == "linear" else (*OPERANDS, "softmax")
+
+
+def quantized_layers(quantized: Stiv) -> tuple[Layer, ...]:
+    """Layers of a model from :func:`quantized_copy` that have quantizers."""
+    names = {name for name, _ in quantized.named_modules()}
+    layers = model_layers(quantized.config)
+    return tuple(layer for layer in layers if f"{layer.module}.{_quantizers(layer)[0]}_quantizer" in names)
 
 
 def observed(model: Stiv, observer: Callable[[str], Observer]) -> Stiv:

@@ -53,11 +53,16 @@ class CalibrationRequest:
             if not 0 < self.smooth <= 1:
                 raise CalibrationError(f"--smoothquant {self.smooth:g}: alpha must be above 0 and at most 1")
             if self.quantization != "int8":
-                raise CalibrationError("--smoothquant is for --precision int8; E4M3 has the range for outliers")
+                raise CalibrationError(
+                    "--smoothquant is for --precision int8; E4M3 has the range for outliers, NVFP4 scales by block"
+                )
             if self.settings.calibrator != "max":
                 raise CalibrationError("--smoothquant needs --calibrator max: its factors come from largest magnitudes")
-        if self.per_channel and self.quantization == "int8":
-            raise CalibrationError("--per-channel is for --precision fp8; int8 weights are per channel anyway")
+        if self.per_channel and self.quantization != "fp8":
+            finer = {"int8": "per channel", "nvfp4": "in blocks of 16"}[self.quantization]
+            raise CalibrationError(
+                f"--per-channel is for --precision fp8; {self.quantization} weights are {finer} anyway"
+            )
 
     def _check_sweep(self) -> None:
         if self.budget is not None and not (self.sweep and 0 < self.budget < math.inf):

@@ -3,7 +3,7 @@
 A safetensors file. Tensors, all fp32: ``<layer>.input`` [] and ``<layer>.weight`` ([] or [out]) of linears, optionally
 ``<layer>.smooth`` [in] (SmoothQuant divides the input and multiplies the weight by it; ranges are those after it);
 ``<layer>.q``, ``.k``, ``.v`` [] of attention, after QK-norm and RoPE, before the softmax scale. All are amax, largest
-magnitudes: scale = amax / 448 (E4M3) or / 127 (INT8). The header holds :class:`Provenance` as JSON.
+magnitudes: scale = amax / 448 (E4M3), / 127 (INT8) or / 2688 (NVFP4: the scale of the whole tensor). The header holds :class:`Provenance` as JSON.
 """
 
 from collections.abc import Mapping
@@ -48,7 +48,7 @@ class Scales:
 
     @property
     def quantization(self) -> Format:
-        """The 8-bit format that these ranges were calibrated for."""
+        """The format that these ranges were calibrated for."""
         return self.provenance.quantization
 
 
@@ -61,8 +61,10 @@ def tensor_names(layer: Layer) -> tuple[str, ...]:
 def scale_of(amax: Tensor, quantization: Format, dtype: torch.dtype) -> Tensor:
     """The scale of a range, rounded to ``dtype`` (that of the activations) *before* anything is quantized with it.
 
-    Never below the smallest normal number of ``dtype``: a subnormal scale loses the bits that make it one.
+    Never below the smallest normal number of ``dtype``: a subnormal scale loses the bits that make it one. Those of
+    NVFP4 are float32 beside activations of every type.
     """
+    dtype = torch.float32 if quantization == "nvfp4" else dtype
     return (amax.double() / LARGEST[quantization]).clamp_min(torch.finfo(dtype).tiny).to(dtype)
 
 

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from stiv_deploy.calibration.collect import Material, Unit, unit_inputs, unit_settings
 from stiv_deploy.calibration.errors import CalibrationError
-from stiv_deploy.calibration.layers import Layer, model_layers
+from stiv_deploy.calibration.layers import Layer
 from stiv_deploy.calibration.observers import BANDS, band_of
-from stiv_deploy.calibration.quantize import switch_on
+from stiv_deploy.calibration.quantize import quantized_layers, switch_on
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
-from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.files import parse_json, read_text, write_text
 from stiv_deploy.stiv_ref.guidance import GuidanceMode
 from stiv_deploy.stiv_ref.model import Stiv
@@ -129,10 +128,10 @@ def latents_error(model: Stiv, runs: Sequence[Reference]) -> float:
     return relative_error((sample(model, run.inputs, run.settings), run.final, run.inputs.frame_mask) for run in runs)
 
 
-def groups_of(config: StivConfig) -> dict[str, tuple[Layer, ...]]:
-    """What is switched together: every layer of a block on its own, the edges by graph."""
+def groups_of(layers: Iterable[Layer]) -> dict[str, tuple[Layer, ...]]:
+    """What of ``layers`` is switched together: every layer of a block on its own, the edges by graph."""
     found: dict[str, tuple[Layer, ...]] = {}
-    for layer in model_layers(config):
+    for layer in layers:
         name = layer.name if layer.group == "block" else layer.graph
         found[name] = (*found.get(name, ()), layer)
     return found
@@ -153,11 +152,11 @@ def sweep(
     fingerprint: str,
     progress: Progress = unheard,
 ) -> Sweep:
-    """Switch on one group at a time of a model with all layers quantized.
+    """Switch on one group at a time of a model with all layers quantized that can be.
 
     Progress is kept in the file ``state``; ``fingerprint`` tells sweeps apart that must not be mixed.
     """
-    groups = groups_of(quantized.config)
+    groups = groups_of(quantized_layers(quantized))
     velocity, latents = load_state(state, fingerprint)
     total = len(groups) + min(FINAL, len(groups))
 

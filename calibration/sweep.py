@@ -3,10 +3,10 @@
 import hashlib
 
 from stiv_deploy.calibration.budget import Fitted, estimated_errors, fit
-from stiv_deploy.calibration.layers import Layer, model_layers
+from stiv_deploy.calibration.layers import quantizable_layers
 from stiv_deploy.calibration.observers import BANDS, band_names
 from stiv_deploy.calibration.plan import PrecisionPlan, default_plan, everything, save_plan
-from stiv_deploy.calibration.quantize import quantized_copy, switch_on
+from stiv_deploy.calibration.quantize import quantized_copy, quantized_layers, switch_on
 from stiv_deploy.calibration.request import CalibrationRequest
 from stiv_deploy.calibration.run import Calibration
 from stiv_deploy.calibration.sensitivity import (
@@ -27,13 +27,11 @@ class PlanMeter:
     def __init__(self, calibration: Calibration, steps: int) -> None:
         self.model = calibration.checkpoint.model
         self.references = reference_runs(calibration.checkpoint, calibration.material, steps)
-        self.quantized = quantized_copy(self.model, calibration.scales, model_layers(self.model.config))
+        layers = quantizable_layers(self.model.config, calibration.scales.quantization)
+        self.quantized = quantized_copy(self.model, calibration.scales, layers)
 
     def _switch(self, plan: PrecisionPlan) -> None:
-        switch_on(self.quantized, [layer for layer in self._layers() if plan.quantized(layer.name)])
-
-    def _layers(self) -> tuple[Layer, ...]:
-        return model_layers(self.model.config)
+        switch_on(self.quantized, [layer for layer in quantized_layers(self.quantized) if plan.quantized(layer.name)])
 
     def velocity(self, plan: PrecisionPlan) -> BandErrors:
         """Relative L2 errors of the guided velocity by band."""
@@ -84,7 +82,7 @@ def run_sweep(calibration: Calibration, request: CalibrationRequest, progress: P
 
 
 def _row(name: str, plan: PrecisionPlan, meter: PlanMeter, velocity: dict[str, BandErrors]) -> PlanRow:
-    groups = groups_of(meter.model.config)
+    groups = groups_of(quantized_layers(meter.quantized))
     quantized = [group for group, layers in groups.items() if plan.quantized(layers[0].name)]
     return PlanRow(
         plan=name,

@@ -28,12 +28,12 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, as written by 'stiv train'.")],
     out: Annotated[Path, typer.Option(help="Bundle folder to write; an existing bundle is replaced.")],
     precision: Annotated[
-        str, typer.Option(help="float32, float16, bfloat16 (fp32, fp16, bf16), or 8 bits: fp8, int8.")
+        str, typer.Option(help="float32, float16, bfloat16 (fp32, fp16, bf16); 8 bits: fp8, int8; 4 bits: nvfp4 (never run by us).")
     ] = "float32",
-    scales: Annotated[Path | None, typer.Option(help="Scale file of 'stiv calibrate', for fp8 and int8.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="Precision plan for fp8 and int8. [default: the usual]")] = None,
+    scales: Annotated[Path | None, typer.Option(help="Scale file of 'stiv calibrate', for fp8, int8 and nvfp4.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Precision plan for fp8, int8 and nvfp4. [default: the usual]")] = None,
     activations: Annotated[
-        str | None, typer.Option(help="Type of what is not 8 bits, for fp8 and int8. [default: float16]")
+        str | None, typer.Option(help="Type of what is not 8 or 4 bits, for fp8, int8 and nvfp4. [default: float16]")
     ] = None,
     batch: Annotated[str | None, typer.Option(metavar=RANGE, help="Requests in one call. [default: 1:1:4]")] = None,
     frames: Annotated[str | None, typer.Option(metavar=RANGE, help="Frames. [default: from the checkpoint]")] = None,

@@ -17,7 +17,7 @@ SIZES = ("batch", "frames", "height", "width")
 class ExportRequest:
     """A bundle of ``checkpoint``, to be written to the folder ``out``.
 
-    ``precision`` is the type of its tensors. With ``format`` layers run in 8 bits, by the ranges of the file ``scales``
+    ``precision`` is the type of its tensors. With ``format`` layers run in 8 or 4 bits, by the ranges of the file ``scales``
     and the file ``plan`` (None: the usual plan). ``sizes`` are ranges of the default bucket, which goes from half to
     twice the checkpoint's own sizes; ``buckets``, if any, stand instead of it. With ``attention`` ``plugin`` each block
     has a second file with plugin nodes for its attention in space and time, over the same weights. ``vae_precision`` is
@@ -55,6 +55,9 @@ class ExportRequest:
         for option, value in (("scales", self.scales), ("plan", self.plan)):
             if self.format is None and value is not None:
                 raise ExportError(f"--{option} is for --precision {' and '.join(FORMATS)}, not for {self.precision}")
+        if self.format == "nvfp4" and (self.attention != "native" or self.halves):
+            option = "--halves" if self.halves else f"--attention {self.attention}"
+            raise ExportError(f"{option} is not for --precision nvfp4: its blocks are built whole, by TensorRT-RTX; leave it out")
         if self.sizes and self.buckets:
             raise ExportError("sizes are of the default bucket, and buckets stand instead of it; give one of them")
 

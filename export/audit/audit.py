@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stiv_deploy.export.audit.fusion_audit import AuditRow, Expectation, audit_graph, expectation
 from stiv_deploy.export.audit.layer_report import EngineLayer, read_report
-from stiv_deploy.export.engines.build import check_fp8, choose_graphs, default_jobs, resolve_sm
+from stiv_deploy.export.engines.build import FP4_SMS, check_formats, choose_graphs, default_jobs, resolve_sm
 from stiv_deploy.export.engines.job import EngineJob
 from stiv_deploy.export.engines.processes import BuilderProcesses
 from stiv_deploy.runtime.bundle.bundle import Bundle
@@ -23,6 +23,7 @@ from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour, import_tensorr
 AUDITED = ("text_kv", "embed", "head", "step")
 """Graphs beside the blocks that run in the bundle's type and are audited by default, ``step`` for stray types."""
 DEFAULT_SMS = ("89", "120")
+"""GPUs that engines are audited for by default; those of NVFP4 for :data:`FP4_SMS`."""
 LOGGED = "block_00"
 """The graph that a build log is of, if nobody says."""
 
@@ -44,14 +45,14 @@ class AuditedEngine:
 class AuditRequest:
     """An audit of the bundle in the folder ``bundle``, of engines that ``backend`` builds for the GPUs ``sms``.
 
-    ``graphs`` empty mean :func:`default_graphs`, ``blocks`` among them all blocks; ``jobs`` None means what suits the
+    ``sms`` empty means :data:`DEFAULT_SMS`, ``graphs`` empty :func:`default_graphs`, ``blocks`` among them all blocks; ``jobs`` None means what suits the
     machine and builder. With ``log``, a build log or a layer-information JSON, nothing is built: it is audited as that
     of the one graph in ``graphs``, :data:`LOGGED` if empty. Raises :class:`EngineError` for less than one job.
     """
 
     bundle: Path
     backend: Flavour = "tensorrt-rtx"
-    sms: tuple[str, ...] = DEFAULT_SMS
+    sms: tuple[str, ...] = ()
     graphs: tuple[str, ...] = ()
     log: Path | None = None
     jobs: int | None = None
@@ -81,6 +82,12 @@ class AuditReport(Frozen):
         values = self.model_dump(mode="json")
         rows = values.pop("rows")
         return json.dumps({**values, "passed": self.passed, "rows": rows}, indent=1)
+
+
+def default_sms(manifest: Manifest) -> tuple[str, ...]:
+    """GPUs that the engines of a bundle are audited for, if nobody says."""
+    quantization = manifest.quantization
+    return FP4_SMS if quantization is not None and quantization.format == "nvfp4" else DEFAULT_SMS
 
 
 def distinct_graphs(manifest: Manifest, graphs: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -131,9 +138,9 @@ class Audit:
         self.jobs = request.jobs or default_jobs(request.backend)
         self.title = f"{TITLES[self.backend]} {trt.__version__}"
         chosen = choose_graphs(manifest, request.graphs, default_graphs(manifest))
-        targets = [resolve_sm(trt, self.backend, sm) for sm in request.sms]
+        targets = [resolve_sm(trt, self.backend, sm) for sm in request.sms or default_sms(manifest)]
         for sm in targets:
-            check_fp8(manifest, chosen, sm)
+            check_formats(manifest, chosen, sm)
         kinds = distinct_graphs(manifest, chosen)
         self._folder = tempfile.TemporaryDirectory(prefix="stiv-audit-")
         self.tasks = [
@@ -147,11 +154,17 @@ class Audit:
     def _task(self, graph: str, same: tuple[str, ...], sm: str, bucket: Bucket) -> _Task:
         """The engine of ``graph`` for one target and bucket: what fuses depends on the sizes, so each is looked at."""
         manifest = self.bundle.manifest
-        reduced = reduced_for(manifest.graphs[graph], sm)
+        reduced, fp4 = reduced_for(manifest.graphs[graph], sm), manifest.graphs[graph].fp4 is not None
         path = f"{self._folder.name}/{sm_folder(sm)}-{graph}-{bucket.name}"
         job = EngineJob(
             graph=graph,
-            onnx=str(self.bundle.reduced_file(graph) if reduced else self.bundle.graph_file(graph)),
+            onnx=str(
+                self.bundle.fp4_file(graph)
+                if fp4
+                else self.bundle.reduced_file(graph)
+                if reduced
+                else self.bundle.graph_file(graph)
+            ),
             plan=f"{path}.plan",
             backend=self.backend,
             sm=None if sm == PORTABLE else sm,

@@ -21,7 +21,7 @@ def audit(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, made by 'stiv export'.", show_default=False)],
     backend: Annotated[str, typer.Option(help="tensorrt-rtx (needs no GPU) or tensorrt.")] = "tensorrt-rtx",
     sm: Annotated[
-        list[str] | None, typer.Option(help="GPUs to build for, as for 'stiv build'; repeatable. [default: 89,120]")
+        list[str] | None, typer.Option(help="GPUs to build for, as for 'stiv build'; repeatable. [default: 89,120; nvfp4: 120,121]")
     ] = None,
     graphs: Annotated[
         list[str] | None,
@@ -40,13 +40,13 @@ def audit(
     json: JsonTarget = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Builders at a time.", show_default=False)] = None,
 ) -> None:
-    """Check which kernels an engine has: products in the planned 8-bit types, attention fused; exit 1 if not.
+    """Check which kernels an engine has: products in the planned 8 or 4-bit types, attention fused; exit 1 if not.
 
     Each distinct graph is built in a builder process of its own, without a GPU; nothing is written into the bundle.
 
     stiv audit bundle --sm 89
     """
-    from stiv_deploy.export.audit.audit import DEFAULT_SMS, AuditRequest, audit_bundle
+    from stiv_deploy.export.audit.audit import AuditRequest, audit_bundle
     from stiv_deploy.runtime.bundle.manifest import MANIFEST
     from stiv_deploy.runtime.tensorrt_library import parse_flavour
 
@@ -54,7 +54,7 @@ def audit(
     request = AuditRequest(
         bundle=bundle,
         backend=parse_flavour(backend),
-        sms=tuple(map(sm_name, listed(sm, "--sm"))) or DEFAULT_SMS,
+        sms=tuple(map(sm_name, listed(sm, "--sm"))),
         graphs=listed(graphs, "--graphs"),
         log=log,
         jobs=jobs,

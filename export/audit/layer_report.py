@@ -16,6 +16,8 @@ from stiv_deploy.export.errors import ReportError
 NO_KERNEL = frozenset({"shape_call", "signal", "wait", "noop", "constant"})
 """Layer types that launch nothing: shapes worked out on the host, synchronization, constants."""
 TYPES = (  # the first that a type's name in a report contains; TensorRT also writes "Row major linear FP16 format"
+    ("fp4", "FP4"),
+    ("e2m1", "FP4"),
     ("fp8", "FP8"),
     ("e4m3", "FP8"),
     ("int8", "Int8"),

@@ -27,7 +27,7 @@ from stiv_deploy.export.demo.outcomes import (
     turned,
 )
 from stiv_deploy.export.demo.shown import shown_clip, write_pictures
-from stiv_deploy.export.engines.build import FP8_SM, BuildRequest, build_engines, resolve_sm
+from stiv_deploy.export.engines.build import BuildRequest, build_engines, format_fault, resolve_sm
 from stiv_deploy.export.engines.cli import show as show_engines
 from stiv_deploy.export.engines.cli import sm_name
 from stiv_deploy.export.parity.cli import show as show_parity
@@ -35,6 +35,7 @@ from stiv_deploy.export.parity.files import report_json
 from stiv_deploy.export.parity.stage import ParityRequest, run_parity
 from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.bundle.contract import Format
+from stiv_deploy.runtime.bundle.manifest import PORTABLE
 from stiv_deploy.runtime.command.cli import print_clips
 from stiv_deploy.runtime.command.long_clips import print_long
 from stiv_deploy.runtime.command.terminal import progress_bar
@@ -182,8 +183,10 @@ def check_sm(sm: str, quantization: Format | None) -> str:
     name = sm_name(sm)
     if missing_library(BACKEND) is None:
         resolve_sm(import_tensorrt(BACKEND), BACKEND, name)
-    if quantization == "fp8" and name.isdecimal() and int(name) < FP8_SM:
-        raise BackendError(f"--sm {sm}: no FP8 arithmetic, which begins with SM {FP8_SM}; give --precision int8")
+    known = quantization is not None and (name.isdecimal() or name == PORTABLE)
+    fault = format_fault(quantization, name) if quantization is not None and known else None
+    if fault is not None:
+        raise BackendError(f"--sm {sm}: no {fault[0]}; give --precision {fault[1]}")
     return name
 
 

@@ -17,7 +17,7 @@ from stiv_deploy.export.engines.plan_cache import CachedPlan, PlanCache, default
 from stiv_deploy.export.engines.plugin_graphs import BuildAttention, Packaging, choose_packaging
 from stiv_deploy.export.engines.processes import BuilderProcesses
 from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.bundle.contract import Frozen, has_layer, is_block, is_half
+from stiv_deploy.runtime.bundle.contract import Format, Frozen, has_layer, is_block, is_half
 from stiv_deploy.runtime.bundle.engine_files import (
     engine_path,
     graph_hash,
@@ -35,6 +35,8 @@ from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour, import_tensorr
 AUTO = "auto"
 FP8_SM = 89
 """The first compute capability whose tensor cores take FP8 (Ada; Hopper and Blackwell do too)."""
+FP4_SMS = ("120", "121")
+"""Compute capabilities that TensorRT-RTX 1.7 builds NVFP4 for (Blackwell of GeForce and RTX PRO, and of DGX Spark)."""
 MOST_JOBS = 4
 MEMORY_FACTOR, BUILDER_MEMORY = 3.5, 2**28
 """A builder process needs so many times the bytes of its weights, and so many bytes besides: measured with RTX 1.7."""
@@ -131,17 +133,29 @@ def _sm_of_gpu(trt: Any, flavour: Flavour, sm: str) -> str:
     return here
 
 
-def check_fp8(manifest: Manifest, graphs: Sequence[str], sm: str) -> None:
-    """:class:`BackendError` if one of ``graphs`` has FP8 layers and the GPU ``sm`` has no FP8 arithmetic."""
-    if manifest.quantization is None or sm == PORTABLE or int(sm) >= FP8_SM:
+def check_formats(manifest: Manifest, graphs: Sequence[str], sm: str) -> None:
+    """:class:`BackendError` if one of ``graphs`` has layers in a format that the GPU ``sm`` has no arithmetic for."""
+    record = manifest.quantization
+    fault = None if record is None else format_fault(record.format, sm)
+    if record is None or fault is None:
         return
-    chosen = [name for name, choice in manifest.quantization.layers.items() if choice == "fp8"]
+    chosen = [name for name, choice in record.layers.items() if choice != "high"]
     found = next((name for name in chosen if any(has_layer(graph, name) for graph in graphs)), None)
     if found is not None:
+        what, remedy = fault
         raise BackendError(
-            f"SM {sm} has no FP8 arithmetic (it begins with SM {FP8_SM}) and layer {found} of this bundle is FP8; "
-            "export with --precision int8, or build for another GPU"
+            f"SM {sm} has no {what} and layer {found} of this bundle is {record.format.upper()}; "
+            f"export with --precision {remedy}, or build for another GPU"
         )
+
+
+def format_fault(quantization: Format, sm: str) -> tuple[str, str] | None:
+    """What the GPU ``sm`` lacks for a format, in words, and the formats to take instead; None if it lacks nothing."""
+    if quantization == "fp8" and sm != PORTABLE and int(sm) < FP8_SM:
+        return f"FP8 arithmetic (it begins with SM {FP8_SM})", "int8"
+    if quantization == "nvfp4" and sm not in FP4_SMS:
+        return f"NVFP4 products in TensorRT-RTX (SM {' and '.join(FP4_SMS)} have)", "fp8 or int8"
+    return None
 
 
 def choose_buckets(manifest: Manifest, names: Sequence[str]) -> list[Bucket]:
@@ -198,7 +212,7 @@ class EngineBuild:
         self.sm = resolve_sm(trt, request.backend, request.sm)
         self.buckets = choose_buckets(bundle.manifest, request.buckets)
         self.graphs = choose_graphs(bundle.manifest, request.graphs)
-        check_fp8(bundle.manifest, self.graphs, self.sm)
+        check_formats(bundle.manifest, self.graphs, self.sm)
         self.packaging = choose_packaging(trt, bundle.manifest, self.graphs, request.backend, request.attention)
         if not os.access(bundle.folder, os.W_OK):
             raise OutputError(
@@ -219,6 +233,8 @@ class EngineBuild:
         """The file that ``graph`` is built from, verified."""
         if self.packaging_of(graph) is not None:
             return self.bundle.plugin_file(graph)
+        if self.bundle.manifest.graphs[graph].fp4 is not None:
+            return self.bundle.fp4_file(graph)
         return self.bundle.reduced_file(graph) if self.reduces(graph) else self.bundle.graph_file(graph)
 
     def reduces(self, graph: str) -> bool:
@@ -228,7 +244,8 @@ class EngineBuild:
     def _hash(self, graph: str) -> str:
         """Of the file that ``graph`` is built from, with its weights."""
         record = self.bundle.manifest.graphs[graph]
-        return graph_hash(record, plugin=self.packaging_of(graph) is not None, reduced=self.reduces(graph))
+        plugin, fp4 = self.packaging_of(graph) is not None, record.fp4 is not None
+        return graph_hash(record, plugin=plugin, reduced=self.reduces(graph), fp4=fp4)
 
     def job(self, graph: str, plan: Path) -> EngineJob:
         """The job of ``graph``, to be written to ``plan``."""

@@ -1,4 +1,4 @@
-"""How far a correct 8-bit backend may be from the truth: measured from several correct ones, not assumed.
+"""How far a correct backend of 8 or 4 bits may be from the truth: measured from several correct ones, not assumed.
 
 Rounding to 8 bits is not continuous. Two right implementations differ by about the unit roundoff u of the 16-bit type
 in every value; a value that close to the middle of two codes gets the other code, and is then off by a whole step
@@ -59,7 +59,12 @@ def quantized_gate(precision: str, errors: Sequence[float]) -> float:
 
 
 def on_grid(scales: Scales, dtype: torch.dtype) -> Scales:
-    """``scales`` whose ranges are those that scales rounded to ``dtype`` span, for a model of a wider type."""
+    """``scales`` whose ranges are those that scales rounded to ``dtype`` span, for a model of a wider type.
+
+    Those of NVFP4 are float32 for every type, and stay.
+    """
+    if scales.quantization == "nvfp4":
+        return scales
     largest = LARGEST[scales.quantization]
 
     def rounded(name: str, value: Tensor) -> Tensor:

@@ -36,7 +36,9 @@ DTYPES = {
     torch.int64: ir.DataType.INT64,
     torch.int8: ir.DataType.INT8,
     torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
+    torch.uint8: ir.DataType.FLOAT4E2M1,
 }
+"""ONNX types of parameters; 4-bit elements come one in each byte, and are written two in one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,23 +226,30 @@ def _write_data(template: Template, tensors: Mapping[str, Tensor], path: Path) -
         for name in template.parameters:
             tensor = tensors[name].detach()
             tensor = (tensor.T if name in template.transposed else tensor).contiguous()
-            padding = -offset % (PAGE if tensor.nbytes >= LARGE else ALIGNMENT)
-            for chunk in (bytes(padding), tensor.flatten().view(torch.uint8).numpy().data):
+            raw = packed(tensor) if tensor.dtype == torch.uint8 else tensor.flatten().view(torch.uint8)
+            padding = -offset % (PAGE if raw.nbytes >= LARGE else ALIGNMENT)
+            for chunk in (bytes(padding), raw.numpy().data):
                 digest.update(chunk)
                 file.write(chunk)
-            _point_at(template.model.graph.initializers[name], tensor, path, offset + padding)
-            offset += padding + tensor.nbytes
+            _point_at(template.model.graph.initializers[name], tensor, path, offset + padding, raw.nbytes)
+            offset += padding + raw.nbytes
     return FileRecord(path=path.name, sha256=digest.hexdigest(), bytes=offset)
 
 
-def _point_at(value: ir.Value, tensor: Tensor, path: Path, offset: int) -> None:
+def packed(codes: Tensor) -> Tensor:
+    """Codes of 4 bits, an even number of them, two in a byte [n / 2]: the first in the low half, as ONNX has them."""
+    low, high = codes.flatten().unflatten(0, (-1, 2)).unbind(1)
+    return low | high << 4
+
+
+def _point_at(value: ir.Value, tensor: Tensor, path: Path, offset: int, length: int) -> None:
     assert (value.shape, value.dtype) == (ir.Shape(tensor.shape), DTYPES[tensor.dtype]), (
         f"{value.name}: other than traced"
     )
     value.const_value = ir.ExternalTensor(
         location=path.name,
         offset=offset,
-        length=tensor.nbytes,
+        length=length,
         dtype=DTYPES[tensor.dtype],
         shape=ir.Shape(tensor.shape),
         name=value.name or "",

@@ -1,9 +1,10 @@
-"""What a quantized bundle is made from: scales and plan, checked against their checkpoint, and the stored 8-bit values.
+"""What a quantized bundle is made from: scales and plan, checked against their checkpoint, and the stored values.
 
-Numbers are here, the graph that uses them is in :mod:`~stiv_deploy.export.graphs.quantized_graph`; both go by the same
-names: in a graph, a layer has ``<module>.input_scale`` [], ``<module>.weight_scale`` [] or [out], its 8-bit
-``<module>.weight`` and, with SmoothQuant, ``<module>.inverse_smooth`` [in]; attention has ``<module>.q_scale``,
-``.k_scale`` and ``.v_scale`` [].
+Numbers are here, the graphs that use them are in :mod:`~stiv_deploy.export.graphs.quantized_graph` and
+:mod:`~stiv_deploy.export.graphs.nvfp4_graph`; all go by the same names: in a graph, a layer has
+``<module>.input_scale`` [], ``<module>.weight_scale`` [] or [out], its 8-bit ``<module>.weight`` and, with SmoothQuant,
+``<module>.inverse_smooth`` [in]; attention has ``<module>.q_scale``, ``.k_scale`` and ``.v_scale`` []. In NVFP4 the
+form for engines also has ``<module>.weight_block_scale`` [out, in / 16].
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stiv_deploy.calibration.layers import LARGEST, OPERANDS, Layer, model_layers
+from stiv_deploy.calibration.nvfp4 import fake_quantized_nvfp4, to_blocks
 from stiv_deploy.calibration.plan import PrecisionPlan, default_plan, load_plan
 from stiv_deploy.calibration.scales import Scales, check_fits, load_scales, scale_of
 from stiv_deploy.export.errors import ExportError
@@ -33,7 +35,7 @@ STORED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """What to export in 8 bits: ranges, the plan, and the SHA-256 (hex) of the scale file."""
+    """What to export in 8 or 4 bits: ranges, the plan, and the SHA-256 (hex) of the scale file."""
 
     scales: Scales
     plan: PrecisionPlan
@@ -41,7 +43,7 @@ class Quantization:
 
     @property
     def format(self) -> Format:
-        """The 8-bit format."""
+        """The format of what is quantized."""
         return self.plan.quantization
 
     def record(self) -> QuantizationRecord:
@@ -104,7 +106,7 @@ def _check_shape(amax: Mapping[str, Tensor], name: str, wanted: list[tuple[int, 
 
 
 def graph_scheme(quantization: Quantization, config: StivConfig, graph: str) -> tuple[LayerScheme, ...]:
-    """Schemes of the layers of ``graph`` that run in 8 bits, in running order; empty for a graph without any."""
+    """Schemes of the layers of ``graph`` that run in 8 or 4 bits, in running order; empty for a graph without any."""
     amax = quantization.scales.amax
     first: dict[float, str] = {}
     schemes = []
@@ -131,8 +133,8 @@ def module_of(layer: Layer) -> str:
 class StoredTensors(Mapping[str, Tensor]):
     """Parameters of a graph as they are stored, in torch's layout, each made when asked for and kept by nobody.
 
-    ``module`` is the graph module in float32; weights of the layers in ``scheme`` become 8 bits, everything else that
-    floats becomes ``dtype``. A block's weights are thus in memory once, plus one tensor. ``amax`` are all ranges.
+    ``module`` is the graph module in float32; weights of the layers in ``scheme`` become 8 bits, or ``dtype`` rounded
+    to NVFP4, everything else that floats becomes ``dtype``. A block's weights are thus in memory once, plus one tensor. ``amax`` are all ranges.
     """
 
     def __init__(
@@ -163,6 +165,10 @@ class StoredTensors(Mapping[str, Tensor]):
         return {f"{part}_scale": partial(scale_of, ranges[part], layer.format, self._dtype) for part in OPERANDS}
 
     def _linear(self, layer: LayerScheme, ranges: Mapping[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
+        if layer.format == "nvfp4":
+            weight = self._parameters[f"{layer.module}.weight"]
+            scales = {part: scale_of(ranges[part], layer.format, self._dtype) for part in ("input", "weight")}
+            return {"input_scale": scales["input"].clone, **self._nvfp4(weight, scales["weight"])}
         weight_scale = scale_of(ranges["weight"], layer.format, self._dtype)
         inverse = (1 / ranges["smooth"].double()).to(self._dtype) if layer.smooth else None
         weight = self._parameters[f"{layer.module}.weight"]
@@ -173,6 +179,10 @@ class StoredTensors(Mapping[str, Tensor]):
         }
         return makers if inverse is None else makers | {"inverse_smooth": inverse.clone}
 
+    def _nvfp4(self, weight: Tensor, scale: Tensor) -> dict[str, Callable[[], Tensor]]:
+        """What the twin has of a weight [out, in]: its rounded values."""
+        return {"weight": lambda: fake_quantized_nvfp4(weight.float(), scale).to(self._dtype)}
+
     def __getitem__(self, name: str) -> Tensor:
         return self._makers[name]()
 
@@ -181,6 +191,17 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._makers)
+
+
+class EngineTensors(StoredTensors):
+    """The same for the form for engines of a graph in NVFP4: 4-bit elements, one in each byte, and block scales."""
+
+    def _nvfp4(self, weight: Tensor, scale: Tensor) -> dict[str, Callable[[], Tensor]]:
+        return {
+            "weight": lambda: to_blocks(weight.float(), scale).codes,
+            "weight_block_scale": lambda: to_blocks(weight.float(), scale).scales.squeeze(-1),
+            "weight_scale": scale.clone,
+        }
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stiv_deploy.export.errors import CheckError
 from stiv_deploy.export.graphs.check import CheckRow, check_graph, draw_inputs, executable, graph_sizes
 from stiv_deploy.export.graphs.modules import FLOAT32_GRAPHS, Module, graph_modules, model_facts
+from stiv_deploy.export.graphs.nvfp4_graph import engine_template, twin_template
 from stiv_deploy.export.graphs.onnx_from_module import (
     Template,
     structure_faults,
@@ -21,7 +22,13 @@ from stiv_deploy.export.graphs.onnx_from_module import (
 )
 from stiv_deploy.export.graphs.plugin_nodes import plugin_names
 from stiv_deploy.export.graphs.precision import torch_dtype
-from stiv_deploy.export.graphs.quantization import LayerScheme, Quantization, StoredTensors, graph_scheme
+from stiv_deploy.export.graphs.quantization import (
+    EngineTensors,
+    LayerScheme,
+    Quantization,
+    StoredTensors,
+    graph_scheme,
+)
 from stiv_deploy.export.graphs.quantized_graph import quantized_template
 from stiv_deploy.export.graphs.reduced_check import check_reduced
 from stiv_deploy.export.graphs.reduced_form import reduced_template
@@ -37,7 +44,14 @@ from stiv_deploy.runtime.bundle.contract import (
     is_half,
 )
 from stiv_deploy.runtime.bundle.engine_files import Attention
-from stiv_deploy.runtime.bundle.manifest import Bucket, FileRecord, GraphRecord, PluginForm, ReducedForm
+from stiv_deploy.runtime.bundle.manifest import (
+    Bucket,
+    FileRecord,
+    Fp4Form,
+    GraphRecord,
+    PluginForm,
+    ReducedForm,
+)
 from stiv_deploy.runtime.progress import Progress
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 from stiv_deploy.stiv_ref.fused.modules import fuse
@@ -48,10 +62,10 @@ GRAPH_FOLDER = "onnx"
 
 
 class GraphWriter:
-    """Writes the graphs of ``checkpoint`` into ``folder``, in ``precision`` and 8 bits where ``quantization`` says so.
+    """Writes the graphs of ``checkpoint`` into ``folder``, in ``precision`` and 8 or 4 bits where ``quantization`` says so.
 
     The blocks share one trace, and blocks with equal plans one quantized template. With ``attention`` ``plugin`` each
-    block has a second file with plugin nodes, with a ``vae_precision`` of 16 bits each graph of the VAE one in it. With
+    block has a second file with plugin nodes, with a ``vae_precision`` of 16 bits each graph of the VAE one in it, in NVFP4 each quantized graph one for engines. With
     ``halves`` each block has graphs of its halves, which are written after it and read its weights.
     """
 
@@ -109,6 +123,8 @@ class GraphWriter:
         self._weights = {name: record.data}
         if name in VAE_GRAPHS and self.vae_precision != "float32":
             return record.model_copy(update={"reduced": self._reduced_form(native, name, self.vae_precision)})
+        if any(layer.format == "nvfp4" for layer in scheme):
+            return record.model_copy(update={"fp4": self._fp4_form(name, scheme)})
         if self.attention == "native" or not is_block(name):
             return record
         plugin = self._plugin_form(native, self._template(name, scheme, "plugin"), name)
@@ -137,6 +153,16 @@ class GraphWriter:
         return PluginForm(
             file=_inside(written.file), topology=written.topology, plugins=plugin_names(template.model.graph)
         )
+
+    def _fp4_form(self, name: str, scheme: tuple[LayerScheme, ...]) -> Fp4Form:
+        """Write the form for engines of a graph in NVFP4, with a data file of its own."""
+        assert self.quantization is not None
+        form = f"{name}.nvfp4"
+        tensors = EngineTensors(self.modules[name], name, self._dtype(name), scheme, self.quantization.scales.amax)
+        template = engine_template(self._template(name, (), "native"), scheme)
+        record = write_checked(template, tensors, self.folder, form, self.specs[name])
+        assert record.data is not None
+        return Fp4Form(file=record.file, data=record.data, topology=record.topology)
 
     def _reduced_form(self, native: Template, name: str, precision: Reduced) -> ReducedForm:
         """Write the form in 16 bits of a graph, over the data file that ``native`` was just written with."""
@@ -209,7 +235,10 @@ class GraphWriter:
             self._templates[plain] = trace(module, kind, self.specs[name], self.facts)
         if wanted not in self._templates:
             head_dim = self.checkpoint.config.model.head_dim
-            self._templates[wanted] = quantized_template(self._templates[plain], scheme, head_dim)
+            if any(layer.format == "nvfp4" for layer in scheme):
+                self._templates[wanted] = twin_template(self._templates[plain], scheme)
+            else:
+                self._templates[wanted] = quantized_template(self._templates[plain], scheme, head_dim)
         return self._templates[wanted]
 
     def plain(self, name: str) -> nn.Module:
@@ -217,7 +246,7 @@ class GraphWriter:
         return in_precision(self.modules[name], self._dtype(name))
 
     def quantizes(self, name: str) -> bool:
-        """Whether the graph has layers in 8 bits."""
+        """Whether the graph has layers in 8 or 4 bits."""
         return bool(self._scheme(name))
 
     @cached_property

@@ -17,6 +17,7 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.utils import Extractor
 
+from stiv_deploy.export.graphs.nvfp4_graph import ROUND
 from stiv_deploy.export.graphs.passes import NAME_SCOPES
 
 FLOATS: dict[int, str] = {
@@ -26,7 +27,7 @@ FLOATS: dict[int, str] = {
 }
 """ONNX element types that can be cut at, by the names of the contract."""
 DEQUANTIZE = "DequantizeLinear"
-QUANTIZERS = frozenset({"QuantizeLinear", DEQUANTIZE})
+QUANTIZERS = frozenset({"QuantizeLinear", DEQUANTIZE, ROUND})
 
 
 class Ends(NamedTuple):
@@ -58,7 +59,7 @@ class Piece(NamedTuple):
 
     @property
     def quantized(self) -> bool:
-        """Whether something in it runs in 8 bits."""
+        """Whether something in it runs in 8 or 4 bits."""
         return not QUANTIZERS.isdisjoint(self.operators)
 
 

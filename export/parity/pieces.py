@@ -36,7 +36,7 @@ class Pieces:
         set_quantization(self._options, quantization, precision)
         self._half = precision == "bfloat16"
         self._settings = settings_of(quantization, precision)
-        self._disabled: tuple[str, ...] = () if quantization is None else UNFIT_FOR_8_BITS
+        self._disabled: tuple[str, ...] = () if quantization in (None, "nvfp4") else UNFIT_FOR_8_BITS
         self.providers = execution_providers("cuda" if self.on_gpu else "cpu", 0)
 
     @property
@@ -82,7 +82,7 @@ class Pieces:
 
 def settings_of(quantization: Format | None, precision: Precision) -> dict[str, str]:
     """What :func:`~stiv_deploy.runtime.backends.onnxruntime.set_quantization` sets, for a CPU of any kind."""
-    if quantization is None:
+    if quantization in (None, "nvfp4"):
         return {}
     return {EXACT if quantization == "int8" and precision == "float32" else FP8_OPTION: "1"}
 

@@ -109,11 +109,12 @@ def set_quantization(options: ort.SessionOptions, quantization: Format | None, p
 
     INT8 among float32 becomes integer products. FP8 is simulated, as is INT8 among half precision, for which ONNX
     Runtime (1.31) has no kernels: there its own handling of Q/DQ would move FP8 into operators that cannot take it, so
-    that the graph does not load, and would dequantize the weights in every call instead of once.
+    that the graph does not load, and would dequantize the weights in every call instead of once. In NVFP4 the graphs
+    are twins of standard operators, and need nothing.
     """
     if quantization == "int8" and precision == "float32":
         keep_products_exact(options)
-    elif quantization is not None:
+    elif quantization in ("fp8", "int8"):
         options.add_session_config_entry(FP8_OPTION, "1")
 
 

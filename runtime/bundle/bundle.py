@@ -116,12 +116,14 @@ def check_tuned(path: Path, manifest: Manifest) -> None:
 
 def _misnamed(name: str, record: GraphRecord) -> Iterator[str]:
     """Files of graph ``name`` that are called like those of another one: hashes hold for swapped graphs too."""
-    plugin, reduced = record.plugin, record.reduced
+    plugin, reduced, fp4 = record.plugin, record.reduced, record.fp4
     for file, wanted in (
         (record.file, f"{name}.onnx"),
         (record.data, f"{block_of(name)}.onnx.data"),
         (None if plugin is None else plugin.file, f"{name}.plugin.onnx"),
         (None if reduced is None else reduced.file, f"{name}.{reduced and reduced.precision}.onnx"),
+        (None if fp4 is None else fp4.file, f"{name}.nvfp4.onnx"),
+        (None if fp4 is None else fp4.data, f"{name}.nvfp4.onnx.data"),
     ):
         if file is not None and PurePosixPath(file.path).name != wanted:
             yield f"its file is {file.path}, wanted {wanted}"
@@ -184,8 +186,9 @@ class Bundle:
 
     def _files(self) -> Iterator[FileRecord]:
         for graph in self.manifest.graphs.values():
-            forms = (form.file for form in (graph.plugin, graph.reduced) if form is not None)
-            yield from (record for record in (graph.file, graph.data, *forms) if record is not None)
+            forms = [form.file for form in (graph.plugin, graph.reduced, graph.fp4) if form is not None]
+            weights = None if graph.fp4 is None else graph.fp4.data
+            yield from (record for record in (graph.file, graph.data, weights, *forms) if record is not None)
         yield self.manifest.tokenizer
         if self.manifest.golden is not None:
             yield self.manifest.golden
@@ -256,6 +259,12 @@ class Bundle:
         record = self.manifest.graphs[name]
         assert record.reduced is not None, name
         return self._with_weights(record.reduced.file, record.data)
+
+    def fp4_file(self, name: str) -> Path:
+        """Path of the ONNX file of graph ``name``, which has one, in NVFP4; it and its own weights verified."""
+        form = self.manifest.graphs[name].fp4
+        assert form is not None, name
+        return self._with_weights(form.file, form.data)
 
     def tokenizer_file(self) -> Path:
         """Path of ``tokenizer.json``, verified."""

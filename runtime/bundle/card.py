@@ -8,6 +8,26 @@ README = "README.md"
 FP8_OPTION = "session.disable_quant_qdq"
 """The option of an ONNX Runtime session, set to 1, without which FP8 graphs do not load."""
 
+NEVER_RUN = "builds and audits, never run by us"
+"""What is known of NVFP4 on the GPUs that have it."""
+FP4_TEXT = f"""
+Linears of the blocks are in NVFP4. Engines for GPUs of SM 120 and 121 are built from the files `onnx/*.nvfp4.onnx`, which
+TensorRT alone reads: **{NEVER_RUN}**, on a GPU. The other files are twins of them: any runtime
+computes the same rounded values with them, in products of the bundle's own type.
+"""
+
+
+def nvfp4_note(manifest: Manifest, backend: str) -> str | None:
+    """One line on a bundle in NVFP4 that runs on ``backend``; None for any other bundle."""
+    if manifest.quantization is None or manifest.quantization.format != "nvfp4":
+        return None
+    if not backend.startswith("onnxruntime"):
+        return f"NVFP4 engines: {NEVER_RUN}; prove them here with 'stiv verify'"
+    return (
+        f"NVFP4: {backend} computes with values rounded to it, in {manifest.precision} and no faster; engines for SM 120 "
+        f"and 121 multiply in 4 bits ({NEVER_RUN})"
+    )
+
 
 def readme(manifest: Manifest) -> str:
     """A page of Markdown."""
@@ -34,6 +54,8 @@ of the checkpoint; whoever passes the bundle on should say them here.
 
 
 def _other_runtimes(manifest: Manifest) -> str:
+    if manifest.quantization is not None and manifest.quantization.format == "nvfp4":
+        return FP4_TEXT
     if manifest.quantization is None or manifest.quantization.format != "fp8":
         return ""
     return f"""

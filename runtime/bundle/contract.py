@@ -35,11 +35,11 @@ PIXEL_GRAPHS = (*VAE_GRAPHS, FRAMES)
 Precision = Literal["float32", "float16", "bfloat16"]
 Reduced = Literal["float16", "bfloat16"]
 """Types of 16 bits."""
-Format = Literal["fp8", "int8"]
-"""8-bit formats of quantized layers: E4M3, and symmetric -127 to 127."""
+Format = Literal["fp8", "int8", "nvfp4"]
+"""Formats of quantized layers: E4M3, symmetric -127 to 127, and E2M1 in blocks of 16 with E4M3 scales."""
 FORMATS: tuple[Format, ...] = get_args(Format)
 Choice = Literal[Format, "high"]
-"""What a precision plan says of a layer: its 8-bit format, or the bundle's own type."""
+"""What a precision plan says of a layer: its format, or the bundle's own type."""
 DType = Literal[Precision, "int64", "bool", "uint8"]
 Dim = int | str
 

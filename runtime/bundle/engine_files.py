@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from stiv_deploy.runtime.bundle.contract import HALVES, VAE_GRAPHS, GraphSpec, ModelFacts, is_block, is_half
-from stiv_deploy.runtime.bundle.manifest import PORTABLE, Bucket, EngineRecord, GraphRecord, Manifest, ReducedForm
+from stiv_deploy.runtime.bundle.manifest import PORTABLE, Bucket, EngineRecord, Fp4Form, GraphRecord, Manifest, ReducedForm
 
 Shape = tuple[int, ...]
 Attention = Literal["native", "plugin"]
@@ -18,15 +18,16 @@ BFLOAT16_SM = 80
 """The first compute capability whose tensor cores take bfloat16 and TF32 (Ampere)."""
 
 
-def graph_hash(record: GraphRecord, plugin: bool = False, reduced: bool = False) -> str:
+def graph_hash(record: GraphRecord, plugin: bool = False, reduced: bool = False, fp4: bool = False) -> str:
     """SHA-256 (hex) over the hashes of a graph's ONNX file and external weights: ``EngineRecord.onnx``.
 
     With ``plugin`` that of its form with plugin nodes, with ``reduced`` that of its form in 16 bits, where it has one;
-    all read the same weights.
+    they read the same weights. With ``fp4`` that of its form in NVFP4, where it has one, which has its own.
     """
-    second = record.plugin if plugin else record.reduced if reduced else None
+    second = record.plugin if plugin else record.reduced if reduced else record.fp4 if fp4 else None
     file = record.file if second is None else second.file
-    parts = [file.sha256, "" if record.data is None else record.data.sha256]
+    data = second.data if isinstance(second, Fp4Form) else record.data
+    parts = [file.sha256, "" if data is None else data.sha256]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -51,9 +52,11 @@ def engines_hash(records: Iterable[EngineRecord]) -> str:
 def attention_form(record: EngineRecord, manifest: Manifest) -> Attention | None:
     """Which form of its graph, as it is now, an engine was built from; None if from neither.
 
-    A form in 16 bits has the attention of the native one.
+    A form in 16 bits has the attention of the native one, as has one in NVFP4, whose twin is none to build from.
     """
     graph = manifest.graphs.get(record.graph)
+    if graph is not None and graph.fp4 is not None:
+        return "native" if record.onnx == graph_hash(graph, fp4=True) else None
     if graph is not None and record.onnx in (graph_hash(graph), graph_hash(graph, reduced=True)):
         return "native"
     if graph is not None and graph.plugin is not None and record.onnx == graph_hash(graph, plugin=True):

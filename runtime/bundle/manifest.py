@@ -86,6 +86,17 @@ class ReducedForm(Frozen):
     precision: Reduced
 
 
+class Fp4Form(Frozen):
+    """A graph's second file with products in NVFP4, which engines are built from, and its own external weights.
+
+    The graph's first file is its twin: it rounds to the same values in standard operators.
+    """
+
+    file: FileRecord
+    data: FileRecord
+    topology: Digest
+
+
 class GraphRecord(Frozen):
     """One ONNX graph: its file, its external weights (if any), its contract, and the hash of its topology.
 
@@ -98,6 +109,7 @@ class GraphRecord(Frozen):
     spec: GraphSpec
     plugin: PluginForm | None = None
     reduced: ReducedForm | None = None
+    fp4: Fp4Form | None = None
 
 
 class Range(Frozen):
@@ -226,7 +238,7 @@ class QuantizationRecord(Frozen):
     """How a bundle was quantized; ``precision`` of the manifest is the type of everything else.
 
     ``scales`` is the SHA-256 of the scale file, ``layers`` the whole plan: layer (``block_00.spatial.qkv``) to ``fp8``
-    (E4M3), ``int8`` or ``high``.
+    (E4M3), ``int8``, ``nvfp4`` or ``high``.
     """
 
     format: Format
@@ -261,7 +273,7 @@ class Manifest(Frozen):
     trained: TrainedOn | None = None
     """What the model has seen; None where its checkpoint does not tell."""
     quantization: QuantizationRecord | None = None
-    """Which layers run in 8 bits; None where none does."""
+    """Which layers run in 8 or 4 bits; None where none does."""
     tuned: Tuned | None = None
     """The best solvers and time shifts, by steps; None where nobody has looked for them."""
     preview: Preview | None = None

@@ -66,12 +66,22 @@ def with_loras(bundle: Bundle, loras: Sequence[str]) -> Bundle:
     shapes = {linear: (place.shape[1], place.shape[0]) for linear, place in places.items()}
     for lora in read:
         check_lora(lora, shapes, bundle.manifest.checkpoint)
-    if small := [name for name in linears_of(read) if places[name].data_type not in STORED]:
+    rounded = _rounded(bundle)
+    if small := [name for name in linears_of(read) if name in rounded or places[name].data_type not in STORED]:
         raise LoraError(
-            f"{bundle.folder}: {small[0]} is stored in 8 bits, a LoRA is merged before that; {FOR_GOOD}, with the "
+            f"{bundle.folder}: {small[0]} is stored in {4 if small[0] in rounded else 8} bits, a LoRA is merged before that; {FOR_GOOD}, with the "
             "--precision and --scales of this bundle"
         )
     return bundle.with_loras(read)
+
+
+def _rounded(bundle: Bundle) -> set[str]:
+    """Linears, by their names in the model, whose weights are values of NVFP4 in a wider type."""
+    record = bundle.manifest.quantization
+    if record is None or record.format != "nvfp4":
+        return set()
+    layers = [name.partition(".") for name, choice in record.layers.items() if choice != "high"]
+    return {name for graph, _, layer in layers if (name := linear_of(graph, f"{layer}{WEIGHT}"))}
 
 
 def replacements(bundle: Bundle, graph: str) -> dict[str, Replacement]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from stiv_deploy.runtime.bundle.bundle import Bundle, read_manifest
+from stiv_deploy.runtime.bundle.card import NEVER_RUN
 from stiv_deploy.runtime.bundle.engine_files import Attention, attention_form
 from stiv_deploy.runtime.bundle.manifest import MANIFEST, EngineRecord, Manifest, QuantizationRecord
 from stiv_deploy.runtime.errors import BundleError, EngineError, RequestError, StivError, one_line
@@ -100,7 +101,8 @@ def precision_text(manifest: Manifest) -> str:
     parts: list[str] = [manifest.precision]
     if record is not None:
         quantized = sum(choice != "high" for choice in record.layers.values())
-        parts.append(f"{record.format} in {quantized} of {len(record.layers)} layers")
+        label = f" ({NEVER_RUN})" if record.format == "nvfp4" else ""
+        parts.append(f"{record.format} in {quantized} of {len(record.layers)} layers{label}")
     if vae != "float32":
         parts.append(f"VAE {vae} in engines")
     return ", ".join(parts)

@@ -12,6 +12,7 @@ import numpy as np
 from stiv_deploy.runtime.backends import open_backend
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.card import nvfp4_note
 from stiv_deploy.runtime.bundle.contract import ModelFacts
 from stiv_deploy.runtime.bundle.merging import with_loras
 from stiv_deploy.runtime.errors import BackendError, Cancelled, RequestError, briefly
@@ -99,6 +100,9 @@ class StivPipeline(LongVideos):
 
     def _take(self, backend: Backend, team: Team | None = None) -> None:
         self.backend, self._team = backend, team
+        note = nvfp4_note(self.bundle.manifest, backend.name)
+        if note is not None:
+            log.warning(note)
         self._clock = GraphClock(backend.synchronize if self._profile else None, self._mark)
         self._loop = SamplingLoop(
             backend, self.bundle, self._clock, capture=not self._profile, debug=self._debug, team=team

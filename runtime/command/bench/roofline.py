@@ -19,26 +19,27 @@ TEMPORAL_SQUARES = 4
 
 
 class Peak(NamedTuple):
-    """Operations a second in 16 bits, FP8 and INT8, of bytes a second; None: there is no such arithmetic."""
+    """Operations a second in 16 bits, FP8, INT8 and FP4, of bytes a second; None: there is no such arithmetic."""
 
     half: float
     fp8: float | None
     int8: float
     bandwidth: float
+    fp4: float | None = None
 
     def of(self, quantization: str | None) -> float | None:
         """Operations a second of the linear layers."""
-        return {None: self.half, "fp8": self.fp8, "int8": self.int8}[quantization]
+        return {None: self.half, "fp8": self.fp8, "int8": self.int8, "nvfp4": self.fp4}[quantization]
 
 
 PEAKS = {
     "RTX 4090": Peak(165 * TERA, 330 * TERA, 661 * TERA, 1008 * GIGA),
-    "RTX 5090": Peak(210 * TERA, 419 * TERA, 838 * TERA, 1792 * GIGA),
+    "RTX 5090": Peak(210 * TERA, 419 * TERA, 838 * TERA, 1792 * GIGA, 1676 * TERA),
     "L40S": Peak(362 * TERA, 733 * TERA, 733 * TERA, 864 * GIGA),
     "A100": Peak(312 * TERA, None, 624 * TERA, 2039 * GIGA),
     "H100": Peak(989 * TERA, 1979 * TERA, 1979 * TERA, 3350 * GIGA),
     "H200": Peak(989 * TERA, 1979 * TERA, 1979 * TERA, 4800 * GIGA),
-    "B200": Peak(2250 * TERA, 4500 * TERA, 4500 * TERA, 8000 * GIGA),
+    "B200": Peak(2250 * TERA, 4500 * TERA, 4500 * TERA, 8000 * GIGA, 9000 * TERA),
 }
 """By a part of the device's name; the A100 with 80 GB, the H100 as SXM."""
 
@@ -70,9 +71,9 @@ def _squares(model: ModelFacts) -> int:
 
 
 def _weight_bytes(manifest: Manifest) -> float:
-    """Bytes of a weight: the mean over the first block's layers where some are in 8 bits."""
+    """Bytes of a weight: the mean over the first block's layers where some are in 8 bits; those of NVFP4's twin."""
     plain = ITEM_BYTES[manifest.precision]
-    if manifest.quantization is None:
+    if manifest.quantization is None or manifest.quantization.format == "nvfp4":
         return plain
     layers = [choice for name, choice in manifest.quantization.layers.items() if name.startswith("block_00.")]
     high = sum(choice == "high" for choice in layers) / max(1, len(layers))

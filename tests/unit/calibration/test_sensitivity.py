@@ -83,7 +83,7 @@ def test_relative_error_leaves_given_frames_out() -> None:
 
 def test_groups_hold_every_layer_once(calibrated: "Calibrated") -> None:
     config = calibrated.checkpoint.model.config
-    groups = groups_of(config)
+    groups = groups_of(model_layers(config))
     assert [layer for layers in groups.values() for layer in layers] == list(model_layers(config))
     assert {name for name, layers in groups.items() if len(layers) > 1} == {"embed", "text_kv"}
 
@@ -103,7 +103,7 @@ def test_a_sweep_measures_groups_alone_and_goes_on_where_it_was(
     assert len(load_state(state, "one")[0]) == 3
     steps: list[int] = []
     found = sweep(quantized, references, state, "one", lambda _what, done, _total: steps.append(done))
-    groups = groups_of(model.config)
+    groups = groups_of(model_layers(model.config))
     assert list(found.velocity) == list(groups)
     assert steps == list(range(3, len(groups) + FINAL + 1))
     alone = quantized_copy(model, calibrated.scales("fp8"), groups["block_01.ffn.down"])
