@@ -1,6 +1,6 @@
 """The shipped precisions, and the counter-examples, as checkpoints that the reference sampler runs.
 
-bf16 and fp16 are PyTorch in that type. The 8-bit ones are the fake-quantized reference on the float16 grid of the
+bf16 and fp16 are PyTorch in that type. The others are the fake-quantized reference on the float16 grid of the
 exported bundles, computed in float32: PyTorch's float16 kernels are five times slower on a CPU, and ONNX Runtime runs
 one image-to-video clip at a time. ``stiv parity`` holds the bundles to this very model.
 """
@@ -19,11 +19,11 @@ from stiv_deploy.export.graphs.draws import fake_quantized_wide
 from stiv_deploy.export.graphs.reference import Boundary
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
 
-FORMATS: tuple[Format, ...] = ("fp8", "int8")
+FORMATS: tuple[Format, ...] = ("fp8", "int8", "nvfp4")
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 EVERYTHING = " everything"
 """Suffix of the counter-examples, in which every layer is in 8 bits."""
-NAMES = ("fp32", *TYPES, *FORMATS, *(f"{name}{EVERYTHING}" for name in FORMATS))
+NAMES = ("fp32", *TYPES, *FORMATS, *(f"{name}{EVERYTHING}" for name in FORMATS[:2]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def variant(
         plan = plans.get(quantization, default_plan(config, quantization))
     model = fake_quantized_wide(checkpoint.model, torch.float16, scales[quantization], plan)
     count = sum(plan.quantized(layer) for layer in plan.layers)
-    how = f"fake-quantized PyTorch, float16 grid, {count} of {len(plan.layers)} layers in 8 bits"
+    how = f"fake-quantized PyTorch, float16 grid, {count} of {len(plan.layers)} layers in {quantization}"
     return Variant(name=name, how=how, checkpoint=replace(checkpoint, model=model))
 
 

@@ -2,9 +2,10 @@
 
     python benchmarks/quantization_accuracy.py CHECKPOINT --scales-fp8 F --scales-int8 F --out benchmarks/results/X.json
 
-Precisions: fp32, bf16, fp16, fp8 and int8 by the default plan, and the counter-examples with every layer in 8 bits. All
-get the same prompts, seeds and first frames, and the solver and times that the checkpoint recommends; the guidance
-scale is the one that is best for fp32. What clips are judged by is what the checkpoint was trained on (``exams.py``).
+Precisions: fp32, bf16, fp16, fp8, int8 and, with its scales, nvfp4 by the default plan, and the counter-examples with
+every layer in 8 bits. All get the same prompts, seeds and first frames, and the solver and times that the checkpoint
+recommends; the guidance scale is the one that is best for fp32. What clips are judged by is what the checkpoint was
+trained on (``exams.py``).
 Every precision is kept in ``--work`` when it is done, so that a stopped run goes on and ``--only`` can share the work
 between processes.
 Writes a JSON file and, beside it, a Markdown table and plots.
@@ -181,8 +182,9 @@ def markdown(report: Result) -> str:
         "",
         f"`{report['command']}`",
         "",
-        f"Checkpoint {report['checkpoint'][:12]}, scales fp8 {report['scales']['fp8'][:12]} and int8 "
-        f"{report['scales']['int8'][:12]}; {report['samples']} {report['prompts']}, {report['steps']} "
+        f"Checkpoint {report['checkpoint'][:12]}, scales "
+        f"{' and '.join(f'{name} {each[:12]}' for name, each in report['scales'].items())}; "
+        f"{report['samples']} {report['prompts']}, {report['steps']} "
         f"{report['solver']} steps, JIT guidance, best scale for fp32: {base['best_scale']:g}; {report['cpu']}.",
         "",
         "Percent of clips that are right, of those of which it was asked; (points against fp32 ± what chance alone "
@@ -255,9 +257,11 @@ def keep(work: Path, name: str, fingerprint: str, result: Result) -> None:
     temporary.rename(target)
 
 
-def chosen_names(only: str | None) -> list[str]:
-    """The precisions to run, fp32 first; :class:`RequestError` for one that is not known."""
-    asked = [name.strip() for name in only.split(",")] if only else list(NAMES)
+def chosen_names(only: str | None, nvfp4: bool = True) -> list[str]:
+    """The precisions to run, fp32 first, ``nvfp4`` where it has scales; :class:`RequestError` for an unknown one."""
+    asked = [name.strip() for name in only.split(",")] if only else [each for each in NAMES if nvfp4 or each != "nvfp4"]
+    if "nvfp4" in asked and not nvfp4:
+        raise RequestError("--only nvfp4: needs --scales-nvfp4; make it with 'stiv calibrate --precision nvfp4'")
     if unknown := [name for name in asked if name not in NAMES]:
         raise RequestError(f"--only {unknown[0]}: no such precision; there are: {', '.join(NAMES)}")
     return ["fp32", *(name for name in asked if name != "fp32")]
@@ -268,6 +272,7 @@ def main(
     scales_fp8: Annotated[Path, typer.Option(help="Scale file of 'stiv calibrate --precision fp8'.")],
     scales_int8: Annotated[Path, typer.Option(help="Scale file of 'stiv calibrate --precision int8'.")],
     out: Annotated[Path, typer.Option(help="JSON file; table and plots go beside it.")],
+    scales_nvfp4: Annotated[Path | None, typer.Option(help="The same of nvfp4, to measure it too.")] = None,
     plan_fp8: Annotated[Path | None, typer.Option(help="Precision plan. [default: the default plan]")] = None,
     plan_int8: Annotated[Path | None, typer.Option(help="Precision plan. [default: the default plan]")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Prompts; of digits, multiples of 40 are fully balanced.")] = 100,
@@ -281,10 +286,11 @@ def main(
 ) -> None:
     """Measure what each precision costs."""
     torch.set_num_threads(threads)
-    names = chosen_names(only)
+    names = chosen_names(only, scales_nvfp4 is not None)
     loaded = load_checkpoint(checkpoint)
     digest = loaded.sha256
     files: dict[Format, Path] = {"fp8": scales_fp8, "int8": scales_int8}
+    files |= {} if scales_nvfp4 is None else {"nvfp4": scales_nvfp4}
     ranges = {name: load_scales(path) for name, path in files.items()}
     for name, path in files.items():
         check_fits(ranges[name], digest, name, str(path))

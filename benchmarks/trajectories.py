@@ -26,6 +26,7 @@ COLORS = {
     "fp16": "#2ca02c",
     "fp8": "#1f77b4",
     "int8": "#ff7f0e",
+    "nvfp4": "#d62728",
     "fp8 everything": "#1f77b4",
     "int8 everything": "#ff7f0e",
 }

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 def calibrate(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, as written by 'stiv train'.")],
-    precision: Annotated[str, typer.Option(help="fp8 (E4M3), int8, or nvfp4 (W4A4; its engines were never run by us).")],
+    precision: Annotated[
+        str, typer.Option(help="fp8 (E4M3), int8, or nvfp4 (W4A4; its engines were never run by us).")
+    ],
     out: Annotated[Path, typer.Option(help="Scale file to write (.safetensors), with its report beside it.")],
     samples: Annotated[int, typer.Option(help="Clips to sample, text-to-video and image-to-video in turn.")] = 40,
     steps: Annotated[int, typer.Option(help="Sampling steps of each.")] = 15,

@@ -38,7 +38,7 @@ class CalibrationRequest:
 
     def __post_init__(self) -> None:
         if self.quantization not in get_args(Format):
-            formats = " or ".join(get_args(Format))
+            formats = ", ".join(get_args(Format))
             raise CalibrationError(f"--precision {self.quantization}: cannot be calibrated; use {formats}")
         self._check_weights()
         self._check_sweep()

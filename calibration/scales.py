@@ -3,7 +3,8 @@
 A safetensors file. Tensors, all fp32: ``<layer>.input`` [] and ``<layer>.weight`` ([] or [out]) of linears, optionally
 ``<layer>.smooth`` [in] (SmoothQuant divides the input and multiplies the weight by it; ranges are those after it);
 ``<layer>.q``, ``.k``, ``.v`` [] of attention, after QK-norm and RoPE, before the softmax scale. All are amax, largest
-magnitudes: scale = amax / 448 (E4M3), / 127 (INT8) or / 2688 (NVFP4: the scale of the whole tensor). The header holds :class:`Provenance` as JSON.
+magnitudes: scale = amax / 448 (E4M3), / 127 (INT8) or / 2688 (NVFP4: the scale of the whole tensor). The header holds
+:class:`Provenance` as JSON.
 """
 
 from collections.abc import Mapping

@@ -28,10 +28,17 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, as written by 'stiv train'.")],
     out: Annotated[Path, typer.Option(help="Bundle folder to write; an existing bundle is replaced.")],
     precision: Annotated[
-        str, typer.Option(help="float32, float16, bfloat16 (fp32, fp16, bf16); 8 bits: fp8, int8; 4 bits: nvfp4 (never run by us).")
+        str,
+        typer.Option(
+            help="float32, float16, bfloat16 (fp32, fp16, bf16); 8 bits: fp8, int8; 4 bits: nvfp4 (never run by us)."
+        ),
     ] = "float32",
-    scales: Annotated[Path | None, typer.Option(help="Scale file of 'stiv calibrate', for fp8, int8 and nvfp4.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="Precision plan for fp8, int8 and nvfp4. [default: the usual]")] = None,
+    scales: Annotated[
+        Path | None, typer.Option(help="Scale file of 'stiv calibrate', for fp8, int8 and nvfp4.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="Precision plan for fp8, int8 and nvfp4. [default: the usual]")
+    ] = None,
     activations: Annotated[
         str | None, typer.Option(help="Type of what is not 8 or 4 bits, for fp8, int8 and nvfp4. [default: float16]")
     ] = None,
@@ -110,7 +117,7 @@ def request_of(
         high = parse_precision(activations or ACTIVATIONS, "activations")
         return ExportRequest(precision=high, format=cast(Format, precision.lower()), **given)
     if activations is not None:
-        raise ExportError(f"--activations is for --precision {' and '.join(FORMATS)}, not for {precision}")
+        raise ExportError(f"--activations is for --precision {', '.join(FORMATS)}, not for {precision}")
     return ExportRequest(precision=parse_precision(precision), **given)
 
 
@@ -121,8 +128,8 @@ def parse_precision(text: str, option: str = "precision") -> Precision:
     try:
         return PRECISIONS[text.lower()]
     except KeyError:
-        more = f", {' or '.join(FORMATS)}" if option == "precision" else ""
-        wanted = f"float32, float16{',' if more else ' or'} bfloat16{more}"
+        names = [*get_args(Precision), *(FORMATS if option == "precision" else ())]
+        wanted = f"{', '.join(names[:-1])} or {names[-1]}"
         raise ExportError(f"--{option} {text}: no such precision; use {wanted}") from None
 
 

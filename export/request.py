@@ -17,15 +17,15 @@ SIZES = ("batch", "frames", "height", "width")
 class ExportRequest:
     """A bundle of ``checkpoint``, to be written to the folder ``out``.
 
-    ``precision`` is the type of its tensors. With ``format`` layers run in 8 or 4 bits, by the ranges of the file ``scales``
-    and the file ``plan`` (None: the usual plan). ``sizes`` are ranges of the default bucket, which goes from half to
-    twice the checkpoint's own sizes; ``buckets``, if any, stand instead of it. With ``attention`` ``plugin`` each block
-    has a second file with plugin nodes for its attention in space and time, over the same weights. ``vae_precision`` is
-    what engines compute the VAE in, None for :attr:`engine_vae_precision`; on a CPU it is always float32. With
-    ``halves`` each block is there in two halves too, which several devices need to share a clip. ``loras`` are files
-    with their scales, as ``FILE[:SCALE]``, merged into the weights before all else. With ``tuned`` the bundle has what
-    ``stiv tune`` found of the checkpoint, if it did and nothing is merged. With ``check`` each graph is compared with
-    the reference at the sizes of every bucket; the structural checks always run.
+    ``precision`` is the type of its tensors. With ``format`` layers run in 8 or 4 bits, by the ranges of the file
+    ``scales`` and the file ``plan`` (None: the usual plan). ``sizes`` are ranges of the default bucket, which goes from
+    half to twice the checkpoint's own sizes; ``buckets``, if any, stand instead of it. With ``attention`` ``plugin``
+    each block has a second file with plugin nodes for its attention in space and time, over the same weights.
+    ``vae_precision`` is what engines compute the VAE in, None for :attr:`engine_vae_precision`; on a CPU it is always
+    float32. With ``halves`` each block is there in two halves too, which several devices need to share a clip.
+    ``loras`` are files with their scales, as ``FILE[:SCALE]``, merged into the weights before all else. With ``tuned``
+    the bundle has what ``stiv tune`` found of the checkpoint, if it did and nothing is merged. With ``check`` each
+    graph is compared with the reference at the sizes of every bucket; the structural checks always run.
 
     Raises :class:`ExportError` where these do not go together.
     """
@@ -54,10 +54,12 @@ class ExportRequest:
             )
         for option, value in (("scales", self.scales), ("plan", self.plan)):
             if self.format is None and value is not None:
-                raise ExportError(f"--{option} is for --precision {' and '.join(FORMATS)}, not for {self.precision}")
+                raise ExportError(f"--{option} is for --precision {', '.join(FORMATS)}, not for {self.precision}")
         if self.format == "nvfp4" and (self.attention != "native" or self.halves):
             option = "--halves" if self.halves else f"--attention {self.attention}"
-            raise ExportError(f"{option} is not for --precision nvfp4: its blocks are built whole, by TensorRT-RTX; leave it out")
+            raise ExportError(
+                f"{option} is not for --precision nvfp4: its blocks are built whole, by TensorRT-RTX; leave it out"
+            )
         if self.sizes and self.buckets:
             raise ExportError("sizes are of the default bucket, and buckets stand instead of it; give one of them")
 

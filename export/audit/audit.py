@@ -45,9 +45,10 @@ class AuditedEngine:
 class AuditRequest:
     """An audit of the bundle in the folder ``bundle``, of engines that ``backend`` builds for the GPUs ``sms``.
 
-    ``sms`` empty means :data:`DEFAULT_SMS`, ``graphs`` empty :func:`default_graphs`, ``blocks`` among them all blocks; ``jobs`` None means what suits the
-    machine and builder. With ``log``, a build log or a layer-information JSON, nothing is built: it is audited as that
-    of the one graph in ``graphs``, :data:`LOGGED` if empty. Raises :class:`EngineError` for less than one job.
+    ``sms`` empty means :func:`default_sms`, ``graphs`` empty :func:`default_graphs`, ``blocks`` among them all blocks;
+    ``jobs`` None means what suits the machine and builder. With ``log``, a build log or a layer-information JSON,
+    nothing is built: it is audited as that of the one graph in ``graphs``, :data:`LOGGED` if empty. Raises
+    :class:`EngineError` for less than one job.
     """
 
     bundle: Path

@@ -21,7 +21,8 @@ def audit(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, made by 'stiv export'.", show_default=False)],
     backend: Annotated[str, typer.Option(help="tensorrt-rtx (needs no GPU) or tensorrt.")] = "tensorrt-rtx",
     sm: Annotated[
-        list[str] | None, typer.Option(help="GPUs to build for, as for 'stiv build'; repeatable. [default: 89,120; nvfp4: 120,121]")
+        list[str] | None,
+        typer.Option(help="GPUs to build for, as for 'stiv build'; repeatable. [default: 89,120; nvfp4: 120,121]"),
     ] = None,
     graphs: Annotated[
         list[str] | None,

@@ -45,7 +45,9 @@ def demo(
     out: Annotated[Path | None, typer.Option(help="Folder for everything. [default: out/demo, out/demo-fp8]")] = None,
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder.")] = CHECKPOINT,
     sm: Annotated[str, typer.Option(help="Compute capability of the engines, without the dot.")] = SM,
-    precision: Annotated[str | None, typer.Option(help="fp8 or int8: the chain of a quantized bundle.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp8, int8, or nvfp4 (--sm 120): the chain of a quantized bundle.")
+    ] = None,
 ) -> None:
     """Run the whole chain: export, build, parity, generate, report; with --precision also calibrate and audit.
 
@@ -81,4 +83,4 @@ def _format(text: str) -> "Format":
     for name in FORMATS:
         if text == name:
             return name
-    raise ExportError(f"--precision {text}: the demo has {' and '.join(FORMATS)}; leave it out for float32")
+    raise ExportError(f"--precision {text}: the demo has {', '.join(FORMATS)}; leave it out for float32")

@@ -81,7 +81,7 @@ def round_function() -> ir.Function:
 
 
 def twin_template(template: Template, scheme: tuple[LayerScheme, ...]) -> Template:
-    """A copy of ``template`` in which the linears of ``scheme`` round their inputs to NVFP4; weights keep their type."""
+    """A copy of ``template`` whose linears in ``scheme`` round their inputs to NVFP4; weights keep their type."""
     editor = _Editor(template)
     for layer in scheme:
         node, _ = editor.product(layer)

@@ -134,7 +134,8 @@ class StoredTensors(Mapping[str, Tensor]):
     """Parameters of a graph as they are stored, in torch's layout, each made when asked for and kept by nobody.
 
     ``module`` is the graph module in float32; weights of the layers in ``scheme`` become 8 bits, or ``dtype`` rounded
-    to NVFP4, everything else that floats becomes ``dtype``. A block's weights are thus in memory once, plus one tensor. ``amax`` are all ranges.
+    to NVFP4, everything else that floats becomes ``dtype``. A block's weights are thus in memory once, plus one tensor.
+    ``amax`` are all ranges.
     """
 
     def __init__(

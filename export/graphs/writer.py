@@ -62,11 +62,12 @@ GRAPH_FOLDER = "onnx"
 
 
 class GraphWriter:
-    """Writes the graphs of ``checkpoint`` into ``folder``, in ``precision`` and 8 or 4 bits where ``quantization`` says so.
+    """Writes graphs of ``checkpoint`` into ``folder``, in ``precision`` and 8 or 4 bits where ``quantization`` says so.
 
     The blocks share one trace, and blocks with equal plans one quantized template. With ``attention`` ``plugin`` each
-    block has a second file with plugin nodes, with a ``vae_precision`` of 16 bits each graph of the VAE one in it, in NVFP4 each quantized graph one for engines. With
-    ``halves`` each block has graphs of its halves, which are written after it and read its weights.
+    block has a second file with plugin nodes, with a ``vae_precision`` of 16 bits each graph of the VAE one in it, in
+    NVFP4 each quantized graph one for engines. With ``halves`` each block has graphs of its halves, which are written
+    after it and read its weights.
     """
 
     def __init__(

@@ -11,9 +11,9 @@ FP8_OPTION = "session.disable_quant_qdq"
 NEVER_RUN = "builds and audits, never run by us"
 """What is known of NVFP4 on the GPUs that have it."""
 FP4_TEXT = f"""
-Linears of the blocks are in NVFP4. Engines for GPUs of SM 120 and 121 are built from the files `onnx/*.nvfp4.onnx`, which
-TensorRT alone reads: **{NEVER_RUN}**, on a GPU. The other files are twins of them: any runtime
-computes the same rounded values with them, in products of the bundle's own type.
+Linears of the blocks are in NVFP4. Engines for GPUs of SM 120 and 121 are built from the files `onnx/*.nvfp4.onnx`,
+which TensorRT alone reads: **{NEVER_RUN}**. The other files are twins of them: any runtime computes
+the same rounded values with them, in products of the bundle's own type.
 """
 
 
@@ -24,8 +24,8 @@ def nvfp4_note(manifest: Manifest, backend: str) -> str | None:
     if not backend.startswith("onnxruntime"):
         return f"NVFP4 engines: {NEVER_RUN}; prove them here with 'stiv verify'"
     return (
-        f"NVFP4: {backend} computes with values rounded to it, in {manifest.precision} and no faster; engines for SM 120 "
-        f"and 121 multiply in 4 bits ({NEVER_RUN})"
+        f"NVFP4: {backend} computes with values rounded to it, in {manifest.precision} and no faster; engines for SM "
+        f"120 and 121 multiply in 4 bits ({NEVER_RUN})"
     )
 
 

@@ -9,7 +9,15 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from stiv_deploy.runtime.bundle.contract import HALVES, VAE_GRAPHS, GraphSpec, ModelFacts, is_block, is_half
-from stiv_deploy.runtime.bundle.manifest import PORTABLE, Bucket, EngineRecord, Fp4Form, GraphRecord, Manifest, ReducedForm
+from stiv_deploy.runtime.bundle.manifest import (
+    PORTABLE,
+    Bucket,
+    EngineRecord,
+    Fp4Form,
+    GraphRecord,
+    Manifest,
+    ReducedForm,
+)
 
 Shape = tuple[int, ...]
 Attention = Literal["native", "plugin"]

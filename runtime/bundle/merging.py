@@ -68,8 +68,9 @@ def with_loras(bundle: Bundle, loras: Sequence[str]) -> Bundle:
         check_lora(lora, shapes, bundle.manifest.checkpoint)
     rounded = _rounded(bundle)
     if small := [name for name in linears_of(read) if name in rounded or places[name].data_type not in STORED]:
+        bits = 4 if small[0] in rounded else 8
         raise LoraError(
-            f"{bundle.folder}: {small[0]} is stored in {4 if small[0] in rounded else 8} bits, a LoRA is merged before that; {FOR_GOOD}, with the "
+            f"{bundle.folder}: {small[0]} is stored in {bits} bits, a LoRA is merged before that; {FOR_GOOD}, with the "
             "--precision and --scales of this bundle"
         )
     return bundle.with_loras(read)

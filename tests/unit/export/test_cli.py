@@ -23,7 +23,7 @@ def test_precisions_and_aliases(text: str, wanted: str) -> None:
 
 def test_unknown_precision() -> None:
     with pytest.raises(
-        ExportError, match="--precision int4: no such precision; use float32, float16, bfloat16, fp8 or int8"
+        ExportError, match="--precision int4: no such precision; use float32, float16, bfloat16, fp8, int8 or nvfp4"
     ):
         request_of(CHECKPOINT, "int4", None, None, None, out=OUT)
     with pytest.raises(ExportError, match="--activations fp8: no such precision; use float32, float16 or bfloat16"):
@@ -42,7 +42,7 @@ def test_8_bits_need_scales() -> None:
 @pytest.mark.parametrize("option", ["scales", "plan", "activations"])
 def test_options_of_8_bits_are_refused_elsewhere(option: str) -> None:
     given = {name: Path("file") if name == option else None for name in ("scales", "plan", "activations")}
-    with pytest.raises(ExportError, match=f"--{option} is for --precision fp8 and int8, not for (bf16|bfloat16)"):
+    with pytest.raises(ExportError, match=f"--{option} is for --precision fp8, int8, nvfp4, not for (bf16|bfloat16)"):
         request_of(CHECKPOINT, "bf16", *given.values(), out=OUT)  # type: ignore[arg-type]
 
 
