@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 from onnx import parser
+from onnx_ir.passes.common.shape_inference import infer_shapes
 
 from stiv_deploy.calibration.layers import BLOCK
 from stiv_deploy.calibration.nvfp4 import LARGEST_ELEMENT, LARGEST_SCALE, LEAST_SCALE
@@ -117,6 +118,8 @@ class _Editor:
 
     def __init__(self, template: Template) -> None:
         self.model = template.model.clone()
+        inferred = infer_shapes(template.model.clone())
+        self._shapes = {value.name: value.shape for node in inferred.graph for value in node.outputs}
         self.scales: list[str] = []
         self._quantized: dict[tuple[int, str], ir.Value] = {}
 
@@ -152,21 +155,27 @@ class _Editor:
         """``value`` rounded by the twin's function."""
         scale = self._scale(f"{place.module}.input_scale", ir.DataType.FLOAT, [])
         node = ir.node(ROUND, [value, scale], domain=DOMAIN, name=f"{place.module}.{ROUND}")
-        self._add(place, node, value.shape, place.dtype)
+        self._add(place, node, self._shape(value), place.dtype)
         return node.outputs[0]
 
     def dynamic(self, value: ir.Value, place: _Place) -> ir.Value:
         """``value`` through TensorRT's dynamic quantize and back."""
+        shape = self._shape(value)
         scale = self._scale(f"{place.module}.input_scale", ir.DataType.FLOAT, [])
         attributes = {"axis": -1, "block_size": BLOCK, "scale_type": int(FP8)}
         name = f"{place.module}.DynamicQuantize"
         node = ir.node(DYNAMIC_QUANTIZE, [value, scale], attributes, domain=TENSORRT, num_outputs=2, name=name)
-        self._add(place, node, value.shape, FP4)
-        assert value.shape is not None
+        self._add(place, node, shape, FP4)
         elements, block_scale = node.outputs
         block_scale.name, block_scale.type = f"{name}.scale", ir.TensorType(FP8)
-        block_scale.shape = ir.Shape([*value.shape[:-1], int(value.shape[-1]) // BLOCK])
+        block_scale.shape = ir.Shape([*shape[:-1], int(shape[-1]) // BLOCK])
         return self._dequantized(place, "Input", elements, block_scale, scale, axis=-1)
+
+    def _shape(self, value: ir.Value) -> ir.Shape:
+        """What inference knows of a value: nothing is inferred through an operator that ONNX does not know."""
+        shape = self._shapes.get(value.name) or value.shape
+        assert shape is not None, value.name
+        return shape.copy()
 
     def quantize_weight(self, node: ir.Node, layer: LayerScheme, weight: ir.Value) -> str:
         """Make the weight one of 4 bits behind two DequantizeLinear; returns the name of its block scales."""

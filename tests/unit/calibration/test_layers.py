@@ -37,4 +37,5 @@ def test_names_are_graph_and_module() -> None:
 
 
 def test_largest_magnitudes_are_those_of_the_formats() -> None:
-    assert {"fp8": torch.finfo(torch.float8_e4m3fn).max, "int8": torch.iinfo(torch.int8).max} == LARGEST
+    e4m3, e2m1 = torch.finfo(torch.float8_e4m3fn).max, 6.0
+    assert {"fp8": e4m3, "int8": torch.iinfo(torch.int8).max, "nvfp4": e2m1 * e4m3} == LARGEST
