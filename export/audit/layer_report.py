@@ -91,8 +91,12 @@ class EngineLayer:
 
     @property
     def operands(self) -> str:
-        """Types of what a product multiplies, ``FP8 x FP8``; ``FP8 x ?`` where the report does not show the weight."""
+        """Types of what a product multiplies, ``FP8 x FP8``; ``FP8 x ?`` where the report does not show the weight.
+
+        Beside a weight in FP4 its block scales are a matrix too.
+        """
         matrices = [tensor for tensor in self.constants if tensor.is_matrix] or list(self.inputs[1:2])
+        matrices = [tensor for tensor in matrices if tensor.dtype == "FP4"] or matrices
         left = self.inputs[0].dtype if self.inputs else "?"
         return f"{left} x {matrices[-1].dtype if matrices else '?'}"
 

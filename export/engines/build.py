@@ -153,7 +153,7 @@ def format_fault(quantization: Format, sm: str) -> tuple[str, str] | None:
     """What the GPU ``sm`` lacks for a format, in words, and the formats to take instead; None if it lacks nothing."""
     if quantization == "fp8" and sm != PORTABLE and int(sm) < FP8_SM:
         return f"FP8 arithmetic (it begins with SM {FP8_SM})", "int8"
-    if quantization == "nvfp4" and sm not in FP4_SMS:
+    if quantization == "nvfp4" and sm not in (*FP4_SMS, PORTABLE):
         return f"NVFP4 products in TensorRT-RTX (SM {' and '.join(FP4_SMS)} have)", "fp8 or int8"
     return None
 

@@ -22,7 +22,7 @@ from onnx_ir.passes.common.shape_inference import infer_shapes
 
 from stiv_deploy.calibration.layers import BLOCK
 from stiv_deploy.calibration.nvfp4 import LARGEST_ELEMENT, LARGEST_SCALE, LEAST_SCALE
-from stiv_deploy.export.graphs.attention_forms import adopt
+from stiv_deploy.export.graphs.attention_forms import adopt, constant
 from stiv_deploy.export.graphs.onnx_from_module import OPSET, Template
 from stiv_deploy.export.graphs.quantization import LayerScheme
 
@@ -30,6 +30,8 @@ DOMAIN, ROUND = "stiv.nvfp4", "RoundToNvfp4"
 """The twin's function."""
 TENSORRT, DYNAMIC_QUANTIZE = "trt", "TRT_FP4DynamicQuantize"
 """TensorRT's operator, as its ONNX parser knows it."""
+MOST_DIMENSIONS = 3
+"""Of a tensor that TensorRT-RTX (1.7) quantizes so."""
 FP8, FP4 = ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT4E2M1
 _BODY = f"""
     wide = Cast <to = {int(ir.DataType.FLOAT)}> (x)
@@ -99,6 +101,7 @@ def engine_template(template: Template, scheme: tuple[LayerScheme, ...]) -> Temp
     blocks = []
     for layer in scheme:
         node, weight = editor.product(layer)
+        editor.make_rows(node, layer)
         editor.quantize_input(node, layer, editor.dynamic)
         blocks.append(editor.quantize_weight(node, layer, weight))
     editor.model.graph.opset_imports[TENSORRT] = 1
@@ -122,6 +125,7 @@ class _Editor:
         self._shapes = {value.name: value.shape for node in inferred.graph for value in node.outputs}
         self.scales: list[str] = []
         self._quantized: dict[tuple[int, str], ir.Value] = {}
+        self._rows: dict[ir.Value, ir.Value] = {}
 
     def finished(self, template: Template, transposed: tuple[str, ...]) -> Template:
         """The template; ``transposed`` names scales that lie in the file as their weights do."""
@@ -150,6 +154,31 @@ class _Editor:
         if key not in self._quantized:
             self._quantized[key] = quantized(value, _Place(node, layer.module, weight.dtype))
         node.replace_input_with(0, self._quantized[key])
+
+    def make_rows(self, node: ir.Node, layer: LayerScheme) -> None:
+        """Let a product [..., in] x [in, out] of more than three dimensions be one of rows: more TensorRT cannot take."""
+        value, result = node.inputs[0], node.outputs[0]
+        assert value is not None
+        shape = self._shape(value)
+        if len(shape) <= MOST_DIMENSIONS:
+            return
+        if value not in self._rows:
+            ends = constant(self.model.graph, f"rows_of_{shape[-1]}", ir.tensor([-1, int(shape[-1])], ir.DataType.INT64))
+            rows = ir.node("Reshape", [value, ends], name=f"{layer.module}.Rows")
+            adopt(rows, node)
+            self.model.graph.insert_before(node, rows)
+            self._shapes[rows.outputs[0].name] = ir.Shape([None, shape[-1]])
+            self._rows[value] = rows.outputs[0]
+        node.replace_input_with(0, self._rows[value])
+        lead = ir.node("Shape", [value], {"start": 0, "end": -1}, name=f"{layer.module}.Lead")
+        last = constant(self.model.graph, "last_dimension", ir.tensor([-1], ir.DataType.INT64))
+        whole = ir.node("Concat", [lead.outputs[0], last], {"axis": 0}, name=f"{layer.module}.Shape")
+        back = ir.node("Reshape", [result, whole.outputs[0]], name=f"{layer.module}.Reshape")
+        result.replace_all_uses_with(back.outputs[0])
+        back.replace_input_with(0, result)
+        for each in (lead, whole, back):
+            adopt(each, node)
+        self.model.graph.insert_after(node, [lead, whole, back])
 
     def rounded(self, value: ir.Value, place: _Place) -> ir.Value:
         """``value`` rounded by the twin's function."""
