@@ -74,6 +74,14 @@ def test_what_fused_passes(fused: tuple[EngineLayer, ...]) -> None:
     assert next(row.found for row in rows if row.name == "spatial attention") == "1 fused kernel, FP8"
 
 
+def test_products_of_4_bits_are_told_from_weights_of_4_bits() -> None:
+    """A block of width 128 for SM 120. With its activations not quantized, all products are in 16 bits."""
+    expected = expect("nvfp4", "high").model_copy(update={"precision": "bfloat16"})
+    assert failed(read_report(REPORTS / "rtx_nvfp4.txt"), expected) == {}
+    found = failed(read_report(REPORTS / "rtx_nvfp4_weights_only.txt"), expected)
+    assert found == {f"{linear} GEMM": "BFloat16 x BFloat16 -> BFloat16" for linear in BLOCK_LINEARS}
+
+
 def test_unfused_attention_fails_with_its_name() -> None:
     """Recorded at 1 to 64 tokens a frame: below 32, TensorRT makes two FP8 products and a softmax of it."""
     found = failed(read_report(REPORTS / "rtx_fp8_unfused.txt"), expect())
