@@ -156,14 +156,16 @@ class _Editor:
         node.replace_input_with(0, self._quantized[key])
 
     def make_rows(self, node: ir.Node, layer: LayerScheme) -> None:
-        """Let a product [..., in] x [in, out] of more than three dimensions be one of rows: more TensorRT cannot take."""
+        """Let a product [..., in] x [in, out] of more dimensions than TensorRT takes be one of rows."""
         value, result = node.inputs[0], node.outputs[0]
         assert value is not None
         shape = self._shape(value)
         if len(shape) <= MOST_DIMENSIONS:
             return
         if value not in self._rows:
-            ends = constant(self.model.graph, f"rows_of_{shape[-1]}", ir.tensor([-1, int(shape[-1])], ir.DataType.INT64))
+            ends = constant(
+                self.model.graph, f"rows_of_{shape[-1]}", ir.tensor([-1, int(shape[-1])], ir.DataType.INT64)
+            )
             rows = ir.node("Reshape", [value, ends], name=f"{layer.module}.Rows")
             adopt(rows, node)
             self.model.graph.insert_before(node, rows)

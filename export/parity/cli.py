@@ -24,7 +24,7 @@ def parity(
     scales: Annotated[
         Path | None,
         typer.Option(
-            help="Scales of an fp8 or int8 bundle; by default the file with its hash in or beside the bundle."
+            help="Scales of an fp8, int8 or nvfp4 bundle; by default the file with its hash in or beside the bundle."
         ),
     ] = None,
     lora: Annotated[

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from stiv_deploy.runtime.bundle.contract import FRAMES, GraphSpec, block_of
+from stiv_deploy.runtime.bundle.contract import FRAMES, GraphSpec, block_of, has_layer
 from stiv_deploy.runtime.bundle.faults import fault_text
 from stiv_deploy.runtime.bundle.lora import Lora
 from stiv_deploy.runtime.bundle.manifest import (
@@ -100,7 +100,8 @@ def check_contract(path: Path, manifest: Manifest) -> None:
         if names:
             raise BundleError(f"{path}: {what} graphs {few(names)} for model {manifest.model.name!r}; {AGAIN}")
     for name, record in manifest.graphs.items():
-        for difference in (*_differences(record.spec, wanted[name]), *_misnamed(name, record)):
+        faults = (*_differences(record.spec, wanted[name]), *_misnamed(name, record), *_formless(name, manifest))
+        for difference in faults:
             raise BundleError(f"{path}: graph {name} does not fit the contract: {difference}; {AGAIN}")
 
 
@@ -127,6 +128,14 @@ def _misnamed(name: str, record: GraphRecord) -> Iterator[str]:
     ):
         if file is not None and PurePosixPath(file.path).name != wanted:
             yield f"its file is {file.path}, wanted {wanted}"
+
+
+def _formless(name: str, manifest: Manifest) -> Iterator[str]:
+    """Graph ``name`` with layers in NVFP4 and no form for engines: they would be built from its twin, and be slow."""
+    layers = manifest.quantization.layers if manifest.quantization else {}
+    planned = any(choice == "nvfp4" and has_layer(name, layer) for layer, choice in layers.items())
+    if planned and manifest.graphs[name].fp4 is None:
+        yield "it has layers in NVFP4 and no form for engines"
 
 
 def _describe(sizes: Iterable[Range], multiple: int, padding: int = 0) -> str:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from stiv_deploy.runtime.bundle.bundle import file_record, write_manifest
+from stiv_deploy.runtime.bundle.bundle import file_record, read_manifest, write_manifest
 from stiv_deploy.runtime.bundle.contract import GraphSpec, ModelFacts, graph_specs
-from stiv_deploy.runtime.bundle.manifest import Bucket, GraphRecord, Manifest, Range
+from stiv_deploy.runtime.bundle.manifest import Bucket, Fp4Form, GraphRecord, Manifest, Range
 from stiv_deploy.runtime.bundle.manifest import SamplingDefaults as BundleDefaults
 from stiv_deploy.runtime.command.main import main
 from stiv_deploy.stiv_ref.checkpoint import (
@@ -194,6 +194,22 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[["Quantization"]
         }
 
     return save
+
+
+@pytest.fixture
+def fp4_form() -> Callable[[Path, str], None]:
+    """Gives a graph of a bundle of words a form for engines in NVFP4."""
+
+    def add(bundle: Path, name: str) -> None:
+        (bundle / f"onnx/{name}.nvfp4.onnx").write_text(f"graph over {name}.nvfp4.onnx.data")
+        (bundle / f"onnx/{name}.nvfp4.onnx.data").write_text("4 bits")
+        file, data = (file_record(bundle, f"onnx/{name}.nvfp4.onnx{suffix}") for suffix in ("", ".data"))
+        manifest = read_manifest(bundle)
+        form = Fp4Form(file=file, data=data, topology="2" * 64)
+        graphs = {**manifest.graphs, name: manifest.graphs[name].model_copy(update={"fp4": form})}
+        write_manifest(bundle, manifest.model_copy(update={"graphs": graphs}))
+
+    return add
 
 
 @pytest.fixture(scope="session")

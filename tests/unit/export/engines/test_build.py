@@ -22,7 +22,7 @@ from stiv_deploy.runtime.bundle import bundle as bundle_module
 from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, write_manifest
 from stiv_deploy.runtime.bundle.contract import Reduced, graph_specs
 from stiv_deploy.runtime.bundle.engine_files import attention_form, graph_hash
-from stiv_deploy.runtime.bundle.manifest import Manifest, ReducedForm
+from stiv_deploy.runtime.bundle.manifest import Manifest, QuantizationRecord, ReducedForm
 from stiv_deploy.runtime.errors import BundleError, EngineError, OutputError
 
 RTX = SimpleNamespace(
@@ -208,6 +208,30 @@ def test_the_vae_is_built_in_what_the_gpu_has(
 def test_a_float32_bundle_has_no_tf32(folder: Path, builders: Builders) -> None:
     build(folder, graphs=("decoder",))
     assert [(job.tf32, job.flags_cleared) for job in builders.jobs] == [(False, ("TF32",))]
+
+
+def test_a_block_in_nvfp4_is_built_from_its_form_for_engines_and_never_from_its_twin(
+    folder: Path, builders: Builders, fp4_form: Callable[[Path, str], None]
+) -> None:
+    quantized = QuantizationRecord(format="nvfp4", scales="0" * 64, layers={"block_01.ffn.up": "nvfp4"})
+    write_manifest(folder, read(folder).model_copy(update={"quantization": quantized}))
+    with pytest.raises(BundleError, match=r"graph block_01 .*: it has layers in NVFP4 and no form for engines; "):
+        Bundle.open(folder)
+    fp4_form(folder, "block_01")
+    build(folder, graphs=("block_00", "block_01"), sm="120")
+    assert {job.graph: Path(job.onnx).name for job in builders.jobs} == {
+        "block_00": "block_00.onnx",
+        "block_01": "block_01.nvfp4.onnx",
+    }
+    manifest = Bundle.open(folder).manifest
+    record, graph = next(each for each in manifest.engines if each.graph == "block_01"), manifest.graphs["block_01"]
+    assert record.onnx == graph_hash(graph, fp4=True) != graph_hash(graph)
+    assert attention_form(record, manifest) == "native"
+    of_twin = record.model_copy(update={"onnx": graph_hash(graph)})
+    assert attention_form(of_twin, manifest) is None
+    (folder / "onnx/block_01.nvfp4.onnx.data").write_text("4 Bits")
+    with pytest.raises(BundleError, match=r"block_01\.nvfp4\.onnx\.data: damaged"):
+        build(folder, graphs=("block_01",), sm="120")
 
 
 def test_a_damaged_reduced_form(folder: Path, builders: Builders) -> None:

@@ -65,7 +65,10 @@ def test_fp8_is_refused_where_there_is_none(stiv: Stiv, words_bundle: Path, sm: 
 
 @needs_rtx
 @pytest.mark.parametrize("sm", ["75", "89"])
-def test_nvfp4_is_refused_where_there_is_none(stiv: Stiv, words_bundle: Path, sm: str) -> None:
+def test_nvfp4_is_refused_where_there_is_none(
+    stiv: Stiv, words_bundle: Path, fp4_form: Callable[[Path, str], None], sm: str
+) -> None:
+    fp4_form(words_bundle, "block_01")
     quantize(words_bundle, "nvfp4", {"block_00.ffn.up": "high", "block_01.ffn.up": "nvfp4"})
     refused = stiv("build", words_bundle, "--sm", sm)
     assert_refused(refused, f"SM {sm} has no NVFP4", "SM 120 and 121", "block_01.ffn.up", "--precision fp8 or int8")
@@ -77,7 +80,10 @@ def test_nvfp4_is_refused_where_there_is_none(stiv: Stiv, words_bundle: Path, sm
     ("format_", "sm"),
     [("int8", "86"), ("fp8", "89"), ("fp8", "120"), ("fp8", "portable"), ("nvfp4", "121"), ("nvfp4", "portable")],
 )
-def test_8_bit_bundles_reach_the_builder_elsewhere(stiv: Stiv, words_bundle: Path, format_: str, sm: str) -> None:
+def test_quantized_bundles_reach_the_builder_elsewhere(
+    stiv: Stiv, words_bundle: Path, fp4_form: Callable[[Path, str], None], format_: str, sm: str
+) -> None:
+    fp4_form(words_bundle, "block_01")
     quantize(words_bundle, format_, {"block_01.ffn.up": format_})
     assert_refused(stiv("build", words_bundle, "--sm", sm, "--graphs", "block_01"), "the ONNX parser refused")
 
