@@ -90,10 +90,11 @@ def operations(model: ModelFacts, ffn: int, dims: Mapping[str, float]) -> tuple[
 
 
 def least_bytes(manifest: Manifest, dims: Mapping[str, float]) -> float:
-    """Bytes that all blocks have to read and write over all rows of ``dims``."""
+    """Bytes that all blocks have to read and write over all rows of ``dims``: in NVFP4 those of engines."""
     model, item = manifest.model, ITEM_BYTES[manifest.precision]
     records = [manifest.graphs[name] for name in block_names(model.blocks)]
-    weights = sum((each.file if each.data is None else each.data).bytes for each in records)
+    files = [each.data or each.file if each.fp4 is None else each.fp4.data for each in records]
+    weights = sum(file.bytes for file in files)
     tokens = dims["token_frames"] * dims["tokens"] + dims["text_tokens"]
     return weights + 2.0 * model.blocks * dims["model_batch"] * tokens * model.width * item
 

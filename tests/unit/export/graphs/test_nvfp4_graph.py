@@ -1,7 +1,9 @@
 """NVFP4 in traced graphs: the twin's function in ONNX Runtime, and that the form for engines has the twin's values."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -12,15 +14,32 @@ import torch
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from onnx.utils import Extractor
+from torch import nn
 
 from stiv_deploy.calibration.layers import BLOCK
 from stiv_deploy.calibration.nvfp4 import fake_quantized_nvfp4
+from stiv_deploy.export.audit.layer_report import read_report
+from stiv_deploy.export.bundle_from_checkpoint import default_bucket
+from stiv_deploy.export.engines.engine_from_onnx import build_engine
+from stiv_deploy.export.engines.job import EngineJob
 from stiv_deploy.export.graphs.check import draw_inputs, open_session, relative_error
+from stiv_deploy.export.graphs.modules import model_facts
 from stiv_deploy.export.graphs.nvfp4_graph import DOMAIN, ROUND, engine_template, round_function, twin_template
-from stiv_deploy.export.graphs.onnx_from_module import structure_faults, write_graph
+from stiv_deploy.export.graphs.onnx_from_module import Template, structure_faults, write_graph
 from stiv_deploy.export.graphs.quantization import EngineTensors, LayerScheme, Quantization, StoredTensors
-from stiv_deploy.runtime.bundle.contract import dimensions
+from stiv_deploy.runtime.bundle.contract import GraphSpec, dimensions
+from stiv_deploy.runtime.bundle.engine_files import profile
+from stiv_deploy.runtime.tensorrt_library import missing_library
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
+
+
+class TracedGraph(NamedTuple):
+    """What the fixture ``head`` is."""
+
+    template: Template
+    module: nn.Module
+    spec: GraphSpec
+
 
 SCHEME = (LayerScheme(module="head.out", kind="linear", format="nvfp4", input_like="head.out"),)
 """The smallest graph with a linear of whole blocks; plans have none but blocks' linears."""
@@ -53,7 +72,7 @@ def test_the_function_rounds_as_torch_does_bit_by_bit(dtype: torch.dtype) -> Non
 
 
 @pytest.fixture(scope="module")
-def forms(head: "tuple", quantize: Callable[..., Quantization], tmp_path_factory: pytest.TempPathFactory) -> Path:  # type: ignore[type-arg]
+def forms(head: TracedGraph, quantize: Callable[..., Quantization], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the head's twin and its form for engines, in float32."""
     template, module, spec = head
     folder = tmp_path_factory.mktemp("nvfp4")
@@ -69,15 +88,8 @@ def forms(head: "tuple", quantize: Callable[..., Quantization], tmp_path_factory
 
 
 def test_the_twin_computes_what_rounded_torch_computes(
-    micro: Checkpoint,
-    head: "tuple",
-    forms: Path,
-    quantize: Callable[..., Quantization],  # type: ignore[type-arg]
+    micro: Checkpoint, head: TracedGraph, forms: Path, quantize: Callable[..., Quantization]
 ) -> None:
-    import copy
-
-    from stiv_deploy.export.graphs.modules import model_facts
-
     _, module, spec = head
     amax = quantize("nvfp4").scales.amax
     scale = {part: amax[f"head.head.out.{part}"] / 2688 for part in ("input", "weight")}
@@ -108,3 +120,21 @@ def test_the_form_for_engines_has_the_weights_of_the_twin(forms: Path) -> None:
     (found,) = ReferenceEvaluator(part).run(None, {})
     twin = next(each for each in onnx.load(forms / "head.onnx").graph.initializer if each.name == "head.out.weight")
     np.testing.assert_array_equal(found, onnx.numpy_helper.to_array(twin))
+
+
+@pytest.mark.skipif(missing_library("tensorrt-rtx") is not None, reason=str(missing_library("tensorrt-rtx")))
+def test_tensorrt_rtx_makes_a_product_of_4_bits(micro: Checkpoint, head: TracedGraph, forms: Path) -> None:
+    facts = model_facts(micro.config)
+    shapes = profile(head.spec, facts, default_bucket(micro.config.sampling, facts))
+    job = EngineJob(
+        graph="head",
+        onnx=str(forms / "head.nvfp4.onnx"),
+        plan=str(forms / "head.plan"),
+        backend="tensorrt-rtx",
+        sm="120",
+        profiles=(shapes,),
+        report=str(forms / "report.txt"),
+    )
+    build_engine(job)
+    layers = read_report(forms / "report.txt")
+    assert [layer.operands for layer in layers if layer.is_product] == ["FP4 x FP4"]

@@ -1,8 +1,9 @@
 """The README of a bundle."""
 
 from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.bundle.card import readme
+from stiv_deploy.runtime.bundle.card import NEVER_RUN, nvfp4_note, readme
 from stiv_deploy.runtime.bundle.manifest import QuantizationRecord, TrainedOn
+from stiv_deploy.runtime.command.inspection import precision_text
 
 
 def test_the_facts_of_the_manifest(toy_bundle: Bundle) -> None:
@@ -34,3 +35,23 @@ def test_fp8_says_how_other_sessions_load_it(toy_bundle: Bundle) -> None:
         text = readme(toy_bundle.manifest.model_copy(update={"quantization": record}))
         assert ("`session.disable_quant_qdq` set to `1`" in text) == told
         assert ("float32, fp8 in 1 of 2 layers" in text) == told
+
+
+def test_nvfp4_is_labelled_wherever_it_is_told_of(toy_bundle: Bundle) -> None:
+    """In the README, and in one line where a pipeline opens it: what computes, and that nobody has seen it do so."""
+    record = QuantizationRecord(
+        format="nvfp4", scales="0" * 64, layers={"block_00.ffn.up": "nvfp4", "head.out": "high"}
+    )
+    manifest = toy_bundle.manifest.model_copy(update={"quantization": record})
+    assert f"**{NEVER_RUN}**" in readme(manifest)
+    assert precision_text(manifest) == f"float32, nvfp4 in 1 of 2 layers ({NEVER_RUN})"
+    for backend, words in (
+        ("onnxruntime", "in float32 and no faster"),
+        ("tensorrt-rtx", "prove them here with 'stiv "),
+    ):
+        note = nvfp4_note(manifest, backend)
+        assert note is not None
+        assert words in note
+        assert NEVER_RUN in note
+        assert "\n" not in note
+    assert nvfp4_note(toy_bundle.manifest, "onnxruntime") is None

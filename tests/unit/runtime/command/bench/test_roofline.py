@@ -65,6 +65,8 @@ def test_the_ffn_is_found_by_the_bytes_of_weights(bundle_path: str, ratio: int) 
     layers = {f"block_00.{name}": "int8" for name in ("spatial.qkv", "ffn.up", "ffn.down")}
     record = QuantizationRecord(format="int8", scales="0" * 64, layers=layers)
     assert ffn_ratio(sized(manifest, weights, quantization=record)) == ratio
+    twin = QuantizationRecord(format="nvfp4", scales="0" * 64, layers=dict.fromkeys(layers, "nvfp4"))
+    assert ffn_ratio(sized(manifest, 4 * weights, quantization=twin)) == ratio, "its weights are float32"
 
 
 def test_least_bytes_by_hand(bundle_path: str) -> None:
@@ -93,3 +95,4 @@ def test_an_a100_has_no_fp8() -> None:
     assert peak is not None
     assert (peak.of("fp8"), peak.of("int8"), peak.of(None)) == (None, 624e12, 312e12)
     assert peak_of("NVIDIA GeForce GTX 1080") is None
+    assert [PEAKS[name].of("nvfp4") for name in ("H100", "RTX 5090")] == [None, 1676e12]
