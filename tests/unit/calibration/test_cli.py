@@ -121,7 +121,7 @@ def test_a_sweep_writes_figures_picture_and_a_plan_within_the_budget(
 
 
 BAD = [
-    (("--precision", "fp4"), "--precision fp4: cannot be calibrated; use fp8 or int8"),
+    (("--precision", "fp4"), "--precision fp4: cannot be calibrated; use fp8, int8, nvfp4"),
     (("--samples", "0"), "--samples 0: Input should be greater than 0"),
     (("--steps", "-1"), "--steps -1: Input should be greater than 0"),
     (("--seed", "-1"), "--seed -1: Input should be greater than or equal to 0"),

@@ -175,7 +175,7 @@ def test_the_report_says_on_what_and_with_which_versions(demo: Demo) -> None:
 
 
 def test_unknown_precision_is_one_line_and_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="--precision fp4: the demo has fp8 and int8"):
+    with pytest.raises(ExportError, match="--precision fp4: the demo has fp8, int8, nvfp4"):
         command.demo(out=tmp_path / "out", precision="fp4")
     assert not (tmp_path / "out").exists()
 
@@ -185,7 +185,11 @@ def test_unknown_precision_is_one_line_and_writes_nothing(tmp_path: Path) -> Non
     [
         (["--sm", "banana"], "supports SM 89, 120, portable, auto; got 'banana'"),
         (["--sm", "90"], "got '90'"),
-        (["--sm", "86", "--precision", "fp8"], "--sm 86: no FP8 arithmetic, which begins with SM 89; give --precision"),
+        (["--sm", "86", "--precision", "fp8"], "--sm 86: no FP8 arithmetic (it begins with SM 89); give --precision i"),
+        (
+            ["--precision", "nvfp4"],
+            "--sm 89: no NVFP4 products in TensorRT-RTX (SM 120 and 121 have); give --precision",
+        ),
     ],
 )
 def test_a_gpu_that_nothing_can_be_built_for_is_refused_before_the_first_stage(
