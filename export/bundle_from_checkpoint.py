@@ -61,6 +61,7 @@ class ExportReport(Frozen):
         graphs = self.manifest.graphs.values()
         plugins = [graph.plugin for graph in graphs if graph.plugin]
         files = {file for graph in graphs for file in (graph.file, graph.data) if file}  # halves read their block's
+        files |= {file for graph in graphs if graph.fp4 for file in (graph.fp4.file, graph.fp4.data)}
         megabytes = sum(file.bytes for file in [*files, *(plugin.file for plugin in plugins)]) / 1e6
         forms = f"{len(graphs)} graphs" + (f" ({len(plugins)} also with plugin nodes)" if plugins else "")
         precision = precision_text(self.manifest)
