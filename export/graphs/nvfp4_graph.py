@@ -3,7 +3,7 @@
 The engines' form has the pattern that TensorRT turns into products of 4 bits: ``TRT_FP4DynamicQuantize`` and two
 DequantizeLinear on the input (block scales times the tensor's scale, elements times that), the weight in the file as
 4-bit elements [in, out] with block scales [in / 16, out] behind two DequantizeLinear of its own. ONNX has no dynamic
-quantize to 4 bits, and ONNX Runtime (1.32) no FP4 kernels, so nothing but TensorRT reads it.
+quantize to 4 bits, and ONNX Runtime (1.31) no FP4 kernels, so nothing but TensorRT reads it.
 
 The twin rounds activations by a function of standard operators and has weights that are rounded already, in the
 bundle's type: ONNX Runtime computes with it what an engine computes, in slow products of 16 or 32 bits. Parity, golden

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
@@ -15,8 +16,12 @@ from stiv_deploy.calibration.errors import CalibrationError
 from stiv_deploy.calibration.layers import BLOCK
 from stiv_deploy.calibration.nvfp4 import Nvfp4Quantizer, fake_quantized_nvfp4, to_blocks, to_elements
 from stiv_deploy.calibration.plan import default_plan, everything, load_plan
+from stiv_deploy.calibration.quantize import fake_quantized, quantized_layers, switch_on
 from stiv_deploy.calibration.scales import scale_of
 from stiv_deploy.stiv_ref.config import CONFIGS, StivConfig
+
+if TYPE_CHECKING:
+    from conftest import Calibrated
 
 E2M1, E4M3 = ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e4m3fn
 
@@ -102,3 +107,26 @@ def test_what_cannot_be_in_nvfp4_is_refused(tmp_path: Path, layer: str) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(contents))
     with pytest.raises(CalibrationError, match=rf"layer {layer} cannot be nvfp4, which is for linears .* make it high"):
         load_plan(tmp_path / "plan.json", config, "nvfp4")
+
+
+def test_a_model_multiplies_rounded_inputs_by_rounded_weights(calibrated: "Calibrated") -> None:
+    """Against the definition in numpy; off, or kept high by the plan, a linear is as it was. Attention has none."""
+    model, scales = calibrated.checkpoint.model, calibrated.scales("nvfp4")
+    plan = default_plan(model.config, "nvfp4")
+    plan = plan.model_copy(update={"layers": {**plan.layers, "block_01.ffn.up": "high"}})
+    quantized, module = fake_quantized(model, scales, plan), "blocks.0.ffn.down"
+    linear = model.get_submodule(module)
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
+    ranges = [np.float32(scales.amax[f"block_00.ffn.down.{part}"] / 2688) for part in ("input", "weight")]
+    (_, _, values), (_, _, weight) = (
+        oracle(*pair) for pair in zip((x.numpy(), linear.weight.numpy()), ranges, strict=True)
+    )
+    wanted = torch.from_numpy(values) @ torch.from_numpy(weight).T + linear.bias
+    torch.testing.assert_close(quantized.get_submodule(module)(x), wanted)
+    assert not torch.allclose(linear(x), wanted, rtol=0.01)
+    kept = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(quantized.get_submodule("blocks.1.ffn.up")(kept), model.get_submodule("blocks.1.ffn.up")(kept))
+    names = [layer.name for layer in quantized_layers(quantized)]
+    assert names == [name for name in plan.layers if plan.quantized(name)]
+    switch_on(quantized, [])
+    assert torch.equal(quantized.get_submodule(module)(x), linear(x))
