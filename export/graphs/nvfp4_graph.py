@@ -163,9 +163,7 @@ class _Editor:
         if len(shape) <= MOST_DIMENSIONS:
             return
         if value not in self._rows:
-            ends = constant(
-                self.model.graph, f"rows_of_{shape[-1]}", ir.tensor([-1, int(shape[-1])], ir.DataType.INT64)
-            )
+            ends = constant(self.model.graph, f"rows_of_{shape[-1]}", ir.tensor([-1, _width(shape)], ir.DataType.INT64))
             rows = ir.node("Reshape", [value, ends], name=f"{layer.module}.Rows")
             adopt(rows, node)
             self.model.graph.insert_before(node, rows)
@@ -199,7 +197,7 @@ class _Editor:
         self._add(place, node, shape, FP4)
         elements, block_scale = node.outputs
         block_scale.name, block_scale.type = f"{name}.scale", ir.TensorType(FP8)
-        block_scale.shape = ir.Shape([*shape[:-1], int(shape[-1]) // BLOCK])
+        block_scale.shape = ir.Shape([*shape[:-1], _width(shape) // BLOCK])
         return self._dequantized(place, "Input", elements, block_scale, scale, axis=-1)
 
     def _shape(self, value: ir.Value) -> ir.Shape:
@@ -249,3 +247,10 @@ class _Editor:
         self.model.graph.initializers[name] = value
         self.scales.append(name)
         return value
+
+
+def _width(shape: ir.Shape) -> int:
+    """The last size of a linear's input, which no graph leaves open."""
+    last = shape[-1]
+    assert isinstance(last, int), shape
+    return last
