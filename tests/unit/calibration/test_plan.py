@@ -50,7 +50,10 @@ def changed(**changes: object) -> dict[str, object]:
         (changed(layers={"head.head.out": None}), "layer head.head.out is missing; give it fp8 or high"),
         (changed(layers={"block_09.ffn.up": "fp8"}), "the model has no layer block_09.ffn.up; remove it"),
         (changed(layers={"head.head.out": "int8"}), "layer head.head.out is int8; a fp8 plan has fp8 and high"),
-        (changed(layers={"head.head.out": "fp4"}), "layers.head.head.out: Input should be 'fp8', 'int8', 'nvfp4' or 'high'"),
+        (
+            changed(layers={"head.head.out": "fp4"}),
+            "layers.head.head.out: Input should be 'fp8', 'int8', 'nvfp4' or 'high'",
+        ),
         (changed(model="XL"), "this plan is for model XL, the checkpoint is tiny"),
         (changed(quantization="int8"), "this plan is for int8, asked was fp8"),
         (changed(format="other"), "format: Input should be 'stiv-precision-plan'"),
