@@ -3,8 +3,9 @@
 import hashlib
 import json
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
@@ -69,6 +70,21 @@ class Outlook:
         backlog = self.costs.backlog([*self.running, *self.waiting[: self.position(job)]], self.workers)
         return None if backlog is None else backlog + soonest
 
+    def late(self, before: Sequence[Job], job: Job, after: Sequence[Job], now: float) -> float | None:
+        """Seconds by which the first of ``after`` is late that would not be without ``job``; ``None`` if none is.
+
+        The device makes ``before``, ``job`` and ``after`` in this order. One of a lower priority may be late.
+        """
+        ahead, added = self.costs.backlog(before, self.workers), self.costs.backlog([job], self.workers)
+        if ahead is None or added is None:
+            return None
+        for each in after:
+            left = math.inf if each.due is None else each.due - now - ahead - (self.costs.alone(each) or 0.0)
+            if 0 <= left < added and each.priority >= job.priority:
+                return added - left
+            ahead += self.costs.backlog([each], self.workers) or 0.0
+        return None
+
 
 class Service:
     """The jobs of ``store`` for the bundle of ``settings``; for threads of the server."""
@@ -90,7 +106,7 @@ class Service:
         self._samples = SampleMaker(bundle)
         self._placement = placement_of(settings, bundle)
         self._rate = Rate(settings.rate)
-        self._lock, self._planning = Lock(), Lock()
+        self._lock, self._planning, self._admitting = Lock(), Lock(), Lock()
         self._looked: tuple[float, Outlook] | None = None
 
     def submit(self, owner: str, asked: Asked, key: str | None, headers: Mapping[str, str]) -> Job:
@@ -134,10 +150,12 @@ class Service:
             what = make()
             job, request = self._job(owner, what, trace)
         job = self._made_before(job)
-        if job.live:
-            self._check_deadline(job, what)
         try:
-            stored, _ = self.store.submit(job, request, most=self.settings.queue, key=key, digest=digest)
+            with self._admitting:  # one after another: each is judged by all that came before
+                if job.live:
+                    self._check_deadline(job, what)
+                stored, _ = self.store.submit(job, request, most=self.settings.queue, key=key, digest=digest)
+                self._add(stored)
         except QueueFullError as error:
             raise ApiError(429, "queue_full", str(error), retry_after=self._next_place()) from None
         except IdempotencyError as error:
@@ -207,25 +225,35 @@ class Service:
         }
 
     def _check_deadline(self, job: Job, what: Wanted) -> None:
+        """:class:`ApiError` if ``job`` cannot be done in time, or if others then cannot that were accepted."""
         if what.deadline is None:
             return
-        eta = self._outlook_of(job).eta(job)
+        look, now = self.outlook(), self._clock()
+        order = order_of([*look.running, *look.waiting, job], look.costs.alone)
+        line = sorted((*look.running, *look.waiting), key=lambda each: order.rank(each, now))
+        before = [each for each in line if order.rank(each, now) <= order.rank(job, now)]
+        eta = replace(look, waiting=tuple(each for each in before if each.state == State.QUEUED)).eta(job)
         if eta is not None and eta > what.deadline:
             message = f"it cannot be done in {what.deadline:g} s; it would take about {eta:.3g} s"
             raise ApiError(429, "deadline_cannot_be_met", message, "deadline_s", eta - what.deadline)
-
-    def _outlook_of(self, job: Job) -> Outlook:
-        """The queue, with only those waiting that come before a new ``job``."""
-        look, now = self.outlook(), self._clock()
-        order = order_of([*look.waiting, job], look.costs.alone)
-        before = tuple(each for each in look.waiting if order.rank(each, now) < order.rank(job, now))
-        return Outlook(before, look.running, look.costs, look.workers)
+        late = look.late(before, job, line[len(before) :], now)
+        if late is not None:
+            message = f"with it in {what.deadline:g} s another job, accepted before, would be {late:.3g} s late"
+            raise ApiError(429, "deadline_cannot_be_met", message, "deadline_s", late)
 
     def _next_place(self) -> float:
         """Seconds until a waiting job begins, about."""
         look = self.outlook()
         costs = [cost for job in look.running if (cost := look.costs.alone(job)) is not None]
         return min(costs, default=10.0)
+
+    def _add(self, job: Job) -> None:
+        """Let the last look at the queue see ``job``, if it is new and live."""
+        with self._lock:
+            if self._looked is not None and job.live:
+                at, look = self._looked
+                if all(each.id != job.id for each in (*look.waiting, *look.running)):
+                    self._looked = (at, replace(look, waiting=(*look.waiting, job)))
 
     def outlook(self) -> Outlook:
         """The queue as it is, or was a moment ago."""

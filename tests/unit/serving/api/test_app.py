@@ -17,6 +17,7 @@ from PIL import Image
 
 from stiv_deploy.runtime.pipeline.records import read_requests
 from stiv_deploy.serving.api import events
+from stiv_deploy.serving.store.jobs import Measured, Size
 
 SCHEMA = Path(__file__).with_name("videos.schema.json")
 
@@ -258,6 +259,31 @@ def test_a_deadline_that_cannot_be_met_is_refused(place: Any) -> None:
     answer = place.client.post("/v1/videos", json=PROMPT | {"deadline_s": 0.001, "num_inference_steps": 500})
     assert (answer.status_code, answer.json()["error"]["code"]) == (429, "deadline_cannot_be_met")
     assert place.ask(deadline_s=1e6)["stiv"]["eta_s"] > 0
+
+
+def asked_in_a_burst(place: Any, *kinds: tuple[int, float]) -> list[str]:
+    """What becomes of jobs of so many steps within so many seconds, at once, where a step takes 0.1 s."""
+    size = place.bundle.manifest.sampling
+    place.store.measure(place.bundle.hash, [Measured(Size(size.frames, size.height, size.width), 2, 0.1)])
+    bodies = [
+        PROMPT | {"num_inference_steps": steps, "deadline_s": due, "seed": at} for at, (steps, due) in enumerate(kinds)
+    ]
+    answers = [place.client.post("/v1/videos", json=body) for body in bodies]
+    return ["taken" if answer.status_code == 200 else answer.json()["error"]["message"] for answer in answers]
+
+
+def test_jobs_of_a_burst_count_for_those_behind_them(place: Any) -> None:
+    found = asked_in_a_burst(place, (10, 2.5), (10, 2.5), (10, 2.5), (2, 2.5))
+    assert found[:2] == ["taken", "taken"]
+    assert "it would take about 3 s" in found[2]
+    assert found[3] == "taken"
+
+
+def test_a_deadline_is_kept_though_more_urgent_jobs_come(place: Any) -> None:
+    found = asked_in_a_burst(place, (10, 1.5), (3, 0.6), (3, 0.7), (3, 2.5))
+    assert found[:2] == ["taken", "taken"]
+    assert "another job, accepted before, would be 0.1 s late" in found[2]
+    assert found[3] == "taken"
 
 
 def test_a_full_disk_takes_no_jobs(place_of: Callable[..., Any], bundle_path: Path) -> None:
