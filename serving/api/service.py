@@ -5,8 +5,10 @@ import json
 import logging
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -154,8 +156,9 @@ class Service:
             with self._admitting:  # one after another: each is judged by all that came before
                 if job.live:
                     self._check_deadline(job, what)
-                stored, _ = self.store.submit(job, request, most=self.settings.queue, key=key, digest=digest)
-                self._add(stored)
+                stored, new = self.store.submit(job, request, most=self.settings.queue, key=key, digest=digest)
+                if new and stored.live:
+                    self._add(stored)
         except QueueFullError as error:
             raise ApiError(429, "queue_full", str(error), retry_after=self._next_place()) from None
         except IdempotencyError as error:
@@ -230,13 +233,15 @@ class Service:
             return
         look, now = self.outlook(), self._clock()
         order = order_of([*look.running, *look.waiting, job], look.costs.alone)
-        line = sorted((*look.running, *look.waiting), key=lambda each: order.rank(each, now))
-        before = [each for each in line if order.rank(each, now) <= order.rank(job, now)]
+        rank = partial(order.rank, now=now)
+        line = sorted((*look.running, *look.waiting), key=rank)
+        place = bisect_right(line, rank(job), key=rank)
+        before, after = line[:place], line[place:]
         eta = replace(look, waiting=tuple(each for each in before if each.state == State.QUEUED)).eta(job)
         if eta is not None and eta > what.deadline:
             message = f"it cannot be done in {what.deadline:g} s; it would take about {eta:.3g} s"
             raise ApiError(429, "deadline_cannot_be_met", message, "deadline_s", eta - what.deadline)
-        late = look.late(before, job, line[len(before) :], now)
+        late = look.late(before, job, after, now)
         if late is not None:
             message = f"with it in {what.deadline:g} s another job, accepted before, would be {late:.3g} s late"
             raise ApiError(429, "deadline_cannot_be_met", message, "deadline_s", late)
@@ -248,12 +253,11 @@ class Service:
         return min(costs, default=10.0)
 
     def _add(self, job: Job) -> None:
-        """Let the last look at the queue see ``job``, if it is new and live."""
+        """Let the last look at the queue see the new ``job``."""
         with self._lock:
-            if self._looked is not None and job.live:
+            if self._looked is not None:
                 at, look = self._looked
-                if all(each.id != job.id for each in (*look.waiting, *look.running)):
-                    self._looked = (at, replace(look, waiting=(*look.waiting, job)))
+                self._looked = (at, replace(look, waiting=(*look.waiting, job)))
 
     def outlook(self) -> Outlook:
         """The queue as it is, or was a moment ago."""
