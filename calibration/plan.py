@@ -53,8 +53,9 @@ def default_plan(config: StivConfig, quantization: Format) -> PrecisionPlan:
 
 def everything(config: StivConfig, quantization: Format) -> PrecisionPlan:
     """Every layer that can be in the format, edges too: the counter-example that shows what the default spares."""
-    layers: dict[str, Choice] = dict.fromkeys((layer.name for layer in model_layers(config)), "high")
-    layers |= dict.fromkeys((layer.name for layer in quantizable_layers(config, quantization)), quantization)
+    layers: dict[str, Choice] = {
+        layer.name: quantization if takes(config, layer, quantization) else "high" for layer in model_layers(config)
+    }
     return PrecisionPlan(quantization=quantization, model=config.name, layers=layers)
 
 

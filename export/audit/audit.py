@@ -9,7 +9,14 @@ from pathlib import Path
 
 from stiv_deploy.export.audit.fusion_audit import AuditRow, Expectation, audit_graph, expectation
 from stiv_deploy.export.audit.layer_report import EngineLayer, read_report
-from stiv_deploy.export.engines.build import FP4_SMS, check_formats, choose_graphs, default_jobs, resolve_sm
+from stiv_deploy.export.engines.build import (
+    FP4_SMS,
+    check_formats,
+    choose_graphs,
+    default_jobs,
+    resolve_sm,
+    source_file,
+)
 from stiv_deploy.export.engines.job import EngineJob
 from stiv_deploy.export.engines.processes import BuilderProcesses
 from stiv_deploy.runtime.bundle.bundle import Bundle
@@ -155,17 +162,11 @@ class Audit:
     def _task(self, graph: str, same: tuple[str, ...], sm: str, bucket: Bucket) -> _Task:
         """The engine of ``graph`` for one target and bucket: what fuses depends on the sizes, so each is looked at."""
         manifest = self.bundle.manifest
-        reduced, fp4 = reduced_for(manifest.graphs[graph], sm), manifest.graphs[graph].fp4 is not None
+        reduced = reduced_for(manifest.graphs[graph], sm)
         path = f"{self._folder.name}/{sm_folder(sm)}-{graph}-{bucket.name}"
         job = EngineJob(
             graph=graph,
-            onnx=str(
-                self.bundle.fp4_file(graph)
-                if fp4
-                else self.bundle.reduced_file(graph)
-                if reduced
-                else self.bundle.graph_file(graph)
-            ),
+            onnx=str(source_file(self.bundle, graph, sm)),
             plan=f"{path}.plan",
             backend=self.backend,
             sm=None if sm == PORTABLE else sm,

@@ -149,6 +149,14 @@ def check_formats(manifest: Manifest, graphs: Sequence[str], sm: str) -> None:
         )
 
 
+def source_file(bundle: Bundle, graph: str, sm: str) -> Path:
+    """The file without plugin nodes that engines of ``graph`` for the GPU ``sm`` are built from, verified."""
+    record = bundle.manifest.graphs[graph]
+    if record.fp4 is not None:
+        return bundle.fp4_file(graph)
+    return bundle.graph_file(graph) if reduced_for(record, sm) is None else bundle.reduced_file(graph)
+
+
 def format_fault(quantization: Format, sm: str) -> tuple[str, str] | None:
     """What the GPU ``sm`` lacks for a format, in words, and the formats to take instead; None if it lacks nothing."""
     if quantization == "fp8" and sm != PORTABLE and int(sm) < FP8_SM:
@@ -233,9 +241,7 @@ class EngineBuild:
         """The file that ``graph`` is built from, verified."""
         if self.packaging_of(graph) is not None:
             return self.bundle.plugin_file(graph)
-        if self.bundle.manifest.graphs[graph].fp4 is not None:
-            return self.bundle.fp4_file(graph)
-        return self.bundle.reduced_file(graph) if self.reduces(graph) else self.bundle.graph_file(graph)
+        return source_file(self.bundle, graph, self.sm)
 
     def reduces(self, graph: str) -> bool:
         """Whether ``graph`` is built from its form in 16 bits."""
