@@ -164,7 +164,9 @@ def against(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, made by 'stiv export'.", show_default=False)],
     baseline: Annotated[
         list[str] | None,
-        typer.Option(help="torch-eager, torch-compile, or a backend (repeatable). Default: both of torch."),
+        typer.Option(
+            help="torch-eager, torch-compile, a backend, or another bundle (repeatable). Default: both of torch."
+        ),
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="What the bundle was exported from. Default: the one in checkpoints/.")
@@ -179,8 +181,11 @@ def against(
     solver: Annotated[
         Literal["euler", "heun", "ab2"] | None, typer.Option(help="Solver of the sampling ODE. Default: the bundle's.")
     ] = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Samples of each. Default: as few as the median's interval takes.")
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            help="Rounds of 6 turns, each of new processes, 2 to 12. Default: 4, or until ratios are known to 2 %."
+        ),
     ] = None,
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Measure where it is not fair; every output then calls it invalid.")
@@ -190,12 +195,13 @@ def against(
     threads: Annotated[int | None, typer.Option(help="CPU threads of each; default: all cores.")] = None,
     json: JsonTarget = None,
 ) -> None:
-    """Measure a bundle against PyTorch and other backends: the same clips, by turns, each in its own process.
+    """Measure a bundle against PyTorch, other backends or other bundles: the same clips, by turns.
 
-    Times are from prompts to frames in memory. Refused is what makes other clips than the bundle does of the same
-    prompts and seeds, and all that 'stiv bench run' refuses of a machine.
+    Each has a process of its own. Times are from prompts to frames in memory. Refused is what makes other clips than
+    the bundle does of the same prompts and seeds, and all that 'stiv bench run' refuses of a machine.
 
     stiv bench against bundle --baseline torch-eager --baseline torch-compile
+    stiv bench against bundle-fp8 --baseline bundle
     """
     from stiv_deploy.runtime.command.bench import against as rivalry
     from stiv_deploy.runtime.command.bench import show
@@ -210,7 +216,7 @@ def against(
         baselines=tuple(dict.fromkeys(baseline or TORCH)),
         checkpoint=checkpoint,
         batch=batch,
-        count=samples,
+        rounds=rounds,
         backend=backend,
         device=device,
         threads=threads,

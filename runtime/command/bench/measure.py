@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from stiv_deploy.runtime.command.bench.maker import Maker
 from stiv_deploy.runtime.command.bench.record import CacheProbe, Sample, WarmUp, Work
-from stiv_deploy.runtime.command.bench.statistics import percentile, ratio
+from stiv_deploy.runtime.command.bench.statistics import Estimate, percentile, ratio
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
 
 LEAST_WARM, MOST_WARM = 6, 40
@@ -67,15 +67,14 @@ def warmed(make: Callable[[], float], news: Callable[[], object]) -> list[float]
 def samples(maker: Maker, requests: Requests, count: int, news: Callable[[], object], most: int = 0) -> list[Sample]:
     """``count`` of them, and then more, up to ``most`` in all, until their median is known to :data:`NARROW`."""
     made: list[Sample] = []
-    while len(made) < count or (len(made) < most and not known([each.seconds for each in made])):
+    while len(made) < count or (len(made) < most and not known(percentile([each.seconds for each in made], 0.5))):
         made.append(maker.make(requests()))
         news()
     return made
 
 
-def known(seconds: Sequence[float]) -> bool:
-    """Whether the interval of the median is narrow enough."""
-    median = percentile(seconds, 0.5)
+def known(median: Estimate | None) -> bool:
+    """Whether the interval of a ``median`` is narrow enough."""
     return median is not None and median.half_width <= NARROW
 
 

@@ -25,13 +25,20 @@ NAMES = (*TORCH, *BACKENDS)
 Order = Mapping[str, Any]
 
 
+def is_bundle(name: str) -> bool:
+    """Whether a baseline is the folder of another bundle."""
+    return name not in NAMES and Path(name).is_dir()
+
+
 def check_names(names: Sequence[str]) -> None:
     """:class:`RequestError` for an unknown baseline or none; ``ModuleNotFoundError`` where torch is missing."""
     if not names:
-        raise RequestError(f"nothing to measure against; give --baseline, one or more of {', '.join(NAMES)}")
+        raise RequestError(
+            f"nothing to measure against; give --baseline, one or more of {', '.join(NAMES)}, or the folder of a bundle"
+        )
     for name in names:
-        if name not in NAMES:
-            raise RequestError(f"--baseline {briefly(name)}: there are {', '.join(NAMES)}")
+        if name not in NAMES and not is_bundle(name):
+            raise RequestError(f"--baseline {briefly(name)}: there are {', '.join(NAMES)}, or the folder of a bundle")
     if set(names) & set(TORCH) and find_spec("torch") is None:
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
@@ -72,7 +79,7 @@ class Rival:
 
     def clips(self, requests: Sequence[GenerationRequest], folder: Path) -> np.ndarray:
         """Frames uint8 [B, F, H, W, 3]."""
-        path = folder / f"{self.name}.npy"
+        path = folder / "clips.npy"
         self.make(requests, path)
         return np.asarray(np.load(path))
 

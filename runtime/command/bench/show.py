@@ -168,6 +168,9 @@ def comparison(found: Comparison) -> None:
     ]
     title = f"A {_side(found.base)}; B {_side(found.ours)}"
     console.print(table(title, columns, rows, columns[1:], "medians; intervals of 95 % by bootstrap"))
+    console.print(
+        "what the machine did between A and B is in the ratios; 'stiv bench against' takes turns", style="dim"
+    )
 
 
 def against(found: Against) -> None:
@@ -179,7 +182,15 @@ def against(found: Against) -> None:
         (each.name, interval(each.median), times(each.ratio), f"{each.difference:.2g}") for each in found.contestants
     ]
     title = f"{found.work} on {found.backend}, {found.device}, {found.threads} threads"
-    console.print(table(title, columns, rows, columns[1:], "medians by turns; intervals of 95 %"))
+    console.print(
+        table(
+            title,
+            columns,
+            rows,
+            columns[1:],
+            f"medians by turns, {len(found.contestants[0].samples)} rounds; intervals of 95 %",
+        )
+    )
     console.print(f"clips of another seed differ by {found.elsewhere:.2g}", highlight=False, markup=False)
 
 

@@ -6,6 +6,7 @@ Efron's percentile bootstrap, of blocks of samples where neighbours are alike (K
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,20 @@ from stiv_deploy.runtime.bundle.contract import Frozen
 CONFIDENCE = 0.95
 ROUNDS = 10_000
 """Resamples of a bootstrap."""
+STUDENT = (
+    12.706205,
+    4.302653,
+    3.182446,
+    2.776445,
+    2.570582,
+    2.446912,
+    2.364624,
+    2.306004,
+    2.262157,
+    2.228139,
+    2.200985,
+)
+"""Quantiles 97.5 % of Student's t for 1 to 11 degrees of freedom."""
 
 
 class Estimate(Frozen):
@@ -92,6 +107,28 @@ def ratio(
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     value = _percentiles(np.asarray(ours)[None], share)[0] / _percentiles(np.asarray(base)[None], share)[0]
     return Estimate(value=float(value), low=float(min(low, value)), high=float(max(high, value)))
+
+
+def ratio_of_turns(ours: Sequence[float], base: Sequence[float]) -> float:
+    """The median over turns of the seconds of ``ours`` over those of ``base`` in the same turn.
+
+    What slows the machine for minutes is in both.
+    """
+    return statistics.median(one / other for one, other in zip(ours, base, strict=True))
+
+
+def mean_of_rounds(ratios: Sequence[float]) -> Estimate | None:
+    """The geometric mean of the ``ratios`` of 2 to 12 rounds, each of new processes; None of one round.
+
+    Where a process lies in memory makes it faster or slower by a percent for as long as it lives, however often it is
+    asked; so the interval is over rounds, by Student's t of the logarithms (Kalibera and Jones, ISMM 2013).
+    """
+    logs = [math.log(each) for each in ratios]
+    if len(logs) < 2:  # noqa: PLR2004
+        return None
+    middle = statistics.fmean(logs)
+    half = STUDENT[len(logs) - 2] * statistics.stdev(logs) / math.sqrt(len(logs))
+    return Estimate(value=math.exp(middle), low=math.exp(middle - half), high=math.exp(middle + half))
 
 
 def block_length(samples: np.ndarray) -> int:

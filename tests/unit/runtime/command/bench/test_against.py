@@ -12,8 +12,10 @@ import pytest
 
 from stiv_deploy.runtime.bundle.bundle import read_manifest, write_manifest
 from stiv_deploy.runtime.bundle.manifest import LoraRecord
-from stiv_deploy.runtime.command.bench import against
+from stiv_deploy.runtime.command.bench import against, rounds
 from stiv_deploy.runtime.command.bench.measure import LEAST_WARM
+from stiv_deploy.runtime.command.bench.record import Verification
+from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
 
 Run = Callable[..., tuple[int, str, str]]
@@ -58,7 +60,7 @@ class ClockedOne:
 @pytest.fixture
 def clocked(monkeypatch: pytest.MonkeyPatch) -> Clocked:
     made = Clocked()
-    monkeypatch.setattr(against, "rival", made.rival)
+    monkeypatch.setattr(rounds, "rival", made.rival)
     return made
 
 
@@ -79,14 +81,77 @@ def test_all_take_turns_and_ratios_are_over_the_bundle(
     assert [round(each.ratio.value, 2) for each in found.contestants] == [1.0, 3.0, 2.0]
     assert [each.difference for each in found.contestants] == [0, 0, 0]
     assert found.elsewhere > 0.3
-    assert {len(each.samples) for each in found.contestants} == {6}
-    measured = clocked.turns[3 * LEAST_WARM :]
+    assert {tuple(map(len, each.samples)) for each in found.contestants} == {(6,) * 4}
     there = list(SPEEDS)
-    assert [name for name, _ in measured] == (there + there[::-1]) * 3
-    assert [len({seeds for _, seeds in measured[turn : turn + 3]}) for turn in range(0, 18, 3)] == [1] * 6
-    assert all(len(seeds) == 2 for _, seeds in measured)
-    assert len({seeds for _, seeds in measured}) == 6
+    round_long = 3 * LEAST_WARM + 18
+    assert len(clocked.turns) == 4 * round_long
+    for number in range(4):
+        names = there if number % 2 == 0 else there[::-1]
+        measured = clocked.turns[number * round_long :][3 * LEAST_WARM : round_long]
+        assert [name for name, _ in measured] == (names + names[::-1]) * 3
+        assert [len({seeds for _, seeds in measured[turn : turn + 3]}) for turn in range(0, 18, 3)] == [1] * 6
+    assert all(len(seeds) == 2 for _, seeds in clocked.turns)
+    assert len({seeds for _, seeds in clocked.turns}) == 4 * (3 * LEAST_WARM + 6)
     assert "torch-compile" in out
+
+
+@QUIET
+def test_another_bundle_takes_its_turns(run: Run, bundle_path: Path, own_bundle: Path, clocked: Clocked) -> None:
+    asked = ("bench", "against", bundle_path, "--backend", "onnxruntime", "--threads", 1, "--baseline", own_bundle)
+    code, out, err = run(*asked, "--json", "-")
+    assert code == 0, err
+    found = against.Against.model_validate(json.loads(out))
+    assert [each.name for each in found.contestants] == ["bundle", str(own_bundle)]
+    assert clocked.orders[str(own_bundle)]["bundle"] == str(own_bundle)
+    changed = clocked.orders[str(own_bundle)] | {"bundle": clocked.orders["bundle"]["bundle"]}
+    assert changed == clocked.orders["bundle"]
+
+
+@QUIET
+def test_another_bundle_that_does_other_work_is_refused(
+    run: Run, bundle_path: Path, own_bundle: Path, clocked: Clocked
+) -> None:
+    manifest = read_manifest(own_bundle)
+    steps = manifest.sampling.steps + 1
+    changed = manifest.sampling.model_copy(update={"steps": steps})
+    write_manifest(own_bundle, manifest.model_copy(update={"sampling": changed}))
+    asked = ("bench", "against", bundle_path, "--backend", "onnxruntime", "--threads", 1, "--baseline", own_bundle)
+    code, _, err = run(*asked)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"does other work by default (steps {steps} for {steps - 1}" in err
+    assert clocked.orders == {}
+    code, _, err = run(*asked, "--steps", 3)
+    assert code == 0, err
+
+
+@pytest.mark.usefixtures("quiet")
+def test_another_bundle_must_be_verified_too(
+    run: Run, bundle_path: Path, own_bundle: Path, clocked: Clocked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def verification(pipe: StivPipeline) -> Verification:
+        state = "failed" if pipe.bundle.folder == own_bundle else "verified"
+        return Verification(state=state, reason="two graphs differ")
+
+    monkeypatch.setattr("stiv_deploy.runtime.command.bench.stage.verification", verification)
+    asked = ("bench", "against", bundle_path, "--backend", "onnxruntime", "--threads", 1, "--baseline", own_bundle)
+    code, _, err = run(*asked)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{own_bundle}: the outputs are failed: two graphs differ" in err
+    code, out, err = run(*asked, "--anyway", "--json", "-")
+    assert code == 0, err
+    assert len(json.loads(out)["invalid"]) == 1
+
+
+@QUIET
+def test_rounds_go_on_until_the_ratios_are_known(
+    run: Run, bundle_path: Path, clocked: Clocked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "known", lambda _: False)
+    asked = ("bench", "against", bundle_path, "--backend", "onnxruntime", "--threads", 1, "--json", "-")
+    for options, count in (((), 12), (("--rounds", 3), 3)):
+        code, out, err = run(*asked, "--baseline", "torch-eager", *options)
+        assert code == 0, err
+        assert {len(each["samples"]) for each in json.loads(out)["contestants"]} == {count}
 
 
 @QUIET
@@ -113,9 +178,10 @@ def test_the_reference_samples_as_the_bundle_does(run: Run, bundle_path: Path, c
     [
         ({"other": "torch-eager"}, (), "torch-eager makes other clips than the bundle of the same prompts and seeds"),
         ({"slowing": "bundle"}, (), "after 40 samples of warm-up bundle still got faster"),
-        ({}, ("--samples", 5), "5 samples are too few for the percentile 50; take 6 or more"),
-        ({}, ("--samples", 0), "the number of samples must be 1 or more, got 0"),
+        ({}, ("--rounds", 1), "an interval takes 2 to 12 rounds, got 1"),
+        ({}, ("--rounds", 13), "an interval takes 2 to 12 rounds, got 13"),
         ({}, ("--baseline", "tvm"), "--baseline 'tvm': there are torch-eager,"),
+        ({}, ("--baseline", "."), ".: no bundle here (manifest.json is missing)"),
     ],
 )
 def test_what_is_unfair_is_refused_in_a_line(

@@ -12,9 +12,11 @@ from stiv_deploy.runtime.command.bench.statistics import (
     block_length,
     interval_ranks,
     least_samples,
+    mean_of_rounds,
     nearest_rank,
     percentile,
     ratio,
+    ratio_of_turns,
 )
 
 SHARES = st.sampled_from([0.05, 0.25, 0.5, 0.9, 0.99])
@@ -105,3 +107,35 @@ def test_blocks_are_of_one_where_samples_are_independent() -> None:
     assert np.mean(np.array(lengths) == 1) > 0.9
     assert block_length(np.ones(40)) == block_length(np.arange(3.0)) == 1
     assert block_length(np.repeat(random.normal(size=12), 5)) >= 4
+
+
+def test_rounds_of_turns_tell_equal_work_on_a_machine_that_wanders() -> None:
+    """Processes are a percent apart for as long as they live; the machine wanders by 5 % in the time of a round."""
+    random = np.random.default_rng(5)
+    found = []
+    for _ in range(200):
+        ratios = []
+        for _ in range(4):
+            machine = np.asarray(wandering(random, count=12, memory=0.95))
+            ours, base = random.normal(1, 0.01, 2)
+            noise = random.normal(1, 0.01, (2, 6))
+            ratios.append(ratio_of_turns(ours * machine[::2] * noise[0], base * machine[1::2] * noise[1]))
+        found.append(mean_of_rounds(ratios))
+    assert np.mean([each.low <= 1 <= each.high for each in found if each is not None]) > 0.92  # 0.95 less 2 errors
+
+
+def test_turns_are_divided_pair_by_pair() -> None:
+    assert ratio_of_turns([2.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == 2.0
+
+
+@pytest.mark.parametrize("count", range(2, 13))
+def test_the_interval_of_rounds_is_students(count: int) -> None:
+    ratios = list(np.random.default_rng(count).lognormal(0.1, 0.02, count))
+    found, logs = mean_of_rounds(ratios), np.log(ratios)
+    assert found is not None
+    low, high = stats.t.interval(0.95, count - 1, logs.mean(), stats.sem(logs))
+    assert (found.value, found.low, found.high) == pytest.approx(np.exp([logs.mean(), low, high]), rel=1e-6)
+
+
+def test_one_round_has_no_interval() -> None:
+    assert mean_of_rounds([1.0]) is None
