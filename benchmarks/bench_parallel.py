@@ -6,20 +6,29 @@
 The bundle has halves (``stiv export --halves``), and on GPUs engines. First each form's latents are held against those
 of one device: two right implementations lie within the gates of the bundle's golden runs from the truth, so twice the
 largest from each other. Then one device and the form make the clip by turns; what counts is the median of the ratios.
-On CPUs one device has all the threads that the form's devices share out, so that the ratio tells what sharing costs.
 Of a transport of threads the bytes that came from other devices are those that the leader took.
+
+On CPUs one device has as many threads as the form's devices together, be they more than there are cores. The leader
+computes its share, and is in exchanges for the rest of the clip: so one device's seconds and the leader's in exchanges
+explain the form's where their sum is no less (``explained``, at least 1). Waiting has in it what others take longer to
+compute; ``explained_least`` counts the exchanges of the device that is in them the least, which nobody's slowness
+makes longer. ``seconds_apart`` is what the machine gives without any exchange: as many workers as devices, with as
+many threads each, make a clip each at the same time; a clip of theirs. ``explained_apart`` has it in the place of one
+device's seconds, which more threads than cores make long.
 """
 
 import json
 import platform
 import statistics
-import time
+from collections.abc import Iterable
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
+from apart import Apart, cpu_pipeline, latent_seconds
 
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.golden import read_golden
@@ -27,7 +36,38 @@ from stiv_deploy.runtime.errors import BundleError, MeasurementError
 from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 from stiv_deploy.runtime.pipeline.plan import GenerationPlan
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
-from stiv_deploy.runtime.sampling.parallel.placement import parse_devices
+from stiv_deploy.runtime.sampling.parallel.clock import Spent
+from stiv_deploy.runtime.sampling.parallel.opening import shared_threads
+from stiv_deploy.runtime.sampling.parallel.placement import CPU, parse_devices, place
+from stiv_deploy.runtime.sampling.parallel.team import Team
+
+
+class Turn(NamedTuple):
+    """Seconds of one clip each: one device's, the form's, of the latter each device's in exchanges, and apart."""
+
+    one: float
+    shared: float
+    spent: list[Spent]
+    apart: float | None = None
+
+    @property
+    def explained(self) -> float:
+        """Seconds of one device and the leader's in exchanges, by those of the form."""
+        return (self.one + self.spent[0].total) / self.shared
+
+    @property
+    def explained_least(self) -> float:
+        """The same with the exchanges of the device that is in them the least."""
+        return (self.one + self._least) / self.shared
+
+    @property
+    def explained_apart(self) -> float | None:
+        """The latter with the seconds apart in the place of one device's."""
+        return None if self.apart is None else (self.apart + self._least) / self.shared
+
+    @property
+    def _least(self) -> float:
+        return min(spent.total for spent in self.spent)
 
 
 def gate_of(bundle: Bundle) -> float:
@@ -38,34 +78,68 @@ def gate_of(bundle: Bundle) -> float:
     return 2 * max(output.gate for run in sampling.runs for output in run.outputs)
 
 
-def latents_of(pipe: StivPipeline, plan: GenerationPlan) -> tuple[np.ndarray, float]:
-    """Latents of ``plan``, and the seconds that they took."""
-    started = time.perf_counter()
-    found = pipe.run(plan, output_type="latent").latents
-    return found, time.perf_counter() - started
+def latents_of(pipe: StivPipeline, plan: GenerationPlan) -> np.ndarray:
+    """Latents of ``plan``."""
+    return pipe.run(plan, output_type="latent").latents
 
 
-def measure(one: StivPipeline, many: StivPipeline, request: GenerationRequest, repeats: int) -> dict[str, Any]:
+def measure(
+    one: StivPipeline, many: StivPipeline, apart: Apart | None, request: GenerationRequest, repeats: int
+) -> dict[str, Any]:
     """Distance, bytes, and times by turns; :class:`MeasurementError` where it is another clip."""
-    plan, gate = one.plan(request), gate_of(one.bundle)
-    (right, _), (found, _) = latents_of(one, plan), latents_of(many, many.plan(request))
+    gate, team = gate_of(one.bundle), many._team
+    assert team is not None
+    right, found = latents_of(one, one.plan(request)), latents_of(many, many.plan(request))
     distance = float(np.linalg.norm(found - right) / np.linalg.norm(right))
     if not distance <= gate:
         raise MeasurementError(f"the clip of several devices is another: distance {distance:.1e}, at most {gate:.1e}")
-    team = many._team
-    assert team is not None
+    if apart is not None:
+        apart(request)
     before = team.transport.received
-    pairs = [(latents_of(one, plan)[1], latents_of(many, plan)[1]) for _ in range(repeats)]
+    turns = [turn(one, many, team, apart, request) for _ in range(repeats)]
     return {
         "parallel": str(team.placement),
         "transport": type(team.transport).__name__,
         "distance": distance,
         "gate": gate,
         "leader_received_bytes": (team.transport.received - before) // repeats,
-        "seconds_one": round(statistics.median(alone for alone, _ in pairs), 4),
-        "seconds": round(statistics.median(shared for _, shared in pairs), 4),
-        "speedup": round(statistics.median(alone / shared for alone, shared in pairs), 3),
+        **account(turns),
     }
+
+
+def turn(one: StivPipeline, many: StivPipeline, team: Team, apart: Apart | None, request: GenerationRequest) -> Turn:
+    """One clip of each way."""
+    alone = latent_seconds(one, request)
+    before = team.settle()
+    shared = latent_seconds(many, request)
+    spent = [now.since(then) for now, then in zip(team.settle(), before, strict=True)]
+    return Turn(alone, shared, spent, None if apart is None else apart(request))
+
+
+def account(turns: list[Turn]) -> dict[str, Any]:
+    """Medians of the turns: seconds, their ratios, and by device the seconds in exchanges and their share of a clip."""
+    return {
+        "seconds_one": _median(each.one for each in turns),
+        "seconds": _median(each.shared for each in turns),
+        "seconds_apart": _median(each.apart for each in turns),
+        "speedup": _median(each.one / each.shared for each in turns),
+        "explained": _median(each.explained for each in turns),
+        "explained_least": _median(each.explained_least for each in turns),
+        "explained_apart": _median(each.explained_apart for each in turns),
+        "exchange": [
+            {
+                "waiting": _median(each.spent[rank].waiting for each in turns),
+                "copying": _median(each.spent[rank].copying for each in turns),
+                "share": _median(each.spent[rank].total / each.shared for each in turns),
+            }
+            for rank in range(len(turns[0].spent))
+        ],
+    }
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(statistics.median(known), 6) if known else None
 
 
 def main(
@@ -82,15 +156,23 @@ def main(
     """Check and time one clip on several devices against one."""
     names = parse_devices(devices)
     request = GenerationRequest(prompt="", num_inference_steps=steps, seed=0)
-    device = 0 if names[0] == "cpu" else int(names[0])
+    manifest = Bundle.open(bundle).manifest
+    each = shared_threads(place(names, None, manifest.model, manifest.sampling.guidance_mode), threads)
     rows = []
-    with StivPipeline.from_bundle(bundle, backend, threads, device=device) as one:
+    with ExitStack() as opened:
+        apart = None
+        if names[0] == CPU:
+            assert each is not None
+            apart = opened.enter_context(Apart(bundle, len(names), each, processes=processes))
+            one = opened.enter_context(cpu_pipeline(bundle, each * len(names)))
+        else:
+            one = opened.enter_context(StivPipeline.from_bundle(bundle, backend, threads, device=int(names[0])))
         machine = one.backend.machine.model_dump()
         for form in parallel or [None]:
             with StivPipeline.from_bundle(
                 bundle, one.backend.name, threads, devices=names, parallel=form, processes=processes
             ) as many:
-                rows.append(measure(one, many, request, repeats))
+                rows.append(measure(one, many, apart, request, repeats))
             typer.echo(rows[-1])
     result = {
         "date": datetime.now(UTC).date().isoformat(),
@@ -98,6 +180,7 @@ def main(
         "machine": {"platform": platform.platform(), **machine},
         "devices": names,
         "processes": processes,
+        "threads_each": each,
         "steps": steps,
         "repeats": repeats,
         "rows": rows,

@@ -49,9 +49,9 @@ def _onnxruntime_reason(where: "Where", device: int) -> str | None:
 
 
 def _open_onnxruntime(where: "Where", bundle: Bundle, threads: int | None, device: int) -> Backend:
-    from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
+    from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend, thread_count
 
-    return OnnxRuntimeBackend(bundle, where, threads, device)
+    return OnnxRuntimeBackend(bundle, where, thread_count(threads), device)
 
 
 def _engine_reason(flavour: Flavour, device: int) -> str | None:

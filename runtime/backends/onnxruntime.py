@@ -137,7 +137,11 @@ def session_options(
 
 
 class OnnxRuntimeBackend(Backend):
-    """Runs a bundle in ONNX Runtime, on the CPU or on GPU ``device``. Calls are synchronous."""
+    """Runs a bundle in ONNX Runtime, on the CPU or on GPU ``device``. Calls are synchronous.
+
+    ``threads`` are made as they are given, be they more than there are cores, 0 for all cores; None is for
+    :func:`thread_count` to say.
+    """
 
     def __init__(self, bundle: Bundle, where: Where = "cpu", threads: int | None = None, device: int = 0) -> None:
         self.name = "onnxruntime" if where == "cpu" else "onnxruntime-cuda"
@@ -153,7 +157,10 @@ class OnnxRuntimeBackend(Backend):
         _share_arena()
         record = bundle.manifest.quantization
         self._new_options = partial(
-            session_options, thread_count(threads), None if record is None else record.format, bundle.manifest.precision
+            session_options,
+            thread_count(None) if threads is None else threads,
+            None if record is None else record.format,
+            bundle.manifest.precision,
         )
         self._options = self._new_options()
         self._sessions: dict[str, ort.InferenceSession] = {}

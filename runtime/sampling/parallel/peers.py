@@ -48,12 +48,14 @@ class PeerTransport(Transport):
     def _run(
         self, ranks: frozenset[int], offer: Offer | None, pulls: Callable[[], list[Call]], known: list[Call]
     ) -> None:
-        if offer is not None:
-            self._stream.record(offer.event)
-        self._hub.meet(ranks)
-        known += [] if known else pulls()  # by now the others have bound theirs
-        for pull in known:
-            pull()
+        with self.clock.exchange():
+            if offer is not None:
+                self._stream.record(offer.event)
+            with self.clock.waiting():
+                self._hub.meet(ranks)
+            known += [] if known else pulls()  # by now the others have bound theirs
+            for pull in known:
+                pull()
 
     def _pulls(self, name: str, parts: Sequence[Part]) -> list[Call]:
         """Waits for the others that this rank takes from, each followed by the copies from there."""

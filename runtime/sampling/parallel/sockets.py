@@ -10,6 +10,7 @@ import numpy as np
 
 from stiv_deploy.runtime.backends.base import Backend, Buffer, Call, run_in_order
 from stiv_deploy.runtime.errors import DeviceError, StivError
+from stiv_deploy.runtime.sampling.parallel.clock import ExchangeClock
 from stiv_deploy.runtime.sampling.parallel.shards import Move, Moves
 from stiv_deploy.runtime.sampling.parallel.transport import (
     AGAIN,
@@ -37,6 +38,7 @@ class Wires:
     def __init__(self, peers: Mapping[int, socket.socket], lost: Lost = stopped, stall: float = STALL_SECONDS) -> None:
         self.peers = dict(peers)
         self._lost, self._stall = lost, stall
+        self.clock = ExchangeClock()
         for peer in self.peers.values():
             peer.setblocking(False)
 
@@ -51,7 +53,8 @@ class Wires:
                 self._turn(selector, left)
 
     def _turn(self, selector: selectors.BaseSelector, left: dict[tuple[int, int], memoryview]) -> None:
-        ready = selector.select(self._stall)
+        with self.clock.waiting():
+            ready = selector.select(self._stall)
         if not ready:
             raise DeviceError(f"device {min(left)[0]} has not answered for {self._stall:g} s; {AGAIN}")
         for key, events in ready:
@@ -96,7 +99,7 @@ class SocketTransport(Transport):
 
     def __init__(self, rank: int, backend: Backend, wires: Wires) -> None:
         super().__init__(rank, backend)
-        self._wires = wires
+        self._wires, self.clock = wires, wires.clock
         self.sent = 0
         """Bytes that have been handed to sockets."""
 
@@ -111,6 +114,13 @@ class SocketTransport(Transport):
         return partial(self._run, own, goal, out, back)
 
     def _run(
+        self, own: HostBytes | None, goal: HostBytes | None, out: Mapping[int, Move], back: Mapping[int, Move]
+    ) -> None:
+        self.backend.synchronize()
+        with self.clock.exchange():
+            self._swap(own, goal, out, back)
+
+    def _swap(
         self, own: HostBytes | None, goal: HostBytes | None, out: Mapping[int, Move], back: Mapping[int, Move]
     ) -> None:
         if own is not None:

@@ -20,6 +20,7 @@ from stiv_deploy.runtime.backends.pieces import PieceCoder
 from stiv_deploy.runtime.bundle.manifest import HALVES_REMEDY, Manifest
 from stiv_deploy.runtime.bundle.verified import Machine
 from stiv_deploy.runtime.errors import BackendError, DeviceError, StivError, one_line
+from stiv_deploy.runtime.sampling.parallel.clock import Spent
 from stiv_deploy.runtime.sampling.parallel.messages import Message
 from stiv_deploy.runtime.sampling.parallel.placement import Placement
 from stiv_deploy.runtime.sampling.parallel.rank import GIVEN, Rank, Work
@@ -58,7 +59,7 @@ class Worker:
             return Message(CODED, arrays={"result": self._coded(self._coders[key], message.arrays["piece"])})
         elif message.command == "settle":
             self._backend.synchronize()
-            return Message(SETTLED)
+            return Message(SETTLED, self._transport.clock.spent._asdict())
         elif message.command == "forget":
             self._forget(key)
         return None
@@ -200,13 +201,17 @@ class Team:
             weakref.finalize(coder, self.forget, [coder.rank], key).atexit = False
         return coders
 
-    def settle(self) -> None:
-        """Wait until every device has done all that it was told; then its backend is another's to use."""
+    def settle(self) -> list[Spent]:
+        """Wait until every device has done all that it was told; then its backend is another's to use.
+
+        Returns what each has spent in exchanges up to now, by rank.
+        """
         self.backend.synchronize()
         ranks = list(self._members)
         self.tell(ranks, Message("settle", {"key": self.new_key()}))
-        for rank in ranks:
-            self.answer(rank)
+        told = [self.answer(rank).values for rank in ranks]
+        others = [Spent(float(each["waiting"]), float(each["copying"])) for each in told]
+        return [self.transport.clock.spent, *others]
 
     def answer(self, rank: int) -> Message:
         """The answer of ``rank``."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from stiv_deploy.runtime.backends.base import Backend, Buffer, Call
 from stiv_deploy.runtime.errors import DeviceError, StivError
+from stiv_deploy.runtime.sampling.parallel.clock import ExchangeClock
 from stiv_deploy.runtime.sampling.parallel.shards import Move, Moves, Place
 
 STALL_SECONDS = 600.0
@@ -41,6 +42,8 @@ class Transport(ABC):
         self.backend = backend
         self.received = 0
         """Bytes that have come here from other devices, counted where they are copied."""
+        self.clock = ExchangeClock()
+        """Counts the seconds in exchanges, from when what this rank gives is computed."""
 
     @abstractmethod
     def bind(self, name: str, parts: Sequence[Part]) -> Call:
@@ -179,14 +182,17 @@ class HostTransport(Transport):
         pulls: Callable[[], list[Call]],
         known: list[Call],
     ) -> None:
-        for each in own:
-            each.fetch()
-        self._hub.meet(ranks)
-        known += [] if known else pulls()  # by now the others have bound theirs
-        for pull in known:
-            pull()
-        for each in goals:
-            each.put()
+        self.backend.synchronize()
+        with self.clock.exchange():
+            for each in own:
+                each.fetch()
+            with self.clock.waiting():
+                self._hub.meet(ranks)
+            known += [] if known else pulls()  # by now the others have bound theirs
+            for pull in known:
+                pull()
+            for each in goals:
+                each.put()
 
     def _pulls(self, name: str, mine: list[list[Move]], goals: list[HostBytes | None]) -> list[Call]:
         """The copies of an exchange, from where the others' bytes lie."""

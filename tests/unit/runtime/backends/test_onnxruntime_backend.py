@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from onnx import parser, printer
 
 from stiv_deploy.runtime.backends import onnxruntime as module
+from stiv_deploy.runtime.backends import open_backend
 from stiv_deploy.runtime.backends.base import Buffer
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend, session_options, thread_count
 from stiv_deploy.runtime.backends.onnxruntime_memory import DeviceMemory, identity_graph
@@ -302,8 +303,11 @@ def test_threads_from_argument_and_environment(monkeypatch: pytest.MonkeyPatch) 
         assert len(str(caught.value)) < 200
 
 
-def test_more_threads_than_cores_are_not_made() -> None:
-    assert thread_count(1000) <= (os.cpu_count() or 1)
+def test_more_threads_than_cores_are_not_made(toy_bundle: Bundle) -> None:
+    cores = os.cpu_count() or 1
+    assert thread_count(1000) == cores
+    assert open_backend("onnxruntime", toy_bundle, 1000)._options.intra_op_num_threads == cores  # type: ignore[attr-defined]
+    assert OnnxRuntimeBackend(toy_bundle, threads=cores + 3)._options.intra_op_num_threads == cores + 3
 
 
 def test_a_buffer_that_no_machine_has_is_one_line(memory: OnnxRuntimeBackend) -> None:
