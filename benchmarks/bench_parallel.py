@@ -147,6 +147,7 @@ def main(
     devices: Annotated[str, typer.Option(help="GPUs, as 0,1,2,3, or cpu,cpu.")],
     parallel: Annotated[list[str] | None, typer.Option(help="Form (repeatable). Default: automatic.")] = None,
     processes: Annotated[bool, typer.Option("--processes", help="A process for each device.")] = False,
+    nccl: Annotated[bool, typer.Option("--nccl", help="Processes that exchange by NCCL.")] = False,
     backend: Annotated[str | None, typer.Option(help="Default: the best.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads in all.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 10,
@@ -170,7 +171,7 @@ def main(
         machine = one.backend.machine.model_dump()
         for form in parallel or [None]:
             with StivPipeline.from_bundle(
-                bundle, one.backend.name, threads, devices=names, parallel=form, processes=processes
+                bundle, one.backend.name, threads, devices=names, parallel=form, processes=processes, nccl=nccl
             ) as many:
                 rows.append(measure(one, many, apart, request, repeats))
             typer.echo(rows[-1])
@@ -179,7 +180,7 @@ def main(
         "bundle": Bundle.open(bundle).hash,
         "machine": {"platform": platform.platform(), **machine},
         "devices": names,
-        "processes": processes,
+        "processes": processes or nccl,
         "threads_each": each,
         "steps": steps,
         "repeats": repeats,

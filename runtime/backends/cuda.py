@@ -21,6 +21,8 @@ from stiv_deploy.runtime.errors import BackendError, raise_interrupt
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 ALREADY_REACHED = 704
 """``cudaErrorPeerAccessAlreadyEnabled``."""
+NOT_READY = 600
+"""``cudaErrorNotReady``."""
 INSTALL = "pip install 'stiv-deploy[gpu]' (NVIDIA's package cuda-python)"
 
 
@@ -249,8 +251,16 @@ class Event:
     """A point in a stream; waiting for it is waiting for all that was queued there before it was last recorded."""
 
     def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
         self.handle = cuda.call("cudaEventCreateWithFlags", cuda.api.cudaEventDisableTiming)
         cuda.release_with(self, "cudaEventDestroy", self.handle)
+
+    @property
+    def done(self) -> bool:
+        """Whether all before it is; any but "not yet" of CUDA's answers ends the waiting for it."""
+        self._cuda.use()
+        (status,) = self._cuda.api.cudaEventQuery(self.handle)
+        return int(status) != NOT_READY
 
 
 @dataclass(frozen=True)
@@ -273,6 +283,8 @@ class Stream:
         self._cuda = cuda
         self._stream = cuda.call("cudaStreamCreateWithFlags", cuda.api.cudaStreamNonBlocking)
         self.handle = int(self._stream)
+        self.waited: Callable[[], None] = _nothing
+        """Called when the host has waited for this stream; raises if what was queued has been ended before its end."""
 
     def use_device(self) -> None:
         """Make this stream's GPU the calling thread's."""
@@ -318,6 +330,7 @@ class Stream:
     def synchronize(self) -> None:
         """Wait until all work queued here is done."""
         self._cuda.call("cudaStreamSynchronize", self._stream)
+        self.waited()
 
     def capture(self, queue: Callable[[], None]) -> "Graph":
         """Record, rather than run, what ``queue`` queues here, as a launchable graph.
@@ -343,7 +356,7 @@ class Stream:
 
     def close(self) -> None:
         """Wait for queued work and destroy the stream."""
-        self.synchronize()
+        self._cuda.call("cudaStreamSynchronize", self._stream)
         self._cuda.call("cudaStreamDestroy", self._stream)
 
 
@@ -370,6 +383,10 @@ def try_capture(cuda: Cuda) -> None:
         stream.capture(partial(stream.copy, target.address, source.address, 1))()
     finally:
         stream.close()
+
+
+def _nothing() -> None:
+    """What there is to do after a wait for a stream that works alone."""
 
 
 def _text(value: bytes | str) -> str:

@@ -141,6 +141,9 @@ def generate(
     processes: Annotated[
         bool, typer.Option("--processes", help="A process for each of --devices; default: a thread.")
     ] = False,
+    nccl: Annotated[
+        bool, typer.Option("--nccl", help="A process for each of --devices, which exchange by NCCL between their GPUs.")
+    ] = False,
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -209,6 +212,7 @@ def generate(
         devices=devices_of(devices, device),
         parallel=parallel,
         processes=processes,
+        nccl=nccl,
         loras=tuple(lora or ()),
     )
     check_places(context.params, check_output(out, asked.files))

@@ -125,6 +125,7 @@ class StivPipeline(LongVideos):
         devices: str | Sequence[str] = (),
         parallel: str | None = None,
         processes: bool = False,
+        nccl: bool = False,
         loras: Sequence[str] = (),
         profile: bool = False,
         debug: bool = False,
@@ -134,19 +135,24 @@ class StivPipeline(LongVideos):
 
         ``threads`` limits the CPU threads, ``device`` is the GPU's index as CUDA counts. Several ``devices``, indices
         of GPUs or ``cpu`` for each, as in ``"0,1,2,3"``, make clips together: shared as ``parallel`` says
-        (``cfg2xdsp4``), by default guidance first, each in a thread of this process or in ``processes`` of their own.
+        (``cfg2xdsp4``), by default guidance first, each in a thread of this process or in ``processes`` of their own,
+        which exchange over sockets or, on GPUs, by ``nccl``.
         ``loras``, each a file with its scale as ``FILE[:SCALE]``, are merged into the weights at load.
         Raises :class:`~stiv_deploy.runtime.errors.BundleError`, :class:`~stiv_deploy.runtime.errors.BackendError`,
         :class:`~stiv_deploy.runtime.errors.EngineError` or :class:`~stiv_deploy.runtime.errors.LoraError`.
         """
         bundle = with_loras(Bundle.open(path), loras)
         if not devices:
-            if parallel is not None or processes:
-                raise BackendError("--parallel and --processes are for several devices; name them with --devices")
+            if parallel is not None or processes or nccl:
+                raise BackendError(
+                    "--parallel, --processes and --nccl are for several devices; name them with --devices"
+                )
             alone = open_backend(backend, bundle, threads, device)
             return cls(bundle, alone, profile=profile, debug=debug, mark=mark)
         names = parse_devices(devices if isinstance(devices, str) else ",".join(map(str, devices)))
-        team = open_team(bundle, names, parallel=parallel, backend=backend, threads=threads, processes=processes)
+        team = open_team(
+            bundle, names, parallel=parallel, backend=backend, threads=threads, processes=processes, nccl=nccl
+        )
         return cls(bundle, team.backend, profile=profile, debug=debug, team=team, mark=mark)
 
     def to(self, device: Any) -> Self:

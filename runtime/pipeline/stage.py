@@ -37,6 +37,7 @@ class ClipsRequest:
     devices: tuple[str, ...] = ()
     parallel: str | None = None
     processes: bool = False
+    nccl: bool = False
     loras: tuple[str, ...] = ()
 
     @property
@@ -78,6 +79,7 @@ def make_clips(request: ClipsRequest, progress: Progress = unheard) -> ClipsRepo
         devices=request.devices,
         parallel=request.parallel,
         processes=request.processes,
+        nccl=request.nccl,
         loras=request.loras,
     ) as pipe:
         plan = pipe.plan(list(request.requests))

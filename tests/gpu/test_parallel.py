@@ -13,7 +13,9 @@ from stiv_deploy.runtime.backends.cuda import Cuda, count_gpus
 from stiv_deploy.runtime.backends.tensorrt import unavailable_reason
 from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
+from stiv_deploy.runtime.sampling.parallel.collective import NcclTransport
 from stiv_deploy.runtime.sampling.parallel.peers import PeerTransport
+from stiv_deploy.runtime.sampling.parallel.sockets import SocketTransport
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,15 +47,18 @@ def alone(built: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("parallel", ["cfg2", "dsp2"])
-@pytest.mark.parametrize("processes", [False, True], ids=["threads", "processes"])
+@pytest.mark.parametrize("way", [PeerTransport, SocketTransport, NcclTransport])
 def test_two_gpus_make_the_clip_of_one(
-    built: Path, alone: np.ndarray, parallel: str, processes: bool, rel_l2: Callable[[np.ndarray, np.ndarray], float]
+    built: Path, alone: np.ndarray, parallel: str, way: type, rel_l2: Callable[[np.ndarray, np.ndarray], float]
 ) -> None:
+    processes, nccl = way is SocketTransport, way is NcclTransport
+    if nccl:
+        pytest.importorskip("nccl.bindings.nccl", reason="nccl4py is not installed; the extra 'nccl' has it")
     with StivPipeline.from_bundle(
-        built, "tensorrt", devices=["0", "1"], parallel=parallel, processes=processes
+        built, "tensorrt", devices=["0", "1"], parallel=parallel, processes=processes, nccl=nccl
     ) as pipe:
         assert pipe._team is not None
-        assert isinstance(pipe._team.transport, PeerTransport) is not processes
+        assert isinstance(pipe._team.transport, way)
         first, again = (pipe.run(pipe.plan(REQUEST), output_type="latent").latents for _ in range(2))
     assert rel_l2(first, alone) <= 2 * RUN_GATE
     np.testing.assert_array_equal(first, again)

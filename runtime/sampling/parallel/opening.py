@@ -4,9 +4,11 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import permutations
+from typing import Any
 
 from stiv_deploy.runtime.backends import open_backend
 from stiv_deploy.runtime.backends.base import Backend
+from stiv_deploy.runtime.backends.nccl import load_nccl, new_id
 from stiv_deploy.runtime.backends.onnxruntime import thread_count
 from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend
 from stiv_deploy.runtime.bundle.bundle import Bundle
@@ -15,9 +17,9 @@ from stiv_deploy.runtime.errors import BackendError
 from stiv_deploy.runtime.sampling.parallel.peers import Offer, PeerTransport
 from stiv_deploy.runtime.sampling.parallel.placement import CPU, Placement, check_devices, place
 from stiv_deploy.runtime.sampling.parallel.processes import Crew
-from stiv_deploy.runtime.sampling.parallel.sockets import SocketTransport
 from stiv_deploy.runtime.sampling.parallel.team import Team, ThreadMember, check_alike, check_halves
 from stiv_deploy.runtime.sampling.parallel.transport import HostOffers, HostTransport, Hub, Transport
+from stiv_deploy.runtime.sampling.parallel.worker import transport_of
 
 CPU_BACKEND = "onnxruntime"
 Open = Callable[[str | None, int], Backend]
@@ -32,22 +34,33 @@ def open_team(
     backend: str | None = None,
     threads: int | None = None,
     processes: bool = False,
+    nccl: bool = False,
 ) -> Team:
     """The devices of these names, each with ``backend``, a thread of this process for each, or a process.
 
-    On CPUs they share out ``threads``. Everything is checked before the first is opened, where that is possible: raises
-    :class:`BackendError` for devices that are not there, are unlike each other or do not fit ``parallel``, and for a
-    bundle without halves where frames are to be shared; else what
-    :func:`~stiv_deploy.runtime.backends.open_backend` does.
+    On CPUs they share out ``threads``. With ``nccl`` they are processes that exchange by NCCL, GPUs with engines all of
+    them; else processes exchange over sockets. Everything is checked before the first is opened, where that is
+    possible: raises :class:`BackendError` for devices that are not there, are unlike each other or do not fit
+    ``parallel``, where NCCL is not installed or not for them, and for a bundle without halves where frames are to be
+    shared; else what :func:`~stiv_deploy.runtime.backends.open_backend` does.
     """
     manifest = bundle.manifest
     check_devices(devices)
+    api = _loaded_nccl(devices) if nccl else None
     placement = place(devices, parallel, manifest.model, manifest.sampling.guidance_mode)
     check_halves(manifest, placement, bundle.folder)
-    if processes and bundle.loras:
+    shared = shared_threads(placement, threads)
+    if not (processes or nccl):
+        return _in_threads(bundle, placement, backend, shared)
+    if bundle.loras:
         raise BackendError("--lora is merged in this process, --processes have weights of their own; leave one out")
-    open_all = _in_processes if processes else _in_threads
-    return open_all(bundle, placement, backend, shared_threads(placement, threads))
+    return _in_processes(bundle, placement, backend, shared, api)
+
+
+def _loaded_nccl(devices: Sequence[str]) -> Any:
+    if CPU in devices:
+        raise BackendError("--nccl is between GPUs, --devices names CPUs; leave it out, --processes use sockets")
+    return load_nccl()
 
 
 def _in_threads(bundle: Bundle, placement: Placement, name: str | None, threads: int | None) -> Team:
@@ -94,17 +107,20 @@ def open_each(placement: Placement, name: str | None, opening: Open) -> list[Bac
     return backends
 
 
-def _in_processes(bundle: Bundle, placement: Placement, name: str | None, threads: int | None) -> Team:
+def _in_processes(
+    bundle: Bundle, placement: Placement, name: str | None, threads: int | None, nccl: Any | None
+) -> Team:
     chosen, index = where(placement.devices[0], name)
     with ExitStack() as opened:
         backend = opened.enter_context(open_backend(chosen, bundle, threads, index))
         indices = [where(device, backend.name)[1] for device in placement.devices]
-        crew = Crew(bundle.folder, backend.name, indices, threads)
+        unique_id = None if nccl is None else new_id(nccl)
+        crew = Crew(bundle.folder, backend.name, indices, threads, unique_id)
         wires = crew.meet()
         opened.callback(crew.kill)
         check_alike([backend.machine, *crew.machines], placement)
+        transport = transport_of(0, backend, wires, unique_id)
         opened.pop_all()
-    transport = SocketTransport(0, backend, wires)
     return Team(placement, backend, bundle.manifest, transport, crew.members)
 
 

@@ -93,7 +93,9 @@ class ProcessMember(Member):
 class Crew:
     """The processes of the ranks from 1 on."""
 
-    def __init__(self, bundle: Path, backend: str, devices: Sequence[int], threads: int | None) -> None:
+    def __init__(
+        self, bundle: Path, backend: str, devices: Sequence[int], threads: int | None, unique_id: bytes | None = None
+    ) -> None:
         self._token = secrets.token_hex(32)
         self.members: list[ProcessMember] = []
         self.machines: list[Machine] = []
@@ -110,6 +112,7 @@ class Crew:
                 size=len(devices),
                 port=port,
                 token=self._token,
+                unique_id=None if unique_id is None else unique_id.hex(),
             )
             self.members.append(ProcessMember(rank, _started(post), self.lost))
 

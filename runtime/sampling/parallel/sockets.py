@@ -37,7 +37,8 @@ class Wires:
 
     def __init__(self, peers: Mapping[int, socket.socket], lost: Lost = stopped, stall: float = STALL_SECONDS) -> None:
         self.peers = dict(peers)
-        self._lost, self._stall = lost, stall
+        self.lost, self._stall = lost, stall
+        """``lost``: why nothing more comes from a rank."""
         self.clock = ExchangeClock()
         for peer in self.peers.values():
             peer.setblocking(False)
@@ -86,12 +87,25 @@ class Wires:
             left[rank, event] = view[count:]
 
     def _gone(self, rank: int) -> NoReturn:
-        raise self._lost(rank)
+        raise self.lost(rank)
+
+    def gone(self) -> int | None:
+        """A rank that has closed its socket, of which nothing is to be read; None where all are there."""
+        return next((rank for rank, peer in self.peers.items() if _closed(peer)), None)
 
     def close(self) -> None:
         """Close all; the others notice."""
         for peer in self.peers.values():
             peer.close()
+
+
+def _closed(peer: socket.socket) -> bool:
+    try:
+        return not peer.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 class SocketTransport(Transport):

@@ -13,12 +13,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
-from stiv_deploy.runtime.backends import open_backend
+from stiv_deploy.runtime.backends import Backend, open_backend
+from stiv_deploy.runtime.backends.nccl import load_nccl
+from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend
 from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.errors import DeviceError
+from stiv_deploy.runtime.errors import BackendError, DeviceError
+from stiv_deploy.runtime.sampling.parallel.collective import NcclTransport
 from stiv_deploy.runtime.sampling.parallel.messages import Message, exactly, receive, send
-from stiv_deploy.runtime.sampling.parallel.sockets import SocketTransport, Wires
+from stiv_deploy.runtime.sampling.parallel.sockets import SocketTransport, Wires, stopped
 from stiv_deploy.runtime.sampling.parallel.team import Worker, fault
+from stiv_deploy.runtime.sampling.parallel.transport import Transport
 
 HOST = "127.0.0.1"
 HELLO = struct.Struct("<32sIB")
@@ -30,7 +34,10 @@ GREETING_SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Post:
-    """Where a process is to work: rank of so many, which device with which backend, and the leader's port and token."""
+    """Where a process is to work: rank of so many, which device with which backend, and the leader's port and token.
+
+    Processes with a ``unique_id``, in hex, exchange by NCCL.
+    """
 
     bundle: str
     backend: str
@@ -40,6 +47,12 @@ class Post:
     size: int
     port: int
     token: str
+    unique_id: str | None = None
+
+    @property
+    def nccl_id(self) -> bytes | None:
+        """``unique_id`` as it was."""
+        return None if self.unique_id is None else bytes.fromhex(self.unique_id)
 
     def to_json(self) -> str:
         """One line."""
@@ -104,17 +117,33 @@ def orders_of(line: socket.socket) -> Iterator[Message]:
             yield message
 
 
+def transport_of(rank: int, backend: Backend, wires: Wires, unique_id: bytes | None) -> Transport:
+    """The way to the other processes: over ``wires``, or with a ``unique_id`` by NCCL.
+
+    Which only engines have: :class:`BackendError` for another backend.
+    """
+    if unique_id is None:
+        return SocketTransport(rank, backend, wires)
+    if not isinstance(backend, TensorRTBackend):
+        raise BackendError(f"--nccl is for engines on GPUs, not for {backend.name}; leave it out, or build engines")
+    return NcclTransport(rank, backend, wires, load_nccl(), unique_id)
+
+
 def work(post: Post) -> int:
     """Do the work of ``post``; returns the exit code."""
     orders, peers = meet(post)
     wires = Wires(peers)
     try:
         with open_backend(post.backend, Bundle.open(post.bundle), post.threads, post.device) as backend:
-            worker = Worker(backend, Bundle.open(post.bundle).manifest, SocketTransport(post.rank, backend, wires))
             send(orders, Message("ready", {"machine": backend.machine.model_dump_json()}))
-            for message in orders_of(orders):
-                if (answer := worker(message)) is not None:
-                    send(orders, answer)
+            transport = transport_of(post.rank, backend, wires, post.nccl_id)
+            worker = Worker(backend, Bundle.open(post.bundle).manifest, transport)
+            try:
+                for message in orders_of(orders):
+                    if (answer := worker(message)) is not None:
+                        send(orders, answer)
+            finally:
+                transport.fail(stopped(post.rank))
     except Exception as error:
         told = Message("error", {"text": str(fault(post.rank, error)), "own": int(not isinstance(error, DeviceError))})
         with suppress(OSError):

@@ -363,7 +363,10 @@ def test_parse_frames() -> None:
             ["--devices", "0,1", "--backend", "onnxruntime"],
             "--devices 0 is a GPU, --backend onnxruntime runs on the CPU",
         ),
-        (["--parallel", "cfg2"], "--parallel and --processes are for several devices; name them with --devices"),
+        (
+            ["--parallel", "cfg2"],
+            "--parallel, --processes and --nccl are for several devices; name them with --devices",
+        ),
         (["--devices", "cpu,cpu", "--upsample", "2"], "--upsample makes its clips on one device; leave out --devices"),
     ],
 )

@@ -104,7 +104,9 @@ def test_more_devices_than_frames_are_refused_by_the_plan(halved: Path) -> None:
 
 def test_several_devices_have_to_be_named(halved: Path) -> None:
     for options in ({"parallel": "dsp2"}, {"processes": True}):
-        with pytest.raises(BackendError, match="^--parallel and --processes are for several devices; name them"):
+        with pytest.raises(
+            BackendError, match="^--parallel, --processes and --nccl are for several devices; name them"
+        ):
             StivPipeline.from_bundle(halved, **options)  # type: ignore[arg-type]
 
 
