@@ -235,7 +235,8 @@ class EngineBuild:
 
     def packaging_of(self, graph: str) -> Packaging | None:
         """What becomes of the plugin nodes of ``graph``, None if it is built from its native form."""
-        return None if self.bundle.manifest.graphs[graph].plugin is None else self.packaging
+        form, packaging = self.bundle.manifest.graphs[graph].plugin, self.packaging
+        return packaging if packaging is not None and packaging.takes(form) else None
 
     def _file(self, graph: str) -> Path:
         """The file that ``graph`` is built from, verified."""

@@ -19,7 +19,7 @@ from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-    from stiv_deploy.runtime.bundle.manifest import Manifest
+    from stiv_deploy.runtime.bundle.manifest import Manifest, PluginForm
     from stiv_deploy.runtime.plugins.tensorrt_plugins import PluginLibrary
 
 BuildAttention = Literal["native", "plugin", "quick"]
@@ -37,11 +37,16 @@ class Packaging:
     """How the plugin nodes of a build become plugins.
 
     ``library`` is what the engines need where they run, None if they need nothing. ``identity`` (SHA-256, hex) is of
-    all code that gets into them.
+    all code that gets into them. ``plugins`` are those that it has.
     """
 
     library: "PluginLibrary | None"
     identity: str
+    plugins: Collection[str] = KNOWN
+
+    def takes(self, form: "PluginForm | None") -> bool:
+        """Whether nodes of ``form`` become plugins; of none of them the graph's native form is the better one."""
+        return form is not None and not set(self.plugins).isdisjoint(form.plugins)
 
 
 def choose_packaging(
@@ -107,7 +112,8 @@ def _quick_packaging(manifest: "Manifest") -> Packaging:
     require_tensorrt()
     dtype, head_dim = KernelDtype[manifest.precision.upper()], manifest.model.head_dim
     files = [open_library().path, *(ptx_file(dtype, head_dim, fp8) for fp8 in (False, True))]
-    return Packaging(None, hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest())
+    identity = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return Packaging(None, identity, [f"{name}/{VERSION}" for name in QUICK_PLUGINS])
 
 
 def prepare_plugins(trt: Any, job: EngineJob) -> bytes | None:

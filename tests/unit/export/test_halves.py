@@ -123,6 +123,28 @@ def test_plugin_forms_of_halves(make_checkpoint: Callable[..., Checkpoint], micr
 
 
 @pytest.mark.slow
+def test_plugin_forms_of_halves_in_fp8_write_it_themselves(
+    make_checkpoint: Callable[..., Checkpoint], micro: Checkpoint, quantize: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The nodes of both halves have the scales that those of the block have."""
+    pytest.importorskip("modelopt")
+    quantization = quantize("fp8")
+    written(GraphWriter(micro, tmp_path, "float32", quantization, "plugin", halves=True))
+    whole, spatial, mixed = (_plugin_nodes(tmp_path / f"{name}.plugin.onnx") for name in NAMES)
+    assert spatial | mixed == whole
+    assert not spatial.keys() & mixed.keys()
+    assert mixed["StivTemporalAttention"][-1] == "temporal.out.input_scale"
+
+
+def _plugin_nodes(path: Path) -> dict[str, list[str]]:
+    """The weights among the inputs of each plugin node."""
+    model = onnx.load(path, load_external_data=False)
+    known = {each.name for each in model.graph.initializer}
+    nodes = [node for node in model.graph.node if node.domain == "stiv"]
+    return {node.op_type: [name for name in node.input if name in known] for node in nodes}
+
+
+@pytest.mark.slow
 def test_a_whole_bundle_is_the_same_but_for_its_halves(micro_path: Path, micro_bundle: Path, tmp_path: Path) -> None:
     report = export_bundle(ExportRequest(checkpoint=micro_path, out=tmp_path / "bundle", halves=True, check=False))
     bundle, plain = Bundle.open(tmp_path / "bundle"), Bundle.open(micro_bundle)

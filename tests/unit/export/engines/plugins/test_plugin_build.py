@@ -228,6 +228,29 @@ def test_quick_engines_need_no_library(
     assert same_again(records(half)["head"], manifest).endswith("--sm 90")
 
 
+def test_a_form_whose_plugins_are_not_quick_is_built_as_always(
+    half: Path, build: Build, builders: list[Any], kernels: Path, library: PluginLibrary
+) -> None:
+    """As that of a half with attention in space only: the bodies of its nodes are no better than its native form."""
+
+    def spatial(manifest: Manifest) -> dict[str, Any]:
+        graph = manifest.graphs["block_01"]
+        assert graph.plugin is not None
+        form = graph.plugin.model_copy(update={"plugins": ("StivSpatialQkv/1",)})
+        return {"graphs": {**manifest.graphs, "block_01": graph.model_copy(update={"plugin": form})}}
+
+    change(half, spatial)
+    build("block_00", "block_01", attention="quick")
+    manifest = read_manifest(half)
+    assert {name: attention_form(each, manifest) for name, each in records(half).items()} == {
+        "block_00": "plugin",
+        "block_01": "native",
+    }
+    assert [job.quick for job in builders] == [True, False]
+    build("block_01", attention="plugin")
+    assert attention_form(records(half)["block_01"], read_manifest(half)) == "plugin"
+
+
 def test_each_packaging_and_its_kernels_have_a_plan_of_their_own(
     half: Path, build: Build, builders: list[Any], library: PluginLibrary, kernels: Path
 ) -> None:
