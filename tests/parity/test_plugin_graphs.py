@@ -67,12 +67,12 @@ def plugin_bundle(command_line: tuple[Path, str, str]) -> Bundle:
 
 @pytest.fixture(scope="module")
 def half_writer(reference: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> GraphWriter:
-    return GraphWriter(reference, tmp_path_factory.mktemp("half"), "float16", attention="plugin")
+    return GraphWriter(reference, tmp_path_factory.mktemp("half"), "float16", attention="plugin", halves=True)
 
 
 def quantized_writer(writer: GraphWriter, quantization: Quantization, folder: Path) -> GraphWriter:
     """A writer of 8-bit graphs that shares the traces of ``writer``."""
-    other = GraphWriter(writer.checkpoint, folder, "float16", quantization, "plugin")
+    other = GraphWriter(writer.checkpoint, folder, "float16", quantization, "plugin", halves=True)
     other._templates = writer._templates
     return other
 
@@ -274,13 +274,17 @@ def attention_types(layers: list[EngineLayer]) -> list[set[str]]:
 def test_bodies_fuse_as_the_native_form_does(
     half_writer: GraphWriter, quantizations: Callable[[Format], Quantization], tmp_path: Path, eight_bits: bool
 ) -> None:
-    """One kernel for each attention, of FP8 inputs where the plan says so, and no more kernels than the native form."""
+    """One kernel for each attention, of FP8 inputs where the plan says so, and no more kernels than the native form.
+
+    Of a block and of its halves.
+    """
     one = Range(min=1, typical=1, max=2)
     pixels = Range(min=48, typical=64, max=64)  # 36 tokens a frame and more: FP8 attention has a kernel from 32 on
     bucket = Bucket(name="b", batch=one, frames=Range(min=1, typical=8, max=8), height=pixels, width=pixels)
     writer = quantized_writer(half_writer, quantizations("fp8"), tmp_path) if eight_bits else half_writer
-    writer.write("block_00")
-    native, plugin = built(writer, "block_00", bucket)
     wanted = [{"FP8"} if eight_bits else {"Half"}, {"Half"}, {"Half"}]
-    assert attention_types(native) == attention_types(plugin) == wanted
-    assert kernel_count(plugin) <= kernel_count(native)
+    for graph, types in (("block_00", wanted), ("spatial_00", wanted[:1]), ("mixed_00", wanted[1:])):
+        writer.write(graph)
+        native, plugin = built(writer, graph, bucket)
+        assert attention_types(native) == attention_types(plugin) == types
+        assert kernel_count(plugin) <= kernel_count(native)
