@@ -101,6 +101,7 @@ def rendered(template: str, values: dict[str, Any]) -> Any:
         choice, lambda found: found[2] if values[found[1]] else found[3] or "", text, flags=re.DOTALL | re.MULTILINE
     )
     text = re.sub(r"\{\{- toYaml \.Values\.(\w+) \| nindent \d+ \}\}", lambda found: json.dumps(values[found[1]]), text)
+    text = text.replace("{{ max 1 .Values.gpus }}", str(max(1, values["gpus"])))
     text = text.replace("{{ add .Values.grace 20 }}", str(values["grace"] + 20)).replace("{{ .Release.Name }}", "name")
     text = re.sub(r"\{\{ \.Values\.(\w+)( \| quote)? \}\}", lambda found: str(values[found[1]]), text)
     assert "{{" not in text, text
@@ -116,6 +117,7 @@ def values(**changes: Any) -> dict[str, Any]:
     [
         {},
         {"gpus": 2, "options": ["--queue=50", "--keep-hours=2"]},
+        {"gpus": 2, "devices": "0,1", "options": ["--parallel=cfg2"]},
         {"storageClass": "local", "resources": {"limits": {"cpu": 4}}},
     ],
 )
@@ -125,7 +127,10 @@ def test_the_chart_starts_the_image(changes: dict[str, Any], image: str) -> None
     pod = found["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     options = parsed([*entry(image), *container["args"]])
-    assert (options["workers"] or 1) == max(1, chosen["gpus"])
+    if chosen["devices"]:
+        assert (options["workers"], options["devices"]) == (None, chosen["devices"])
+    else:
+        assert (options["workers"], options["devices"]) == (max(1, chosen["gpus"]), None)
     assert options["grace"] + 13 < pod["terminationGracePeriodSeconds"]  # as the server itself takes at most
     assert container["resources"] == ({"limits": {"nvidia.com/gpu": 2}} if chosen["gpus"] else chosen["resources"])
     assert {str(pod["securityContext"][name]) for name in ("runAsUser", "runAsGroup", "fsGroup")} == {USER}
