@@ -25,8 +25,9 @@ from stiv_deploy.runtime.backends.cuda import NOT_READY, Cuda, count_gpus
 from stiv_deploy.runtime.backends.nccl import Bytes, Communicator
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.errors import BackendError, DeviceError, StivError
-from stiv_deploy.runtime.sampling.parallel import opening, worker
+from stiv_deploy.runtime.sampling.parallel import opening, processes, worker
 from stiv_deploy.runtime.sampling.parallel.collective import NcclTransport
+from stiv_deploy.runtime.sampling.parallel.messages import Message
 from stiv_deploy.runtime.sampling.parallel.placement import place
 from stiv_deploy.runtime.sampling.parallel.sockets import SocketTransport, Wires
 from stiv_deploy.runtime.sampling.parallel.team import Team, ThreadMember
@@ -284,6 +285,84 @@ def test_what_nccl_is_not_for(engines: Path) -> None:
     cpu = SimpleNamespace(name="onnxruntime-cuda")
     with pytest.raises(BackendError, match="^--nccl is for engines on GPUs, not for onnxruntime-cuda; leave it out"):
         worker.transport_of(0, cpu, Wires({}), bytes(128))  # type: ignore[arg-type]
+
+
+class InThread:
+    """A process of a device, as a thread of this one: what the leader asks of ``subprocess.Popen``."""
+
+    def __init__(self, post: worker.Post) -> None:
+        self.code: int | None = None
+        self._thread = threading.Thread(
+            target=self._run, args=(worker.Post(**json.loads(post.to_json())),), daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, post: worker.Post) -> None:
+        self.code = worker.work(post)
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def wait(self, timeout: float = 20) -> int | None:
+        self._thread.join(timeout)
+        return self.code
+
+    def kill(self) -> None:
+        """It ends with its line to the leader."""
+
+
+@pytest.fixture
+def in_threads(
+    api: FakeNccl, opened: Open, engines: Path, stand_ins: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[int, str], Team]:
+    """Opens a team as ``--nccl`` does, sockets and all, but for engines, NCCL, and threads in place of processes."""
+
+    def make(count: int, parallel: str) -> Team:
+        cudart = racing(stand_ins.cudart)(gpus=count)
+        cudart.cudaEventQuery = lambda event: (0,)
+
+        def open_one(name: str | None, bundle: Bundle, threads: int | None, device: int) -> Any:
+            return stand_ins.open(engines, cudart, device=device)[0]
+
+        for module in (opening, worker):
+            monkeypatch.setattr(module, "open_backend", open_one)
+            monkeypatch.setattr(module, "load_nccl", lambda: api)
+        monkeypatch.setattr(processes, "_started", InThread)
+        names = [str(rank) for rank in range(count)]
+        return opening.open_team(Bundle.open(engines), names, parallel=parallel, backend="tensorrt", nccl=True)
+
+    return make
+
+
+def test_processes_meet_exchange_by_nccl_and_end(
+    api: FakeNccl, opened: Open, in_threads: Callable[[int, str], Team], engines: Path
+) -> None:
+    right = made(opened(SocketTransport, "cfg2xdsp2", 4), engines)
+    team = in_threads(4, "cfg2xdsp2")
+    assert isinstance(team.transport, NcclTransport)
+    members = [member.process for member in team._members.values()]  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(made(team, engines), right)
+    check_pairs(api, 4)
+    assert [process.wait() for process in members] == [0, 0, 0]
+    team.backend.close()
+
+
+def test_what_a_process_says_of_its_end_is_what_the_leader_raises(
+    api: FakeNccl, in_threads: Callable[[int, str], Team], engines: Path
+) -> None:
+    team = in_threads(2, "dsp2")
+    engine = engine_over(team, Bundle.open(engines))
+    engine.admit(CLIP)
+    engine.tick()
+    team.tell([1], Message("run", {"key": 99, "rows": 1}))
+    said = "^device 1 of the clip stopped .KeyError: 99.; run it again, or name fewer --devices$"
+    with pytest.raises(DeviceError, match=said):
+        finish(engine)
+    with pytest.raises(DeviceError, match=said):
+        engine_over(team, Bundle.open(engines))
+    team.close()
+    team.backend.close()
+    all_end(api, 2)
 
 
 def test_processes_learn_the_id() -> None:
