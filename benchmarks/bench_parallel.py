@@ -13,8 +13,9 @@ computes its share, and is in exchanges for the rest of the clip: so one device'
 explain the form's where their sum is no less (``explained``, at least 1). Waiting has in it what others take longer to
 compute; ``explained_least`` counts the exchanges of the device that is in them the least, which nobody's slowness
 makes longer. ``seconds_apart`` is what the machine gives without any exchange: as many workers as devices, with as
-many threads each, make a clip each at the same time; a clip of theirs. ``explained_apart`` has it in the place of one
-device's seconds, which more threads than cores make long.
+many threads each, make a clip each at the same time; a clip of theirs. ``seconds_exchange`` is the other part, the
+form's exchanges with nothing computed between them. ``explained_apart`` is the sum of these two by the form's seconds:
+nothing is in it twice, and what it leaves to 1 is waiting for each other.
 """
 
 import json
@@ -29,6 +30,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import typer
 from apart import Apart, cpu_pipeline, latent_seconds
+from exchange_alone import Alone, Told
 
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.golden import read_golden
@@ -43,12 +45,13 @@ from stiv_deploy.runtime.sampling.parallel.team import Team
 
 
 class Turn(NamedTuple):
-    """Seconds of one clip each: one device's, the form's, of the latter each device's in exchanges, and apart."""
+    """Seconds of one clip each: one device's, the form's, of the latter each device's in exchanges, and its parts."""
 
     one: float
     shared: float
     spent: list[Spent]
     apart: float | None = None
+    exchange: float | None = None
 
     @property
     def explained(self) -> float:
@@ -58,16 +61,19 @@ class Turn(NamedTuple):
     @property
     def explained_least(self) -> float:
         """The same with the exchanges of the device that is in them the least."""
-        return (self.one + self._least) / self.shared
+        return (self.one + min(spent.total for spent in self.spent)) / self.shared
 
     @property
     def explained_apart(self) -> float | None:
-        """The latter with the seconds apart in the place of one device's."""
-        return None if self.apart is None else (self.apart + self._least) / self.shared
+        """Seconds apart and of the exchanges alone, by those of the form."""
+        return None if self.apart is None or self.exchange is None else (self.apart + self.exchange) / self.shared
 
-    @property
-    def _least(self) -> float:
-        return min(spent.total for spent in self.spent)
+
+class Parts(NamedTuple):
+    """What a clip of several CPUs consists of: computing, and exchanges."""
+
+    apart: Apart
+    alone: Alone
 
 
 def gate_of(bundle: Bundle) -> float:
@@ -84,19 +90,26 @@ def latents_of(pipe: StivPipeline, plan: GenerationPlan) -> np.ndarray:
 
 
 def measure(
-    one: StivPipeline, many: StivPipeline, apart: Apart | None, request: GenerationRequest, repeats: int
+    one: StivPipeline, many: StivPipeline, parts: Parts | None, request: GenerationRequest, repeats: int
 ) -> dict[str, Any]:
     """Distance, bytes, and times by turns; :class:`MeasurementError` where it is another clip."""
     gate, team = gate_of(one.bundle), many._team
     assert team is not None
+    told = Told(team)
     right, found = latents_of(one, one.plan(request)), latents_of(many, many.plan(request))
     distance = float(np.linalg.norm(found - right) / np.linalg.norm(right))
     if not distance <= gate:
         raise MeasurementError(f"the clip of several devices is another: distance {distance:.1e}, at most {gate:.1e}")
-    if apart is not None:
-        apart(request)
+    assert told.work is not None
+    exchanges = (told.work, tuple(told.rows))
+    if parts is not None:
+        parts.apart(request)
     before = team.transport.received
-    turns = [turn(one, many, team, apart, request) for _ in range(repeats)]
+    turns = []
+    for _ in range(repeats):
+        turns.append(turn(one, many, team, request))
+        if parts is not None:
+            turns[-1] = turns[-1]._replace(apart=parts.apart(request), exchange=parts.alone(*exchanges))
     return {
         "parallel": str(team.placement),
         "transport": type(team.transport).__name__,
@@ -107,13 +120,13 @@ def measure(
     }
 
 
-def turn(one: StivPipeline, many: StivPipeline, team: Team, apart: Apart | None, request: GenerationRequest) -> Turn:
+def turn(one: StivPipeline, many: StivPipeline, team: Team, request: GenerationRequest) -> Turn:
     """One clip of each way."""
     alone = latent_seconds(one, request)
     before = team.settle()
     shared = latent_seconds(many, request)
     spent = [now.since(then) for now, then in zip(team.settle(), before, strict=True)]
-    return Turn(alone, shared, spent, None if apart is None else apart(request))
+    return Turn(alone, shared, spent)
 
 
 def account(turns: list[Turn]) -> dict[str, Any]:
@@ -122,6 +135,7 @@ def account(turns: list[Turn]) -> dict[str, Any]:
         "seconds_one": _median(each.one for each in turns),
         "seconds": _median(each.shared for each in turns),
         "seconds_apart": _median(each.apart for each in turns),
+        "seconds_exchange": _median(each.exchange for each in turns),
         "speedup": _median(each.one / each.shared for each in turns),
         "explained": _median(each.explained for each in turns),
         "explained_least": _median(each.explained_least for each in turns),
@@ -161,10 +175,13 @@ def main(
     each = shared_threads(place(names, None, manifest.model, manifest.sampling.guidance_mode), threads)
     rows = []
     with ExitStack() as opened:
-        apart = None
+        parts = None
         if names[0] == CPU:
             assert each is not None
-            apart = opened.enter_context(Apart(bundle, len(names), each, processes=processes))
+            parts = Parts(
+                opened.enter_context(Apart(bundle, len(names), each, processes=processes)),
+                opened.enter_context(Alone(bundle, len(names), processes=processes)),
+            )
             one = opened.enter_context(cpu_pipeline(bundle, each * len(names)))
         else:
             one = opened.enter_context(StivPipeline.from_bundle(bundle, backend, threads, device=int(names[0])))
@@ -173,7 +190,7 @@ def main(
             with StivPipeline.from_bundle(
                 bundle, one.backend.name, threads, devices=names, parallel=form, processes=processes, nccl=nccl
             ) as many:
-                rows.append(measure(one, many, apart, request, repeats))
+                rows.append(measure(one, many, parts, request, repeats))
             typer.echo(rows[-1])
     result = {
         "date": datetime.now(UTC).date().isoformat(),

@@ -52,6 +52,7 @@ def test_a_dry_run_on_cpus(script: ModuleType, halved: Path, tmp_path: Path) -> 
         assert all(each["waiting"] >= 0 and each["copying"] > 0 and 0 < each["share"] < 1 for each in row["exchange"])
         assert row["explained"] >= row["explained_least"] > row["speedup"]
         assert row["seconds_apart"] > 0
+        assert row["seconds_exchange"] > 0
 
 
 @pytest.mark.slow
@@ -65,20 +66,21 @@ def test_a_dry_run_of_processes(
     told = json.loads(out.read_text())
     assert told["rows"][0]["transport"] == "SocketTransport"
     assert told["rows"][0]["seconds_apart"] > 0
+    assert told["rows"][0]["seconds_exchange"] > 0
     assert [each["copying"] > 0 for each in told["rows"][0]["exchange"]] == [True, True]
 
 
 def test_what_explains_the_seconds_of_a_clip(script: ModuleType) -> None:
     """By hand: medians of ratios, not ratios of medians."""
     turns = [
-        script.Turn(1.0, 2.0, [Spent(0.5, 0.1), Spent(0.25, 0.15)], 0.8),
-        script.Turn(2.0, 2.5, [Spent(0.2, 0.3), Spent(0.75, 0.0)], 1.0),
-        script.Turn(1.5, 2.0, [Spent(0.5, 0.0), Spent(0.1, 0.0)], 0.9),
+        script.Turn(1.0, 2.0, [Spent(0.5, 0.1), Spent(0.25, 0.15)], 0.8, 0.4),
+        script.Turn(2.0, 2.5, [Spent(0.2, 0.3), Spent(0.75, 0.0)], 1.0, 0.5),
+        script.Turn(1.5, 2.0, [Spent(0.5, 0.0), Spent(0.1, 0.0)], 0.9, 0.2),
     ]
     told = script.account(turns)
     assert told["explained"] == 1.0  # of 1.6 / 2, 2.5 / 2.5, 2 / 2
     assert told["explained_least"] == 0.8  # of 1.4 / 2, 2.5 / 2.5, 1.6 / 2
-    assert told["explained_apart"] == 0.6  # of 1.2 / 2, 1.5 / 2.5, 1.0 / 2
+    assert told["explained_apart"] == 0.6  # of 1.2 / 2, 1.5 / 2.5, 1.1 / 2
     assert (told["seconds_one"], told["seconds"], told["seconds_apart"]) == (1.5, 2.0, 0.9)
     assert told["speedup"] == 0.75
     assert told["exchange"][0] == {"waiting": 0.5, "copying": 0.1, "share": 0.25}
