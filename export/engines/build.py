@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from stiv_deploy.export.engines.install import commit, staged
-from stiv_deploy.export.engines.job import BUILDER_REVISION, FLAGS_SET, EngineJob
+from stiv_deploy.export.engines.job import BUILDER_REVISION, FLAGS_SET, EngineJob, Profile
 from stiv_deploy.export.engines.plan_cache import CachedPlan, PlanCache, default_cache, plan_key
 from stiv_deploy.export.engines.plugin_graphs import BuildAttention, Packaging, choose_packaging
 from stiv_deploy.export.engines.processes import BuilderProcesses
+from stiv_deploy.export.engines.shared_plan import choose_weight_inputs, plan_names
+from stiv_deploy.export.engines.weight_inputs import weight_inputs
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import Format, Frozen, has_layer, is_block, is_half
 from stiv_deploy.runtime.bundle.engine_files import (
@@ -51,8 +53,9 @@ class BuildRequest:
     ``buckets`` and ``graphs`` empty mean all, ``blocks`` among the graphs all blocks; ``jobs`` None means what suits
     the machine and builder, ``cache`` is the folder of finished plans. With ``attention`` "plugin" or "quick" graphs
     that have a form with plugin nodes are built from it, the others as always; "plugin" takes the plugin library,
-    "quick" the kernels that need no library where the engine runs. ``written`` is the manifest of an export by this
-    very command, whose files then need no hashing. Raises :class:`EngineError` for less than one job.
+    "quick" the kernels that need no library where the engine runs. With ``shared_plan`` the weights of all graphs of
+    the transformer are inputs of their engines, and equal blocks share one. ``written`` is the manifest of an export by
+    this very command, whose files then need no hashing. Raises :class:`EngineError` for less than one job.
     """
 
     bundle: Path
@@ -65,6 +68,7 @@ class BuildRequest:
     rebuild: bool = False
     optimization_level: int | None = None
     attention: BuildAttention = "native"
+    shared_plan: bool = False
     written: Manifest | None = None
 
     def __post_init__(self) -> None:
@@ -76,10 +80,12 @@ class BuildRequest:
 class BuiltEngine:
     """One finished engine; ``cached`` if no builder ran for it (another build, or an equal graph, made it).
 
-    ``attention`` is the form of its graph that it was built from.
+    ``attention`` is the form of its graph that it was built from, ``file`` where it lies in the bundle: graphs whose
+    weights are inputs may share one.
     """
 
     graph: str
+    file: str
     attention: BuildAttention
     plan: CachedPlan
     cached: bool
@@ -209,7 +215,8 @@ class EngineBuild:
 
     Raises :class:`~stiv_deploy.runtime.errors.BundleError` for a damaged graph file, :class:`BackendError` for a
     missing library or an impossible target, :class:`EngineError` for an unknown graph or bucket, :class:`OutputError`
-    where it could not write, and for plugins whatever :func:`choose_packaging` does.
+    where it could not write, for plugins whatever :func:`choose_packaging` does, and for shared plans whatever
+    :func:`~stiv_deploy.export.engines.shared_plan.choose_weight_inputs` does.
     """
 
     def __init__(self, request: BuildRequest) -> None:
@@ -221,6 +228,9 @@ class EngineBuild:
         self.buckets = choose_buckets(bundle.manifest, request.buckets)
         self.graphs = choose_graphs(bundle.manifest, request.graphs)
         check_formats(bundle.manifest, self.graphs, self.sm)
+        with_inputs = (
+            choose_weight_inputs(bundle.manifest, self.graphs, request.attention) if request.shared_plan else []
+        )
         self.packaging = choose_packaging(trt, bundle.manifest, self.graphs, request.backend, request.attention)
         if not os.access(bundle.folder, os.W_OK):
             raise OutputError(
@@ -231,6 +241,9 @@ class EngineBuild:
             bundle.trust(request.written)
         with ThreadPoolExecutor(2) as readers:  # hashing lets go of the interpreter
             self._onnx = dict(zip(self.graphs, readers.map(self._file, self.graphs), strict=True))
+        found = {graph: weight_inputs(self._onnx[graph]) for graph in with_inputs}
+        self._inputs = {graph: inputs for graph, inputs in found.items() if inputs.shapes}
+        self._names = plan_names(self._inputs)
         self._builders = BuilderProcesses()
 
     def packaging_of(self, graph: str) -> Packaging | None:
@@ -265,20 +278,26 @@ class EngineBuild:
             plan=str(plan),
             backend=flavour,
             sm=None if self.sm == PORTABLE else self.sm,
-            profiles=tuple(graph_profile(manifest, graph, bucket) for bucket in self.buckets),
+            profiles=tuple(self._profile(graph, bucket) for bucket in self.buckets),
             optimization_level=self.request.optimization_level,
             timing_cache=None if timing is None else str(timing),
             plugins=None if library is None else str(library.path),
             quick=packaging is not None and library is None,
             tf32=takes_tf32(manifest, graph) and not self.reduces(graph),
+            weights_as_inputs=graph in self._inputs,
         )
+
+    def _profile(self, graph: str, bucket: Bucket) -> Profile:
+        """Shapes of all inputs, of weights too where they are some."""
+        own = graph_profile(self.bundle.manifest, graph, bucket)
+        return own | self._inputs[graph].profile if graph in self._inputs else own
 
     def key(self, graph: str) -> str:
         """The plan's key in the cache: equal graphs with equal weights share one."""
-        job, packaging = self.job(graph, Path()), self.packaging_of(graph)
+        job, packaging, inputs = self.job(graph, Path()), self.packaging_of(graph), self._inputs.get(graph)
         extra = {} if packaging is None else {"plugins": packaging.identity}  # native plans have the keys they had
         return plan_key(
-            onnx=self._hash(graph),
+            onnx=self._hash(graph) if inputs is None else inputs.digest,
             profiles=[sorted(values.items()) for values in job.profiles],
             backend=job.backend,
             version=self.version,
@@ -318,7 +337,7 @@ class EngineBuild:
 
     def _built(self, graph: str, plan: CachedPlan, *, cached: bool) -> BuiltEngine:
         attention = "native" if self.packaging_of(graph) is None else self.request.attention
-        return BuiltEngine(graph=graph, attention=attention, plan=plan, cached=cached)
+        return BuiltEngine(graph=graph, file=self._path(graph), attention=attention, plan=plan, cached=cached)
 
     def _build_all(self, progress: Progress) -> dict[str, BuiltEngine]:
         """Build every distinct engine, some at a time; the first failure, or Ctrl-C, ends all builders."""
@@ -343,16 +362,17 @@ class EngineBuild:
         return built
 
     def _weights(self) -> int:
-        """Bytes of the largest graph's weights."""
-        return max(data.bytes if (data := self.bundle.manifest.graphs[graph].data) else 0 for graph in self.graphs)
+        """Bytes of the largest graph's weights that a builder holds."""
+        held = [self.bundle.manifest.graphs[graph].data for graph in self.graphs if graph not in self._inputs]
+        return max((data.bytes for data in held if data is not None), default=0)
 
     def _path(self, graph: str) -> str:
         """Where the engine goes in the bundle."""
-        return engine_path(self.request.backend, self.sm, graph, self.request.buckets)
+        return engine_path(self.request.backend, self.sm, self._names.get(graph, graph), self.request.buckets)
 
     def _records(self, engine: BuiltEngine) -> list[EngineRecord]:
         """Manifest entries of one engine: one per bucket."""
-        plan, packaging = engine.plan, self.packaging_of(engine.graph)
+        plan, packaging, inputs = engine.plan, self.packaging_of(engine.graph), self._inputs.get(engine.graph)
         library = None if packaging is None else packaging.library
         return [
             EngineRecord(
@@ -361,9 +381,10 @@ class EngineBuild:
                 backend=self.request.backend,
                 backend_version=self.version,
                 sm=self.sm,
-                file=FileRecord(path=self._path(engine.graph), sha256=plan.sha256, bytes=plan.bytes),
+                file=FileRecord(path=engine.file, sha256=plan.sha256, bytes=plan.bytes),
                 onnx=self._hash(engine.graph),
                 plugins=None if library is None else library.sha256,
+                weights=() if inputs is None else tuple(inputs.shapes),
                 build_seconds=plan.build_seconds,
             )
             for bucket in self.buckets

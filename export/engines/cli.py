@@ -9,7 +9,7 @@ from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json,
 from stiv_deploy.runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from stiv_deploy.export.engines.build import BuildReport
+    from stiv_deploy.export.engines.build import BuildReport, BuiltEngine
 
 MIB = 2**20
 
@@ -47,21 +47,20 @@ def show(report: "BuildReport") -> None:
     """Print a table of the engines made."""
     from rich.console import Console
 
-    engines = report.engines
-    rows = [
-        (
-            engine.graph,
-            engine.attention,
-            f"{engine.plan.bytes / MIB:.1f}",
-            f"{engine.plan.build_seconds:.1f}",
-            "cache" if engine.cached else "builder",
-        )
-        for engine in engines
-    ]
-    total = ("all", "", f"{sum(engine.plan.bytes for engine in engines) / MIB:.1f}", "", "")
+    files: dict[str, BuiltEngine] = {}
+    rows = [_row(engine, files.setdefault(engine.file, engine)) for engine in report.engines]
+    total = ("all", "", f"{sum(engine.plan.bytes for engine in files.values()) / MIB:.1f}", "", "")
     title = f"{report.backend} {report.version}, SM {report.sm}"
     columns, numbers = ("graph", "attention", "MiB", "build s", "from"), ("MiB", "build s")
     Console().print(table(title, columns, [*rows, total], numbers))
+
+
+def _row(engine: "BuiltEngine", first: "BuiltEngine") -> tuple[str, str, str, str, str]:
+    """Of one graph, whose engine is also that of ``first`` where that is another one."""
+    if first is not engine:
+        return engine.graph, engine.attention, "", "", f"that of {first.graph}"
+    size, seconds = f"{engine.plan.bytes / MIB:.1f}", f"{engine.plan.build_seconds:.1f}"
+    return engine.graph, engine.attention, size, seconds, "cache" if engine.cached else "builder"
 
 
 def proven(report: "BuildReport") -> bool:
@@ -123,6 +122,13 @@ def build(
             "library that the engines need too, 'quick' temporal attention only, into the engines (16-bit bundles)."
         ),
     ] = "native",
+    shared_plan: Annotated[
+        bool,
+        typer.Option(
+            "--shared-plan",
+            help="One engine for all blocks, weights as its inputs; --lora works on it. Not for 8 or 4 bits.",
+        ),
+    ] = False,
     json: JsonTarget = None,
 ) -> None:
     """Compile a bundle's graphs into engines for one kind of GPU.
@@ -148,6 +154,7 @@ def build(
         rebuild=rebuild,
         optimization_level=optimization_level,
         attention=attention,
+        shared_plan=shared_plan,
     )
     with progress_bar("build") as progress:
         report = build_engines(request, progress)

@@ -10,6 +10,7 @@ from typing import Any
 
 from stiv_deploy.export.engines.job import FLAGS_SET, EngineJob, EngineResult, Profile
 from stiv_deploy.export.engines.plugin_graphs import prepare_plugins
+from stiv_deploy.export.engines.weight_inputs import weight_inputs
 from stiv_deploy.runtime.errors import EngineError, one_line
 from stiv_deploy.runtime.files import replaced_file
 from stiv_deploy.runtime.tensorrt_library import import_tensorrt, targets
@@ -139,13 +140,20 @@ def configure(trt: Any, builder: Any, network: Any, job: EngineJob) -> Any:
     return config
 
 
+def prepared(trt: Any, job: EngineJob) -> bytes | None:
+    """The graph of ``job`` as the parser is to read it, None if as it is."""
+    if job.weights_as_inputs:
+        return weight_inputs(Path(job.onnx)).model
+    return prepare_plugins(trt, job)
+
+
 def build_engine(job: EngineJob) -> EngineResult:
     """Parse, build and write the plan of ``job``; :class:`EngineError` in the builder's own words, one line."""
     trt = import_tensorrt(job.backend)
     start = time.perf_counter()
     logger = make_logger(trt)
     builder = trt.Builder(logger)
-    network = parse(trt, builder, logger, Path(job.onnx), prepare_plugins(trt, job))
+    network = parse(trt, builder, logger, Path(job.onnx), prepared(trt, job))
     decompose_fp32_attention(trt, network)
     config = configure(trt, builder, network, job)
     plan = builder.build_serialized_network(network, config)

@@ -34,6 +34,7 @@ class EngineJob:
     ``report`` is a text file to write the builder's layer report to: which kernels it chose, and their types.
     ``plugins`` is the plugin library that the plugin nodes of ``onnx`` need; with ``quick`` they become quickly
     deployable plugins instead, as far as there are such. With ``tf32`` float32 products may be rounded to TF32.
+    With ``weights_as_inputs`` the weights of ``onnx`` become inputs, and are among ``profiles``.
     """
 
     graph: str
@@ -48,6 +49,7 @@ class EngineJob:
     plugins: str | None = None
     quick: bool = False
     tf32: bool = False
+    weights_as_inputs: bool = False
 
     @property
     def flags_cleared(self) -> tuple[str, ...]:

@@ -70,10 +70,10 @@ def _engine_graph_reason(flavour: Flavour, device: int) -> str | None:
 
 
 def _open_engines(flavour: Flavour, bundle: Bundle, _threads: int | None, device: int) -> Backend:
-    if bundle.loras:
+    if bundle.loras and not any(each.weights for each in bundle.manifest.engines if each.backend == flavour):
         raise LoraError(
-            f"engines have their weights in them, --lora cannot change these of {flavour}; {FOR_GOOD}, and build "
-            "engines of that, or give --backend onnxruntime"
+            f"engines have their weights in them, --lora cannot change these of {flavour}; build some with 'stiv build "
+            f"--shared-plan', or {FOR_GOOD}, and build engines of that, or give --backend onnxruntime"
         )
     from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend
 

@@ -7,10 +7,10 @@ from stiv_deploy.runtime.plugins.tensorrt_plugins import SHORT, PluginLibrary
 from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour
 
 
-def build_command(flavour: Flavour, sm: str, attention: str = "native") -> str:
-    """The command that makes the engines anew."""
+def build_command(flavour: Flavour, sm: str, attention: str = "native", *, shared: bool = False) -> str:
+    """The command that makes the engines anew; ``shared`` if weights are to be their inputs."""
     form = "" if attention == "native" else f" --attention {attention}"
-    return f"run: stiv build BUNDLE --backend {flavour} --sm {sm}{form}"
+    return f"run: stiv build BUNDLE --backend {flavour} --sm {sm}{form}{' --shared-plan' if shared else ''}"
 
 
 def same_again(record: EngineRecord, manifest: Manifest, sm: str | None = None) -> str:
@@ -23,7 +23,7 @@ def same_again(record: EngineRecord, manifest: Manifest, sm: str | None = None) 
         attention = "plugin"
     elif record.plugins is None and attention_form(record, manifest) == "plugin":
         attention = "quick"  # its plugins lie in the engine
-    return build_command(record.backend, sm or record.sm, attention)
+    return build_command(record.backend, sm or record.sm, attention, shared=bool(record.weights))
 
 
 def engine_records(manifest: Manifest, flavour: Flavour, sm: str) -> list[EngineRecord]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from stiv_deploy.runtime.backends.base import ITEM_BYTES, Backend, Buffer, Call, from_bytes, run_in_order
 from stiv_deploy.runtime.backends.cuda import Cuda, Graph, Memory, Stream, driver_version, load_cuda, try_capture
+from stiv_deploy.runtime.backends.device_weights import ALIGNMENT, DeviceWeights, check_loras, load_weights
 from stiv_deploy.runtime.backends.engine_choice import (
     build_command,
     check_engine,
@@ -31,8 +32,6 @@ from stiv_deploy.runtime.errors import BackendError, CaptureError, EngineError
 from stiv_deploy.runtime.plugins.tensorrt_plugins import load_plugins, plugin_library
 from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour, import_tensorrt, missing_library
 
-ALIGNMENT = 256
-"""Bytes; ``IExecutionContext.setTensorAddress`` demands it. ``cudaMalloc`` gives it, a view may not have it."""
 Shapes = dict[str, tuple[int, ...]]
 log = logging.getLogger(__name__)
 
@@ -112,8 +111,8 @@ class BoundGraph:
         self._stream = stream
         self._arena = arena
         self._inputs, self._outputs = tuple(inputs), tuple(outputs)
-        self.kept: tuple[Buffer, ...] = ()
-        """Buffers that the context points into, kept alive with this binding."""
+        self.kept: tuple[object, ...] = ()
+        """Buffers and weights that the context points into, kept alive with this binding."""
         self._generation = 0  # of the arena that the context knows; a reference to it would keep it from being freed
 
     @property
@@ -159,7 +158,9 @@ class TensorRTBackend(Backend):
 
     Records are checked against the graphs, the library's version and the GPU before anything is deserialized; raises
     :class:`EngineError` with what differs and the command that mends it. The plugin library is loaded if one of the
-    engines was built with it; :class:`BackendError` if it is not there. ``trt`` and ``cuda`` are stand-ins for tests.
+    engines was built with it; :class:`BackendError` if it is not there. Weights that engines take as inputs are copied
+    to the device once for each graph, the bundle's LoRAs merged in; :class:`~stiv_deploy.runtime.errors.LoraError`
+    where these change weights that lie in an engine. ``trt`` and ``cuda`` are stand-ins for tests.
     """
 
     captures = True
@@ -179,6 +180,7 @@ class TensorRTBackend(Backend):
         self.library = f"{TITLES[flavour]} {self._trt.__version__}"
         self.driver = driver_version()
         self.records = tuple(self._records.values())
+        check_loras(bundle, self.records)
         self.engines = engines_hash(self.records)
         self._logger = self._trt.Logger(self._trt.Logger.ERROR)
         self._runtime = self._trt.Runtime(self._logger)
@@ -186,6 +188,7 @@ class TensorRTBackend(Backend):
         self._stream = self._cuda.stream()
         self._arena = Arena(self._cuda)
         self._engines: dict[str, LoadedEngine] = {}
+        self._weights: dict[tuple[str, tuple[str, ...]], DeviceWeights] = {}
         self._kernels: Any | None = None
         self._closed = False
 
@@ -245,6 +248,15 @@ class TensorRTBackend(Backend):
                 )
             loaded = self._engines[record.file.path] = LoadedEngine(record, engine)
         return loaded
+
+    def _weights_of(self, record: EngineRecord) -> DeviceWeights | None:
+        """What the engine takes besides its graph's inputs, copied to the device on first use; None if nothing."""
+        if not record.weights:
+            return None
+        key = record.graph, record.weights
+        if key not in self._weights:
+            self._weights[key] = load_weights(self._cuda, self._stream, self._bundle, record)
+        return self._weights[key]
 
     def _validity(self, plan: bytes) -> str:
         """What the library says of a plan it refused (RTX only), for the error's text."""
@@ -317,19 +329,20 @@ class TensorRTBackend(Backend):
         """Bind ``graph``; raises :class:`EngineError` if no engine allows these shapes."""
         self._cuda.use()
         shapes = {name: buffer.shape for name, buffer in inputs.items()}
-        loaded = self._load(self._record_for(graph, shapes))
+        record = self._record_for(graph, shapes)
+        loaded, weights = self._load(record), self._weights_of(record)
         buffers = {**inputs, **outputs}
+        addresses = {name: buffer.address for name, buffer in buffers.items()} | (weights.addresses if weights else {})
         names = {loaded.engine.get_tensor_name(index) for index in range(loaded.engine.num_io_tensors)}
-        if names != buffers.keys():
-            raise EngineError(f"graph {graph}: the engine has tensors {sorted(names)}, bound are {sorted(buffers)}")
+        if names != addresses.keys():
+            raise EngineError(f"graph {graph}: the engine has tensors {sorted(names)}, bound are {sorted(addresses)}")
         profile = self._profile_index(loaded, shapes)
         ahead, after = self._twins(inputs), self._twins(outputs)
         aligned = {name: twin.aligned.address for name, twin in (ahead | after).items()}
         context = self._context(loaded)
-        addresses = {name: buffer.address for name, buffer in buffers.items()} | aligned
-        self._prepare(graph, context, profile, shapes, addresses)
+        self._prepare(graph, context, profile, shapes, addresses | aligned)
         call = BoundGraph(graph, context, self._stream, self._arena, tuple(ahead.values()), tuple(after.values()))
-        call.kept = tuple(buffers.values())
+        call.kept = (*buffers.values(), weights)
         # contexts are costly (RTX compiles its kernels for each), so the next request takes over a dead binding's
         weakref.finalize(call, loaded.idle.append, context).atexit = False
         return call
@@ -414,6 +427,7 @@ class TensorRTBackend(Backend):
         for loaded in self._engines.values():
             loaded.idle.clear()
         self._engines.clear()
+        self._weights.clear()
         self._arena.memory = None
 
 

@@ -83,11 +83,15 @@ def engine_path(backend: str, sm: str, graph: str, buckets: Sequence[str]) -> st
     return f"engines/{backend}/{sm_folder(sm)}/{graph}{suffix}.engine"
 
 
+def shared_name(graph: str) -> str:
+    """What :func:`engine_path` calls an engine that ``graph`` shares with others, being the first of them."""
+    return f"shared_{graph}"
+
+
 def buckets_of_engine(record: EngineRecord, manifest: Manifest) -> list[str]:
     """Names of the buckets that an engine has profiles for, in the order of these, by its file's name."""
-    if record.file.path == engine_path(record.backend, record.sm, record.graph, ()):
-        return [bucket.name for bucket in manifest.buckets]
-    return PurePosixPath(record.file.path).name[len(record.graph) + 1 : -len(".engine")].split("+")
+    _, _, chosen = PurePosixPath(record.file.path).name.removesuffix(".engine").partition(".")
+    return chosen.split("+") if chosen else [bucket.name for bucket in manifest.buckets]
 
 
 def profile(spec: GraphSpec, model: ModelFacts, bucket: Bucket) -> dict[str, tuple[Shape, Shape, Shape]]:

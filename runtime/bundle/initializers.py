@@ -29,6 +29,11 @@ class Initializer:
     shape: tuple[int, ...]
     offset: int
 
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes of one whose type is in :data:`STORED`."""
+        return prod(self.shape) * STORED[self.data_type].itemsize
+
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
     """A number of 7 bits a byte, the least first, and where it ends."""
@@ -104,13 +109,18 @@ def read_initializers(path: Path) -> Mapping[str, Initializer]:
     return {name: each for name, each in found.items() if each is not None}
 
 
-def read_weight(data: Path, weight: Initializer) -> np.ndarray:
-    """The values of ``weight``, which is of a type in :data:`STORED`, in the data file ``data``, as fp32.
+def read_stored(data: Path, weight: Initializer) -> np.ndarray:
+    """The values of ``weight``, which is of a type in :data:`STORED`, as they lie in the data file ``data``.
 
     ``ValueError`` if they are not in it.
     """
     dtype = STORED[weight.data_type]
-    values = np.fromfile(data, dtype, prod(weight.shape), offset=weight.offset).reshape(weight.shape)
+    return np.fromfile(data, dtype, prod(weight.shape), offset=weight.offset).reshape(weight.shape)
+
+
+def read_weight(data: Path, weight: Initializer) -> np.ndarray:
+    """The values of :func:`read_stored` as fp32."""
+    values = read_stored(data, weight)
     if weight.data_type == BFLOAT16:  # the upper half of a float32
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32)

@@ -189,7 +189,8 @@ class EngineRecord(Frozen):
     """One compiled engine. ``onnx`` is the combined hash of the graph and weights it was built from.
 
     ``plugins`` is the SHA-256 of the plugin library that it needs, None if it needs none: it was built from the native
-    form, or has the code of its plugins in it.
+    form, or has the code of its plugins in it. ``weights`` are the initializers of the graph that the engine takes as
+    inputs of the same names: then other graphs with equal topology may share its file.
     """
 
     graph: Name
@@ -200,6 +201,7 @@ class EngineRecord(Frozen):
     file: FileRecord
     onnx: Digest
     plugins: Digest | None = None
+    weights: Annotated[tuple[Name, ...], Field(max_length=10_000)] = ()
     build_seconds: float
 
 

@@ -1,6 +1,7 @@
 """LoRA files merged into a bundle's weights where a backend loads them; nothing of the bundle is changed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from stiv_deploy.runtime.bundle.initializers import (
     as_stored,
     is_finite,
     read_initializers,
+    read_stored,
     read_weight,
 )
 from stiv_deploy.runtime.bundle.lora import check_lora, linears_of, merged, read_loras
@@ -31,23 +33,35 @@ class Replacement(NamedTuple):
     data_type: int
 
 
+def is_of_transformer(graph: str) -> bool:
+    """Whether ``graph`` has linears of the transformer, which a LoRA may change."""
+    return is_block(block_of(graph)) or graph in TRANSFORMER
+
+
 def linear_of(graph: str, initializer: str) -> str | None:
     """The linear, by its name in the model, whose weight ``initializer`` may be; None for what is none."""
     block = block_of(graph)
-    if not initializer.endswith(WEIGHT) or not (is_block(block) or graph in TRANSFORMER):
+    if not initializer.endswith(WEIGHT) or not is_of_transformer(graph):
         return None
     name = initializer.removesuffix(WEIGHT)
     return f"blocks.{int(block.removeprefix('block_'))}.{name}" if is_block(block) else name
 
 
-def _weights(bundle: Bundle, graph: str) -> Iterator[tuple[str, str, Initializer]]:
-    """Linears of ``graph``, each with its initializer's name and place. All are stored [in, out]."""
+def weight_places(bundle: Bundle, graph: str) -> Mapping[str, Initializer]:
+    """What lies in the data file of ``graph``, by the initializers' names; both files are verified first.
+
+    Raises :class:`BundleError` where one is damaged.
+    """
     path = bundle.graph_file(graph)
     try:
-        found = read_initializers(path)
+        return read_initializers(path)
     except ValueError as error:
         raise BundleError(f"{path}: {error}; {AGAIN}") from None
-    for name, place in found.items():
+
+
+def _weights(bundle: Bundle, graph: str) -> Iterator[tuple[str, str, Initializer]]:
+    """Linears of ``graph``, each with its initializer's name and place. All are stored [in, out]."""
+    for name, place in weight_places(bundle, graph).items():
         linear = linear_of(graph, name)
         if linear is not None and len(place.shape) == 2:
             yield linear, name, place
@@ -85,6 +99,24 @@ def _rounded(bundle: Bundle) -> set[str]:
     return {name for graph, _, layer in layers if (name := linear_of(graph, f"{layer}{WEIGHT}"))}
 
 
+def changed_linears(bundle: Bundle, graph: str) -> list[str]:
+    """Linears of ``graph`` that the bundle's LoRAs change, by their names in the model."""
+    wanted = set(linears_of(bundle.loras))
+    if not wanted or not is_of_transformer(graph):
+        return []
+    return [linear for linear, _, _ in _weights(bundle, graph) if linear in wanted]
+
+
+def stored_weights(bundle: Bundle, graph: str, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """The initializers ``names`` of ``graph``, one by one, as they are stored; the bundle's LoRAs are merged in.
+
+    Raises :class:`BundleError` where they are not in the data file, and what :func:`replacements` does.
+    """
+    places, changed = weight_places(bundle, graph), replacements(bundle, graph)
+    for name in names:
+        yield name, changed[name].values if name in changed else _stored(bundle, graph, name, places[name])
+
+
 def replacements(bundle: Bundle, graph: str) -> dict[str, Replacement]:
     """Weights of ``graph`` that the bundle's LoRAs change, by their initializers' names.
 
@@ -101,9 +133,7 @@ def replacements(bundle: Bundle, graph: str) -> dict[str, Replacement]:
 
 
 def _merged(bundle: Bundle, graph: str, linear: str, place: Initializer) -> Replacement:
-    data = bundle.manifest.graphs[graph].data
-    assert data is not None
-    path = bundle.folder / data.path
+    path = _data_file(bundle, graph)
     try:
         weight = read_weight(path, place)
     except ValueError:
@@ -112,3 +142,17 @@ def _merged(bundle: Bundle, graph: str, linear: str, place: Initializer) -> Repl
     if not is_finite(stored, place.data_type):
         raise LoraError(f"{bundle.loras[0].path}: {linear} is too large once merged; give a smaller scale")
     return Replacement(stored, place.data_type)
+
+
+def _stored(bundle: Bundle, graph: str, name: str, place: Initializer) -> np.ndarray:
+    path = _data_file(bundle, graph)
+    try:
+        return read_stored(path, place)
+    except ValueError:
+        raise BundleError(f"{path}: {name} is not in it; {AGAIN}") from None
+
+
+def _data_file(bundle: Bundle, graph: str) -> Path:
+    data = bundle.manifest.graphs[graph].data
+    assert data is not None
+    return bundle.folder / data.path

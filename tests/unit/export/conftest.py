@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from stiv_deploy.export.graphs.onnx_from_module import Template
     from stiv_deploy.export.graphs.quantization import Quantization
 
+sys.path.append(str(Path(__file__).parents[1]))  # for the toy bundle
+
 MAX_TOKENS = 8
 MICRO = StivConfig(
     name="micro", blocks=2, width=32, heads=2, text_width=24, base_frames=4, base_grid=(4, 4), frequency_width=16

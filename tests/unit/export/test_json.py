@@ -44,7 +44,7 @@ def exported(bundle: Path) -> ExportReport:
 
 def built(bundle: Path) -> BuildReport:
     plan = CachedPlan(path=bundle / "a.plan", sha256="0" * 64, bytes=4, build_seconds=1.5)
-    engine = BuiltEngine(graph="head", attention="native", plan=plan, cached=False)
+    engine = BuiltEngine(graph="head", file="head.engine", attention="native", plan=plan, cached=False)
     return BuildReport(bundle=bundle, backend="tensorrt-rtx", version="1.7", sm="89", engines=(engine,))
 
 

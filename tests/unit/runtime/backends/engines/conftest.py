@@ -203,6 +203,11 @@ class FakeCudart:
         return (OK,)
 
 
+def fixed(tensor: Any) -> bool:
+    """Whether an input has one shape only, as weights have, which nobody sets."""
+    return all(isinstance(size, int) for size in tensor.shape)
+
+
 class FakeContext:
     def __init__(self, engine: "FakeEngine") -> None:
         self.engine = engine
@@ -230,7 +235,7 @@ class FakeContext:
         return address % 256 == 0  # as TensorRT's header demands
 
     def update_device_memory_size_for_shapes(self) -> int:
-        assert self.shapes.keys() == {tensor.name for tensor in self.engine.session.get_inputs()}
+        assert self.shapes.keys() == {tensor.name for tensor in self.engine.session.get_inputs() if not fixed(tensor)}
         return self.engine.scratch
 
     def set_device_memory(self, address: int, size: int) -> None:
@@ -259,7 +264,7 @@ class FakeContext:
         ctypes.memset(self.memory[0], 0xAB, self.engine.scratch)  # a freed arena would crash or be seen here
         assert self.memory[0] in self.engine.library.cudart.memory
         feed = {
-            tensor.name: self._array(tensor.name, self.shapes[tensor.name], ORT_TYPES[tensor.type])
+            tensor.name: self._array(tensor.name, self.shapes.get(tensor.name, tensor.shape), ORT_TYPES[tensor.type])
             for tensor in self.engine.session.get_inputs()
         }
         outputs = self.engine.session.run(None, feed)

@@ -1,0 +1,57 @@
+"""Which graphs have their weights as inputs under ``stiv build --shared-plan``, and which of them share an engine.
+
+The weights stay in the bundle's data files; the runtime binds each graph's own where it binds the graph.
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+
+from stiv_deploy.export.engines.weight_inputs import PLAIN, WeightInputs
+from stiv_deploy.runtime.bundle.contract import has_layer, is_block, is_half
+from stiv_deploy.runtime.bundle.engine_files import shared_name
+from stiv_deploy.runtime.bundle.manifest import Manifest
+from stiv_deploy.runtime.bundle.merging import is_of_transformer
+from stiv_deploy.runtime.errors import BackendError, EngineError, few
+
+SCALES = "and with its scales as inputs TensorRT-RTX multiplies in 16 bits instead"
+"""Why layers in 8 bits have no shared plan: tried with FP8 and INT8 in float16 and TensorRT-RTX 1.7.1."""
+
+
+def choose_weight_inputs(manifest: Manifest, graphs: Sequence[str], attention: str) -> list[str]:
+    """Those of ``graphs`` whose weights become inputs under ``--shared-plan``: all that a LoRA may change.
+
+    Raises :class:`EngineError` where there are none, for plugins, and for layers in 8 or 4 bits: an engine whose
+    scales are inputs multiplies in 16 bits. :class:`BackendError` without the package onnx.
+    """
+    chosen = list(filter(is_of_transformer, graphs))
+    if not chosen:
+        raise EngineError(f"--shared-plan is for blocks, their halves, text_kv, embed and head, not for {few(graphs)}")
+    if attention != "native":
+        raise EngineError(f"--shared-plan has no plugins: take --attention native, or {PLAIN}")
+    _check_types(manifest, chosen)
+    if find_spec("onnx") is None:
+        raise BackendError("--shared-plan rewrites graphs with onnx; run: pip install 'stiv-deploy[export]'")
+    return chosen
+
+
+def _check_types(manifest: Manifest, graphs: Sequence[str]) -> None:
+    record = manifest.quantization
+    if record is None:
+        return
+    small = [name for name, choice in record.layers.items() if choice != "high"]
+    found = next((name for name in small if any(has_layer(graph, name) for graph in graphs)), None)
+    if found is not None:
+        why = "which was not tried with weights as inputs" if record.format == "nvfp4" else SCALES
+        raise EngineError(f"--shared-plan: layer {found} is {record.format.upper()}, {why}; {PLAIN}")
+
+
+def plan_names(inputs: Mapping[str, WeightInputs]) -> dict[str, str]:
+    """What the engine of each graph in ``inputs`` is called: blocks, or halves, of one form share the first one's."""
+    firsts: dict[str, str] = {}
+    return dict(_named(graph, each, firsts) for graph, each in inputs.items())
+
+
+def _named(graph: str, inputs: WeightInputs, firsts: dict[str, str]) -> tuple[str, str]:
+    if not (is_block(graph) or is_half(graph)):
+        return graph, graph
+    return graph, shared_name(firsts.setdefault(inputs.digest, graph))
