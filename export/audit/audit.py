@@ -4,11 +4,12 @@ import json
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stiv_deploy.export.audit.fusion_audit import AuditRow, Expectation, audit_graph, expectation
 from stiv_deploy.export.audit.layer_report import EngineLayer, read_report
+from stiv_deploy.export.audit.lost_fusions import AuditNote, lost_fusions
 from stiv_deploy.export.engines.build import (
     FP4_SMS,
     check_formats,
@@ -17,8 +18,10 @@ from stiv_deploy.export.engines.build import (
     resolve_sm,
     source_file,
 )
-from stiv_deploy.export.engines.job import EngineJob
+from stiv_deploy.export.engines.job import EngineJob, EngineResult
 from stiv_deploy.export.engines.processes import BuilderProcesses
+from stiv_deploy.export.engines.shared_plan import choose_weight_inputs
+from stiv_deploy.export.engines.weight_inputs import WeightInputs, weight_inputs
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import Format, Frozen, Precision, is_block, is_half
 from stiv_deploy.runtime.bundle.engine_files import graph_profile, reduced_for, sm_folder, takes_tf32
@@ -31,6 +34,7 @@ AUDITED = ("text_kv", "embed", "head", "step")
 """Graphs beside the blocks that run in the bundle's type and are audited by default, ``step`` for stray types."""
 DEFAULT_SMS = ("89", "120")
 """GPUs that engines are audited for by default; those of NVFP4 for :data:`FP4_SMS`."""
+MIB = 2**20
 LOGGED = "block_00"
 """The graph that a build log is of, if nobody says."""
 
@@ -54,8 +58,9 @@ class AuditRequest:
 
     ``sms`` empty means :func:`default_sms`, ``graphs`` empty :func:`default_graphs`, ``blocks`` among them all blocks;
     ``jobs`` None means what suits the machine and builder. With ``log``, a build log or a layer-information JSON,
-    nothing is built: it is audited as that of the one graph in ``graphs``, :data:`LOGGED` if empty. Raises
-    :class:`EngineError` for less than one job.
+    nothing is built: it is audited as that of the one graph in ``graphs``, :data:`LOGGED` if empty. With
+    ``shared_plan``, and where the bundle has such engines for a GPU, weights are inputs of the engines, as in ``stiv
+    build --shared-plan``, and what that loses is noted. Raises :class:`EngineError` for less than one job.
     """
 
     bundle: Path
@@ -64,6 +69,7 @@ class AuditRequest:
     graphs: tuple[str, ...] = ()
     log: Path | None = None
     jobs: int | None = None
+    shared_plan: bool = False
 
     def __post_init__(self) -> None:
         if self.jobs is not None and self.jobs < 1:
@@ -79,6 +85,7 @@ class AuditReport(Frozen):
     builder: str
     engines: tuple[AuditedEngine, ...]
     rows: tuple[AuditRow, ...]
+    notes: tuple[AuditNote, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -122,9 +129,14 @@ def default_graphs(manifest: Manifest) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Task:
-    """One engine to build: its job, what to expect of it, and for which graphs."""
+    """One engine to build: its job, what to expect of it, and for which graphs.
+
+    Where its weights are ``inputs``, ``own`` is the job of the engine that has them in its plan.
+    """
 
     job: EngineJob
+    inputs: WeightInputs | None
+    own: EngineJob | None
     expected: Expectation
     target: str
     bucket: str
@@ -142,13 +154,14 @@ class Audit:
     def __init__(self, bundle: Bundle, request: AuditRequest) -> None:
         trt = import_tensorrt(request.backend)
         manifest = bundle.manifest
-        self.bundle, self.backend = bundle, request.backend
+        self.bundle, self.backend, self.shared_plan = bundle, request.backend, request.shared_plan
         self.jobs = request.jobs or default_jobs(request.backend)
         self.title = f"{TITLES[self.backend]} {trt.__version__}"
         chosen = choose_graphs(manifest, request.graphs, default_graphs(manifest))
         targets = [resolve_sm(trt, self.backend, sm) for sm in request.sms or default_sms(manifest)]
         for sm in targets:
             check_formats(manifest, chosen, sm)
+        self.shareable = choose_weight_inputs(manifest, chosen, "native") if request.shared_plan else chosen
         kinds = distinct_graphs(manifest, chosen)
         self._folder = tempfile.TemporaryDirectory(prefix="stiv-audit-")
         self.tasks = [
@@ -174,17 +187,40 @@ class Audit:
             report=f"{path}.txt",
             tf32=takes_tf32(manifest, graph) and reduced is None,
         )
-        expected = expectation(manifest, graph, reduced)
-        return _Task(job=job, expected=expected, target=sm_folder(sm), bucket=bucket.name, same=same)
+        expected, inputs = expectation(manifest, graph, reduced), self._weight_inputs(graph, sm)
+        shared = None if inputs is None else with_inputs(job, inputs)
+        return _Task(
+            job=shared or job,
+            inputs=inputs,
+            own=None if shared is None else job,
+            expected=expected.model_copy(update={"counted": shared is None}),
+            target=sm_folder(sm),
+            bucket=bucket.name,
+            same=same,
+        )
 
-    def _run(self, task: _Task) -> tuple[list[AuditRow], AuditedEngine]:
-        result = self._builders.run(task.job)
+    def _weight_inputs(self, graph: str, sm: str) -> WeightInputs | None:
+        """Weights of ``graph`` that are to be inputs: as asked, or as in the bundle's engines for ``sm``."""
+        built = [each for each in self.bundle.manifest.engines if (each.backend, each.sm) == (self.backend, sm)]
+        shared = self.shared_plan or any(each.weights for each in built if each.graph == graph)
+        if not shared or graph not in self.shareable:
+            return None
+        inputs = weight_inputs(source_file(self.bundle, graph, sm))
+        return inputs if inputs.shapes else None
+
+    def _built(self, job: EngineJob, target: str) -> tuple[tuple[EngineLayer, ...], EngineResult]:
+        """The layers of a new engine, which is not kept."""
+        result = self._builders.run(job)
         fault = result.error or result.unwritten
         if fault is not None:
-            raise EngineError(f"{task.job.graph}: {self.title} cannot build it for {task.target}: {fault}")
-        assert task.job.report is not None
-        layers = read_report(Path(task.job.report))
-        Path(task.job.plan).unlink()
+            raise EngineError(f"{job.graph}: {self.title} cannot build it for {target}: {fault}")
+        assert job.report is not None
+        layers = read_report(Path(job.report))
+        Path(job.plan).unlink()
+        return layers, result
+
+    def _run(self, task: _Task) -> tuple[list[AuditRow], AuditedEngine, list[AuditNote]]:
+        layers, result = self._built(task.job, task.target)
         engine = AuditedEngine(
             target=task.target,
             bucket=task.bucket,
@@ -194,17 +230,31 @@ class Audit:
             build_seconds=result.seconds,
             plan_bytes=result.bytes,
         )
-        return audit_graph(layers, task.expected, task.target, task.bucket), engine
+        return audit_graph(layers, task.expected, task.target, task.bucket), engine, self._notes(task, layers, engine)
+
+    def _notes(self, task: _Task, layers: Sequence[EngineLayer], engine: AuditedEngine) -> list[AuditNote]:
+        """What weights as inputs lose, if they are that."""
+        if task.own is None or task.inputs is None:
+            return []
+        own, result = self._built(task.own, task.target)
+        kernels, size = kernel_count(own), result.bytes / MIB
+        counts = (
+            f"{engine.kernels} kernels, {engine.plan_bytes / MIB:.1f} MiB; {kernels} and {size:.1f} with its weights"
+        )
+        place = {"target": task.target, "bucket": task.bucket, "graph": engine.graph}
+        return [AuditNote(**place, text=text) for text in (counts, *lost_fusions(layers, own, task.inputs.shapes))]
 
     def run(self, progress: Progress) -> AuditReport:
         """Build and check everything; :class:`EngineError` in the builder's own words if a graph cannot be built."""
         rows: list[AuditRow] = []
         engines: list[AuditedEngine] = []
+        notes: list[AuditNote] = []
         pool = ThreadPoolExecutor(self.jobs)
         progress("the first engines", 0, len(self.tasks))
         try:
-            for done, (checks, engine) in enumerate(pool.map(self._run, self.tasks), 1):
+            for done, (checks, engine, lost) in enumerate(pool.map(self._run, self.tasks), 1):
                 rows += checks
+                notes += lost
                 engines.append(engine)
                 progress(f"{engine.graph} {engine.target}", done, len(self.tasks))
         except BaseException:
@@ -213,7 +263,14 @@ class Audit:
         finally:
             pool.shutdown(cancel_futures=True)
             self._folder.cleanup()
-        return _report(self.bundle, self.title, engines, rows)
+        return _report(self.bundle, self.title, engines, rows, notes)
+
+
+def with_inputs(job: EngineJob, inputs: WeightInputs) -> EngineJob:
+    """The same job with weights as inputs."""
+    profiles = tuple(profile | inputs.profile for profile in job.profiles)
+    path = f"{job.plan.removesuffix('.plan')}-shared"
+    return replace(job, plan=f"{path}.plan", report=f"{path}.txt", profiles=profiles, weights_as_inputs=True)
 
 
 def kernel_count(layers: Sequence[EngineLayer]) -> int:
@@ -221,7 +278,13 @@ def kernel_count(layers: Sequence[EngineLayer]) -> int:
     return sum(layer.is_kernel for layer in layers)
 
 
-def _report(bundle: Bundle, builder: str, engines: Sequence[AuditedEngine], rows: Sequence[AuditRow]) -> AuditReport:
+def _report(
+    bundle: Bundle,
+    builder: str,
+    engines: Sequence[AuditedEngine],
+    rows: Sequence[AuditRow],
+    notes: Sequence[AuditNote] = (),
+) -> AuditReport:
     manifest = bundle.manifest
     return AuditReport(
         model=manifest.model.name,
@@ -230,6 +293,7 @@ def _report(bundle: Bundle, builder: str, engines: Sequence[AuditedEngine], rows
         builder=builder,
         engines=tuple(engines),
         rows=tuple(rows),
+        notes=tuple(notes),
     )
 
 

@@ -40,6 +40,13 @@ def audit(
     ] = None,
     json: JsonTarget = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Builders at a time.", show_default=False)] = None,
+    shared_plan: Annotated[
+        bool,
+        typer.Option(
+            "--shared-plan",
+            help="Of engines with weights as inputs, and note what that loses. [default: where the bundle has such]",
+        ),
+    ] = False,
 ) -> None:
     """Check which kernels an engine has: products in the planned 8 or 4-bit types, attention fused; exit 1 if not.
 
@@ -59,6 +66,7 @@ def audit(
         graphs=listed(graphs, "--graphs"),
         log=log,
         jobs=jobs,
+        shared_plan=shared_plan,
     )
     with progress_bar("audit") as progress:
         report = audit_bundle(request, progress)
@@ -75,6 +83,9 @@ def show(report: "AuditReport") -> None:
 
     console = Console()
     console.print(check_table(report), engine_table(report))
+    for note in report.notes:
+        line = f"note: {note.graph}: {note.text} ({note.target}, bucket {note.bucket})"
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     if report.passed:
         console.print(f"audit passed: {len(report.rows)} checks on {len(report.engines)} engines")
     else:

@@ -87,6 +87,8 @@ class Expectation(Frozen):
     choices: dict[str, Choice]
     attention: dict[str, Choice]
     temporal: bool
+    counted: bool = True
+    """Whether its kernels are held to the table's number: not where weights are inputs, which costs some."""
 
     @property
     def activations(self) -> Activations:
@@ -246,7 +248,9 @@ def _product_name(layer: EngineLayer) -> str:
 
 
 def _kernel_limit(expected: Expectation) -> int | None:
-    """The table's row for this graph: one for all blocks, and one for each kind of half; None where it has none."""
+    """The table's row for this graph: one for all blocks, and one for each kind of half; None where none counts."""
+    if not expected.counted:
+        return None
     graph = expected.graph.partition("_")[0] if expected.attention else expected.graph
     key = {
         "graph": graph,

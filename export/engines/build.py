@@ -216,7 +216,8 @@ class EngineBuild:
     Raises :class:`~stiv_deploy.runtime.errors.BundleError` for a damaged graph file, :class:`BackendError` for a
     missing library or an impossible target, :class:`EngineError` for an unknown graph or bucket, :class:`OutputError`
     where it could not write, for plugins whatever :func:`choose_packaging` does, and for shared plans whatever
-    :func:`~stiv_deploy.export.engines.shared_plan.choose_weight_inputs` does.
+    :func:`~stiv_deploy.export.engines.shared_plan.choose_weight_inputs` and
+    :func:`~stiv_deploy.export.engines.weight_inputs.weight_inputs` do.
     """
 
     def __init__(self, request: BuildRequest) -> None:

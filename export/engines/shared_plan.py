@@ -4,14 +4,13 @@ The weights stay in the bundle's data files; the runtime binds each graph's own 
 """
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 
 from stiv_deploy.export.engines.weight_inputs import PLAIN, WeightInputs
 from stiv_deploy.runtime.bundle.contract import has_layer, is_block, is_half
 from stiv_deploy.runtime.bundle.engine_files import shared_name
 from stiv_deploy.runtime.bundle.manifest import Manifest
 from stiv_deploy.runtime.bundle.merging import is_of_transformer
-from stiv_deploy.runtime.errors import BackendError, EngineError, few
+from stiv_deploy.runtime.errors import EngineError, few
 
 SCALES = "and with its scales as inputs TensorRT-RTX multiplies in 16 bits instead"
 """Why layers in 8 bits have no shared plan: tried with FP8 and INT8 in float16 and TensorRT-RTX 1.7.1."""
@@ -21,7 +20,7 @@ def choose_weight_inputs(manifest: Manifest, graphs: Sequence[str], attention: s
     """Those of ``graphs`` whose weights become inputs under ``--shared-plan``: all that a LoRA may change.
 
     Raises :class:`EngineError` where there are none, for plugins, and for layers in 8 or 4 bits: an engine whose
-    scales are inputs multiplies in 16 bits. :class:`BackendError` without the package onnx.
+    scales are inputs multiplies in 16 bits.
     """
     chosen = list(filter(is_of_transformer, graphs))
     if not chosen:
@@ -29,8 +28,6 @@ def choose_weight_inputs(manifest: Manifest, graphs: Sequence[str], attention: s
     if attention != "native":
         raise EngineError(f"--shared-plan has no plugins: take --attention native, or {PLAIN}")
     _check_types(manifest, chosen)
-    if find_spec("onnx") is None:
-        raise BackendError("--shared-plan rewrites graphs with onnx; run: pip install 'stiv-deploy[export]'")
     return chosen
 
 

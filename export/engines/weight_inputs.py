@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stiv_deploy.export.engines.job import Profile, Shape
-from stiv_deploy.runtime.errors import EngineError, few
+from stiv_deploy.runtime.errors import BackendError, EngineError, few
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, TensorProto
@@ -44,7 +44,8 @@ class WeightInputs:
 def weight_inputs(path: Path) -> WeightInputs:
     """The ONNX file ``path`` with all weights of its data file as inputs, called as they are called there.
 
-    Raises :class:`EngineError` for a file that cannot be read, or weights in 8 or 4 bits.
+    Raises :class:`EngineError` for a file that cannot be read, or weights in 8 or 4 bits, :class:`BackendError` without
+    the package onnx.
     """
     from stiv_deploy.runtime.bundle.initializers import STORED
 
@@ -59,8 +60,10 @@ def weight_inputs(path: Path) -> WeightInputs:
 
 
 def _read(path: Path) -> "ModelProto":
-    import onnx
-
+    try:
+        import onnx
+    except ImportError:
+        raise BackendError("weights become inputs by onnx; run: pip install 'stiv-deploy[export]'") from None
     try:
         return onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's own kinds of DecodeError

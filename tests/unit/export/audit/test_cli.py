@@ -1,17 +1,19 @@
 """``stiv audit`` as typed: what it builds, what it writes, its exit codes. Builders answer with recorded reports."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from toys import Toy, make_bundle
 
 from stiv_deploy.export.audit import audit
 from stiv_deploy.export.engines.job import EngineJob, EngineResult
 from stiv_deploy.runtime.bundle.bundle import read_manifest, write_manifest
-from stiv_deploy.runtime.bundle.manifest import QuantizationRecord
+from stiv_deploy.runtime.bundle.manifest import EngineRecord, QuantizationRecord
 from stiv_deploy.runtime.command.main import main
 from stiv_deploy.runtime.tensorrt_library import missing_library
 
@@ -156,3 +158,52 @@ def test_a_graph_that_cannot_be_built(stiv: Stiv, words_bundle: Path, tmp_path: 
     assert "step: TensorRT-RTX" in text
     assert "the ONNX parser refused step.onnx" in text
     assert not out.exists()
+
+
+def test_engines_with_weights_as_inputs_are_noted_beside_their_own(
+    stiv: Stiv, tmp_path: Path, jobs: list[EngineJob], as_float16: None
+) -> None:
+    """Where it is asked for, and of itself where the bundle has such engines for the GPU; each against its own plan."""
+    folder, out = make_bundle(tmp_path / "bundle", Toy()), tmp_path / "audit.json"
+    asked = ("--graphs", "block_00,step", "--json", out)
+    stiv("audit", folder, "--sm", "89", "--shared-plan", *asked)
+    assert [(job.graph, job.weights_as_inputs) for job in jobs] == [
+        ("block_00", True),
+        ("block_00", False),
+        ("step", False),
+    ]
+    assert jobs[0].profiles[0].keys() - jobs[1].profiles[0].keys() == {"slope"}
+    report = json.loads(out.read_text())
+    assert {row["name"] for row in report["rows"] if row["graph"] == "block_00"}.isdisjoint({"kernels"})
+    (note,) = report["notes"]
+    assert (note["graph"], note["target"]) == ("block_00", "sm89")
+    assert re.fullmatch(r"(\d+) kernels, 0.0 MiB; \1 and 0.0 with its weights", note["text"])
+    jobs.clear()
+    add_shared_engine(folder, "120")
+    stiv("audit", folder, "--sm", "89,120", "--graphs", "block_00", "--json", out)
+    assert [(job.sm, job.weights_as_inputs) for job in jobs] == [("89", False), ("120", True), ("120", False)]
+    assert [note["target"] for note in json.loads(out.read_text())["notes"]] == ["sm120"]
+
+
+def add_shared_engine(folder: Path, sm: str) -> None:
+    """Say in the manifest that there is an engine for ``sm`` that takes a weight of ``block_00``."""
+    manifest = read_manifest(folder)
+    record = EngineRecord(
+        graph="block_00",
+        bucket="small",
+        backend="tensorrt-rtx",
+        backend_version="1.7.1",
+        sm=sm,
+        file=manifest.tokenizer,
+        onnx="0" * 64,
+        weights=("slope",),
+        build_seconds=1.0,
+    )
+    write_manifest(folder, manifest.model_copy(update={"engines": (record,)}))
+
+
+def test_weights_in_8_bits_are_no_inputs(stiv: Stiv, fp8_bundle: Path, jobs: list[EngineJob]) -> None:
+    code, text = stiv("audit", fp8_bundle, "--sm", "89", "--shared-plan", "--graphs", "blocks")
+    assert (code, text.count("\n")) == (2, 1)
+    assert text.startswith("error: --shared-plan: layer block_00.spatial.qkv is FP8")
+    assert not jobs

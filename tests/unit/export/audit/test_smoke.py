@@ -1,5 +1,6 @@
 """The audit with the real TensorRT-RTX builder, on the CPU, of real bundles in each precision."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,17 @@ def test_bfloat16_fuses_each_attention_into_one_kernel(checkpoint: Path, tmp_pat
     found = {row.name: row.found for row in report.rows if row.graph == "block_00"}
     attention = [found[f"{name} attention"] for name in ("spatial", "temporal", "cross")]
     assert attention == ["1 fused kernel, BFloat16"] * 3
+    assert_only_biases_are_lost(folder)
+
+
+def assert_only_biases_are_lost(folder: Path) -> None:
+    """A block with weights as inputs passes, no product's type is another, and no kernel only prepares weights."""
+    report = audit_bundle(AuditRequest(bundle=folder, sms=("89",), graphs=("block_00",), jobs=1, shared_plan=True))
+    assert failures(report.rows) == []
+    counts, *lost = [note.text for note in report.notes]
+    assert "kernels, " in counts
+    assert lost
+    assert all(re.match(r"(\S+)\.Add is not fused into \1\.MatMul, but ", text) for text in lost)
 
 
 def test_float32_is_audited_without_fused_attention(bundle: Path) -> None:

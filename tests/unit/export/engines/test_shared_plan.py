@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,6 @@ from onnx import numpy_helper
 from toys import Toy, make_bundle
 
 from stiv_deploy.export.engines import build as build_module
-from stiv_deploy.export.engines import shared_plan
 from stiv_deploy.export.engines.build import BuildRequest, BuiltEngine, build_engines
 from stiv_deploy.export.engines.cli import show
 from stiv_deploy.export.engines.job import EngineJob, EngineResult
@@ -188,9 +188,10 @@ def test_a_float_block_of_a_quantized_bundle_is_taken(folder: Path, jobs: list[E
 
 
 def test_without_onnx(folder: Path, jobs: list[EngineJob], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_plan, "find_spec", lambda name: None)
-    with pytest.raises(BackendError, match=r"rewrites graphs with onnx; run: pip install 'stiv-deploy\[export\]'"):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(BackendError, match=r"weights become inputs by onnx; run: pip install 'stiv-deploy\[export\]'"):
         build(folder)
+    assert not jobs
 
 
 def test_as_typed(stiv: Callable[..., tuple[int, str]], folder: Path, jobs: list[EngineJob], tmp_path: Path) -> None:
