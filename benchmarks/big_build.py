@@ -1,11 +1,13 @@
 """All engines of a whole large model on a small machine: time, peak memory, bytes with and without hard links.
 
     python benchmarks/big_build.py --model M --precision fp8 --json benchmarks/results/big-build-m-DATE.json
+    python benchmarks/big_build.py --model XL --precision bfloat16 --shared-plan      # one plan for all blocks, too
 
 The model exists one graph at a time: random weights are made, written and forgotten, so that memory never holds more
 than one block, and text and VAE are small stand-ins. Then ``stiv build`` itself runs, on a plan cache of its own beside
 the bundle, and once more, when all plans are there. Peak memory is the largest sum of resident sets over the command
-and all its builders, sampled. Everything is deleted in the end. M in FP8 takes 17 GB of disk meanwhile.
+and all its builders, sampled. Everything is deleted in the end. M in FP8 takes 17 GB of disk meanwhile. With
+``--shared-plan`` the same bundle is built once more that way, on a plan cache of its own: a row of its own.
 """
 
 import json
@@ -44,6 +46,7 @@ from stiv_deploy.stiv_ref.model import Stiv
 
 RANGE = 4.0
 """Of every quantized tensor: what fuses and how long it takes follows from types, not from values."""
+SHARED_PLAN = "--shared-plan"
 NOBODY = "0" * 64
 """In the place of a checkpoint's hash."""
 
@@ -128,15 +131,27 @@ def disk_bytes(folders: Iterable[Path]) -> tuple[int, int]:
     return sum({each.st_ino: each.st_size for each in found}.values()), sum(each.st_size for each in found)
 
 
-def measure(folder: Path, precision: str, checkpoint: Checkpoint, bucket: Bucket, sm: str) -> dict[str, Any]:
-    """Builds of one precision, and what they left on the disk."""
+def measure(
+    folder: Path, precision: str, checkpoint: Checkpoint, bucket: Bucket, sm: str, *, shared: bool
+) -> dict[str, dict[str, Any]]:
+    """Rows of one precision: the usual build, and with ``shared`` that with one plan for all blocks."""
     bundle = write_bundle(folder / "bundle", checkpoint, precision, bucket)
     weights = disk_bytes([bundle])[0]
     typer.echo(f"{precision}: {weights / GIB:.2f} GiB of graphs are written", err=True)
-    command = [str(STIV), "build", str(bundle), "--sm", sm, "--cache", str(folder / "cache")]
+    rows = {precision: build_row(bundle, folder / "cache", sm, weights)}
+    if shared:
+        shutil.rmtree(bundle / "engines")
+        shutil.rmtree(folder / "cache")
+        rows[f"{precision}, {SHARED_PLAN}"] = build_row(bundle, folder / "cache", sm, weights, SHARED_PLAN)
+    return rows
+
+
+def build_row(bundle: Path, cache: Path, sm: str, weights: int, *options: str) -> dict[str, Any]:
+    """Two builds of ``bundle``, whose graphs are ``weights`` bytes, and what they left on the disk."""
+    command = [str(STIV), "build", str(bundle), "--sm", sm, "--cache", str(cache), *options]
     stages = [run_stage(name, command) for name in ("build", "build from the cache")]
     plans = bundle / "engines"
-    once, again = disk_bytes([plans, folder / "cache"])
+    once, again = disk_bytes([plans, cache])
     files = [path for path in plans.rglob("*") if path.is_file()]
     return {
         "graphs_gib": round(weights / GIB, 3),
@@ -162,12 +177,14 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def check_precisions(names: list[str]) -> list[str]:
-    """``names``; :class:`ExportError` for one that is none."""
+def check_precisions(names: list[str], *, shared: bool = False) -> list[str]:
+    """``names``; :class:`ExportError` for one that is none, or with ``shared`` has no shared plan."""
     known = ("fp8", "int8", "bfloat16", "float16")  # NVFP4's engines have graphs of their own, which nobody writes here
     for name in names:
         if name not in known:
             raise ExportError(f"--precision {name}: there is none; use {', '.join(known)}")
+        if shared and name in ("fp8", "int8"):
+            raise ExportError(f"--precision {name} has no {SHARED_PLAN}; use bfloat16 or float16, or leave that out")
     return names
 
 
@@ -178,21 +195,24 @@ def main(
     frames: Annotated[int, typer.Option(min=1, help="Frames of a clip.")] = 20,
     size: Annotated[int, typer.Option(min=32, help="Height and width in pixels, a multiple of 32.")] = 256,
     sm: Annotated[str, typer.Option(help="GPU to build engines for.")] = "89",
+    shared_plan: Annotated[bool, typer.Option(SHARED_PLAN, help="Build that way too: float precisions only.")] = False,
     folder: Annotated[Path | None, typer.Option(help="Where bundle and cache lie meanwhile.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
 ) -> None:
     """Build all engines of a large model from random weights, and say what that takes."""
-    precisions, builder = check_precisions(precision or ["fp8"]), import_tensorrt("tensorrt-rtx").__version__
+    precisions = check_precisions(precision or ["fp8"], shared=shared_plan)
+    builder = import_tensorrt("tensorrt-rtx").__version__
     checkpoint, rows = hollow_checkpoint(model, blocks, frames, size), {}
     for name in precisions:
         with tempfile.TemporaryDirectory(dir=folder) as place:
-            rows[name] = measure(Path(place), name, checkpoint, bucket_of(frames, size), sm)
+            rows |= measure(Path(place), name, checkpoint, bucket_of(frames, size), sm, shared=shared_plan)
     typer.echo(table(rows))
     chosen = " ".join(f"--precision {name}" for name in precisions)
     result = {
         "date": datetime.now(UTC).date().isoformat(),
         "command": f"python benchmarks/big_build.py --model {model} {chosen} --frames {frames} --size {size} --sm {sm}"
-        + (f" --blocks {blocks}" if blocks else ""),
+        + (f" --blocks {blocks}" if blocks else "")
+        + (f" {SHARED_PLAN}" if shared_plan else ""),
         "machine": f"{platform.machine()}, {psutil.cpu_count()} cores, load {psutil.getloadavg()[0]:.1f} at the end",
         "versions": {"python": platform.python_version(), "tensorrt-rtx": builder},
         "blocks": checkpoint.config.model.blocks,

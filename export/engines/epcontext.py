@@ -97,12 +97,20 @@ def check_target(out: Path) -> None:
 
 
 def chosen_engines(bundle: Bundle, sm: str | None) -> tuple[EngineRecord, ...]:
-    """Engines of TensorRT-RTX for ``sm`` in running order, one record of each; :class:`EngineError` if some lack."""
+    """Engines of TensorRT-RTX for ``sm`` in running order, one record of each.
+
+    Raises :class:`EngineError` if some lack, are of other graphs, or take weights as inputs.
+    """
     manifest = bundle.manifest
     ours = [record for record in manifest.engines if record.backend == "tensorrt-rtx"]
     target = chosen_target(bundle, sorted({record.sm for record in ours}), sm)
     found = {record.file.path: record for record in ours if record.sm == target}
     again = f"build them with: stiv build {bundle.folder} --sm {target}"
+    if shared := list(dict.fromkeys(each.graph for each in ours if each.sm == target and each.weights)):
+        raise EngineError(
+            f"{bundle.folder}: {sm_folder(target)} engines of {few(shared)} take their weights as inputs, which nobody "
+            f"gives to such a model; {again}, without --shared-plan"
+        )
     if lacking := unbuilt(manifest, {record.graph for record in found.values()}):
         raise EngineError(f"{bundle.folder}: no {sm_folder(target)} engines of {few(lacking)}; {again}")
     if stale := [record.graph for record in found.values() if attention_form(record, manifest) is None]:

@@ -9,7 +9,7 @@ import typer
 from stiv_deploy.runtime.command.generation import check_places, default_rows, requests_from_options, upsampled_request
 from stiv_deploy.runtime.command.long_clips import UPSCALE_LIMIT, Upsample, run_long
 from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, json_text, progress_bar, table
-from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.errors import RequestError, few
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -414,7 +414,7 @@ def _ranges(bucket: "Bucket") -> tuple["Range", ...]:
 def print_engine_records(report: "BundleReport", console: "Console") -> None:
     """Engines of a bundle, or how to build some."""
     from stiv_deploy.runtime.bundle.engine_files import attention_form
-    from stiv_deploy.runtime.command.inspection import attention_text
+    from stiv_deploy.runtime.command.inspection import attention_text, weights_text
 
     engines = report.manifest.engines
     if not engines:
@@ -429,12 +429,13 @@ def print_engine_records(report: "BundleReport", console: "Console") -> None:
             each.backend_version,
             each.sm,
             attention_text(each, attention_form(each, report.manifest)),
+            weights_text(each),
             _size(each.file.bytes),
             f"{each.build_seconds:.1f} s",
         )
         for each in engines
     )
-    columns = ("graph", "bucket", "backend", "version", "SM", "attention", "size", "built in")
+    columns = ("graph", "bucket", "backend", "version", "SM", "attention", "weights", "size", "built in")
     print_table(console, "Engines", columns, rows)
 
 
@@ -475,15 +476,16 @@ def print_onnx(report: "OnnxReport", console: "Console") -> None:
 
 def print_engine(report: "EngineReport", console: "Console") -> None:
     """Engine as text: its file, its record in the bundle, and what cannot be told here."""
-    from stiv_deploy.runtime.command.inspection import attention_text
+    from stiv_deploy.runtime.command.inspection import attention_text, weights_text
 
     lines = [f"{report.path}: {_size(report.bytes)}, SHA-256 {report.sha256[:12]}"]
     if report.record is not None:
         record = report.record
         lines.append(
-            f"graph {record.graph}, bucket {record.bucket}, {record.backend} {record.backend_version}, SM {record.sm}, "
-            f"attention {attention_text(record, report.attention)}, built in {record.build_seconds:.1f} s, "
-            f"of the bundle {report.bundle}"
+            f"graph{'s' if len(report.graphs) > 1 else ''} {few(report.graphs, 6)}, bucket {record.bucket}, "
+            f"{record.backend} {record.backend_version}, SM {record.sm}, "
+            f"attention {attention_text(record, report.attention)}, weights: {weights_text(record)}, "
+            f"built in {record.build_seconds:.1f} s, of the bundle {report.bundle}"
         )
     console.print("\n".join([*lines, report.note]), markup=False)
 

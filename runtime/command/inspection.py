@@ -56,7 +56,8 @@ class OnnxReport(BaseModel):
 class EngineReport(BaseModel):
     """A compiled engine; ``record`` is its entry in the manifest of the bundle that it lies in, found by its hash.
 
-    ``attention`` is the form of the graph that it was built from, None if the graph is another one by now.
+    ``attention`` is the form of the graph that it was built from, None if the graph is another one by now. ``graphs``
+    are all that run in it: more than one where weights are inputs.
     """
 
     kind: Literal["engine"] = "engine"
@@ -66,6 +67,7 @@ class EngineReport(BaseModel):
     bundle: str | None
     record: EngineRecord | None
     attention: Attention | None
+    graphs: list[str]
     note: str
 
 
@@ -130,6 +132,11 @@ def attention_text(record: EngineRecord, attention: Attention | None) -> str:
     return attention or "outdated"
 
 
+def weights_text(record: EngineRecord) -> str:
+    """Where the weights of an engine's graph are: in the ``plan``, or given as ``inputs``."""
+    return "inputs" if record.weights else "plan"
+
+
 def _tensor(value: Any, dtype_name: Any) -> TensorReport:
     tensor = value.type.tensor_type
     shape = [dim.dim_param or dim.dim_value if dim.WhichOneof("value") else "?" for dim in tensor.shape.dim]
@@ -183,11 +190,12 @@ def inspect_engine(path: Path) -> EngineReport:
     if size == 0:
         raise EngineError(f"{path}: an empty file, no engine; build it again with 'stiv build'")
     digest, folder = sha256(path), _bundle_around(path)
-    record, attention, note = None, None, f"not inside a bundle; {ENGINE_NOTE}"
+    record, attention, graphs, note = None, None, [], f"not inside a bundle; {ENGINE_NOTE}"
     if folder is not None:
         try:
             manifest = read_manifest(folder)
-            record = next((engine for engine in manifest.engines if engine.file.sha256 == digest), None)
+            mine = [engine for engine in manifest.engines if engine.file.sha256 == digest]
+            record, graphs = next(iter(mine), None), list(dict.fromkeys(engine.graph for engine in mine))
             attention = None if record is None else attention_form(record, manifest)
             note = ENGINE_NOTE if record else f"no engine of {folder / MANIFEST} has this hash; build it again"
         except StivError as error:
@@ -199,5 +207,6 @@ def inspect_engine(path: Path) -> EngineReport:
         bundle=str(folder) if folder else None,
         record=record,
         attention=attention,
+        graphs=graphs,
         note=note,
     )

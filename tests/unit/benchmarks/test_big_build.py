@@ -61,3 +61,31 @@ def test_a_file_of_two_names_counts_once(script: ModuleType, tmp_path: Path) -> 
 def test_unknown_precision(script: ModuleType) -> None:
     with pytest.raises(ExportError, match="--precision fp4: there is none; use fp8, int8, bfloat16, float16"):
         script.check_precisions(["fp8", "fp4"])
+
+
+def test_precisions_without_a_shared_plan(script: ModuleType) -> None:
+    assert script.check_precisions(["bfloat16", "float16"], shared=True) == ["bfloat16", "float16"]
+    with pytest.raises(ExportError, match="--precision int8 has no --shared-plan; use bfloat16 or float16"):
+        script.check_precisions(["bfloat16", "int8"], shared=True)
+
+
+def test_the_shared_plan_is_a_row_of_its_own(
+    script: ModuleType, hollow: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an empty cache, over the same graphs."""
+    given: list[list[str]] = []
+    from big_blocks import Stage
+
+    def run_stage(name: str, command: list[str]) -> object:
+        bundle, cache = Path(command[2]), Path(command[command.index("--cache") + 1])
+        assert cache.exists() == (name == "build from the cache")
+        for folder in (bundle / "engines", cache):
+            folder.mkdir(exist_ok=True)
+        given.append(command[7:])
+        return Stage(name=name, seconds=1.0, peak_gib=1.0)
+
+    monkeypatch.setattr(script, "run_stage", run_stage)
+    rows = script.measure(tmp_path, "bfloat16", hollow, script.bucket_of(4, 64), "89", shared=True)
+    assert list(rows) == ["bfloat16", "bfloat16, --shared-plan"]
+    assert given == [[], [], ["--shared-plan"], ["--shared-plan"]]
+    assert "| bfloat16, --shared-plan | 0 |" in script.table(rows)

@@ -143,6 +143,22 @@ def test_engine_is_found_in_its_bundle(engine: Path) -> None:
     assert (report.record.graph, report.record.sm) == ("head", "89")
     assert "only on a GPU" in report.note
     assert "graph head, bucket small, tensorrt-rtx 1.7.1, SM 89" in show(engine)
+    assert "weights: plan" in show(engine)
+
+
+def test_engine_that_blocks_share(engine: Path) -> None:
+    folder = engine.parents[3]
+    manifest = read_manifest(folder)
+    records = [
+        manifest.engines[0].model_copy(update={"graph": f"block_0{index}", "weights": ("slope",)}) for index in range(2)
+    ]
+    write_manifest(folder, manifest.model_copy(update={"engines": tuple(records)}))
+    report = inspect_path(engine)
+    assert isinstance(report, EngineReport)
+    assert report.graphs == ["block_00", "block_01"]
+    assert "graphs block_00, block_01, bucket small, tensorrt-rtx 1.7.1, SM 89" in show(engine)
+    assert "weights: inputs" in show(engine)
+    assert "inputs" in show(folder)
 
 
 def test_engine_that_differs_from_its_record(engine: Path) -> None:

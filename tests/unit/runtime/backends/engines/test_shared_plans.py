@@ -3,29 +3,34 @@
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 from safetensors.numpy import save_file
-from toys import Toy, make_bundle
+from toys import Toy, make_bundle, with_answers
 
 from stiv_deploy.export.engines.shared_plan import plan_names
 from stiv_deploy.export.engines.weight_inputs import weight_inputs
 from stiv_deploy.runtime import backends
+from stiv_deploy.runtime.backends import tensorrt
 from stiv_deploy.runtime.backends.cuda import Cuda
 from stiv_deploy.runtime.backends.engine_choice import same_again
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stiv_deploy.runtime.backends.tensorrt import TensorRTBackend
 from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, read_manifest, write_manifest
 from stiv_deploy.runtime.bundle.engine_files import buckets_of_engine, graph_profile
-from stiv_deploy.runtime.bundle.merging import with_loras
+from stiv_deploy.runtime.bundle.golden import read_golden
+from stiv_deploy.runtime.bundle.merging import is_of_transformer, linear_of, weight_places, with_loras
 from stiv_deploy.runtime.errors import BundleError, EngineError, LoraError
 from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
+from stiv_deploy.runtime.sampling.golden_run import graph_rows
 
 LINEAR = "ffn.up.weight"
 BLOCKS = ("block_00", "block_01")
@@ -61,7 +66,7 @@ def folder(tmp_path: Path, stand_ins: SimpleNamespace) -> Path:
     return stand_ins.add_engines(path)
 
 
-def share(folder: Path, stand_ins: SimpleNamespace, graphs: tuple[str, ...] = BLOCKS) -> Path:
+def share(folder: Path, stand_ins: SimpleNamespace, graphs: Sequence[str] = BLOCKS) -> Path:
     """Let ``graphs`` of the bundle have engines with weights as inputs."""
     bundle = Bundle.open(folder)
     inputs = {name: weight_inputs(bundle.graph_file(name)) for name in graphs}
@@ -73,7 +78,8 @@ def share(folder: Path, stand_ins: SimpleNamespace, graphs: tuple[str, ...] = BL
         path = f"engines/tensorrt/89/{names[record.graph]}.engine"
         rewritten = (folder / path).with_suffix(".onnx")
         rewritten.write_bytes(inputs[record.graph].model)
-        (folder / path).write_text(f"block_00\n{rewritten}\n{stand_ins.scratch_of(record.graph)}")
+        first = names[record.graph].removeprefix("shared_")
+        (folder / path).write_text(f"{first}\n{rewritten}\n{stand_ins.scratch_of(first)}")
         update = {"file": file_record(folder, path), "weights": tuple(inputs[record.graph].shapes)}
         engines.append(record.model_copy(update=update))
     write_manifest(folder, bundle.manifest.model_copy(update={"engines": tuple(engines)}))
@@ -219,3 +225,70 @@ def test_what_records_of_a_shared_engine_tell(shared: Path) -> None:
     assert {each.file.path for each in records} == {"engines/tensorrt/89/shared_block_00.engine"}
     assert same_again(records[1], manifest) == "run: stiv build BUNDLE --backend tensorrt --sm 89 --shared-plan"
     assert buckets_of_engine(records[1], manifest) == [bucket.name for bucket in manifest.buckets]
+
+
+def test_verify_tells_the_weights_of_one_block_from_those_of_another(
+    shared: Path, stand_ins: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_answers(shared)
+    bundle, genuine = Bundle.open(shared), tensorrt.load_weights
+
+    def failed() -> set[str]:
+        golden = read_golden(bundle)
+        with opened(shared, stand_ins)[0] as backend:
+            return {row.subject for row in graph_rows(backend, bundle, golden, golden.graphs) if not row.passed}
+
+    assert failed() == set()
+    first = {"graph": "block_00"}
+    monkeypatch.setattr(tensorrt, "load_weights", lambda *a: genuine(*a[:-1], a[-1].model_copy(update=first)))
+    assert failed() == {"block_01"}
+
+
+def whole_lora(path: Path, bundle: Bundle) -> Path:
+    """A LoRA of rank 2 of every linear in ``text_kv``, ``embed``, ``head`` and the blocks of an exported bundle."""
+    generator, tensors = np.random.default_rng(3), {}
+    for graph in filter(is_of_transformer, bundle.manifest.graphs):
+        for name, place in weight_places(bundle, graph).items():
+            linear = linear_of(graph, name)
+            if linear is not None and len(place.shape) == 2:
+                inner, out = place.shape
+                down, up = generator.standard_normal((2, inner)), generator.standard_normal((out, 2))
+                tensors[f"transformer.{linear}.lora_A.weight"] = (down * inner**-0.5).astype(np.float32)
+                tensors[f"transformer.{linear}.lora_B.weight"] = (up / 10).astype(np.float32)
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps({})})
+    return path
+
+
+@pytest.fixture
+def unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime packs weights for its products where they are constants, and then adds in another order."""
+    genuine = ort.InferenceSession
+
+    def session(path: str, options: ort.SessionOptions | None = None, **more: Any) -> ort.InferenceSession:
+        options = options or ort.SessionOptions()
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        return genuine(path, options, **more)
+
+    monkeypatch.setattr(ort, "InferenceSession", session)
+
+
+@pytest.mark.slow
+def test_an_exported_bundle_with_and_without_a_lora(
+    bundle: Path, stand_ins: SimpleNamespace, tmp_path: Path, unpacked: None
+) -> None:
+    """Every graph of the transformer takes its weights as inputs: the bits are those of ONNX Runtime, LoRA and all."""
+    own = stand_ins.add_engines(shutil.copytree(bundle, tmp_path / "own"))
+    graphs = list(filter(is_of_transformer, Bundle.open(own).manifest.graphs))
+    share(own, stand_ins, graphs)
+    assert len({each.file.path for each in read_manifest(own).engines if each.graph.startswith("block_")}) == 1
+    lora, made = str(whole_lora(tmp_path / "a.safetensors", Bundle.open(own))), []
+    for loras in ([], [lora], []):
+        with (
+            opened(own, stand_ins, *loras)[0] as backend,
+            OnnxRuntimeBackend(with_loras(Bundle.open(own), loras)) as reference,
+        ):
+            clips = [StivPipeline(Bundle.open(own), each)(**REQUEST).latents for each in (backend, reference)]
+        assert np.array_equal(*clips)
+        made.append(clips[0])
+    assert np.array_equal(made[0], made[2])
+    assert not np.array_equal(made[0], made[1])
