@@ -188,7 +188,7 @@ class Audit:
             tf32=takes_tf32(manifest, graph) and reduced is None,
         )
         expected, inputs = expectation(manifest, graph, reduced), self._weight_inputs(graph, sm)
-        shared = None if inputs is None else with_inputs(job, inputs)
+        shared = None if inputs is None else job_with_inputs(job, inputs)
         return _Task(
             job=shared or job,
             inputs=inputs,
@@ -266,7 +266,7 @@ class Audit:
         return _report(self.bundle, self.title, engines, rows, notes)
 
 
-def with_inputs(job: EngineJob, inputs: WeightInputs) -> EngineJob:
+def job_with_inputs(job: EngineJob, inputs: WeightInputs) -> EngineJob:
     """The same job with weights as inputs."""
     profiles = tuple(profile | inputs.profile for profile in job.profiles)
     path = f"{job.plan.removesuffix('.plan')}-shared"

@@ -44,11 +44,11 @@ def _check_types(manifest: Manifest, graphs: Sequence[str]) -> None:
 
 def plan_names(inputs: Mapping[str, WeightInputs]) -> dict[str, str]:
     """What the engine of each graph in ``inputs`` is called: blocks, or halves, of one form share the first one's."""
-    firsts: dict[str, str] = {}
+    firsts: dict[tuple[str, str], str] = {}
     return dict(_named(graph, each, firsts) for graph, each in inputs.items())
 
 
-def _named(graph: str, inputs: WeightInputs, firsts: dict[str, str]) -> tuple[str, str]:
+def _named(graph: str, inputs: WeightInputs, firsts: dict[tuple[str, str], str]) -> tuple[str, str]:
     if not (is_block(graph) or is_half(graph)):
         return graph, graph
-    return graph, shared_name(firsts.setdefault(inputs.digest, graph))
+    return graph, shared_name(firsts.setdefault((graph.partition("_")[0], inputs.digest), graph))

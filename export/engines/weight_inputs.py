@@ -54,6 +54,11 @@ def weight_inputs(path: Path) -> WeightInputs:
     small = [name for name, each in weights.items() if each.data_type not in STORED]
     if small:
         raise EngineError(f"{path.name}: {few(small)} is in 8 or 4 bits, which is no engine's input; {PLAIN}")
+    return with_inputs(model, weights)
+
+
+def with_inputs(model: "ModelProto", weights: Mapping[str, "TensorProto"]) -> WeightInputs:
+    """``model``, which is changed, with these initializers of it as inputs, whatever their types."""
     shapes = {name: _shape(model.graph, each) for name, each in weights.items()}
     _make_inputs(model.graph, weights, shapes)
     return WeightInputs(model=model.SerializeToString(deterministic=True), shapes=shapes)

@@ -1,6 +1,6 @@
 """Weights in device memory, for engines that take them as inputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -20,7 +20,7 @@ ALIGNMENT = 256
 class DeviceWeights:
     """Addresses of weights by their names, all in one ``memory``."""
 
-    addresses: Mapping[str, int]
+    addresses: dict[str, int]
     memory: Memory
 
 

@@ -34,15 +34,20 @@ def flavour(request: pytest.FixtureRequest) -> Flavour:
     return request.param
 
 
-@pytest.fixture(scope="module")
-def built(flavour: Flavour, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A copy of the bundle with engines for this GPU; portable ones where RTX does not list its SM."""
+@pytest.fixture(scope="module", params=[False, True], ids=["separate", "shared plan"])
+def built(
+    request: pytest.FixtureRequest, flavour: Flavour, bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    """A copy of the bundle with engines for this GPU; portable ones where RTX does not list its SM.
+
+    Once each graph has an engine of its own, once all blocks share one and weights are inputs.
+    """
     folder = tmp_path_factory.mktemp(flavour) / "bundle"
     shutil.copytree(bundle, folder)
     known, here = targets(import_tensorrt(flavour)), Cuda().device.sm
     sm = PORTABLE if known and here not in known else here
-    request = BuildRequest(bundle=folder, backend=flavour, sm=sm, cache=folder.parent / "cache")
-    build_engines(request)
+    cache = folder.parent / "cache"
+    build_engines(BuildRequest(bundle=folder, backend=flavour, sm=sm, cache=cache, shared_plan=request.param))
     return Bundle.open(folder)
 
 

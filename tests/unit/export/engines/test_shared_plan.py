@@ -17,6 +17,8 @@ from stiv_deploy.export.engines.build import BuildRequest, BuiltEngine, build_en
 from stiv_deploy.export.engines.cli import show
 from stiv_deploy.export.engines.job import EngineJob, EngineResult
 from stiv_deploy.export.engines.processes import BuilderProcesses
+from stiv_deploy.export.engines.shared_plan import plan_names
+from stiv_deploy.export.engines.weight_inputs import WeightInputs
 from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, read_manifest, write_manifest
 from stiv_deploy.runtime.bundle.engine_files import attention_form, buckets_of_engine
 from stiv_deploy.runtime.bundle.manifest import EngineRecord, QuantizationRecord
@@ -115,6 +117,19 @@ def test_ordinary_and_shared_engines_take_turns(folder: Path, jobs: list[EngineJ
     build(folder, "blocks")
     assert len(jobs) == number
     assert {record.file.path for record in records(folder).values()} == {SHARED}
+
+
+def test_halves_share_by_their_kind_and_other_graphs_do_not() -> None:
+    one, other = (WeightInputs(model=content, shapes={"a": (1,)}) for content in (b"spatial", b"mixed"))
+    forms = {"text_kv": one, "block_00": other, "spatial_00": one, "mixed_00": other, "spatial_01": one, "embed": one}
+    assert plan_names(forms) == {
+        "text_kv": "text_kv",
+        "block_00": "shared_block_00",
+        "spatial_00": "shared_spatial_00",
+        "mixed_00": "shared_mixed_00",
+        "spatial_01": "shared_spatial_00",
+        "embed": "embed",
+    }
 
 
 def test_a_bucket_of_its_own(folder: Path, jobs: list[EngineJob]) -> None:
