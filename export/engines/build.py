@@ -16,7 +16,7 @@ from stiv_deploy.export.engines.job import BUILDER_REVISION, FLAGS_SET, EngineJo
 from stiv_deploy.export.engines.plan_cache import CachedPlan, PlanCache, default_cache, plan_key
 from stiv_deploy.export.engines.plugin_graphs import BuildAttention, Packaging, choose_packaging
 from stiv_deploy.export.engines.processes import BuilderProcesses
-from stiv_deploy.export.engines.shared_plan import choose_weight_inputs, plan_names
+from stiv_deploy.export.engines.shared_plan import choose_weight_inputs, first_of_form
 from stiv_deploy.export.engines.weight_inputs import weight_inputs
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import Format, Frozen, has_layer, is_block, is_half
@@ -25,6 +25,7 @@ from stiv_deploy.runtime.bundle.engine_files import (
     graph_hash,
     graph_profile,
     reduced_for,
+    shared_name,
     sm_folder,
     takes_tf32,
 )
@@ -244,7 +245,7 @@ class EngineBuild:
             self._onnx = dict(zip(self.graphs, readers.map(self._file, self.graphs), strict=True))
         found = {graph: weight_inputs(self._onnx[graph]) for graph in with_inputs}
         self._inputs = {graph: inputs for graph, inputs in found.items() if inputs.shapes}
-        self._names = plan_names(self._inputs)
+        self._firsts = first_of_form(self._inputs)
         self._builders = BuilderProcesses()
 
     def packaging_of(self, graph: str) -> Packaging | None:
@@ -338,7 +339,7 @@ class EngineBuild:
 
     def _built(self, graph: str, plan: CachedPlan, *, cached: bool) -> BuiltEngine:
         attention = "native" if self.packaging_of(graph) is None else self.request.attention
-        return BuiltEngine(graph=graph, file=self._path(graph), attention=attention, plan=plan, cached=cached)
+        return BuiltEngine(graph=graph, file=self._path(graph, plan), attention=attention, plan=plan, cached=cached)
 
     def _build_all(self, progress: Progress) -> dict[str, BuiltEngine]:
         """Build every distinct engine, some at a time; the first failure, or Ctrl-C, ends all builders."""
@@ -367,9 +368,11 @@ class EngineBuild:
         held = [self.bundle.manifest.graphs[graph].data for graph in self.graphs if graph not in self._inputs]
         return max((data.bytes for data in held if data is not None), default=0)
 
-    def _path(self, graph: str) -> str:
-        """Where the engine goes in the bundle."""
-        return engine_path(self.request.backend, self.sm, self._names.get(graph, graph), self.request.buckets)
+    def _path(self, graph: str, plan: CachedPlan) -> str:
+        """Where the engine goes in the bundle: one that others may share never replaces another under its name."""
+        first = self._firsts.get(graph)
+        name = graph if first is None else shared_name(first, plan.sha256)
+        return engine_path(self.request.backend, self.sm, name, self.request.buckets)
 
     def _records(self, engine: BuiltEngine) -> list[EngineRecord]:
         """Manifest entries of one engine: one per bucket."""
@@ -398,7 +401,7 @@ class EngineBuild:
         """
         built = self._build_all(progress)
         records = [record for graph in self.graphs for record in self._records(built[graph])]
-        with staged(self.bundle.folder, {self._path(graph): built[graph].plan.path for graph in self.graphs}) as files:
+        with staged(self.bundle.folder, {each.file: each.plan.path for each in built.values()}) as files:
             commit(self.bundle, files, records)
         return BuildReport(
             bundle=self.request.bundle,

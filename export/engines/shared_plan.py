@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 from stiv_deploy.export.engines.weight_inputs import PLAIN, WeightInputs
 from stiv_deploy.runtime.bundle.contract import has_layer, is_block, is_half
-from stiv_deploy.runtime.bundle.engine_files import shared_name
 from stiv_deploy.runtime.bundle.manifest import Manifest
 from stiv_deploy.runtime.bundle.merging import is_of_transformer
 from stiv_deploy.runtime.errors import EngineError, few
@@ -42,13 +41,8 @@ def _check_types(manifest: Manifest, graphs: Sequence[str]) -> None:
         raise EngineError(f"--shared-plan: layer {found} is {record.format.upper()}, {why}; {PLAIN}")
 
 
-def plan_names(inputs: Mapping[str, WeightInputs]) -> dict[str, str]:
-    """What the engine of each graph in ``inputs`` is called: blocks, or halves, of one form share the first one's."""
+def first_of_form(inputs: Mapping[str, WeightInputs]) -> dict[str, str]:
+    """Of each block and half in ``inputs`` the first one of its kind and form, whose engine it shares."""
     firsts: dict[tuple[str, str], str] = {}
-    return dict(_named(graph, each, firsts) for graph, each in inputs.items())
-
-
-def _named(graph: str, inputs: WeightInputs, firsts: dict[tuple[str, str], str]) -> tuple[str, str]:
-    if not (is_block(graph) or is_half(graph)):
-        return graph, graph
-    return graph, shared_name(firsts.setdefault((graph.partition("_")[0], inputs.digest), graph))
+    shared = [graph for graph in inputs if is_block(graph) or is_half(graph)]
+    return {graph: firsts.setdefault((graph.partition("_")[0], inputs[graph].digest), graph) for graph in shared}

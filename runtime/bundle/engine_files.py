@@ -83,9 +83,9 @@ def engine_path(backend: str, sm: str, graph: str, buckets: Sequence[str]) -> st
     return f"engines/{backend}/{sm_folder(sm)}/{graph}{suffix}.engine"
 
 
-def shared_name(graph: str) -> str:
-    """What :func:`engine_path` calls an engine that ``graph`` shares with others, being the first of them."""
-    return f"shared_{graph}"
+def shared_name(first: str, sha256: str) -> str:
+    """What :func:`engine_path` calls an engine of this hash that the graph ``first`` and others of its form share."""
+    return f"shared_{first}_{sha256[:8]}"
 
 
 def buckets_of_engine(record: EngineRecord, manifest: Manifest) -> list[str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +18,14 @@ from stiv_deploy.export.engines.build import BuildRequest, BuiltEngine, build_en
 from stiv_deploy.export.engines.cli import show
 from stiv_deploy.export.engines.job import EngineJob, EngineResult
 from stiv_deploy.export.engines.processes import BuilderProcesses
-from stiv_deploy.export.engines.shared_plan import plan_names
+from stiv_deploy.export.engines.shared_plan import first_of_form
 from stiv_deploy.export.engines.weight_inputs import WeightInputs
 from stiv_deploy.runtime.bundle.bundle import Bundle, file_record, read_manifest, write_manifest
 from stiv_deploy.runtime.bundle.engine_files import attention_form, buckets_of_engine
 from stiv_deploy.runtime.bundle.manifest import EngineRecord, QuantizationRecord
 from stiv_deploy.runtime.errors import BackendError, EngineError
 
-SHARED = "engines/tensorrt-rtx/sm89/shared_block_00.engine"
+SHARED = r"engines/tensorrt-rtx/sm89/shared_block_00_[0-9a-f]{8}"
 
 
 def weighted(folder: Path, graph: str, value: float) -> None:
@@ -80,7 +81,8 @@ def test_blocks_share_one_engine_and_other_graphs_have_their_own(folder: Path, j
     build(folder)
     found, manifest = records(folder), read_manifest(folder)
     assert found.keys() == manifest.graphs.keys()
-    assert {found[f"block_0{index}"].file.path for index in range(2)} == {SHARED}
+    (path,) = {found[f"block_0{index}"].file.path for index in range(2)}
+    assert re.fullmatch(rf"{SHARED}\.engine", path)
     assert found["block_00"].onnx != found["block_01"].onnx, "each is held to its own weights"
     assert all(attention_form(record, manifest) == "native" for record in found.values())
     assert {name: record.weights for name, record in found.items() if record.weights} == {
@@ -108,34 +110,41 @@ def test_other_weights_take_the_plan_from_the_cache(folder: Path, jobs: list[Eng
 def test_ordinary_and_shared_engines_take_turns(folder: Path, jobs: list[EngineJob]) -> None:
     """Each keeps its own plans in the cache, and the shared file lives as long as a block needs it."""
     build(folder, "blocks")
+    path = folder / records(folder)["block_01"].file.path
     build(folder, "block_00", shared=False)
-    assert (folder / SHARED).is_file()
+    assert path.is_file()
     assert records(folder)["block_00"].weights == ()
     build(folder, "block_01", shared=False)
-    assert not (folder / SHARED).exists()
+    assert not path.exists()
     number = len(jobs)
     build(folder, "blocks")
     assert len(jobs) == number
-    assert {record.file.path for record in records(folder).values()} == {SHARED}
+    assert {folder / record.file.path for record in records(folder).values()} == {path}
+
+
+def test_another_plan_for_one_block_leaves_that_of_the_others(folder: Path, jobs: list[EngineJob]) -> None:
+    build(folder, "blocks")
+    build(folder, "block_00", optimization_level=5)
+    found, bundle = records(folder), Bundle.open(folder)
+    assert found["block_00"].file != found["block_01"].file
+    assert all(bundle.verified(record.file).is_file() for record in found.values())
 
 
 def test_halves_share_by_their_kind_and_other_graphs_do_not() -> None:
     one, other = (WeightInputs(model=content, shapes={"a": (1,)}) for content in (b"spatial", b"mixed"))
     forms = {"text_kv": one, "block_00": other, "spatial_00": one, "mixed_00": other, "spatial_01": one, "embed": one}
-    assert plan_names(forms) == {
-        "text_kv": "text_kv",
-        "block_00": "shared_block_00",
-        "spatial_00": "shared_spatial_00",
-        "mixed_00": "shared_mixed_00",
-        "spatial_01": "shared_spatial_00",
-        "embed": "embed",
+    assert first_of_form(forms) == {
+        "block_00": "block_00",
+        "spatial_00": "spatial_00",
+        "mixed_00": "mixed_00",
+        "spatial_01": "spatial_00",
     }
 
 
 def test_a_bucket_of_its_own(folder: Path, jobs: list[EngineJob]) -> None:
     build(folder, "blocks", buckets=("small",))
     (path,) = {record.file.path for record in records(folder).values()}
-    assert path == SHARED.replace(".engine", ".small.engine")
+    assert re.fullmatch(rf"{SHARED}\.small\.engine", path)
     assert buckets_of_engine(records(folder)["block_01"], read_manifest(folder)) == ["small"]
 
 
@@ -212,4 +221,4 @@ def test_without_onnx(folder: Path, jobs: list[EngineJob], monkeypatch: pytest.M
 def test_as_typed(stiv: Callable[..., tuple[int, str]], folder: Path, jobs: list[EngineJob], tmp_path: Path) -> None:
     code, _ = stiv("build", folder, "--sm", "89", "--shared-plan", "--cache", tmp_path / "cache")
     assert code == 0
-    assert records(folder)["block_01"].file.path == SHARED
+    assert re.fullmatch(rf"{SHARED}\.engine", records(folder)["block_01"].file.path)

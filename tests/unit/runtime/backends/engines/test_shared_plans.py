@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from safetensors.numpy import save_file
 from toys import Toy, make_bundle, with_answers
 
-from stiv_deploy.export.engines.shared_plan import plan_names
+from stiv_deploy.export.engines.shared_plan import first_of_form
 from stiv_deploy.export.engines.weight_inputs import weight_inputs
 from stiv_deploy.runtime import backends
 from stiv_deploy.runtime.backends import tensorrt
@@ -70,15 +70,15 @@ def share(folder: Path, stand_ins: SimpleNamespace, graphs: Sequence[str] = BLOC
     """Let ``graphs`` of the bundle have engines with weights as inputs."""
     bundle = Bundle.open(folder)
     inputs = {name: weight_inputs(bundle.graph_file(name)) for name in graphs}
-    names, engines = plan_names(inputs), []
+    firsts, engines = first_of_form(inputs), []
     for record in bundle.manifest.engines:
         if record.graph not in inputs:
             engines.append(record)
             continue
-        path = f"engines/tensorrt/89/{names[record.graph]}.engine"
+        first = firsts.get(record.graph, record.graph)
+        path = f"engines/tensorrt/89/shared_{first}_01234567.engine"
         rewritten = (folder / path).with_suffix(".onnx")
         rewritten.write_bytes(inputs[record.graph].model)
-        first = names[record.graph].removeprefix("shared_")
         (folder / path).write_text(f"{first}\n{rewritten}\n{stand_ins.scratch_of(first)}")
         update = {"file": file_record(folder, path), "weights": tuple(inputs[record.graph].shapes)}
         engines.append(record.model_copy(update=update))
@@ -222,7 +222,7 @@ def test_weights_that_are_damaged(shared: Path, stand_ins: SimpleNamespace) -> N
 def test_what_records_of_a_shared_engine_tell(shared: Path) -> None:
     manifest = read_manifest(shared)
     records = [each for each in manifest.engines if each.weights]
-    assert {each.file.path for each in records} == {"engines/tensorrt/89/shared_block_00.engine"}
+    assert {each.file.path for each in records} == {"engines/tensorrt/89/shared_block_00_01234567.engine"}
     assert same_again(records[1], manifest) == "run: stiv build BUNDLE --backend tensorrt --sm 89 --shared-plan"
     assert buckets_of_engine(records[1], manifest) == [bucket.name for bucket in manifest.buckets]
 
