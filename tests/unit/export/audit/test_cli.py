@@ -165,7 +165,7 @@ def test_engines_with_weights_as_inputs_are_noted_beside_their_own(
 ) -> None:
     """Where it is asked for, and of itself where the bundle has such engines for the GPU; each against its own plan."""
     folder, out = make_bundle(tmp_path / "bundle", Toy()), tmp_path / "audit.json"
-    asked = ("--graphs", "block_00,step", "--json", out)
+    asked = ("--graphs", "block_00,step", "--json", out, "--jobs", "1")
     stiv("audit", folder, "--sm", "89", "--shared-plan", *asked)
     assert [(job.graph, job.weights_as_inputs) for job in jobs] == [
         ("block_00", True),
@@ -180,7 +180,7 @@ def test_engines_with_weights_as_inputs_are_noted_beside_their_own(
     assert re.fullmatch(r"(\d+) kernels, 0.0 MiB; \1 and 0.0 with its weights", note["text"])
     jobs.clear()
     add_shared_engine(folder, "120")
-    stiv("audit", folder, "--sm", "89,120", "--graphs", "block_00", "--json", out)
+    stiv("audit", folder, "--sm", "89,120", "--graphs", "block_00", "--json", out, "--jobs", "1")
     assert [(job.sm, job.weights_as_inputs) for job in jobs] == [("89", False), ("120", True), ("120", False)]
     assert [note["target"] for note in json.loads(out.read_text())["notes"]] == ["sm120"]
 
