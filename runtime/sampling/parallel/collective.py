@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 from stiv_deploy.runtime.backends.base import Buffer, Call
 from stiv_deploy.runtime.backends.cuda import Region
+from stiv_deploy.runtime.backends.device_weights import ALIGNMENT
 from stiv_deploy.runtime.backends.nccl import Bytes, Communicator
-from stiv_deploy.runtime.backends.tensorrt import ALIGNMENT, Arena, TensorRTBackend
+from stiv_deploy.runtime.backends.tensorrt import Arena, TensorRTBackend
 from stiv_deploy.runtime.errors import DeviceError, StivError
 from stiv_deploy.runtime.sampling.parallel.peers import region
 from stiv_deploy.runtime.sampling.parallel.shards import Move
