@@ -14,7 +14,7 @@ import json
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -132,23 +132,23 @@ def disk_bytes(folders: Iterable[Path]) -> tuple[int, int]:
 
 
 def measure(
-    folder: Path, precision: str, checkpoint: Checkpoint, bucket: Bucket, sm: str, *, shared: bool
+    folder: Path, precision: str, checkpoint: Checkpoint, bucket: Bucket, options: Sequence[str], *, shared: bool
 ) -> dict[str, dict[str, Any]]:
     """Rows of one precision: the usual build, and with ``shared`` that with one plan for all blocks."""
     bundle = write_bundle(folder / "bundle", checkpoint, precision, bucket)
     weights = disk_bytes([bundle])[0]
     typer.echo(f"{precision}: {weights / GIB:.2f} GiB of graphs are written", err=True)
-    rows = {precision: build_row(bundle, folder / "cache", sm, weights)}
+    rows = {precision: build_row(bundle, folder / "cache", weights, options)}
     if shared:
         shutil.rmtree(bundle / "engines")
         shutil.rmtree(folder / "cache")
-        rows[f"{precision}, {SHARED_PLAN}"] = build_row(bundle, folder / "cache", sm, weights, SHARED_PLAN)
+        rows[f"{precision}, {SHARED_PLAN}"] = build_row(bundle, folder / "cache", weights, [*options, SHARED_PLAN])
     return rows
 
 
-def build_row(bundle: Path, cache: Path, sm: str, weights: int, *options: str) -> dict[str, Any]:
+def build_row(bundle: Path, cache: Path, weights: int, options: Sequence[str]) -> dict[str, Any]:
     """Two builds of ``bundle``, whose graphs are ``weights`` bytes, and what they left on the disk."""
-    command = [str(STIV), "build", str(bundle), "--sm", sm, "--cache", str(cache), *options]
+    command = [str(STIV), "build", str(bundle), "--cache", str(cache), *options]
     stages = [run_stage(name, command) for name in ("build", "build from the cache")]
     plans = bundle / "engines"
     once, again = disk_bytes([plans, cache])
@@ -196,21 +196,24 @@ def main(
     size: Annotated[int, typer.Option(min=32, help="Height and width in pixels, a multiple of 32.")] = 256,
     sm: Annotated[str, typer.Option(help="GPU to build engines for.")] = "89",
     shared_plan: Annotated[bool, typer.Option(SHARED_PLAN, help="Build that way too: float precisions only.")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Builders at a time. Default: as 'stiv build' does.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Where bundle and cache lie meanwhile.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
 ) -> None:
     """Build all engines of a large model from random weights, and say what that takes."""
     precisions = check_precisions(precision or ["fp8"], shared=shared_plan)
     builder = import_tensorrt("tensorrt-rtx").__version__
+    options = ["--sm", sm, *([] if jobs is None else ["--jobs", str(jobs)])]
     checkpoint, rows = hollow_checkpoint(model, blocks, frames, size), {}
     for name in precisions:
         with tempfile.TemporaryDirectory(dir=folder) as place:
-            rows |= measure(Path(place), name, checkpoint, bucket_of(frames, size), sm, shared=shared_plan)
+            rows |= measure(Path(place), name, checkpoint, bucket_of(frames, size), options, shared=shared_plan)
     typer.echo(table(rows))
     chosen = " ".join(f"--precision {name}" for name in precisions)
     result = {
         "date": datetime.now(UTC).date().isoformat(),
-        "command": f"python benchmarks/big_build.py --model {model} {chosen} --frames {frames} --size {size} --sm {sm}"
+        "command": f"python benchmarks/big_build.py --model {model} {chosen} --frames {frames} --size {size} "
+        + " ".join(options)
         + (f" --blocks {blocks}" if blocks else "")
         + (f" {SHARED_PLAN}" if shared_plan else ""),
         "machine": f"{platform.machine()}, {psutil.cpu_count()} cores, load {psutil.getloadavg()[0]:.1f} at the end",

@@ -85,7 +85,7 @@ def test_the_shared_plan_is_a_row_of_its_own(
         return Stage(name=name, seconds=1.0, peak_gib=1.0)
 
     monkeypatch.setattr(script, "run_stage", run_stage)
-    rows = script.measure(tmp_path, "bfloat16", hollow, script.bucket_of(4, 64), "89", shared=True)
+    rows = script.measure(tmp_path, "bfloat16", hollow, script.bucket_of(4, 64), ["--sm", "89"], shared=True)
     assert list(rows) == ["bfloat16", "bfloat16, --shared-plan"]
     assert given == [[], [], ["--shared-plan"], ["--shared-plan"]]
     assert "| bfloat16, --shared-plan | 0 |" in script.table(rows)
