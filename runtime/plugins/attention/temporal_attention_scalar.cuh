@@ -34,25 +34,34 @@ struct ScalarTemporalAttention {
         position = line - batch * p.positions;
     }
 
+    // Of a row: the lane's weights of the frames `lane` and `lane + 32`, and the factor that makes all sum to one.
+    struct Weights {
+        float first, second, scale;
+    };
+
     STIV_DEVICE void run() {
         for (int t = warp; t < p.frames; t += kWarps) normalize(1, t, [&](int i, float x) { *key(t, i) = x; });
         sync_block();
-        float weights[kRowsPerWarp][2], scale[kRowsPerWarp];
+        Weights all[kRowsPerWarp] = {};
+#pragma unroll 1
+        for (int r = 0; warp + r * kWarps < p.frames; ++r) {
+            const Weights weights = attend(warp + r * kWarps);
 #pragma unroll
-        for (int r = 0; r < kRowsPerWarp; ++r) {
-            const int t = warp + r * kWarps;
-            scale[r] = weights[r][0] = weights[r][1] = 0.0f;
-            if (t < p.frames) scale[r] = attend(t, weights[r]);
+            for (int i = 0; i < kRowsPerWarp; ++i)  // an array in registers has no index but constants
+                if (i == r) all[i] = weights;
         }
         sync_block();
         for (int t = warp; t < p.frames; t += kWarps) {
             for (int i = lane; i < kHeadDim; i += kWarp) *key(t, i) = element(2, t, i);
         }
         sync_block();
+#pragma unroll 1
+        for (int r = 0; warp + r * kWarps < p.frames; ++r) {
+            Weights weights = all[0];
 #pragma unroll
-        for (int r = 0; r < kRowsPerWarp; ++r) {
-            const int t = warp + r * kWarps;
-            if (t < p.frames) write(t, weights[r], scale[r]);
+            for (int i = 1; i < kRowsPerWarp; ++i)
+                if (i == r) weights = all[i];
+            write(warp + r * kWarps, weights);
         }
     }
 
@@ -113,24 +122,22 @@ struct ScalarTemporalAttention {
         return sum * static_cast<float>(inverse_root(kHeadDim));
     }
 
-    // Lane's weights of the frames `lane` and `lane + 32` in row t; returns the factor that makes them sum to one.
-    STIV_DEVICE float attend(int t, float (&weights)[2]) const {
+    STIV_DEVICE Weights attend(int t) const {
         sync_warp();
         normalize(0, t, [&](int i, float x) { query[i] = x; });
         sync_warp();
-        weights[0] = logit(lane);
-        weights[1] = logit(lane + kWarp);
-        float most = maximum(weights[0], weights[1]);
+        const float logits[2] = {logit(lane), logit(lane + kWarp)};
+        float most = maximum(logits[0], logits[1]);
         for (int mask = 1; mask < kWarp; mask *= 2) most = maximum(most, shuffle_xor(most, mask));
-        weights[0] = lane < p.frames ? exponential(weights[0] - most) : 0.0f;
-        weights[1] = lane + kWarp < p.frames ? exponential(weights[1] - most) : 0.0f;
-        return 1.0f / sum_over_row<kWarp>(weights[0] + weights[1], 0);
+        const float first = lane < p.frames ? exponential(logits[0] - most) : 0.0f;
+        const float second = lane + kWarp < p.frames ? exponential(logits[1] - most) : 0.0f;
+        return {first, second, 1.0f / sum_over_row<kWarp>(first + second, 0)};
     }
 
-    STIV_DEVICE void write(int t, const float (&weights)[2], float scale) const {
+    STIV_DEVICE void write(int t, const Weights& weights) const {
         float sums[kColumns] = {};
         for (int other = 0; other < p.frames; ++other) {
-            const float weight = shuffle(other < kWarp ? weights[0] : weights[1], other % kWarp);
+            const float weight = shuffle(other < kWarp ? weights.first : weights.second, other % kWarp);
 #pragma unroll
             for (int c = 0; c < kColumns; ++c) {
                 const int i = lane + c * kWarp;
@@ -142,7 +149,7 @@ struct ScalarTemporalAttention {
         for (int c = 0; c < kColumns; ++c) {
             const int i = lane + c * kWarp;
             if (i >= kHeadDim) continue;
-            const float x = sums[c] * scale;
+            const float x = sums[c] * weights.scale;
             if (p.output_scale) {
                 const float scaled = x * (1.0f / load_constant<float>(p.output_scale));
                 static_cast<uint8_t*>(p.output)[at + i] = static_cast<uint8_t>(pack_e4m3(scaled, 0.0f));

@@ -110,3 +110,11 @@ def test_the_headers_are_those_of_the_folder_that_is_given(tmp_path: Path) -> No
     message = " ".join(refused.stderr.split())
     assert refused.returncode != 0
     assert f"TENSORRT_ROOT is {tmp_path / 'nowhere'}, which has no include/NvInferRuntime.h; give" in message
+
+
+@pytest.mark.usefixtures("_tools")
+def test_a_gpu_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DSTIV_CUDA_ARCHITECTURES=80;90a-real"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode != 0
+    assert "STIV_CUDA_ARCHITECTURES has 90a-real; give numbers such as 90 or 90-real" in " ".join(done.stderr.split())
