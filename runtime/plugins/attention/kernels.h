@@ -2,8 +2,8 @@
  * emulated library), `stream` is a cudaStream_t; all tensors are contiguous. Every function returns a code: 0 success,
  * 1..999 the CUDA error of that number, 1000.. a refused argument (StivError); stiv_error_string() explains it in one
  * line. A refused call launches nothing. Calls are asynchronous, need no workspace, allocate nothing, can be captured
- * in a CUDA graph (after a first call outside one with the same dtype, head size and number of 16-frame tiles: CUDA
- * loads a kernel when it is first launched) and give the same bits every time.
+ * in a CUDA graph (after a first call outside one with the same dtype, head size and side of 32 frames: CUDA loads a
+ * kernel when it is first launched) and give the same bits every time.
  *
  * Symbols: B batch, T frames, S positions of a frame, H heads, Dh head size, N = B * T.
  */

@@ -12,12 +12,15 @@ STIV_HOST_DEVICE constexpr double inverse_root(double x) {
     return y;
 }
 
-// How the lanes of a warp share rows: kLanes lanes take a row, kUnits units of four elements from each half of it (a
-// pair of the rotation is in one lane). 48, 72 = 3 lanes x 3 units x 2 halves and 96 leave two lanes idle.
-template <int kHeadDim>
+// How the lanes of a warp share rows: kLanes lanes take a row, kUnits units of kWidth elements from each half of it (a
+// pair of the rotation is in one lane). A unit is 16 bytes where the halves are made of such. 48, 72 = 3 lanes x 3
+// units x 2 halves and 96 leave two lanes idle.
+template <class Number, int kHeadDim>
 struct RowLanes {
-    static constexpr int kPairs = kHeadDim / 8;
-    static constexpr int kLanes = kPairs == 6 || kPairs == 9 ? 3 : kPairs == 12 ? 6 : kPairs == 16 ? 8 : 4;
+    static constexpr int kWidth = sizeof(Number) == 4 || kHeadDim == 32 || kHeadDim == 72 ? 4 : 8;
+    static constexpr int kUnitBytes = kWidth * static_cast<int>(sizeof(Number));
+    static constexpr int kPairs = kHeadDim / 2 / kWidth;
+    static constexpr int kLanes = kHeadDim == 48 || kHeadDim == 72 ? 3 : kHeadDim == 96 ? 6 : kHeadDim == 128 ? 8 : 4;
     static constexpr int kUnits = kPairs / kLanes;
     static constexpr int kGroups = kWarp / kLanes;
     static_assert(kLanes * kUnits == kPairs, "a row is shared evenly");
@@ -41,16 +44,18 @@ struct RowOutput {
     float factor[3];  // of q, k, v
 };
 
-template <class Number, int kHeadDim>
-STIV_DEVICE void store_row_unit(unsigned char* shared, int row, int unit, const float (&x)[4], bool fp8) {
+template <class Number, int kHeadDim, int kWidth>
+STIV_DEVICE void store_row_unit(unsigned char* item, int row, int unit, const float (&x)[kWidth], bool fp8) {
     using Rows = Tile<Number, kHeadDim>;
     if (fp8) {
-        auto* to = reinterpret_cast<uint32_t*>(shared + Rows::byte_offset(row, unit * 4));
-        *to = pack_e4m3(x[0], x[1]) | static_cast<uint32_t>(pack_e4m3(x[2], x[3])) << 16;
+        auto* to = reinterpret_cast<uint32_t*>(item + Rows::byte_offset(row, unit * kWidth));
+#pragma unroll
+        for (int e = 0; e < kWidth; e += 4)
+            to[e / 4] = pack_e4m3(x[e], x[e + 1]) | static_cast<uint32_t>(pack_e4m3(x[e + 2], x[e + 3])) << 16;
     } else {
-        using Words = typename Unit<Number>::Words;
-        *reinterpret_cast<Words*>(shared + Rows::byte_offset(row, unit * Rows::kUnitBytes)) =
-            Unit<Number>::pack_words(x);
+        using Units = Unit<Number, kWidth>;
+        constexpr int kBytes = kWidth * static_cast<int>(sizeof(Number));
+        *reinterpret_cast<typename Units::Words*>(item + Rows::byte_offset(row, unit * kBytes)) = Units::pack_words(x);
     }
 }
 
@@ -69,22 +74,23 @@ struct NormRope {
 // all heads and positions of a block. first' = y1 * a - y2 * b, second' = y1 * c + y2 * d.
 template <class Number, int kHeadDim>
 struct Rotation {
-    using Lanes = RowLanes<kHeadDim>;
-    float a[Lanes::kUnits][4], b[Lanes::kUnits][4], c[Lanes::kUnits][4], d[Lanes::kUnits][4];
+    using Lanes = RowLanes<Number, kHeadDim>;
+    static constexpr int kUnits = Lanes::kUnits, kWidth = Lanes::kWidth;
+    float a[kUnits][kWidth], b[kUnits][kWidth], c[kUnits][kWidth], d[kUnits][kWidth];
 
     STIV_DEVICE void load(const NormRope<Number>& norm, int kind, int t, int sub) {
         constexpr int kHalf = kHeadDim / 2;
 #pragma unroll
-        for (int j = 0; j < Lanes::kUnits; ++j) {
-            const int at = (sub + j * Lanes::kLanes) * 4;
+        for (int j = 0; j < kUnits; ++j) {
+            const int at = (sub + j * Lanes::kLanes) * kWidth;
             const Number* gamma = kind == 0 ? norm.q_gamma : norm.k_gamma;
-            float g1[4], g2[4], cosine[4], sine[4];
+            float g1[kWidth], g2[kWidth], cosine[kWidth], sine[kWidth];
             load_constant_unit<Number>(gamma + at, g1);
             load_constant_unit<Number>(gamma + kHalf + at, g2);
             load_constant_unit<Number>(norm.cos + t * kHalf + at, cosine);
             load_constant_unit<Number>(norm.sin + t * kHalf + at, sine);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
+            for (int i = 0; i < kWidth; ++i) {
                 a[j][i] = g1[i] * cosine[i];
                 b[j][i] = g2[i] * sine[i];
                 c[j][i] = g1[i] * sine[i];
@@ -93,9 +99,9 @@ struct Rotation {
         }
     }
 
-    STIV_DEVICE void apply(int j, float scale, float (&first)[4], float (&second)[4]) const {
+    STIV_DEVICE void apply(int j, float scale, float (&first)[kWidth], float (&second)[kWidth]) const {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < kWidth; ++i) {
             const float y1 = first[i] * scale, y2 = second[i] * scale;
             first[i] = fused_multiply_add(y1, a[j][i], -(y2 * b[j][i]));
             second[i] = fused_multiply_add(y1, c[j][i], y2 * d[j][i]);
@@ -103,12 +109,12 @@ struct Rotation {
     }
 };
 
-template <class Number>
-STIV_DEVICE void add_bias(const Number* bias, float (&x)[4]) {
-    float addend[4];
+template <class Number, int kWidth>
+STIV_DEVICE void add_bias(const Number* bias, float (&x)[kWidth]) {
+    float addend[kWidth];
     load_constant_unit<Number>(bias, addend);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] += addend[i];
+    for (int i = 0; i < kWidth; ++i) x[i] += addend[i];
 }
 
 // A group's piece of work: the rows (kind, t) of the items first_item.. in one split.
@@ -116,9 +122,9 @@ struct RowTask {
     bool active;
     int kind, t, first_item;
 
-    STIV_DEVICE RowTask(int task, int tasks, bool has_lanes, int kinds, int rows, int per_split) {
+    STIV_DEVICE RowTask(int task, int tasks, bool has_lanes, int kinds, int rows, Divisor by_rows, int per_split) {
         active = has_lanes && task < tasks;
-        const int line = active ? task / rows : 0;
+        const int line = active ? by_rows.quotient(task) : 0;
         t = active ? task - line * rows : 0;
         kind = line % kinds;
         first_item = line / kinds * per_split;
@@ -132,15 +138,17 @@ template <class Number, int kHeadDim, bool kPlainOutput, class Wait>
 STIV_DEVICE void normalize_rows(unsigned char* shared, const Block& block, const NormRope<Number>& norm, int kinds,
                                 int splits, int threads, const RowOutput& output, const Wait& wait) {
     using Rows = Tile<Number, kHeadDim>;
-    using Lanes = RowLanes<kHeadDim>;
-    const int lane = thread_index() % kWarp, group = lane / Lanes::kLanes, sub = lane % Lanes::kLanes;
+    using Lanes = RowLanes<Number, kHeadDim>;
+    constexpr int kUnits = Lanes::kUnits, kWidth = Lanes::kWidth;
+    const int lane = lane_index(), group = lane / Lanes::kLanes, sub = lane % Lanes::kLanes;
     const int first_lane = group < Lanes::kGroups ? lane - sub : 0;
-    const int per_split = (block.items() + splits - 1) / splits, tasks = kinds * block.rows * splits;
+    const int per_split = Divisor(splits).quotient(block.items() + splits - 1), tasks = kinds * block.rows * splits;
     const int step = threads / kWarp * Lanes::kGroups;
+    const Divisor by_rows(block.rows), by_heads(block.heads);
     const auto task_at = [&](int start) {
-        return RowTask(start + group, tasks, group < Lanes::kGroups, kinds, block.rows, per_split);
+        return RowTask(start + group, tasks, group < Lanes::kGroups, kinds, block.rows, by_rows, per_split);
     };
-    int start = thread_index() / kWarp * Lanes::kGroups;
+    int start = warp_index() * Lanes::kGroups;
     RowTask task = task_at(start);
     Rotation<Number, kHeadDim> rotation;
     rotation.load(norm, task.kind, task.t, sub);
@@ -149,34 +157,33 @@ STIV_DEVICE void normalize_rows(unsigned char* shared, const Block& block, const
     while (start < tasks) {
         const bool active = task.active;
         const int kind = task.kind, t = task.t, first_item = task.first_item;
-        int head = first_item % block.heads;
-        const Number* const bias_of_lane =
-            norm.bias ? norm.bias + kind * norm.bias_stride + sub * 4 : nullptr;
+        int head = first_item - by_heads.quotient(first_item) * block.heads;
+        unsigned char* item = shared + block.first_row(kind, first_item) * Rows::kPitch;
 #pragma unroll 1
         for (int i = 0; i < per_split; ++i) {
             const bool valid = active && first_item + i < block.items();
-            const int row = block.row(kind, first_item + i, t);
-            float first[Lanes::kUnits][4], second[Lanes::kUnits][4], squares = 0.0f;
+            float first[kUnits][kWidth], second[kUnits][kWidth], squares = 0.0f;
             if (valid) {
 #pragma unroll
-                for (int j = 0; j < Lanes::kUnits; ++j) {
+                for (int j = 0; j < kUnits; ++j) {
                     const int unit = sub + j * Lanes::kLanes;
-                    load_unit<Number>(shared + Rows::byte_offset(row, unit * Rows::kUnitBytes), first[j]);
-                    load_unit<Number>(shared + Rows::byte_offset(row, (unit + Lanes::kPairs) * Rows::kUnitBytes),
+                    load_unit<Number>(item + Rows::byte_offset(t, unit * Lanes::kUnitBytes), first[j]);
+                    load_unit<Number>(item + Rows::byte_offset(t, (unit + Lanes::kPairs) * Lanes::kUnitBytes),
                                       second[j]);
                 }
-                if (bias_of_lane) {
+                if (norm.bias) {
+                    const Number* const bias_of_lane = norm.bias + kind * norm.bias_stride + sub * kWidth;
                     const Number* const bias = bias_of_lane + head * kHeadDim;
 #pragma unroll
-                    for (int j = 0; j < Lanes::kUnits; ++j) {
-                        add_bias(bias + j * Lanes::kLanes * 4, first[j]);
-                        add_bias(bias + j * Lanes::kLanes * 4 + kHeadDim / 2, second[j]);
+                    for (int j = 0; j < kUnits; ++j) {
+                        add_bias(bias + j * Lanes::kLanes * kWidth, first[j]);
+                        add_bias(bias + j * Lanes::kLanes * kWidth + kHeadDim / 2, second[j]);
                     }
                 }
 #pragma unroll
-                for (int j = 0; j < Lanes::kUnits; ++j) {
+                for (int j = 0; j < kUnits; ++j) {
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) {
+                    for (int e = 0; e < kWidth; ++e) {
                         squares = fused_multiply_add(first[j][e], first[j][e], squares);
                         squares = fused_multiply_add(second[j][e], second[j][e], squares);
                     }
@@ -187,24 +194,25 @@ STIV_DEVICE void normalize_rows(unsigned char* shared, const Block& block, const
             if (!kPlainOutput) sync_warp();  // FP8 rows are written over bytes that other lanes have read
             if (valid) {
 #pragma unroll
-                for (int j = 0; j < Lanes::kUnits; ++j) {
+                for (int j = 0; j < kUnits; ++j) {
                     const int unit = sub + j * Lanes::kLanes;
                     if (kind < 2) rotation.apply(j, scale, first[j], second[j]);
                     if (!kPlainOutput) {
                         const float factor =
                             kind == 0 ? output.factor[0] : kind == 1 ? output.factor[1] : output.factor[2];
 #pragma unroll
-                        for (int e = 0; e < 4; ++e) {
+                        for (int e = 0; e < kWidth; ++e) {
                             first[j][e] *= factor;
                             second[j][e] *= factor;
                         }
                     }
-                    store_row_unit<Number, kHeadDim>(shared, row, unit, first[j], !kPlainOutput && output.fp8);
-                    store_row_unit<Number, kHeadDim>(shared, row, unit + Lanes::kPairs, second[j],
+                    store_row_unit<Number, kHeadDim>(item, t, unit, first[j], !kPlainOutput && output.fp8);
+                    store_row_unit<Number, kHeadDim>(item, t, unit + Lanes::kPairs, second[j],
                                                      !kPlainOutput && output.fp8);
                 }
             }
             if (++head == block.heads) head = 0;
+            item += block.rows * Rows::kPitch;
         }
         start += step;
         task = task_at(start);

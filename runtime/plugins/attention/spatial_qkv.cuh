@@ -33,12 +33,12 @@ struct SpatialQkv {
     int position, head;  // the first of each
 
     STIV_DEVICE explicit SpatialQkv(const SpatialParameters<Number>& parameters) : p(parameters) {
-        const int head_groups = (p.heads + p.heads_per_block - 1) / p.heads_per_block;
-        const int tiles = (p.positions + p.positions_per_block - 1) / p.positions_per_block;
-        const int line = block_index() / head_groups;
+        const int head_groups = divide_up(p.heads, p.heads_per_block);
+        const int tiles = divide_up(p.positions, p.positions_per_block);
+        const int line = divide(block_index(), head_groups);
         head = (block_index() - line * head_groups) * p.heads_per_block;
-        row = line / tiles;
-        position = (line % tiles) * p.positions_per_block;
+        row = divide(line, tiles);
+        position = (line - static_cast<int>(row) * tiles) * p.positions_per_block;
         block.rows = p.positions - position < p.positions_per_block ? p.positions - position : p.positions_per_block;
         block.heads = p.heads - head < p.heads_per_block ? p.heads - head : p.heads_per_block;
         block.planes = 1;
@@ -48,7 +48,8 @@ struct SpatialQkv {
         unsigned char* const shared = shared_memory();
         const int64_t width = static_cast<int64_t>(p.heads) * kHeadDim;
         const Number* source = p.qkv + (row * p.positions + position) * 3 * width + head * kHeadDim;
-        load_block<Number, kHeadDim>(shared, source, block, 3 * width, 0, width, threads, 0, 3);
+        const Columns columns(block.heads * Rows::kChunks, threads);
+        load_block<Number, kHeadDim, 3>(shared, source, block, columns, 3 * width, 0, width);
         normalize(shared, threads);
         sync_block();
         for (int matrix = 0; matrix < 3; ++matrix) {
@@ -92,7 +93,8 @@ struct SpatialQkv {
                        ((row * p.heads + head) * p.positions + position) * kRow;
 #pragma unroll 1
         for (Walk to(thread_index(), threads, kPieces, block.rows); to.plane < block.heads; to.advance()) {
-            const int from = Rows::byte_offset(block.row(matrix, to.plane, to.row), to.column * kBytes);
+            const int from = block.first_row(matrix, to.plane) * Rows::kPitch +
+                             Rows::byte_offset(to.row, to.column * kBytes);
             *reinterpret_cast<Words*>(output + (static_cast<int64_t>(to.plane) * p.positions + to.row) * kRow +
                                       to.column * kBytes) = *reinterpret_cast<const Words*>(shared + from);
         }

@@ -7,24 +7,18 @@
 namespace stiv {
 namespace {
 
-template <class Number, int kHeadDim, int kTiles>
-STIV_KERNEL(kBlockThreads, blocks_per_sm(kHeadDim, kTiles))
+// Up to kMost tiles: a kernel for one and two, one for three and four. They differ in the registers that they need.
+template <class Number, int kHeadDim, int kMost>
+STIV_KERNEL(kBlockThreads, blocks_per_sm(kHeadDim, kMost))
 temporal_attention(const TemporalParameters<Number> parameters) {
-    TemporalAttention<Number, kHeadDim>(parameters).template run<kTiles>(kBlockThreads);
+    TemporalAttention<Number, kHeadDim>(parameters).template run<kMost - 1, kMost>(kBlockThreads);
 }
 
 template <class Number, int kHeadDim>
 int32_t launch_tiles(const StivTemporalAttention& call, const StivPlan& plan, void* stream) {
     const auto parameters = temporal_parameters<Number>(call, plan);
-    const auto start = [&](void (*kernel)(TemporalParameters<Number>)) {
-        return launch(kernel, plan.blocks, plan.threads, plan.shared_bytes, stream, parameters);
-    };
-    switch (plan.tiles) {
-        case 1: return start(temporal_attention<Number, kHeadDim, 1>);
-        case 2: return start(temporal_attention<Number, kHeadDim, 2>);
-        case 3: return start(temporal_attention<Number, kHeadDim, 3>);
-        default: return start(temporal_attention<Number, kHeadDim, 4>);
-    }
+    const auto kernel = plan.tiles > 2 ? temporal_attention<Number, kHeadDim, 4> : temporal_attention<Number, kHeadDim, 2>;
+    return launch(kernel, plan.blocks, plan.threads, plan.shared_bytes, stream, parameters);
 }
 
 }  // namespace

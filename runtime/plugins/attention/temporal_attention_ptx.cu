@@ -22,5 +22,5 @@ STIV_PTX_NAME(const stiv::STIV_NUMBER* qkv, const stiv::STIV_NUMBER* bias, const
     const stiv::TemporalParameters<stiv::STIV_NUMBER> parameters{
         qkv,    bias,      q_gamma, k_gamma,         cos,                 sin,    output_scale, output,
         frames, positions, heads,   heads_per_block, positions_per_block, splits, kEpsilon};
-    stiv::TemporalAttention<stiv::STIV_NUMBER, STIV_HEAD_DIM>(parameters).run<0>(stiv::kBlockThreads);
+    stiv::TemporalAttention<stiv::STIV_NUMBER, STIV_HEAD_DIM>(parameters).run<1, 4>(stiv::kBlockThreads);
 }

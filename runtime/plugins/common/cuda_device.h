@@ -12,6 +12,8 @@
 namespace stiv {
 
 STIV_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+STIV_DEVICE int lane_index() { return static_cast<int>(threadIdx.x & (kWarp - 1)); }
+STIV_DEVICE int warp_index() { return static_cast<int>(threadIdx.x / kWarp); }
 STIV_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 
 STIV_DEVICE unsigned char* shared_memory() {
@@ -42,6 +44,18 @@ STIV_DEVICE Value load_constant(const void* address) {
 STIV_DEVICE float power_of_two(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// `x` as it is from here on: sums with it are not taken apart and put together anew for every use.
+STIV_DEVICE int settled(int x) {
+    asm("" : "+r"(x));
+    return x;
+}
+
+STIV_DEVICE float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

@@ -47,6 +47,9 @@ namespace stiv {
 
 int thread_index();
 int block_index();
+inline int lane_index() { return thread_index() % kWarp; }
+inline int warp_index() { return thread_index() / kWarp; }
+inline int settled(int x) { return x; }
 unsigned char* shared_memory();
 void sync_block();
 
@@ -68,6 +71,7 @@ Value load_constant(const void* address) {
 }
 
 inline float power_of_two(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
 inline float exponential(float x) { return std::exp(x); }
 inline float reciprocal_root(float x) { return 1.0f / std::sqrt(x); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }
