@@ -103,8 +103,8 @@ def test_strangers_are_hung_up_on() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "form"), [(2, "dsp2"), (3, "dsp3"), (4, "cfg2xdsp2")])
-def test_clips_of_several_processes_are_those_of_one(mixing_path: Path, count: int, form: str) -> None:
+@pytest.mark.parametrize(("count", "form"), [(2, "dsp2"), (3, "dsp3"), (4, "cfg2xdsp2"), (8, None)])
+def test_clips_of_several_processes_are_those_of_one(mixing_path: Path, count: int, form: str | None) -> None:
     bundle = Bundle.open(mixing_path)
     alone = clips_of(None, bundle)
     team = cpus(bundle, count, form, processes=True)
