@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 from safetensors.numpy import save_file
@@ -259,28 +258,25 @@ def whole_lora(path: Path, bundle: Bundle) -> Path:
     return path
 
 
-@pytest.fixture
-def unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime packs weights for its products where they are constants, and then adds in another order."""
-    genuine = ort.InferenceSession
-
-    def session(path: str, options: ort.SessionOptions | None = None, **more: Any) -> ort.InferenceSession:
-        options = options or ort.SessionOptions()
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        return genuine(path, options, **more)
-
-    monkeypatch.setattr(ort, "InferenceSession", session)
+def distance(found: np.ndarray, right: np.ndarray) -> float:
+    """Relative L2."""
+    return float(np.linalg.norm(found - right) / np.linalg.norm(right))
 
 
 @pytest.mark.slow
-def test_an_exported_bundle_with_and_without_a_lora(
-    bundle: Path, stand_ins: SimpleNamespace, tmp_path: Path, unpacked: None
-) -> None:
-    """Every graph of the transformer takes its weights as inputs: the bits are those of ONNX Runtime, LoRA and all."""
+def test_an_exported_bundle_with_and_without_a_lora(bundle: Path, stand_ins: SimpleNamespace, tmp_path: Path) -> None:
+    """Every graph of the transformer takes its weights as inputs: the clips are those of ONNX Runtime, LoRA and all.
+
+    Sums may be in another order, which ONNX Runtime chooses by where weights lie, too: two right implementations are
+    within the gates of the golden runs from the truth, so twice the largest from each other.
+    """
     own = stand_ins.add_engines(shutil.copytree(bundle, tmp_path / "own"))
     graphs = list(filter(is_of_transformer, Bundle.open(own).manifest.graphs))
     share(own, stand_ins, graphs)
     assert len({each.file.path for each in read_manifest(own).engines if each.graph.startswith("block_")}) == 1
+    sampling = read_golden(Bundle.open(own)).sampling
+    assert sampling is not None
+    gate = 2 * max(output.gate for each in sampling.runs for output in each.outputs)
     lora, made = str(whole_lora(tmp_path / "a.safetensors", Bundle.open(own))), []
     for loras in ([], [lora], []):
         with (
@@ -288,7 +284,7 @@ def test_an_exported_bundle_with_and_without_a_lora(
             OnnxRuntimeBackend(with_loras(Bundle.open(own), loras)) as reference,
         ):
             clips = [StivPipeline(Bundle.open(own), each)(**REQUEST).latents for each in (backend, reference)]
-        assert np.array_equal(*clips)
+        assert distance(*clips) <= gate
         made.append(clips[0])
     assert np.array_equal(made[0], made[2])
-    assert not np.array_equal(made[0], made[1])
+    assert distance(made[1], made[0]) > 10 * gate
