@@ -131,12 +131,11 @@ def default_graphs(manifest: Manifest) -> list[str]:
 class _Task:
     """One engine to build: its job, what to expect of it, and for which graphs.
 
-    Where its weights are ``inputs``, ``own`` is the job of the engine that has them in its plan.
+    ``job`` is that of the engine with its weights in its plan, whose ``inputs`` they are if not None.
     """
 
     job: EngineJob
     inputs: WeightInputs | None
-    own: EngineJob | None
     expected: Expectation
     target: str
     bucket: str
@@ -188,12 +187,10 @@ class Audit:
             tf32=takes_tf32(manifest, graph) and reduced is None,
         )
         expected, inputs = expectation(manifest, graph, reduced), self._weight_inputs(graph, sm)
-        shared = None if inputs is None else job_with_inputs(job, inputs)
         return _Task(
-            job=shared or job,
+            job=job,
             inputs=inputs,
-            own=None if shared is None else job,
-            expected=expected.model_copy(update={"counted": shared is None}),
+            expected=expected.model_copy(update={"counted": inputs is None}),
             target=sm_folder(sm),
             bucket=bucket.name,
             same=same,
@@ -220,7 +217,8 @@ class Audit:
         return layers, result
 
     def _run(self, task: _Task) -> tuple[list[AuditRow], AuditedEngine, list[AuditNote]]:
-        layers, result = self._built(task.job, task.target)
+        job = task.job if task.inputs is None else job_with_inputs(task.job, task.inputs)
+        layers, result = self._built(job, task.target)
         engine = AuditedEngine(
             target=task.target,
             bucket=task.bucket,
@@ -234,9 +232,9 @@ class Audit:
 
     def _notes(self, task: _Task, layers: Sequence[EngineLayer], engine: AuditedEngine) -> list[AuditNote]:
         """What weights as inputs lose, if they are that."""
-        if task.own is None or task.inputs is None:
+        if task.inputs is None:
             return []
-        own, result = self._built(task.own, task.target)
+        own, result = self._built(task.job, task.target)
         kernels, size = kernel_count(own), result.bytes / MIB
         counts = (
             f"{engine.kernels} kernels, {engine.plan_bytes / MIB:.1f} MiB; {kernels} and {size:.1f} with its weights"

@@ -18,8 +18,15 @@ from stiv_deploy.runtime.bundle.manifest import EngineRecord
 from stiv_deploy.runtime.bundle.verified import Machine
 
 ITEM_BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1, "uint8": 1}
+ALIGNMENT = 256
+"""Bytes; ``IExecutionContext.setTensorAddress`` demands it. ``cudaMalloc`` gives it, a view may not have it."""
 Call = Callable[[], None]
 """Runs a bound graph; work may be queued, see :meth:`Backend.synchronize`."""
+
+
+def aligned(size: int) -> int:
+    """``size`` bytes rounded up so that what follows may be bound to an engine."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)

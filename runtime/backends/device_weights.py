@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from stiv_deploy.runtime.backends.base import aligned
 from stiv_deploy.runtime.backends.cuda import Cuda, Memory, Stream
 from stiv_deploy.runtime.backends.engine_choice import build_command, same_again
 from stiv_deploy.runtime.bundle.bundle import Bundle
@@ -11,9 +12,6 @@ from stiv_deploy.runtime.bundle.initializers import STORED
 from stiv_deploy.runtime.bundle.manifest import EngineRecord
 from stiv_deploy.runtime.bundle.merging import FOR_GOOD, changed_linears, stored_weights, weight_places
 from stiv_deploy.runtime.errors import EngineError, LoraError, few
-
-ALIGNMENT = 256
-"""Bytes; ``IExecutionContext.setTensorAddress`` demands it. ``cudaMalloc`` gives it, a view may not have it."""
 
 
 @dataclass(frozen=True)
@@ -30,24 +28,20 @@ def load_weights(cuda: Cuda, stream: Stream, bundle: Bundle, record: EngineRecor
     They are queued on ``stream``. Raises :class:`EngineError` where the graph has no such weights, and what
     :func:`~stiv_deploy.runtime.bundle.merging.stored_weights` does.
     """
-    places = weight_places(bundle, record.graph)
-    unknown = [name for name in record.weights if name not in places or places[name].data_type not in STORED]
+    stored = weight_places(bundle, record.graph)
+    unknown = [name for name in record.weights if name not in stored or stored[name].data_type not in STORED]
     if unknown:
         raise EngineError(
             f"engine {record.file.path} takes {few(unknown)} as input, which graph {record.graph} has not as weights; "
             f"{same_again(record, bundle.manifest)}"
         )
-    starts = list(accumulate((aligned(places[name].nbytes) for name in record.weights), initial=0))
+    places = {name: stored[name] for name in record.weights}
+    starts = list(accumulate((aligned(place.nbytes) for place in places.values()), initial=0))
     memory = cuda.allocate(starts.pop())
-    addresses = {name: memory.address + start for name, start in zip(record.weights, starts, strict=True)}
-    for name, values in stored_weights(bundle, record.graph, record.weights):
+    addresses = {name: memory.address + start for name, start in zip(places, starts, strict=True)}
+    for name, values in stored_weights(bundle, record.graph, places):
         stream.copy_in(addresses[name], values)
     return DeviceWeights(addresses, memory)
-
-
-def aligned(size: int) -> int:
-    """``size`` bytes rounded up so that what follows may be bound to an engine."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def check_loras(bundle: Bundle, records: Sequence[EngineRecord]) -> None:

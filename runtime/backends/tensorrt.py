@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from stiv_deploy.runtime.backends.base import ITEM_BYTES, Backend, Buffer, Call, from_bytes, run_in_order
+from stiv_deploy.runtime.backends.base import ALIGNMENT, ITEM_BYTES, Backend, Buffer, Call, from_bytes, run_in_order
 from stiv_deploy.runtime.backends.cuda import Cuda, Graph, Memory, Stream, driver_version, load_cuda, try_capture
-from stiv_deploy.runtime.backends.device_weights import ALIGNMENT, DeviceWeights, check_loras, load_weights
+from stiv_deploy.runtime.backends.device_weights import DeviceWeights, check_loras, load_weights
 from stiv_deploy.runtime.backends.engine_choice import (
     build_command,
     check_engine,

@@ -107,14 +107,14 @@ def changed_linears(bundle: Bundle, graph: str) -> list[str]:
     return [linear for linear, _, _ in _weights(bundle, graph) if linear in wanted]
 
 
-def stored_weights(bundle: Bundle, graph: str, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """The initializers ``names`` of ``graph``, one by one, as they are stored; the bundle's LoRAs are merged in.
+def stored_weights(bundle: Bundle, graph: str, places: Mapping[str, Initializer]) -> Iterator[tuple[str, np.ndarray]]:
+    """The initializers of ``graph`` at these ``places``, one by one, as stored; the bundle's LoRAs are merged in.
 
     Raises :class:`BundleError` where they are not in the data file, and what :func:`replacements` does.
     """
-    places, changed = weight_places(bundle, graph), replacements(bundle, graph)
-    for name in names:
-        yield name, changed[name].values if name in changed else _stored(bundle, graph, name, places[name])
+    changed = replacements(bundle, graph)
+    for name, place in places.items():
+        yield name, changed[name].values if name in changed else _stored(bundle, graph, name, place)
 
 
 def replacements(bundle: Bundle, graph: str) -> dict[str, Replacement]:

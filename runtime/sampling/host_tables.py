@@ -6,11 +6,8 @@ from math import prod
 
 import numpy as np
 
-from stiv_deploy.runtime.backends.base import ITEM_BYTES, Backend
+from stiv_deploy.runtime.backends.base import ITEM_BYTES, Backend, aligned
 from stiv_deploy.runtime.bundle.contract import DType
-
-ALIGNMENT = 256
-"""Bytes; every table starts at a multiple, as a device's own allocations do."""
 
 
 class HostTables:
@@ -22,7 +19,7 @@ class HostTables:
 
     def __init__(self, backend: Backend, tables: Mapping[str, tuple[tuple[int, ...], DType]]) -> None:
         sizes = [prod(shape) * ITEM_BYTES[dtype] for shape, dtype in tables.values()]
-        starts = [0, *accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
+        starts = [0, *accumulate(map(aligned, sizes))]
         self._device = backend.empty((starts[-1] // ITEM_BYTES["int64"],), "int64")
         shared = backend.host_view(self._device)
         self._host = np.empty(self._device.shape, dtype=np.int64) if shared is None else shared

@@ -131,7 +131,8 @@ def _known(request: AgainstRequest) -> Known:
         requests = Requests(request.template, request.prompts, request.batch, request.seed)
         work, plan = stage.work(pipe, requests), pipe.plan(requests())
         ours = _bundle_order(request, pipe)
-        orders, faults = {OURS: ours}, [*unproven(stage.verification(pipe))]
+        circumstances = stage.circumstances(pipe, request.threads)
+        orders, faults = {OURS: ours}, [*unproven(circumstances["verification"])]
         for name in request.baselines:
             if name in TORCH:
                 orders[name] = _reference_order(request, pipe, plan) | {"compile": TORCH[name]}
@@ -140,7 +141,7 @@ def _known(request: AgainstRequest) -> Known:
                 faults += found
             else:
                 orders[name] = ours | {"backend": name}
-        return Known(stage.circumstances(pipe, request.threads), work, orders, faults)
+        return Known(circumstances, work, orders, faults)
 
 
 def _bundle_order(request: AgainstRequest, pipe: StivPipeline) -> dict[str, Any]:

@@ -16,9 +16,8 @@ from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from stiv_deploy.runtime.backends.base import Buffer, Call
+from stiv_deploy.runtime.backends.base import Buffer, Call, aligned
 from stiv_deploy.runtime.backends.cuda import Region
-from stiv_deploy.runtime.backends.device_weights import ALIGNMENT
 from stiv_deploy.runtime.backends.nccl import Bytes, Communicator
 from stiv_deploy.runtime.backends.tensorrt import Arena, TensorRTBackend
 from stiv_deploy.runtime.errors import DeviceError, StivError
@@ -92,8 +91,7 @@ class NcclTransport(Transport):
         self, out: Sequence[tuple[Move, Buffer]], back: Sequence[tuple[Move, Buffer]]
     ) -> tuple[list[Packed], list[Packed]]:
         """Memory for what leaves and what comes, side by side."""
-        sizes = [-(-move.nbytes // ALIGNMENT) * ALIGNMENT for move, _ in (*out, *back)]
-        *starts, total = accumulate(sizes, initial=0)
+        *starts, total = accumulate((aligned(move.nbytes) for move, _ in (*out, *back)), initial=0)
         if total:
             self._packed.reserve(total)
         places = [Packed(move, buffer, start) for (move, buffer), start in zip((*out, *back), starts, strict=True)]

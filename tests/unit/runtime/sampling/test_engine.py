@@ -23,13 +23,12 @@ from engine_clips import (
     tolerance,
 )
 
-from stiv_deploy.runtime.backends.base import Backend, Call
+from stiv_deploy.runtime.backends.base import ALIGNMENT, Backend, Call
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.errors import RequestError, StivError
 from stiv_deploy.runtime.sampling import rope
 from stiv_deploy.runtime.sampling.guidance import GuidanceMode, Unseen
-from stiv_deploy.runtime.sampling.host_tables import ALIGNMENT
 from stiv_deploy.runtime.sampling.settings import Solver
 from stiv_deploy.runtime.sampling.solvers import evaluations
 

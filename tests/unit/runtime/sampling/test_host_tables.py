@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stiv_deploy.runtime.backends.base import ITEM_BYTES, Backend, Buffer
-from stiv_deploy.runtime.sampling.host_tables import ALIGNMENT, HostTables
+from stiv_deploy.runtime.backends.base import ALIGNMENT, ITEM_BYTES, Backend, Buffer
+from stiv_deploy.runtime.sampling.host_tables import HostTables
 
 DTYPES = st.sampled_from(("float32", "int64", "bool"))
 SHAPES = st.lists(st.integers(1, 70), min_size=1, max_size=2).map(tuple)
