@@ -21,6 +21,8 @@ from stiv_deploy.stiv_ref.guidance import GuidanceMode, Unseen, cfg_renorm, jit_
 from stiv_deploy.stiv_ref.model import Stiv
 from stiv_deploy.stiv_ref.text import TextStates
 
+Weights = tuple[tuple[float, float], ...]
+"""AB2's of steps: of the velocity at the start of the step, and of the one before."""
 TIE = 1e-9
 """Times this near to an end of the guidance interval are at it: their last bits depend on who computes them."""
 
@@ -42,7 +44,8 @@ class SamplingSettings:
     """Everything about a sampling run that is not a tensor. ``image_scale`` is used by SIT-CFG only.
 
     Evaluations at times from ``guidance_from`` to ``guidance_until``, both among them, are guided; all others are of
-    the conditional branch alone (a guidance interval, arXiv 2404.07724).
+    the conditional branch alone (a guidance interval, arXiv 2404.07724). ``solver_weights`` are AB2's in every step but
+    the first, of the velocity there and of the one before, in place of :func:`adams_bashforth`'s.
     """
 
     steps: int = 50
@@ -53,6 +56,7 @@ class SamplingSettings:
     solver: Solver = Solver.EULER
     time_shift: float = 1.0
     late_stretch: float = 1.0
+    solver_weights: Weights = ()
     unseen: Unseen = Unseen.NOISED
     guidance_from: float = 0.0
     guidance_until: float = 1.0
@@ -194,6 +198,14 @@ class _Last(NamedTuple):
     velocity: Tensor
 
 
+def _slope(own: Weights, velocity: Tensor, last: _Last, time: float, following: float) -> Tensor:
+    """AB2's mean velocity from ``time`` to ``following``, by the step's ``own`` weights where it has some."""
+    if not own:
+        return adams_bashforth(velocity, last.velocity, (following - time) / (time - last.time))
+    ((this, before),) = own
+    return this * velocity + before * last.velocity
+
+
 @torch.no_grad()
 def sample(model: Stiv, inputs: SamplingInputs, settings: SamplingSettings, observer: Observer | None = None) -> Tensor:
     """Generate latents [B, T, C, h, w]; the given frames come out bit-equal to ``inputs.clean``."""
@@ -206,7 +218,7 @@ def sample(model: Stiv, inputs: SamplingInputs, settings: SamplingSettings, obse
         before, v = latents, velocity(latents, time, following)
         if last is not None and settings.guides(last.time) != settings.guides(time):
             last = None  # the velocity jumps where guidance begins or ends
-        slope = v if last is None else adams_bashforth(v, last.velocity, (following - time) / (time - last.time))
+        slope = v if last is None else _slope(settings.solver_weights[step - 1 : step], v, last, time, following)
         latents = replace_frames(before + (following - time) * slope, clean, frame_mask)
         if settings.solver is Solver.HEUN and following < 1:
             mean = 0.5 * (v + velocity(latents, following, following))

@@ -30,6 +30,8 @@ UNEQUAL_SHIFT = 3.0
 """Time shift at which a step is some 1.3 times the one before, so that AB2 weighs every step otherwise."""
 STRETCH = 2.0
 """How much longer late steps are in the same request."""
+WEIGHT = -0.8
+"""AB2's weight of the velocity before in the first step of the same request, and a fifth less in each that follows."""
 FROM, UNTIL = 0.1, 0.6
 """The guidance interval of two requests: rows join their clips on the way, and leave them again."""
 NULL = {GuidanceMode.NONE: 0, GuidanceMode.JIT: 1, GuidanceMode.SIT: 2}
@@ -117,6 +119,7 @@ class Request:
             solver=RuntimeSolver(settings.solver.value),
             time_shift=settings.time_shift,
             late_stretch=settings.late_stretch,
+            solver_weights=settings.solver_weights,
             guidance_from=settings.guidance_from,
             guidance_until=settings.guidance_until,
         )
@@ -192,7 +195,9 @@ Case = tuple[str, bool, SamplingSettings]
 
 
 def _cases(settings: SamplingSettings) -> list[Case]:
-    grid: dict[str, Any] = {"time_shift": UNEQUAL_SHIFT, "late_stretch": STRETCH}
+    before = [WEIGHT * 0.8**step for step in range(settings.steps - 1)]
+    weights = tuple((1.01 - each, each) for each in before)
+    grid: dict[str, Any] = {"time_shift": UNEQUAL_SHIFT, "late_stretch": STRETCH, "solver_weights": weights}
     interval: dict[str, Any] = {"guidance_from": FROM, "guidance_until": UNTIL}
     ab2, heun = (replace(settings, solver=solver) for solver in (Solver.AB2, Solver.HEUN))
     return [

@@ -15,6 +15,8 @@ SHIFT_LIMITS = (0.001, 1_000.0)
 """Least and greatest time shift."""
 STRETCH_LIMITS = (1.0, 10.0)
 """Least and greatest stretch of late steps."""
+WEIGHT_LIMIT = 1_000.0
+"""Weights of a solver lie between minus this and this."""
 BLOCK_LIMIT = 1_000
 TOKEN_LIMIT = 2**14
 """Tokens of a prompt."""
@@ -23,6 +25,9 @@ Size = Annotated[int, Field(ge=1, le=SIZE_LIMIT)]
 Factor = Annotated[int, Field(ge=1, le=2**10)]
 """Pixels or frames of a latent, latents of a token."""
 Scale = Annotated[float, Field(ge=-SCALE_LIMIT, le=SCALE_LIMIT)]
+Weight = Annotated[float, Field(ge=-WEIGHT_LIMIT, le=WEIGHT_LIMIT)]
+Weights = Annotated[tuple[tuple[Weight, Weight], ...], Field(max_length=STEP_LIMIT)]
+"""AB2's in every step but the first: of the velocity there, and of the one before. None: the rule's own."""
 Bytes = Annotated[int, Field(ge=0, le=2**50)]
 Name = Annotated[str, Field(max_length=200)]
 Digest = Annotated[str, Field(max_length=64)]

@@ -20,6 +20,7 @@ from stiv_deploy.runtime.bundle.bounds import (
     Name,
     Scale,
     Size,
+    Weights,
 )
 from stiv_deploy.runtime.bundle.contract import (
     SAMPLE_ROWS,
@@ -172,6 +173,12 @@ class SamplingDefaults(Frozen):
     late_stretch: float = Field(default=1.0, ge=STRETCH_LIMITS[0], le=STRETCH_LIMITS[1])
 
 
+class Recommended(SamplingDefaults):
+    """Defaults of requests for some number of steps: ``solver_weights`` are AB2's, where some are fitted to these."""
+
+    solver_weights: Weights | None = None
+
+
 Sizes = Annotated[tuple[Size, ...], Field(min_length=1, max_length=1_000)]
 
 
@@ -294,12 +301,15 @@ class Manifest(Frozen):
             raise ValueError(f"want preview weights of {wanted} channels, got {len(self.preview.weights)}")
         return self
 
-    def recommended(self, steps: int | None = None, solver: str | None = None) -> SamplingDefaults:
+    def recommended(self, steps: int | None = None, solver: str | None = None) -> Recommended:
         """What a request with so many ``steps`` and this ``solver``, where it names them, gets for the rest."""
-        own = self.sampling
-        grid = None if self.tuned is None else self.tuned.grid(steps or own.steps, solver)
-        names = {"solver", "time_shift", "late_stretch"}
-        return own if grid is None else own.model_copy(update=grid.model_dump(include=names))
+        wanted, own = steps or self.sampling.steps, self.sampling.model_dump()
+        grid = None if self.tuned is None else self.tuned.grid(wanted, solver)
+        if grid is None:
+            return Recommended(**own)
+        found = grid.model_dump(include={"solver", "time_shift", "late_stretch"})
+        fitted = grid.solver_weights if grid.steps == wanted else ()
+        return Recommended(**own | found, solver_weights=fitted or None)
 
     @property
     def halves(self) -> bool:

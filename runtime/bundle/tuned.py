@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from stiv_deploy.runtime.bundle.bounds import SHIFT_LIMITS, STEP_LIMIT, STRETCH_LIMITS, Digest
+from stiv_deploy.runtime.bundle.bounds import SHIFT_LIMITS, STEP_LIMIT, STRETCH_LIMITS, Digest, Weights
 from stiv_deploy.runtime.bundle.contract import Frozen
 
 SolverName = Literal["euler", "heun", "ab2"]
@@ -17,15 +17,30 @@ ONE_A_STEP: tuple[SolverName, ...] = ("euler", "ab2")
 class TunedGrid(Frozen):
     """The sampling times with which ``solver`` comes nearest to the exact flow in so many ``steps``.
 
-    ``tried`` and ``error`` are relative L2 errors of latents, means over the clips that chose and over the others.
+    ``solver_weights`` are AB2's where they were fitted to the model; at these times and in these steps alone they mean
+    anything. ``tried`` and ``error`` are relative L2 errors of latents, means over the clips that chose and over the
+    others.
     """
 
     solver: SolverName
     steps: int = Field(ge=1, le=STEP_LIMIT)
     time_shift: float = Field(ge=SHIFT_LIMITS[0], le=SHIFT_LIMITS[1])
     late_stretch: float = Field(default=1.0, ge=STRETCH_LIMITS[0], le=STRETCH_LIMITS[1])
+    solver_weights: Weights = ()
     tried: float = Field(ge=0)
     error: float = Field(ge=0)
+
+    @property
+    def weights(self) -> str:
+        """Whose its solver's weights are, in a word."""
+        return "fitted" if self.solver_weights else "its own"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = len(self.solver_weights)
+        if given and (self.solver != "ab2" or given != self.steps - 1):
+            raise ValueError(f"want solver weights of ab2 and {self.steps - 1} steps, got {given} of {self.solver}")
+        return self
 
 
 class Tuned(Frozen):

@@ -374,10 +374,17 @@ def print_bundle(report: "BundleReport", console: "Console") -> None:
 def print_tuned(tuned: "Tuned", console: "Console") -> None:
     """What other numbers of steps get in place of the default solver and times, and what it was measured on."""
     rows = (
-        (str(each.steps), each.solver, f"{each.time_shift:.3g}", f"{each.late_stretch:g}", f"{each.error:.2e}")
+        (
+            str(each.steps),
+            each.solver,
+            f"{each.time_shift:.3g}",
+            f"{each.late_stretch:g}",
+            each.weights,
+            f"{each.error:.2e}",
+        )
         for each in tuned.best()
     )
-    columns = ("steps", "solver", "time shift", "late stretch", "error")
+    columns = ("steps", "solver", "time shift", "late stretch", "weights", "error")
     title = f"Defaults by steps ('stiv tune', {tuned.clips} clips; the reference errs by {tuned.reference_error:.1e})"
     console.print(table(title, columns, rows, ("steps", "time shift", "late stretch", "error")))
 

@@ -76,10 +76,11 @@ def tune(
     """Find the solver and times that make the best of few evaluations of the model.
 
     Each is compared with the exact flow of the same bundle, sampled with so many steps that twice as many change
-    little. Half of the clips choose, the others judge. Then 'stiv generate --steps 10' uses the best for 10 steps;
-    --solver, --time-shift and --late-stretch win over that. 'stiv inspect' lists it. Guidance that ends early
-    (--guidance-until) is tried on the best, and told where it comes nearer than fewer steps that cost as much; it stays
-    yours to ask for.
+    little. Half of the clips choose, the others judge. Of three clips or more AB2's weights are then fitted to those
+    that choose, over its best times and with longer late steps. From then on 'stiv generate --steps 10' uses the best
+    for 10 steps; --solver, --time-shift and --late-stretch win over that. 'stiv inspect' lists it. Guidance that ends
+    early (--guidance-until) is tried on the best, and told where it comes nearer than fewer steps that cost as much; it
+    stays yours to ask for.
 
     A checkpoint is tried in a float32 bundle that is then thrown away, and the best are kept beside it: each bundle
     that 'stiv export' makes of it has them.
@@ -199,10 +200,11 @@ def _show_intervals(report: "TuneReport") -> None:
 
 def interval_table(found: "Sequence[Interval]") -> "Table":
     """What to gain from guidance that ends early, against fewer steps that take as many rows of the model."""
-    grid = ("solver", "steps", "time shift", "late stretch")
+    grid = ("solver", "steps", "time shift", "late stretch", "weights")
     columns = ("--guidance-until", "rows of a clip", *grid, "error", "with fewer steps")
     rows = [_interval_row(each) for each in found]
-    return table("guidance that ends early", columns, rows, tuple(each for each in columns if each != "solver"))
+    numbers = tuple(each for each in columns if each not in ("solver", "weights"))
+    return table("guidance that ends early", columns, rows, numbers)
 
 
 def _interval_row(found: "Interval") -> tuple[str, ...]:
@@ -212,7 +214,7 @@ def _interval_row(found: "Interval") -> tuple[str, ...]:
 
 def tuning_table(report: "TuneReport") -> "Table":
     """The best for each number of evaluations, and the requests' own, as a table."""
-    columns = ("evaluations", "solver", "steps", "time shift", "late stretch", "error")
+    columns = ("evaluations", "solver", "steps", "time shift", "late stretch", "weights", "error")
     rows = [_row(each, "") for each in report.best] + [_row(report.own, " (before)")]
     title = f"{report.bundle[:12]}: relative L2 error of latents against the exact flow, {report.clips} clips"
     caption = f"the exact flow is known to {report.reference_error:.1e} ({report.reference.steps} steps)"
@@ -227,5 +229,6 @@ def _row(point: "Point", words: str) -> tuple[str, ...]:
         str(grid.steps),
         f"{grid.time_shift:.3g}",
         f"{grid.late_stretch:g}",
+        grid.weights,
         f"{point.error:.2e}",
     )

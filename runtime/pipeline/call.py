@@ -44,6 +44,7 @@ class ClipOptions(TypedDict, total=False):
     solver: str | None
     time_shift: float | None
     late_stretch: float | None
+    solver_weights: Sequence[tuple[float, float]] | None
     seed: int | None
     generator: Any
     num_videos_per_prompt: int

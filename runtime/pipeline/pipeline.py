@@ -23,7 +23,7 @@ from stiv_deploy.runtime.pipeline.long_videos import LongVideos
 from stiv_deploy.runtime.pipeline.output import OutputType, StivOutput, as_output, check_output_type
 from stiv_deploy.runtime.pipeline.plan import GenerationPlan, plan_generation
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
-from stiv_deploy.runtime.pipeline.sampling_loop import Observer, SamplingLoop, Step
+from stiv_deploy.runtime.pipeline.sampling_loop import Follow, Observer, SamplingLoop, Step
 from stiv_deploy.runtime.pipeline.timing import PhaseClock
 from stiv_deploy.runtime.pipeline.tokenization import lost_line
 from stiv_deploy.runtime.pipeline.views import ViewsOutput, chosen_cameras, views_request
@@ -267,6 +267,17 @@ class StivPipeline(LongVideos):
         with self._alone():
             self._check_open()
             return self._generate(plan, heard, cancel, "latent", {}).latents
+
+    def sample_in_step(self, plan: GenerationPlan, follow: Follow) -> np.ndarray:
+        """Latents fp32 [B, T, C, h, w] of the videos of ``plan``, which take each step one after the other.
+
+        After it ``follow`` says from which latents all go on. They have one number of steps, of one evaluation each.
+        """
+        with self._alone():
+            self._check_open()
+            clean = self._coder.clean_latents(plan)
+            given = [[clean[video.given] for video in batch] for batch in plan.batches]
+            return self._loop.in_step(plan.batches, plan.size, given, follow)
 
     def encode(self, plan: GenerationPlan) -> list[Clean]:
         """As :class:`Maker` says."""

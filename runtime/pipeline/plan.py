@@ -38,6 +38,7 @@ RECOMMENDED = {
     "solver": "solver",
     "time_shift": "time_shift",
     "late_stretch": "late_stretch",
+    "solver_weights": "solver_weights",
 }
 """Fields of a request that a bundle recommends, by the name of its recommendation."""
 
@@ -157,11 +158,13 @@ def _listed(requests: GenerationRequest | Sequence[GenerationRequest]) -> list[G
 def _with_defaults(request: GenerationRequest, manifest: Manifest) -> GenerationRequest:
     """``request`` with what it leaves open as ``manifest`` recommends for its steps and solver, and with a seed.
 
-    What was tuned together goes together: times that are named in part get the checkpoint's own for the rest.
+    What was tuned together goes together: times that are named in part get the checkpoint's own for the rest, and have
+    no fitted weights.
     """
     defaults, own = manifest.recommended(request.num_inference_steps, request.solver), manifest.sampling
     if (request.time_shift, request.late_stretch) != (None, None):
-        defaults = defaults.model_copy(update={"time_shift": own.time_shift, "late_stretch": own.late_stretch})
+        times = {"time_shift": own.time_shift, "late_stretch": own.late_stretch, "solver_weights": None}
+        defaults = defaults.model_copy(update=times)
     given = {name: value for name, value in request if value is not None}
     values = {name: getattr(defaults, recommended) for name, recommended in RECOMMENDED.items()} | given
     more = {"original_height": values["height"], "original_width": values["width"]}
@@ -244,6 +247,7 @@ def _settings(request: GenerationRequest, manifest: Manifest) -> SamplingSetting
         solver=values["solver"],
         time_shift=values["time_shift"],
         late_stretch=values["late_stretch"],
+        solver_weights=values["solver_weights"] or (),
         unseen=values["unseen"] or Unseen.NOISED,
         guidance_from=0.0 if values["guidance_from"] is None else values["guidance_from"],
         guidance_until=1.0 if values["guidance_until"] is None else values["guidance_until"],

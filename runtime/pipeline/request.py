@@ -6,7 +6,7 @@ from typing import Any, Self
 import numpy as np
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, ValidationInfo, field_validator, model_validator
 
-from stiv_deploy.runtime.bundle.bounds import SIZE_LIMIT
+from stiv_deploy.runtime.bundle.bounds import SIZE_LIMIT, Weights
 from stiv_deploy.runtime.bundle.contract import Frozen
 from stiv_deploy.runtime.bundle.faults import fault_text
 from stiv_deploy.runtime.errors import RequestError, briefly, one_line
@@ -68,6 +68,9 @@ class GenerationRequest(Frozen):
     solver: Solver | None = Field(default=None, description="Solver of the sampling ODE.")
     time_shift: float | None = _number("time_shift", "Above 1 spends more steps near the noise.")
     late_stretch: float | None = _number("late_stretch", "Above 1 takes longer steps once the clip is decided.")
+    solver_weights: Weights | None = Field(
+        default=None, description="AB2's in every step but the first, of the velocity there and the one before."
+    )
     seed: int | None = _number("seed", "Seed of the first video's noise; video i takes seed + i. None: a new one.")
     noise: Noise = Field(default=None, description="Initial noise of the one video, instead of the seed's.")
     count: int = _number("count", "Number of videos.", 1)

@@ -17,10 +17,11 @@ from stiv_deploy.runtime.pipeline.plan import GenerationPlan, PlannedVideo, Vide
 from stiv_deploy.runtime.pipeline.recent import Recent
 from stiv_deploy.runtime.pipeline.samples import SampleMaker
 from stiv_deploy.runtime.pipeline.timing import PhaseClock
-from stiv_deploy.runtime.sampling.engine import MakeModel, StepEngine
+from stiv_deploy.runtime.sampling.engine import MakeModel, Pause, StepEngine
 from stiv_deploy.runtime.sampling.hooks import Hook
 from stiv_deploy.runtime.sampling.parallel.devices import ParallelDenoiser
 from stiv_deploy.runtime.sampling.parallel.team import Team
+from stiv_deploy.runtime.sampling.sample import Sample
 from stiv_deploy.runtime.sampling.solvers import evaluations, most_rows
 from stiv_deploy.runtime.sampling.text_stage import TextStage
 
@@ -43,6 +44,10 @@ Observer = Callable[[Step], Any]
 """Called after each step; it stops the sampling by raising, for instance :class:`Cancelled`.
 
 Latents fp32 [B, T, C, h, w] that it returns take the place of those of the batch, but for given frames."""
+Follow = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
+"""Called after each step of all clips: its number from 1 on, latents fp32 [clips, T, C, h, w] before it and after it.
+
+The clips go on from those that it returns, but for given frames."""
 
 
 class SamplingLoop:
@@ -103,6 +108,30 @@ class SamplingLoop:
         finally:
             for slot in engine.running:
                 engine.evict(slot)
+
+    def in_step(
+        self,
+        batches: Sequence[Sequence[PlannedVideo]],
+        size: VideoSize,
+        clean: Sequence[Sequence[Mapping[int, np.ndarray]]],
+        follow: Follow,
+    ) -> np.ndarray:
+        """Latents fp32 [clips, T, C, h, w] of ``batches``, which take each step one after the other.
+
+        All have one number of steps, with one evaluation each. Raises what a call does.
+        """
+        made = zip(batches, clean, strict=True)
+        samples = [[self._samples(*one, size) for one in zip(*batch, strict=True)] for batch in made]
+        latents = [np.stack([sample.start(sample.frame_mask) for sample in each]) for each in samples]
+        paused: list[list[Pause | None]] = [[None] * len(batch) for batch in batches]
+        ends = np.cumsum([len(batch) for batch in batches])[:-1]
+        for step in range(1, self.steps(batches[0]) + 1):
+            before = np.concatenate(latents)
+            for place, batch in enumerate(batches):
+                engine = self._engine(batch, size)
+                latents[place], paused[place] = _one_step(engine, samples[place], paused[place], latents[place])
+            latents = np.split(follow(step, before, np.concatenate(latents)), ends)
+        return np.concatenate(latents)
 
     def check_shared(self, batch: Sequence[PlannedVideo], size: VideoSize) -> None:
         """:class:`RequestError` if a group of the team's devices would have fewer rows than graphs take."""
@@ -169,6 +198,26 @@ class SamplingLoop:
             )
 
         return self._engines.get((*dims.values(), rungs), make)
+
+
+def _one_step(
+    engine: StepEngine, samples: Sequence[Sample], paused: Sequence[Pause | None], latents: np.ndarray
+) -> tuple[np.ndarray, list[Pause | None]]:
+    """Latents fp32 [B, T, C, h, w] of ``samples`` a step on from ``latents``, and all else that the next one needs."""
+    try:
+        slots = [engine.admit(sample, pause) for sample, pause in zip(samples, paused, strict=True)]
+        for slot, pause, own in zip(slots, paused, latents, strict=True):
+            if pause is not None:
+                engine.change(slot, own)
+        tick = engine.tick()
+        for error in tick.failed.values():
+            raise error
+        pauses = [None if slot in tick.finished else engine.pause(slot) for slot in slots]
+        both = zip(slots, pauses, strict=True)
+        return np.stack([tick.finished[slot] if pause is None else pause.latents for slot, pause in both]), pauses
+    finally:
+        for slot in engine.running:
+            engine.evict(slot)
 
 
 def _rungs(batch: Sequence[PlannedVideo], least: int, most: int) -> tuple[int, ...]:

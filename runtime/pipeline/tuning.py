@@ -2,8 +2,10 @@
 
 import logging
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,24 +20,31 @@ from stiv_deploy.runtime.pipeline.plan import GenerationPlan
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
 from stiv_deploy.runtime.pipeline.tokenization import lost_line
 from stiv_deploy.runtime.progress import Progress, unheard
+from stiv_deploy.runtime.sampling.fitting import ExactPath, WeightFit
 from stiv_deploy.runtime.sampling.settings import Solver
 from stiv_deploy.runtime.sampling.solvers import row_evaluations
 from stiv_deploy.runtime.sampling.tuning import (
+    FITTED,
     STRETCHED,
     UNTIL,
+    Exact,
     Grid,
     Interval,
     Point,
     converged,
     frontier,
     intervals,
+    judged,
     measured,
     searched,
+    to_fit,
 )
 
 log = logging.getLogger(__name__)
 BUDGETS = (4, 6, 8, 10, 12, 15, 20, 25, 30)
 SHIFTS = (0.5, 1.0, 2.0, 4.0, 8.0)
+FITTED_CLIPS = 3
+"""Clips at least for weights to be fitted: two choose. A single one can be met too well to tell grids apart by it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +138,8 @@ def _search(pipe: StivPipeline, request: TuneRequest, progress: Progress) -> Tun
         log.warning(lost_line(lost))
     budgets = request.budgets or sorted({*BUDGETS, own.evaluations})
     shifts = sorted({*request.shifts, own.time_shift})
-    news = _News(progress, sum(budgets) * (len(request.solvers) * (len(shifts) + 2 + len(STRETCHED)) + len(UNTIL)))
+    grids = len(request.solvers) * (len(shifts) + 2 + len(STRETCHED)) + len(UNTIL) + 1 + len(FITTED)
+    news = _News(progress, sum(budgets) * grids)
 
     def planned(grid: Grid) -> GenerationPlan:
         return pipe.plan([_changed(each, grid) for each in request.requests])
@@ -140,6 +150,8 @@ def _search(pipe: StivPipeline, request: TuneRequest, progress: Progress) -> Tun
     exact = converged(sampled, own.time_shift, request.tolerance, request.most, news.before)
     point = measured(sampled, exact, own)
     tried = tuple(searched(sampled, exact, budgets, request.solvers, shifts, news.count))
+    if clips >= FITTED_CLIPS:
+        tried += tuple(_fitted(pipe, planned, exact, to_fit(tried), news))
     best = frontier((*tried, point))
     chosen = any((each.guidance_from, each.guidance_until) != (None, None) for each in request.requests)
     whole = chosen or student is not None
@@ -155,6 +167,25 @@ def _search(pipe: StivPipeline, request: TuneRequest, progress: Progress) -> Tun
         intervals=tuple(early),
         seconds=time.monotonic() - started,
     )
+
+
+def _fitted(
+    pipe: StivPipeline,
+    planned: Callable[[Grid], GenerationPlan],
+    exact: Exact,
+    grids: Sequence[Grid],
+    news: "_News",
+) -> Iterator[Point]:
+    """``grids`` of AB2 with weights fitted to the clips that choose, whose exact flow is sampled once more for that."""
+    chosen = range(0, len(exact.latents), 2)
+    news.before(exact.grid)
+    path = ExactPath(exact.grid.settings.times().tolist(), chosen)
+    pipe.sample_in_step(planned(exact.grid), path)
+    for grid in grids:
+        news.count(grid)
+        fit = WeightFit(grid.settings.times().tolist(), path, chosen)
+        latents = pipe.sample_in_step(planned(grid.model_copy(update={"solver": Solver.EULER})), fit)
+        yield judged(latents, exact, grid.model_copy(update={"solver_weights": tuple(fit.weights)}))
 
 
 def tuned(report: TuneReport) -> Tuned:
@@ -189,15 +220,17 @@ def _record(folder: Path, report: TuneReport) -> None:
 def _own_grid(plan: GenerationPlan) -> tuple[Grid, int]:
     """The one grid of the planned videos, and how many they are; :class:`RequestError` where they have several."""
     chosen = [video.settings for video in plan.videos]
-    grids = {(each.solver, each.steps, each.time_shift, each.late_stretch) for each in chosen}
+    grids = {(each.solver, each.steps, each.time_shift, each.late_stretch, each.solver_weights) for each in chosen}
     if len(grids) > 1:
         raise RequestError("requests to tune on have different solvers, steps or times; give all the same")
-    (solver, steps, shift, stretch) = grids.pop()
-    return Grid(solver=solver, steps=steps, time_shift=shift, late_stretch=stretch), len(chosen)
+    (solver, steps, shift, stretch, weights) = grids.pop()
+    own = Grid(solver=solver, steps=steps, time_shift=shift, late_stretch=stretch, solver_weights=weights)
+    return own, len(chosen)
 
 
 def _changed(request: GenerationRequest, grid: Grid) -> GenerationRequest:
-    times = {"time_shift": grid.time_shift, "late_stretch": grid.late_stretch}
+    times: dict[str, Any] = {"time_shift": grid.time_shift, "late_stretch": grid.late_stretch}
+    times |= {"solver_weights": grid.solver_weights or None}
     own = request.changed(solver=grid.solver, num_inference_steps=grid.steps, **times)
     return own if grid.guidance_until is None else own.changed(guidance_until=grid.guidance_until)
 

@@ -39,6 +39,9 @@ class SamplingSettings:
     Evaluations at times from ``guidance_from`` to ``guidance_until``, both among them, are guided; all others need the
     conditional branch alone (a guidance interval, arXiv 2404.07724; times run from 0, noise, to 1, data).
 
+    ``solver_weights`` are AB2's in every step but the first, of the velocity there and of the one before, in place of
+    the rule's own (:mod:`~stiv_deploy.runtime.sampling.fitting`).
+
     Raises :class:`RequestError` for a value that cannot be sampled with.
     """
 
@@ -50,6 +53,7 @@ class SamplingSettings:
     solver: Solver = Solver.EULER
     time_shift: float = 1.0
     late_stretch: float = 1.0
+    solver_weights: tuple[tuple[float, float], ...] = ()
     unseen: Unseen = Unseen.NOISED
     guidance_from: float = 0.0
     guidance_until: float = 1.0
@@ -64,6 +68,17 @@ class SamplingSettings:
             )
         self.weights()
         self.times()
+        self._check_solver_weights()
+
+    def _check_solver_weights(self) -> None:
+        given = len(self.solver_weights)
+        if given and self.solver is not Solver.AB2:
+            raise RequestError(f"solver_weights are of ab2, the solver is {self.solver}; leave them out")
+        if given not in (0, self.steps - 1):
+            raise RequestError(
+                f"solver_weights are of every step but the first, {self.steps - 1} here, got {given}; they are of "
+                "another number of steps: leave them out, or ask for that"
+            )
 
     def times(self) -> np.ndarray:
         """Sampling times, fp64 [steps + 1]."""

@@ -38,7 +38,7 @@ def evaluations(settings: SamplingSettings) -> tuple[Evaluation, ...]:
 
     Where guidance begins or ends the velocity jumps, and a solver that looks back starts anew.
     """
-    planned = _PLANS[settings.solver](settings.times().tolist())
+    planned = _weighed(_PLANS[settings.solver](settings.times().tolist()), settings.solver_weights)
     made = [each._replace(guided=settings.guides(each.timestep), scale=settings.guidance_scale) for each in planned]
     if settings.solver is Solver.AB2:
         return tuple(
@@ -46,6 +46,13 @@ def evaluations(settings: SamplingSettings) -> tuple[Evaluation, ...]:
             for before, each in pairwise([made[0], *made])
         )
     return tuple(made)
+
+
+def _weighed(planned: Iterator[Evaluation], weights: Sequence[tuple[float, float]]) -> Iterator[Evaluation]:
+    """``planned`` with the ``weights`` of all but the first, if there are any."""
+    if not weights:
+        return planned
+    return (each._replace(weights=own) for each, own in zip(planned, (EULER, *weights), strict=True))
 
 
 def most_rows(settings: SamplingSettings) -> int:

@@ -11,13 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stiv_deploy.runtime.bundle.bounds import SHIFT_LIMITS
+from stiv_deploy.runtime.bundle.bounds import SHIFT_LIMITS, Weights
 from stiv_deploy.runtime.bundle.contract import Frozen
 from stiv_deploy.runtime.sampling.settings import SamplingSettings, Solver
 from stiv_deploy.runtime.sampling.solvers import evaluations
 
 STRETCHED = ((2**-0.5, 2.0), (0.5, 2.0), (0.5, 3.0))
 """Late steps so much longer are tried, at so much of the time shift that is best where all steps are equal."""
+FITTED = ((0.5, 4.0), (2**-1.5, 6.0), (0.25, 10.0), (2**-2.5, 10.0))
+"""The same, for grids whose weights are fitted: these bear longer late steps."""
 UNTIL = (0.4, 0.6, 0.8)
 """Times until which guidance is tried."""
 FIRST_STEPS = 60
@@ -27,25 +29,37 @@ FIRST_STEPS = 60
 class Grid(Frozen):
     """A solver and its sampling times: so many ``steps``, shifted by ``time_shift``, late ones longer.
 
-    ``guidance_until`` ends the guidance of all clips at that time; None leaves it as they have it.
+    ``solver_weights`` are AB2's, where they were fitted. ``guidance_until`` ends the guidance of all clips at that
+    time; None leaves it as they have it.
     """
 
     solver: Solver
     steps: int
     time_shift: float
     late_stretch: float = 1.0
+    solver_weights: Weights = ()
     guidance_until: float | None = None
 
     @property
     def evaluations(self) -> int:
         """Evaluations of the model, guidance branches counted as one."""
-        return len(evaluations(SamplingSettings(**self.model_dump(exclude={"guidance_until"}))))
+        return len(evaluations(self.settings))
+
+    @property
+    def settings(self) -> SamplingSettings:
+        """Solver and times as a run has them."""
+        return SamplingSettings(**self.model_dump(exclude={"guidance_until"}))
+
+    @property
+    def weights(self) -> str:
+        """Whose its solver's weights are, in a word."""
+        return "fitted" if self.solver_weights else "its own"
 
     @property
     def times(self) -> str:
         """Its times in words."""
         stretch = "" if self.late_stretch == 1 else f", late steps {self.late_stretch:g} times as long"
-        return f"shift {self.time_shift:.3g}{stretch}"
+        return f"shift {self.time_shift:.3g}{stretch}{', fitted weights' if self.solver_weights else ''}"
 
 
 Sampled = Callable[[Grid], np.ndarray]
@@ -108,8 +122,13 @@ def converged(sampled: Sampled, time_shift: float, tolerance: float, most: int, 
 
 
 def measured(sampled: Sampled, exact: Exact, grid: Grid) -> Point:
-    """The errors of ``grid``; clips of even number choose, the others judge."""
-    errors = relative_errors(sampled(grid), exact.latents)
+    """The errors of ``grid``."""
+    return judged(sampled(grid), exact, grid)
+
+
+def judged(latents: np.ndarray, exact: Exact, grid: Grid) -> Point:
+    """The errors of ``latents`` [clips, T, C, h, w] by ``grid``; clips of even number choose, the others judge."""
+    errors = relative_errors(latents, exact.latents)
     return Point(
         grid=grid, evaluations=grid.evaluations, tried=float(errors[::2].mean()), error=float(errors[1::2].mean())
     )
@@ -129,22 +148,38 @@ def searched(
     ``shifts`` ascend. A solver's steps are as many as the budget has room for.
     """
 
-    def point(solver: Solver, steps: int, shift: float, stretch: float = 1.0) -> Point:
-        grid = Grid(solver=solver, steps=steps, time_shift=shift, late_stretch=stretch)
+    def point(grid: Grid) -> Point:
         told(grid)
         return measured(sampled, exact, grid)
 
     for budget in budgets:
         for solver in solvers:
             steps = steps_within(solver, budget)
-            tried = [point(solver, steps, shift) for shift in shifts]
+            grids = [Grid(solver=solver, steps=steps, time_shift=shift) for shift in shifts]
+            tried = [point(grid) for grid in grids]
             best = min(range(len(tried)), key=lambda index: tried[index].tried)
-            tried += [point(solver, steps, shift) for shift in _beside(shifts, best)]
+            tried += [point(grids[0].model_copy(update={"time_shift": shift})) for shift in _beside(shifts, best)]
             yield from tried
-            shift = min(tried, key=lambda each: each.tried).grid.time_shift
-            yield from (
-                point(solver, steps, max(part * shift, SHIFT_LIMITS[0]), stretch) for part, stretch in STRETCHED
-            )
+            best_grid = min(tried, key=lambda each: each.tried).grid
+            yield from (point(stretched(best_grid, *each)) for each in STRETCHED)
+
+
+def to_fit(tried: Iterable[Point]) -> list[Grid]:
+    """Grids of AB2 whose weights are worth fitting, by steps: the best one, and :data:`FITTED` of the best shift."""
+    grids: dict[Grid, None] = {}
+    ascending = sorted(tried, key=lambda each: (each.grid.steps, each.tried))
+    ab2 = [each.grid for each in ascending if each.grid.solver is Solver.AB2 and each.grid.steps > 1]
+    for steps in dict.fromkeys(each.steps for each in ab2):
+        mine = [each for each in ab2 if each.steps == steps]
+        equal = next(each for each in mine if each.late_stretch == 1)
+        grids |= dict.fromkeys([mine[0], *(stretched(equal, *each) for each in FITTED)])
+    return list(grids)
+
+
+def stretched(grid: Grid, part: float, stretch: float) -> Grid:
+    """``grid`` with late steps ``stretch`` times as long, at so large a ``part`` of its time shift."""
+    shift = max(part * grid.time_shift, SHIFT_LIMITS[0])
+    return grid.model_copy(update={"time_shift": shift, "late_stretch": stretch})
 
 
 def intervals(

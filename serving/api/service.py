@@ -365,4 +365,4 @@ class Service:
 def _grid(grid: TunedGrid) -> dict[str, Any]:
     """``grid`` as clients see it: what its solver and steps go best with, and whether it is one of those by default."""
     own = grid.model_dump(include={"solver", "steps", "time_shift", "late_stretch", "tried"})
-    return own | {"default": grid.solver in ONE_A_STEP}
+    return own | {"default": grid.solver in ONE_A_STEP, "fitted": bool(grid.solver_weights)}

@@ -29,7 +29,8 @@ const FIELDS = [
   ["fit", "Pictures of another size", null, "fitting"],
 ];
 
-const TUNED = ["solver", "time_shift", "late_stretch"]; // what goes best with so many steps, where somebody has looked for it
+const TIMES = ["time_shift", "late_stretch"];
+const TUNED = ["solver", ...TIMES]; // what goes best with so many steps, where somebody has looked for it
 const EMPTY = { seed: "any", priority: "0", guidance_from: "0", guidance_until: "1" }; // what the server takes where nothing is said
 
 const $ = (id) => document.getElementById(id);
@@ -216,13 +217,15 @@ function bounds(name) {
   return [Math.min(...each.map((one) => one.min)), Math.max(...each.map((one) => one.max))];
 }
 
-// What is as the model has it is left out: the server fills it in. What follows from the steps is said as it is shown.
+// What is as the model has it is left out: the server fills it in, with weights that are fitted to a solver's times. Of
+// the times all are said where one was changed.
 function asked() {
   const body = new FormData();
+  const timed = TIMES.some((name) => $(name).value !== String(proposed[name]));
   for (const { name, type, value, checked } of $("ask").elements) {
     const said = type === "checkbox" ? String(checked) : value;
-    const shown = TUNED.includes(name) && model.tuned.length > 0 && said !== "";
-    if (name && (shown || said !== String(model.defaults[name] ?? ""))) body.set(name, said);
+    const own = String((TUNED.includes(name) ? proposed : model.defaults)[name] ?? "");
+    if (name && (said !== own || (timed && TIMES.includes(name)))) body.set(name, said);
   }
   body.set("prompt", $("prompt").value); // it may be empty, but not missing
   if (!given.size) body.delete("fit");

@@ -135,14 +135,29 @@ def finished() -> Callable[[Scheduler], None]:
     return finish
 
 
+FITTED_WEIGHTS = ((1.25, -0.25), (1.5, -0.625), (1.75, -0.5))
+
+
 @pytest.fixture
 def tuned_path(bundle_with: Callable[..., Path]) -> Path:
     """A bundle with other solvers, shifts and late stretches for few steps and for many."""
     path = bundle_with()
     manifest = Bundle.open(path).manifest
     grids = [
-        TunedGrid(solver=solver, steps=steps, time_shift=shift, late_stretch=stretch, tried=0.1, error=0.1)
-        for solver, steps, shift, stretch in (("ab2", 4, 1.5, 1.25), ("euler", 40, 2.5, 1.0), ("heun", 40, 3.5, 1.75))
+        TunedGrid(
+            solver=solver,
+            steps=steps,
+            time_shift=shift,
+            late_stretch=stretch,
+            solver_weights=weights,
+            tried=0.1,
+            error=0.1,
+        )
+        for solver, steps, shift, stretch, weights in (
+            ("ab2", 4, 1.5, 1.25, FITTED_WEIGHTS),
+            ("euler", 40, 2.5, 1.0, ()),
+            ("heun", 40, 3.5, 1.75, ()),
+        )
     ]
     tuned = Tuned(bundle=manifest.bundle_hash, clips=2, reference_error=0.0, grids=grids)
     write_manifest(path, manifest.model_copy(update={"tuned": tuned}))

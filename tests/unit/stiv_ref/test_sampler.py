@@ -122,6 +122,23 @@ def test_heun_equals_its_definition() -> None:
     torch.testing.assert_close(got, torch.full_like(got, wanted), rtol=1e-12, atol=1e-12)
 
 
+def test_ab2_with_weights_of_its_own_equals_its_definition() -> None:
+    """In plain Python; the first step is Euler, and so is the first that is not guided any more."""
+    weights = ((1.7, -0.6), (1.4, -0.5), (2.0, -1.1), (0.9, 0.2))
+    inputs = request(1)._replace(noise=torch.full((1, 3, 2, 3, 3), 0.7, dtype=torch.float64))
+    chosen = SamplingSettings(
+        steps=5, solver=Solver.AB2, solver_weights=weights, guidance_scale=3, renorm=False, guidance_until=0.5
+    )
+    got = run(lambda x, t, null: torch.sin(3 * x) + t * (1 + ~null[:, None, None, None, None]), inputs, chosen)
+    x, before = 0.7, 0.0
+    for step, pair in enumerate([(1.0, 0.0), *weights]):
+        t = step / 5
+        now, then = (1.0, 0.0) if step == 3 else pair
+        velocity = math.sin(3 * x) + (t + 3 * t if t <= 0.5 else 2 * t)
+        x, before = x + (now * velocity + then * before) / 5, velocity
+    torch.testing.assert_close(got, torch.full_like(got, x), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_ab2_equals_its_definition(shift: float) -> None:
     """The integral over each step of the line through two velocities, in plain Python; the first step is Euler."""

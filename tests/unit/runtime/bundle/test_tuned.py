@@ -66,6 +66,14 @@ def test_the_nearest_number_of_steps_is_taken(steps: int, solver: str | None) ->
     assert max(taken.steps / steps, steps / taken.steps) == min(ratios)
 
 
+@pytest.mark.parametrize(
+    ("solver", "steps", "given"), [("euler", 3, 2), ("heun", 3, 2), ("ab2", 3, 3), ("ab2", 4, 2), ("ab2", 1, 1)]
+)
+def test_weights_are_of_ab2_and_of_all_steps_but_the_first(solver: str, steps: int, given: int) -> None:
+    with pytest.raises(ValidationError, match=f"want solver weights of ab2 and {steps - 1} steps, got {given} of"):
+        TunedGrid(solver=solver, steps=steps, time_shift=1, solver_weights=((1, 0),) * given, tried=0, error=0)
+
+
 def test_two_grids_of_one_solver_and_steps_are_refused() -> None:
     with pytest.raises(ValidationError, match="one grid for a solver and a number of steps, got two"):
         Tuned(bundle="b", clips=2, reference_error=0, grids=(TUNED.grids[0], grid("euler", 4, 3, 0.1)))

@@ -15,7 +15,7 @@ from stiv_deploy.runtime.command.tuning_plot import pareto_svg
 from stiv_deploy.runtime.pipeline.tuning import TuneReport
 
 Run = Callable[..., tuple[int, str, str]]
-FEW = ("--prompt", "digit three", "--count", 2, "--evaluations", 5, "--evaluations", 3)
+FEW = ("--prompt", "digit three", "--count", 4, "--evaluations", 5, "--evaluations", 3)
 FEW += ("--solver", "ab2", "--solver", "euler", "--time-shift", 1, "--time-shift", 2, "--tolerance", 0.1)
 
 
@@ -30,11 +30,11 @@ def tuned(run: Run, own_bundle: Path, tmp_path: Path) -> tuple[Path, Path]:
     return own_bundle, tmp_path
 
 
-def planned(bundle: Path, **values: Any) -> tuple[Solver, int, float, float]:
+def planned(bundle: Path, **values: Any) -> tuple[Solver, int, float, float, Any]:
     with StivPipeline.from_bundle(bundle, "onnxruntime", threads=1) as pipe:
         (video,) = pipe.plan(GenerationRequest(prompt="digit", **values)).videos
     settings = video.settings
-    return settings.solver, settings.steps, settings.time_shift, settings.late_stretch
+    return settings.solver, settings.steps, settings.time_shift, settings.late_stretch, settings.solver_weights
 
 
 def test_a_number_of_steps_then_means_the_best_of_it(tuned: tuple[Path, Path], run: Run) -> None:
@@ -46,18 +46,23 @@ def test_a_number_of_steps_then_means_the_best_of_it(tuned: tuple[Path, Path], r
     for steps in (3, 5):
         mine = [each for each in report.tried if each.evaluations == steps]
         grid = min(mine, key=lambda each: each.tried).grid
-        assert planned(bundle, num_inference_steps=steps) == (grid.solver, steps, grid.time_shift, grid.late_stretch)
+        weights = grid.solver_weights
+        assert weights, "they were fitted"
+        wanted = (grid.solver, steps, grid.time_shift, grid.late_stretch, weights)
+        assert planned(bundle, num_inference_steps=steps) == wanted
         euler = min((each for each in mine if each.grid.solver == "euler"), key=lambda each: each.tried).grid
         assert planned(bundle, num_inference_steps=steps, solver="euler")[2] == euler.time_shift
     own = manifest.sampling
-    assert planned(bundle, num_inference_steps=3, time_shift=7)[2:] == (7, own.late_stretch), "its own"
-    assert planned(bundle, num_inference_steps=3, late_stretch=2)[2:] == (own.time_shift, 2)
-    assert planned(bundle, solver="heun") == (Solver.HEUN, own.steps, own.time_shift, 1), "it was not tried"
+    assert planned(bundle, num_inference_steps=3, time_shift=7)[2:] == (7, own.late_stretch, ()), "its own"
+    assert planned(bundle, num_inference_steps=3, late_stretch=2)[2:] == (own.time_shift, 2, ())
+    nearest = planned(bundle, num_inference_steps=6)
+    assert nearest[2:] == (*planned(bundle, num_inference_steps=5)[2:4], ()), "weights are of five steps alone"
+    assert planned(bundle, solver="heun") == (Solver.HEUN, own.steps, own.time_shift, 1, ()), "it was not tried"
     words = run("inspect", bundle)[1]
     best = manifest.tuned.grid(own.steps)
     assert best is not None
     assert f"--solver {best.solver} --time-shift {best.time_shift:g}" in " ".join(words.split())
-    assert "Defaults by steps ('stiv tune', 2 clips" in words
+    assert "Defaults by steps ('stiv tune', 4 clips" in words
 
 
 def test_what_was_there_stays_and_hashes_hold(tuned: tuple[Path, Path], bundle_path: Path) -> None:
@@ -90,7 +95,7 @@ def test_nothing_is_kept_where_nothing_shall_be(run: Run, own_bundle: Path) -> N
     before = (own_bundle / "manifest.json").read_bytes()
     code, out, _ = run("tune", own_bundle, *FEW, "--no-record", "--json")
     assert code == 0
-    assert json.loads(out)["clips"] == 2
+    assert json.loads(out)["clips"] == 4
     assert (own_bundle / "manifest.json").read_bytes() == before
 
 

@@ -20,7 +20,7 @@ from stiv_deploy.runtime.pipeline.plan import RECOMMENDED, plan_generation
 PICTURE = np.full((8, 8, 3), 51, dtype=np.uint8)
 LATENT = np.ones((4, 4, 4), dtype=np.float32)
 
-LEFT_OUT = ("unseen", "guidance_from", "guidance_until", "decode_tile", "noise")
+LEFT_OUT = ("unseen", "solver_weights", "guidance_from", "guidance_until", "decode_tile", "noise")
 """Fields that a planned request may leave open."""
 
 
@@ -31,7 +31,7 @@ def request_of(prompt: str = "digit", **values: Any) -> GenerationRequest:
 def test_defaults_are_the_bundles(toy_bundle: Bundle) -> None:
     (video,) = plan_generation(toy_bundle, request_of()).videos
     values = dict(video.request)
-    sampling = toy_bundle.manifest.sampling
+    sampling = toy_bundle.manifest.recommended()
     for name, recommended in RECOMMENDED.items():
         assert values[name] == getattr(sampling, recommended), name
     assert (values["original_height"], values["original_width"], values["stride"]) == (8, 8, 1)
@@ -194,7 +194,7 @@ def test_requests_that_are_none(toy_bundle: Bundle) -> None:
 
 def test_recommendations_are_fields_of_both_sides(toy_bundle: Bundle) -> None:
     assert set(RECOMMENDED) <= set(GenerationRequest.model_fields)
-    assert set(RECOMMENDED.values()) == set(type(toy_bundle.manifest.sampling).model_fields)
+    assert set(RECOMMENDED.values()) == set(type(toy_bundle.manifest.recommended()).model_fields)
 
 
 def test_videos_that_no_memory_holds(toy_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from stiv_deploy.runtime.bundle.contract import Student
 from stiv_deploy.runtime.errors import BundleError
 from stiv_deploy.runtime.pipeline import tuning
 from stiv_deploy.runtime.pipeline.tuning import BUDGETS, TuneReport, TuneRequest, tune, tuned
-from stiv_deploy.runtime.sampling.tuning import STRETCHED, UNTIL, relative_errors
+from stiv_deploy.runtime.sampling.tuning import FITTED, STRETCHED, UNTIL, relative_errors
 
 CLIPS = (
     GenerationRequest(prompt="digit three", seed=3, count=2, num_inference_steps=4, solver="euler"),
@@ -42,7 +42,12 @@ def test_a_report_tells_all_that_was_tried(bundle_path: Path) -> None:
     assert {(each.grid.solver, each.evaluations) for each in report.tried} == {
         (solver, budget) for solver in (Solver.EULER, Solver.AB2) for budget in (3, 6)
     }
-    assert len(report.tried) == 2 * 2 * (2 + 1 + len(STRETCHED)), "all shifts, one between, longer late steps"
+    ruled = [each for each in report.tried if not each.grid.solver_weights]
+    assert len(ruled) == 2 * 2 * (2 + 1 + len(STRETCHED)), "all shifts, one between, longer late steps"
+    fitted = [each.grid for each in report.tried if each.grid.solver_weights]
+    assert {each.solver for each in fitted} == {Solver.AB2}
+    assert {each.steps for each in fitted} == {3, 6}
+    assert {each.late_stretch for each in fitted} >= {stretch for _, stretch in FITTED}
     assert set(report.best) <= {*report.tried, report.own}
     assert report.best[-1].grid.solver is Solver.AB2
     # Two of the three clips are guided, with two rows a step.
@@ -72,7 +77,7 @@ def test_a_flow_map_is_not_tuned(tmp_path: Path) -> None:
 
 def test_an_error_is_that_of_the_clips_themselves(bundle_path: Path) -> None:
     report = tune(asked(bundle_path, budgets=(3,), solvers=(Solver.AB2,), shifts=(1.0,)))
-    (point,) = (each for each in report.tried if each.grid.late_stretch == 1)
+    (point,) = (each for each in report.tried if (each.grid.late_stretch, each.grid.solver_weights) == (1, ()))
 
     def made(pipe: StivPipeline, **grid: Any) -> np.ndarray:
         return pipe.run(pipe.plan([each.changed(**grid) for each in CLIPS]), output_type="latent").latents
@@ -83,6 +88,39 @@ def test_an_error_is_that_of_the_clips_themselves(bundle_path: Path) -> None:
         errors = relative_errors(made(pipe, solver="ab2", num_inference_steps=3, time_shift=1.0), exact)
     # Threads may change the last bits of a sum, far below these errors.
     assert (point.tried, point.error) == pytest.approx((errors[[0, 2]].mean(), errors[1]), rel=1e-3)
+
+
+def test_fitted_weights_are_found_and_their_error_is_that_of_a_run_with_them(bundle_path: Path) -> None:
+    report = tune(asked(bundle_path, budgets=(4,), solvers=(Solver.AB2,), shifts=(1.0,)))
+    ruled, fitted = (
+        [each for each in report.tried if bool(each.grid.solver_weights) == wanted] for wanted in (False, True)
+    )
+    assert min(each.tried for each in fitted) < min(each.tried for each in ruled)
+    assert min(fitted, key=lambda each: each.tried) in report.best
+    kept = tuned(report).grid(4, "ab2")
+    assert kept is not None
+    assert kept.solver_weights == report.best[-1].grid.solver_weights
+
+    def made(pipe: StivPipeline, **grid: Any) -> np.ndarray:
+        return pipe.sample(pipe.plan([each.changed(solver="ab2", **grid) for each in CLIPS]))
+
+    own = kept.model_dump(include={"time_shift", "late_stretch", "solver_weights"})
+    with StivPipeline.from_bundle(bundle_path, "onnxruntime", threads=1) as pipe:
+        shift = report.reference.time_shift
+        exact = made(pipe, num_inference_steps=report.reference.steps, time_shift=shift)
+        errors = relative_errors(made(pipe, num_inference_steps=4, **own), exact)
+    assert (kept.tried, kept.error) == pytest.approx((errors[[0, 2]].mean(), errors[1]), rel=1e-3)
+
+
+def test_one_clip_that_chooses_is_too_few_to_fit_to(bundle_path: Path) -> None:
+    report = tune(asked(bundle_path, requests=CLIPS[:1], budgets=(3,), solvers=(Solver.AB2,), tolerance=0.5))
+    assert report.clips == 2
+    assert not any(each.grid.solver_weights for each in report.tried)
+
+
+def test_one_step_has_no_weights_to_fit(bundle_path: Path) -> None:
+    report = tune(asked(bundle_path, budgets=(1,), solvers=(Solver.AB2,), shifts=(1.0,), tolerance=0.5))
+    assert not any(each.grid.solver_weights for each in report.tried)
 
 
 def test_guidance_that_somebody_chose_stays(bundle_path: Path) -> None:

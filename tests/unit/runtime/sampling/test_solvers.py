@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.sampling.guidance import GuidanceMode
 from stiv_deploy.runtime.sampling.settings import SamplingSettings, Solver
 from stiv_deploy.runtime.sampling.solvers import EULER, Evaluation, adams_bashforth, anew, evaluations
@@ -131,3 +133,29 @@ def test_a_corrector_of_changed_latents_is_an_euler_step() -> None:
     assert anew(planned, 2) == planned, "a predictor looks not back"
     again = Evaluation(0.25, 0.5, 0.25, scale=planned[0].scale)
     assert anew(planned, 3) == (*planned[:3], again, *planned[4:])
+
+
+def test_given_weights_stand_for_the_rules_own_but_for_the_first_and_where_guidance_ends() -> None:
+    weights = ((1.7, -0.6), (1.4, -0.5), (2.0, -1.1), (0.9, 0.2))
+    own = SamplingSettings(steps=5, solver=Solver.AB2, guidance_until=0.5)
+    planned = evaluations(dataclasses.replace(own, solver_weights=weights))
+    assert [each.weights for each in planned] == [EULER, weights[0], weights[1], EULER, weights[3]]
+    assert [each._replace(weights=EULER) for each in planned] == [
+        each._replace(weights=EULER) for each in evaluations(own)
+    ]
+    assert anew(planned, 2)[2].weights == EULER
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"solver": Solver.EULER}, "solver_weights are of ab2, the solver is euler; leave them out"),
+        ({"steps": 4}, "solver_weights are of every step but the first, 3 here, got 2"),
+        ({"steps": 1}, "solver_weights are of every step but the first, 0 here, got 2"),
+    ],
+)
+def test_weights_of_other_steps_or_solvers_are_refused(changes: dict[str, Any], message: str) -> None:
+    fitted = {"steps": 3, "solver": Solver.AB2, "solver_weights": ((1.5, -0.5), (1.5, -0.5))}
+    SamplingSettings(**fitted)
+    with pytest.raises(RequestError, match=message):
+        SamplingSettings(**fitted | changes)

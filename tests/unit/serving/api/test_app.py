@@ -452,7 +452,8 @@ def test_the_model_tells_what_goes_best_with_how_many_steps(place_of: Callable[.
     (model,) = place.client.get("/v1/models").json()["data"]
     assert (model["stiv"]["defaults"]["solver"], model["stiv"]["defaults"]["time_shift"]) == ("ab2", 1.5)
     assert model["stiv"]["tuned"][1] == {
-        "solver": "euler", "steps": 40, "time_shift": 2.5, "late_stretch": 1.0, "tried": 0.1, "default": True
+        "solver": "euler", "steps": 40, "time_shift": 2.5, "late_stretch": 1.0, "tried": 0.1, "default": True,
+        "fitted": False,
     }  # fmt: skip
     assert [each["default"] for each in model["stiv"]["tuned"]] == [True, True, False]
 
