@@ -34,6 +34,8 @@ from digit_scores import cpu_name
 from exams import Exam, exam_of
 from quantization_accuracy import keep, kept, percentages
 
+from stiv_deploy.runtime.bundle.bundle import Bundle
+from stiv_deploy.runtime.bundle.tuned import TunedGrid
 from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
@@ -65,10 +67,14 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Ways:
-    """What the rows differ in: the guidance scale, AB2's steps and times, when guidance that ends early does."""
+    """What the rows differ in: the guidance scale, AB2's steps and times, when guidance that ends early does.
+
+    ``fitted`` are grids of AB2 with weights of the model's own, by what 'stiv tune' found of it.
+    """
 
     scale: float
     steps: tuple[int, ...]
+    fitted: tuple[TunedGrid, ...]
     shift: float
     stretch: float
     until: float
@@ -85,6 +91,10 @@ def teacher_rows(bundle: str, ways: Ways, suffix: str = "") -> Iterator[Row]:
         yield Row(name=f"AB2, {steps} steps{suffix}", bundle=bundle, options=ab2)
         early = ab2 | {"guidance_until": ways.until}
         yield Row(name=f"AB2, {steps} steps, guided until {ways.until:g}{suffix}", bundle=bundle, options=early)
+    for grid in ways.fitted:
+        own = grid.model_dump(include={"solver", "time_shift", "late_stretch", "solver_weights"})
+        own |= guided | {"num_inference_steps": grid.steps}
+        yield Row(name=f"AB2, {grid.steps} steps, fitted weights{suffix}", bundle=bundle, options=own)
 
 
 def student_rows(bundle: str, ways: Ways, suffix: str = "") -> Iterator[Row]:
@@ -228,6 +238,7 @@ def main(
     also_student: Annotated[list[str] | None, typer.Option(metavar="NAME=BUNDLE", help="Likewise, of it.")] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale of all rows.")] = 2.0,
     steps: Annotated[str, typer.Option(help="Numbers of AB2 steps, with commas.")] = "15,10",
+    fitted: Annotated[str, typer.Option(help="Numbers of AB2 steps for which BUNDLE was tuned.")] = "",
     time_shift: Annotated[float, typer.Option(help="Of AB2's steps.")] = 2.0,
     late_stretch: Annotated[float, typer.Option(help="Of AB2's steps.")] = 3.0,
     until: Annotated[float, typer.Option(help="When guidance ends that ends early.")] = 0.4,
@@ -241,7 +252,12 @@ def main(
 ) -> None:
     """Measure what fewer evaluations cost and gain."""
     ways = Ways(
-        scale=guidance, steps=tuple(map(int, steps.split(","))), shift=time_shift, stretch=late_stretch, until=until
+        scale=guidance,
+        steps=tuple(map(int, steps.split(","))),
+        fitted=fitted_grids(bundle, fitted),
+        shift=time_shift,
+        stretch=late_stretch,
+        until=until,
     )
     others, students = named_bundles(also or [], "--also"), named_bundles(also_student or [], "--also-student")
     rows = all_rows(ways, list(others), list(students))
@@ -283,6 +299,17 @@ def main(
     out.write_text(json.dumps(report) + "\n", encoding="utf-8")
     out.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
     typer.echo(markdown(report))
+
+
+def fitted_grids(bundle: Path, steps: str) -> tuple[TunedGrid, ...]:
+    """What 'stiv tune' found for AB2 in each of these numbers of ``steps``, with commas; :class:`RequestError`."""
+    numbers = [int(each) for each in steps.split(",") if each]
+    tuned = Bundle.open(bundle).manifest.tuned
+    found = [None if tuned is None else tuned.grid(number, "ab2") for number in numbers]
+    for number, grid in zip(numbers, found, strict=True):
+        if grid is None or grid.steps != number or not grid.solver_weights:
+            raise RequestError(f"{bundle}: has no fitted weights of {number} steps; run: stiv tune {bundle}")
+    return tuple(grid for grid in found if grid is not None)
 
 
 def all_rows(ways: Ways, others: Sequence[str], students: Sequence[str]) -> list[Row]:

@@ -4,12 +4,15 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
+from stiv_deploy.runtime.bundle.bundle import read_manifest, write_manifest
+from stiv_deploy.runtime.bundle.tuned import Tuned, TunedGrid
 from stiv_deploy.runtime.errors import RequestError
 
 
@@ -51,8 +54,28 @@ def test_a_name_and_a_bundle(few: ModuleType) -> None:
         few.named_bundles(["fp8"], "--also")
 
 
+@pytest.fixture
+def tuned_path(bundle_path: Path, tmp_path: Path) -> Path:
+    """A bundle with fitted weights of three steps."""
+    own = copytree(bundle_path, tmp_path / "tuned")
+    manifest = read_manifest(own)
+    grids = [
+        TunedGrid(solver="ab2", steps=steps, time_shift=2, solver_weights=weights, tried=0.1, error=0.1)
+        for steps, weights in ((3, ((1.75, -0.75), (1.25, -0.25))), (4, ()))
+    ]
+    tuned = Tuned(bundle=manifest.bundle_hash, clips=4, reference_error=0.0, grids=tuple(grids))
+    write_manifest(own, manifest.model_copy(update={"tuned": tuned}))
+    return own
+
+
+@pytest.mark.parametrize("steps", ["4", "3,5"])
+def test_weights_that_nobody_has_fitted_are_asked_for(few: ModuleType, tuned_path: Path, steps: str) -> None:
+    with pytest.raises(RequestError, match=f"has no fitted weights of {steps[-1]} steps; run: stiv tune"):
+        few.fitted_grids(tuned_path, steps)
+
+
 def test_the_smallest_run_is_kept_and_goes_on(
-    few: ModuleType, bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few: ModuleType, bundle_path: Path, tuned_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stand_in(_folder: Path, sampling: Any, samples: int) -> StandInExam:
         return StandInExam(samples, sampling.height)
@@ -63,20 +86,22 @@ def test_the_smallest_run_is_kept_and_goes_on(
     monkeypatch.setattr(few, "open_checkpoint", lambda _: type("Opened", (), {"config": config, "sha256": "0" * 64}))
     monkeypatch.setattr(sys, "argv", ["few_evaluations.py"])
     monkeypatch.setattr(few, "STUDENT_STEPS", (1, 2))
-    numbers: dict[str, Any] = {"samples": 5, "clips": 2, "prompts": 1, "exact": 4, "rounds": 1, "steps": "2"}
+    numbers: dict[str, Any] = {"samples": 5, "clips": 2, "prompts": 1, "exact": 4, "rounds": 1}
+    numbers |= {"steps": "2", "fitted": "3"}
     options = {"time_shift": 2.0, "late_stretch": 3.0, "until": 0.4, "guidance": 2.0, "threads": 1}
     files = {"out": tmp_path / "few.json", "work": tmp_path / "work"}
 
     def run() -> dict[str, Any]:
         few.main(
-            tmp_path, bundle_path, student=bundle_path, also=[f"again={bundle_path}"], **numbers, **options, **files
+            tmp_path, tuned_path, student=bundle_path, also=[f"again={bundle_path}"], **numbers, **options, **files
         )
         return json.loads(files["out"].read_text())
 
     report = run()
     rows = {row["name"]: row for row in report["rows"]}
-    assert [row["rows"] for row in report["rows"]] == [60, 4, 4, 2, 4, 60, 4, 4]
+    assert [row["rows"] for row in report["rows"]] == [60, 4, 4, 6, 2, 4, 60, 4, 4, 6]
     assert rows["AB2, 2 steps"]["error"] == rows["AB2, 2 steps, again"]["error"] > 0
+    assert rows["AB2, 3 steps, fitted weights"]["options"]["solver_weights"] == [[1.75, -0.75], [1.25, -0.25]]
     assert rows["AB2, 2 steps"]["scores"]["ti2v"] == {"motion": 0.0, "right": 100.0}
     assert report["rows"][0]["time"] == 1.0
     assert "| Euler, 30 steps | 60 | 1.000 |" in files["out"].with_suffix(".md").read_text()
