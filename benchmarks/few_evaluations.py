@@ -3,7 +3,9 @@
     python benchmarks/few_evaluations.py CHECKPOINT BUNDLE --student BUNDLE --out benchmarks/results/NAME.json
 
 CHECKPOINT says what the model was trained on, and so what its clips are judged by (``exams.py``); BUNDLE is one of it,
-the student's one of its student, ``--also NAME=BUNDLE`` and ``--also-student`` are other precisions of the two. All get
+the student's one of its student that is a flow map, ``--one-row`` one of a student of guidance alone. ``--also
+NAME=BUNDLE``, ``--also-student`` and ``--also-one-row`` are other precisions of the three. ``--fitted`` takes AB2's
+weights and times from what 'stiv tune' found of BUNDLE, and of the student of guidance for that one. All get
 the same prompts and noise. *Error* is the relative L2 error of latents against the exact flow of BUNDLE: AB2 in
 ``--exact`` steps. *Spread* is how far latents of one prompt lie apart over eight seeds, in percent of the first row's.
 *Time* is a whole clip's on one thread, rows by turns, the median of the ratios to the first row in the same round.
@@ -22,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,16 +68,39 @@ class Row:
         return GenerationRequest(prompt=prompt, seed=seed, frames=frames, **self.options)
 
 
+class Kind(StrEnum):
+    """What a bundle is of: the model, its few-step student, or one that has but its guidance in one row."""
+
+    TEACHER = "teacher"
+    STUDENT = "student"
+    ONE_ROW = "one row"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """A bundle, and its precision where that is not the first one's."""
+
+    kind: Kind
+    precision: str
+    folder: Path
+
+    @property
+    def key(self) -> str:
+        """Its name among all."""
+        return f"{self.precision} {self.kind}".strip()
+
+    @property
+    def suffix(self) -> str:
+        """What its rows' names end in."""
+        return f", {self.precision}" if self.precision else ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ways:
-    """What the rows differ in: the guidance scale, AB2's steps and times, when guidance that ends early does.
-
-    ``fitted`` are grids of AB2 with weights of the model's own, by what 'stiv tune' found of it.
-    """
+    """What the rows differ in: the guidance scale, AB2's steps and times, when guidance that ends early does."""
 
     scale: float
     steps: tuple[int, ...]
-    fitted: tuple[TunedGrid, ...]
     shift: float
     stretch: float
     until: float
@@ -91,10 +117,19 @@ def teacher_rows(bundle: str, ways: Ways, suffix: str = "") -> Iterator[Row]:
         yield Row(name=f"AB2, {steps} steps{suffix}", bundle=bundle, options=ab2)
         early = ab2 | {"guidance_until": ways.until}
         yield Row(name=f"AB2, {steps} steps, guided until {ways.until:g}{suffix}", bundle=bundle, options=early)
-    for grid in ways.fitted:
-        own = grid.model_dump(include={"solver", "time_shift", "late_stretch", "solver_weights"})
-        own |= guided | {"num_inference_steps": grid.steps}
-        yield Row(name=f"AB2, {grid.steps} steps, fitted weights{suffix}", bundle=bundle, options=own)
+
+
+def fitted_rows(bundle: str, grids: Sequence[TunedGrid], scale: float, name: str = "", suffix: str = "") -> list[Row]:
+    """AB2 with weights of the model's own, over ``grids``."""
+    return [
+        Row(
+            name=f"{name}AB2, {grid.steps} steps, fitted weights{suffix}",
+            bundle=bundle,
+            options=grid.model_dump(include={"solver", "time_shift", "late_stretch", "solver_weights"})
+            | {"guidance_scale": scale, "num_inference_steps": grid.steps},
+        )
+        for grid in grids
+    ]
 
 
 def student_rows(bundle: str, ways: Ways, suffix: str = "") -> Iterator[Row]:
@@ -234,8 +269,10 @@ def main(
     bundle: Annotated[Path, typer.Argument(help="Bundle of it, whose flow is the exact one.")],
     student: Annotated[Path, typer.Option(help="Bundle of its student.")],
     out: Annotated[Path, typer.Option(help="JSON file; the table goes beside it.")],
+    one_row: Annotated[Path | None, typer.Option(help="Bundle of a student of guidance alone.")] = None,
     also: Annotated[list[str] | None, typer.Option(metavar="NAME=BUNDLE", help="Another precision.")] = None,
     also_student: Annotated[list[str] | None, typer.Option(metavar="NAME=BUNDLE", help="Likewise, of it.")] = None,
+    also_one_row: Annotated[list[str] | None, typer.Option(metavar="NAME=BUNDLE", help="Likewise, of that.")] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale of all rows.")] = 2.0,
     steps: Annotated[str, typer.Option(help="Numbers of AB2 steps, with commas.")] = "15,10",
     fitted: Annotated[str, typer.Option(help="Numbers of AB2 steps for which BUNDLE was tuned.")] = "",
@@ -252,21 +289,16 @@ def main(
 ) -> None:
     """Measure what fewer evaluations cost and gain."""
     ways = Ways(
-        scale=guidance,
-        steps=tuple(map(int, steps.split(","))),
-        fitted=fitted_grids(bundle, fitted),
-        shift=time_shift,
-        stretch=late_stretch,
-        until=until,
+        scale=guidance, steps=tuple(map(int, steps.split(","))), shift=time_shift, stretch=late_stretch, until=until
     )
-    others, students = named_bundles(also or [], "--also"), named_bundles(also_student or [], "--also-student")
-    rows = all_rows(ways, list(others), list(students))
-    folders = {
-        "teacher": bundle,
-        "student": student,
-        **others,
-        **{f"{name} student": students[name] for name in students},
-    }
+    contestants = [
+        *contestants_of(Kind.TEACHER, bundle, also, "--also"),
+        *contestants_of(Kind.STUDENT, student, also_student, "--also-student"),
+        *contestants_of(Kind.ONE_ROW, one_row, also_one_row, "--also-one-row"),
+    ]
+    weighed = [each for each in contestants if not each.precision and each.kind is not Kind.STUDENT]
+    grids = {Kind.STUDENT: ()} | {each.kind: fitted_grids(each.folder, fitted) for each in weighed}
+    rows = [row for each in in_order(contestants) for row in rows_of(each, ways, grids[each.kind])]
     opened = open_checkpoint(checkpoint)
     exam = exam_of(checkpoint, opened.config.sampling, samples)
     shared = {
@@ -278,8 +310,8 @@ def main(
     }
     with ExitStack() as stack:
         pipes = {
-            name: stack.enter_context(StivPipeline.from_bundle(folder, "onnxruntime", threads))
-            for name, folder in folders.items()
+            each.key: stack.enter_context(StivPipeline.from_bundle(each.folder, "onnxruntime", threads))
+            for each in contestants
         }
         measurement = Measurement(pipes, exam, exact_row(ways, exact), clips, prompts)
         found = [measured(measurement, row, work, shared) for row in rows]
@@ -301,6 +333,14 @@ def main(
     typer.echo(markdown(report))
 
 
+def contestants_of(kind: Kind, own: Path | None, others: Sequence[str] | None, option: str) -> list[Contestant]:
+    """The bundle ``own``, if there is one, and those of other precisions."""
+    named = {"": own} | named_bundles(others or [], option)
+    return [
+        Contestant(kind=kind, precision=name, folder=folder) for name, folder in named.items() if folder is not None
+    ]
+
+
 def fitted_grids(bundle: Path, steps: str) -> tuple[TunedGrid, ...]:
     """What 'stiv tune' found for AB2 in each of these numbers of ``steps``, with commas; :class:`RequestError`."""
     numbers = [int(each) for each in steps.split(",") if each]
@@ -312,14 +352,22 @@ def fitted_grids(bundle: Path, steps: str) -> tuple[TunedGrid, ...]:
     return tuple(grid for grid in found if grid is not None)
 
 
-def all_rows(ways: Ways, others: Sequence[str], students: Sequence[str]) -> list[Row]:
-    """Those of teacher and student, then of ``others`` and other ``students``, by name."""
-    rows = [*teacher_rows("teacher", ways), *student_rows("student", ways)]
-    for name in others:
-        rows += teacher_rows(name, ways, f", {name}")
-    for name in students:
-        rows += student_rows(f"{name} student", ways, f", {name}")
-    return rows
+def in_order(contestants: Sequence[Contestant]) -> list[Contestant]:
+    """The bundles' own precision first, then the others by name."""
+    precisions = dict.fromkeys(each.precision for each in contestants)
+    return [each for precision in precisions for each in contestants if each.precision == precision]
+
+
+def rows_of(contestant: Contestant, ways: Ways, grids: Sequence[TunedGrid]) -> list[Row]:
+    """Its ways to sample; AB2 with fitted weights over ``grids``."""
+    key, suffix = contestant.key, contestant.suffix
+    match contestant.kind:
+        case Kind.TEACHER:
+            return [*teacher_rows(key, ways, suffix), *fitted_rows(key, grids, ways.scale, "", suffix)]
+        case Kind.STUDENT:
+            return list(student_rows(key, ways, suffix))
+        case Kind.ONE_ROW:
+            return fitted_rows(key, grids, ways.scale, "guidance in one row, ", suffix)
 
 
 def exact_row(ways: Ways, steps: int) -> Row:

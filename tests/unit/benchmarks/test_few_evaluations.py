@@ -93,13 +93,22 @@ def test_the_smallest_run_is_kept_and_goes_on(
 
     def run() -> dict[str, Any]:
         few.main(
-            tmp_path, tuned_path, student=bundle_path, also=[f"again={bundle_path}"], **numbers, **options, **files
+            tmp_path,
+            tuned_path,
+            student=bundle_path,
+            one_row=tuned_path,
+            also=[f"again={bundle_path}"],
+            also_student=None,
+            also_one_row=[f"again={bundle_path}"],
+            **numbers,
+            **options,
+            **files,
         )
         return json.loads(files["out"].read_text())
 
     report = run()
     rows = {row["name"]: row for row in report["rows"]}
-    assert [row["rows"] for row in report["rows"]] == [60, 4, 4, 6, 2, 4, 60, 4, 4, 6]
+    assert [row["rows"] for row in report["rows"]] == [60, 4, 4, 6, 2, 4, 6, 60, 4, 4, 6, 6]
     assert rows["AB2, 2 steps"]["error"] == rows["AB2, 2 steps, again"]["error"] > 0
     assert rows["AB2, 3 steps, fitted weights"]["options"]["solver_weights"] == [[1.75, -0.75], [1.25, -0.25]]
     assert rows["AB2, 2 steps"]["scores"]["ti2v"] == {"motion": 0.0, "right": 100.0}
