@@ -308,8 +308,7 @@ class Manifest(Frozen):
         if grid is None:
             return Recommended(**own)
         found = grid.model_dump(include={"solver", "time_shift", "late_stretch"})
-        fitted = grid.solver_weights if grid.steps == wanted else ()
-        return Recommended(**own | found, solver_weights=fitted or None)
+        return Recommended(**own | found, solver_weights=grid.solver_weights or None)
 
     @property
     def halves(self) -> bool:

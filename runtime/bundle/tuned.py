@@ -57,17 +57,18 @@ class Tuned(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if len({(each.solver, each.steps) for each in self.grids}) < len(self.grids):
-            raise ValueError("want one grid for a solver and a number of steps, got two")
+        if len({(each.solver, each.steps, each.weights) for each in self.grids}) < len(self.grids):
+            raise ValueError("want one grid for a solver, its weights and a number of steps, got two")
         return self
 
     def grid(self, steps: int, solver: str | None = None) -> TunedGrid | None:
         """The best grid for a number of ``steps``, with ``solver`` if one is named; None if that was never tried.
 
-        Numbers of steps that were not tried are served by the nearest one, by its ratio. Of several solvers with one
-        evaluation a step the best is taken.
+        Numbers of steps that were not tried are served by the nearest one, by its ratio, of those without fitted
+        weights. Of several solvers with one evaluation a step the best is taken.
         """
-        fits = [each for each in self.grids if (each.solver in ONE_A_STEP if solver is None else each.solver == solver)]
+        known = [each for each in self.grids if not each.solver_weights or each.steps == steps]
+        fits = [each for each in known if (each.solver in ONE_A_STEP if solver is None else each.solver == solver)]
         return min(fits, key=lambda each: (abs(math.log(each.steps / steps)), each.tried), default=None)
 
     def best(self) -> list[TunedGrid]:

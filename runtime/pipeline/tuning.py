@@ -189,14 +189,17 @@ def _fitted(
 
 
 def tuned(report: TuneReport) -> Tuned:
-    """The best of each solver and number of steps; the requests' own grid is among them where others had its steps."""
+    """The best of each solver and number of steps, with fitted weights and without.
+
+    The requests' own grid is among them where others had its steps.
+    """
     steps = {each.grid.steps for each in report.tried}
     points = sorted((each for each in (report.own, *report.tried) if each.grid.steps in steps), key=_tried)
-    grids: dict[tuple[int, Solver], TunedGrid] = {}
+    grids: dict[tuple[int, Solver, str], TunedGrid] = {}
     for each in points:
         values = each.grid.model_dump(mode="json", exclude={"guidance_until"})
         grid = TunedGrid(**values, tried=each.tried, error=each.error)
-        grids.setdefault((each.grid.steps, each.grid.solver), grid)
+        grids.setdefault((each.grid.steps, each.grid.solver, grid.weights), grid)
     return Tuned(
         bundle=report.bundle,
         clips=report.clips,

@@ -159,10 +159,11 @@ function describe(found) {
   drawTimeline();
 }
 
-// As `Tuned.grid` chooses: the nearest number of steps by its ratio, then what erred least.
+// As `Tuned.grid` chooses: the nearest number of steps by its ratio, then what erred least. Fitted weights have their own.
 function tunedFor(steps, solver) {
   const distance = (each) => Math.abs(Math.log(each.steps / steps));
-  const fit = model.tuned.filter((each) => (solver === null ? each.default : each.solver === solver));
+  const known = model.tuned.filter((each) => !each.fitted || each.steps === steps);
+  const fit = known.filter((each) => (solver === null ? each.default : each.solver === solver));
   return fit.sort((a, b) => distance(a) - distance(b) || a.tried - b.tried)[0];
 }
 

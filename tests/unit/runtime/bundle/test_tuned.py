@@ -46,6 +46,15 @@ def test_the_best_that_costs_as_much_is_taken(steps: int, solver: str | None, fo
     assert (taken.solver, taken.steps) == found
 
 
+def test_fitted_weights_are_taken_for_their_own_number_of_steps_alone() -> None:
+    weights = ((1.5, -0.5),) * 9
+    for tried in (0.005, 0.02):
+        fitted = TunedGrid(solver="ab2", steps=10, time_shift=1, solver_weights=weights, tried=tried, error=0)
+        both = Tuned(**TUNED.model_dump(exclude={"grids"}), grids=(*TUNED.grids, fitted))
+        assert (both.grid(10) == fitted) == (both.grid(10, "ab2") == fitted) == (tried < 0.01)
+        assert both.grid(11) == both.grid(9) == TUNED.grids[-1]
+
+
 def test_a_solver_that_was_not_tried_has_none() -> None:
     only = TUNED.model_copy(update={"grids": TUNED.grids[1:2]})
     assert only.grid(4, "ab2") is None
@@ -75,5 +84,5 @@ def test_weights_are_of_ab2_and_of_all_steps_but_the_first(solver: str, steps: i
 
 
 def test_two_grids_of_one_solver_and_steps_are_refused() -> None:
-    with pytest.raises(ValidationError, match="one grid for a solver and a number of steps, got two"):
+    with pytest.raises(ValidationError, match="one grid for a solver, its weights and a number of steps, got two"):
         Tuned(bundle="b", clips=2, reference_error=0, grids=(TUNED.grids[0], grid("euler", 4, 3, 0.1)))

@@ -169,9 +169,17 @@ def test_by_default_the_requests_own_number_of_evaluations_is_tried_too(
 def test_the_best_of_each_solver_and_number_of_steps_is_kept(bundle_path: Path) -> None:
     report = tune(asked(bundle_path, budgets=(3, 4), tolerance=0.5))
     kept = tuned(report)
-    assert [(each.steps, each.solver) for each in kept.grids] == [(3, "ab2"), (3, "euler"), (4, "ab2"), (4, "euler")]
+    assert [(each.steps, each.solver, each.weights) for each in kept.grids] == [
+        (steps, solver, weights)
+        for steps in (3, 4)
+        for solver, weights in (("ab2", "fitted"), ("ab2", "its own"), ("euler", "its own"))
+    ]
     for each in kept.grids:
-        mine = [point for point in report.tried if (point.grid.steps, point.grid.solver) == (each.steps, each.solver)]
+        mine = [
+            point
+            for point in report.tried
+            if (point.grid.steps, point.grid.solver, point.grid.weights) == (each.steps, each.solver, each.weights)
+        ]
         assert each.tried == min(point.tried for point in mine)
     worse = report.model_copy(update={"own": report.own.model_copy(update={"tried": 0.0})})
     assert tuned(worse).grid(4) == next(each for each in tuned(worse).grids if each.tried == 0), "its own was better"

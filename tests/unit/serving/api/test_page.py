@@ -16,6 +16,7 @@ import pytest
 import uvicorn
 from PIL import Image
 
+from stiv_deploy.runtime.bundle.bundle import read_manifest
 from stiv_deploy.serving.api.app import create_app
 from stiv_deploy.serving.api.guard import Tokens
 from stiv_deploy.serving.api.page import FILES, FOLDER
@@ -259,6 +260,7 @@ def test_what_goes_with_the_steps_is_shown_and_is_what_is_made(visit: Any, tuned
         return [tab.locator(f"#{name}").input_value() for name in fields]
 
     assert shown() == ["ab2", "1.5", "1.25"]
+    ask(tab, "as it is", 4)
     tab.get_by_label("Steps", exact=True).fill("30")
     assert shown() == ["euler", "2.5", "1"]
     ask(tab, "as shown", 30)
@@ -270,4 +272,8 @@ def test_what_goes_with_the_steps_is_shown_and_is_what_is_made(visit: Any, tuned
     ask(tab, "as chosen", 5)
     requests = [json.loads(place.store.request(job.id)) for job in place.store.waiting()]
     made = [[each[name] for name in (*fields, "num_inference_steps")] for each in requests]
-    assert made == [["euler", 2.5, 1.0, 30], ["heun", 3.5, 2.0, 5]]
+    assert made == [["ab2", 1.5, 1.25, 4], ["euler", 2.5, 1.0, 30], ["heun", 3.5, 2.0, 5]]
+    tuned = read_manifest(tuned_path).tuned
+    assert tuned is not None
+    fitted = [list(each) for each in tuned.grids[0].solver_weights]
+    assert [each.get("solver_weights") for each in requests] == [fitted, None, None]
