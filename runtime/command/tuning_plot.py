@@ -12,11 +12,35 @@ from stiv_deploy.runtime.sampling.tuning import Point
 WIDTH, HEIGHT = 720, 460
 LEFT, RIGHT, TOP, BOTTOM = 70, 700, 60, 400
 """Edges of the field that points lie in."""
-COLOURS = {Solver.EULER: "#c0392b", Solver.HEUN: "#b8860b", Solver.AB2: "#1f5fbf"}
 GREY = "#808080"
 LEAST_ERROR = 1e-9
 APART = 30
 """Least pixels between the numbers of evaluations that are written below."""
+
+
+class Series(NamedTuple):
+    """Grids that are drawn alike: those of a solver, by its own weights or by ``fitted`` ones."""
+
+    solver: Solver
+    colour: str
+    fitted: bool = False
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return f"{self.solver}, fitted" if self.fitted else str(self.solver)
+
+    def has(self, point: Point) -> bool:
+        """Whether ``point`` is one of it."""
+        return (point.grid.solver, bool(point.grid.solver_weights)) == (self.solver, self.fitted)
+
+
+SERIES = (
+    Series(Solver.EULER, "#c0392b"),
+    Series(Solver.HEUN, "#b8860b"),
+    Series(Solver.AB2, "#1f5fbf"),
+    Series(Solver.AB2, "#1e8449", fitted=True),
+)
 
 
 class Scale(NamedTuple):
@@ -34,13 +58,13 @@ class Scale(NamedTuple):
 
 
 def pareto_svg(report: TuneReport) -> str:
-    """A whole SVG file; dots are grids that were tried, a line joins the best of each solver, a ring is what was."""
+    """A whole SVG file; dots are grids that were tried, a line joins the best of each series, a ring is what was."""
     points = (*report.tried, report.own)
     across, up = _across([each.evaluations for each in points]), _up([*(each.error for each in points)])
     parts = [
         *_frame(sorted({each.evaluations for each in points}), across, up),
         *_reference(report, up),
-        *(part for solver in Solver for part in _solver(solver, points, across, up)),
+        *(part for series in SERIES for part in _series(series, points, across, up)),
         _dot(report.own, across, up, 7, f'fill="none" stroke="{GREY}" stroke-width="2"', "the requests' own: "),
         *_words(report),
     ]
@@ -83,14 +107,14 @@ def _reference(report: TuneReport, up: Scale) -> Iterator[str]:
         yield _text(RIGHT, y - 5, "error of the reference", "end", GREY)
 
 
-def _solver(solver: Solver, points: Sequence[Point], across: Scale, up: Scale) -> Iterator[str]:
+def _series(series: Series, points: Sequence[Point], across: Scale, up: Scale) -> Iterator[str]:
     """Dots of all its grids, and a line through the best of each number of evaluations."""
-    mine = sorted((each for each in points if each.grid.solver == solver), key=lambda each: each.evaluations)
+    mine = sorted((each for each in points if series.has(each)), key=lambda each: each.evaluations)
     best = {each.evaluations: each for each in sorted(mine, key=lambda each: each.tried, reverse=True)}
     line = " ".join(f"{across(count)},{up(best[count].error)}" for count in sorted(best))
-    yield f'<polyline points="{line}" fill="none" stroke="{COLOURS[solver]}" stroke-width="2"/>'
+    yield f'<polyline points="{line}" fill="none" stroke="{series.colour}" stroke-width="2"/>'
     for each in mine:
-        yield _dot(each, across, up, 4 if best[each.evaluations] == each else 2, f'fill="{COLOURS[solver]}"')
+        yield _dot(each, across, up, 4 if best[each.evaluations] == each else 2, f'fill="{series.colour}"')
 
 
 def _dot(point: Point, across: Scale, up: Scale, radius: int, style: str, words: str = "") -> str:
@@ -105,10 +129,10 @@ def _words(report: TuneReport) -> Iterator[str]:
     clips = f"bundle {report.bundle[:12]}, {report.clips} clips"
     yield _text(LEFT, 22, f"Relative L2 error of latents against the exact flow ({clips})")
     yield _text((LEFT + RIGHT) / 2, HEIGHT - 18, "evaluations of the model, guidance branches counted as one", "middle")
-    shown = [solver for solver in Solver if any(each.grid.solver == solver for each in report.tried)]
-    for index, solver in enumerate(shown):
-        yield _text(LEFT + 70 * index, 44, solver.value, colour=COLOURS[solver])
-    yield _text(RIGHT, 44, "large: the best time shift; ring: the requests' own grid", "end", GREY)
+    shown = [series for series in SERIES if any(map(series.has, report.tried))]
+    for index, series in enumerate(shown):
+        yield _text(LEFT + 60 * index, 44, series.name, colour=series.colour)
+    yield _text(RIGHT, 44, "large: the best times; ring: the requests' own grid", "end", GREY)
 
 
 def _text(x: float, y: float, words: str, anchor: str = "start", colour: str = "#222") -> str:
