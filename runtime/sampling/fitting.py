@@ -16,6 +16,8 @@ STATES = 240
 """States of the exact flow that are kept at most."""
 NEAR = 4
 """States that one between them is interpolated from."""
+ALIKE = 1e-3
+"""Velocities that differ by less than such a part are one: which of them counts does not matter, nor is it known."""
 DIGITS = 6
 """Digits of a weight behind the point, far below what its clips determine."""
 Pair = tuple[float, float]
@@ -87,7 +89,7 @@ class WeightFit:
         chosen = self._chosen
         columns = np.stack([(_flat(move[chosen]) / self._scales).ravel() for move in moves], axis=1)
         wanted = (_flat(self._path.at(end) - start[chosen]) / self._scales).ravel()
-        this, before = np.linalg.lstsq(columns, wanted, rcond=None)[0]
+        this, before = np.linalg.lstsq(columns, wanted, rcond=ALIKE)[0]
         return round(float(this), DIGITS), round(float(before), DIGITS)
 
 

@@ -135,6 +135,21 @@ def test_no_other_pair_leads_nearer_in_a_step() -> None:
         assert missed(own) < missed((own[0] + 0.01 * math.cos(turn), own[1] + 0.01 * math.sin(turn)))
 
 
+def test_velocities_that_are_alike_share_their_weight() -> None:
+    """A flow that goes straight on, but for roundings, has no weights of its own: none that it gets may be large."""
+    times = SamplingSettings(steps=5).times().tolist()
+    path = ExactPath(times, CHOSEN)
+    goal = CLIPS + 3
+    for step in range(1, 6):
+        before, after = (CLIPS + time * 3 for time in times[step - 1 : step + 1])
+        path(step, before.astype(np.float32), after.astype(np.float32))
+    fit, x = WeightFit(times, path, CHOSEN), CLIPS.astype(np.float32)
+    for step in range(1, 6):
+        x = fit(step, x, (x + 3 * (times[step] - times[step - 1])).astype(np.float32))
+    np.testing.assert_allclose(fit.weights, 0.5, atol=1e-5)
+    np.testing.assert_allclose(x, goal, atol=20 * np.finfo(np.float32).eps * np.abs(goal).max())
+
+
 def _everywhere(path: ExactPath, time: float) -> np.ndarray:
     """The path's clips in their places; of the others nothing is known."""
     whole = np.full_like(CLIPS, np.nan)
