@@ -25,9 +25,9 @@ Residuals = Sequence[tuple[float, Tensor]]
 """Times and residuals [rows, T', S, D] of evaluations, the last one last."""
 
 
-def skippable(steps: int, shift: float) -> list[int]:
+def skippable(steps: int, shift: float, late_stretch: float = 1.0) -> list[int]:
     """Numbers of the steps that a mask may skip."""
-    times = schedule(steps, shift).tolist()[:-1]
+    times = schedule(steps, shift, late_stretch).tolist()[:-1]
     return [step for step, time in enumerate(times) if step >= max(2, FIRST_SHARE * steps) and time >= FIRST_TIME]
 
 
@@ -108,7 +108,7 @@ class Skipping:
             if skips:
                 last = first + extrapolated(self.known, time, self.order)
             else:
-                last = _through(self.model, first, modulation, text_kv, additive_mask(token_mask), rope)
+                last = through(self.model, first, modulation, text_kv, additive_mask(token_mask), rope)
             return last - first, self.model.unpatchify(self.model.head(last, condition), latents.shape)
 
         return evaluated()[1] if skips else self._kept(time, latents, evaluated)
@@ -123,7 +123,8 @@ class Skipping:
         return velocity
 
 
-def _through(model: Stiv, x: Tensor, modulation: Tensor, text: TextKV, mask: Tensor, rope: RopeTables) -> Tensor:
+def through(model: Stiv, x: Tensor, modulation: Tensor, text: TextKV, mask: Tensor, rope: RopeTables) -> Tensor:
+    """Tokens [rows, T', S, D] behind all blocks, from those before them; the arguments are a block's own."""
     for block, k, v in zip(model.blocks, text.k, text.v, strict=True):
         x = block(x, modulation, k, v, mask, rope)
     return x

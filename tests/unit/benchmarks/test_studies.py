@@ -27,6 +27,7 @@ ALL = (
     "causal_time",
     "cfg_renorm",
     "residual_skip",
+    "fitted_weights",
 )
 WITH_CONFLICTS = ("image_conditioning", "guidance_modes")
 Load = Callable[[str], ModuleType]
