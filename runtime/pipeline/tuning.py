@@ -22,7 +22,7 @@ from stiv_deploy.runtime.pipeline.tokenization import lost_line
 from stiv_deploy.runtime.progress import Progress, unheard
 from stiv_deploy.runtime.sampling.fitting import ExactPath, WeightFit
 from stiv_deploy.runtime.sampling.settings import Solver
-from stiv_deploy.runtime.sampling.solvers import row_evaluations
+from stiv_deploy.runtime.sampling.solvers import evaluations, row_evaluations
 from stiv_deploy.runtime.sampling.tuning import (
     FITTED,
     STRETCHED,
@@ -183,8 +183,9 @@ def _fitted(
     pipe.sample_in_step(planned(exact.grid), path)
     for grid in grids:
         news.count(grid)
-        fit = WeightFit(grid.settings.times().tolist(), path, chosen)
-        latents = pipe.sample_in_step(planned(grid.model_copy(update={"solver": Solver.EULER})), fit)
+        plan = planned(grid.model_copy(update={"solver": Solver.EULER}))
+        fit = WeightFit(grid.settings.times().tolist(), path, chosen, _guided(plan))
+        latents = pipe.sample_in_step(plan, fit)
         yield judged(latents, exact, grid.model_copy(update={"solver_weights": tuple(fit.weights)}))
 
 
@@ -241,6 +242,11 @@ def _changed(request: GenerationRequest, grid: Grid) -> GenerationRequest:
 def _rows(plan: GenerationPlan) -> float:
     """Rows of the model that a clip of ``plan`` takes, all its evaluations together."""
     return sum(row_evaluations(video.settings) for video in plan.videos) / len(plan.videos)
+
+
+def _guided(plan: GenerationPlan) -> np.ndarray:
+    """Which evaluations of the clips of ``plan`` are guided, bool [clips, evaluations]: all have as many."""
+    return np.array([[each.guided for each in evaluations(video.settings)] for video in plan.videos])
 
 
 class _News:

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from stiv_deploy.runtime.bundle.bounds import WEIGHT_LIMIT
+from stiv_deploy.runtime.sampling.solvers import adams_bashforth
+
 STATES = 240
 """States of the exact flow that are kept at most."""
 NEAR = 4
@@ -65,10 +68,17 @@ class WeightFit:
 
     It is asked after each step, taken by Euler's rule, where all clips shall go on from instead; then ``weights`` are
     those of all steps but the first, which stays Euler's. Clips count by the relative L2 error of their latents.
+
+    ``guided`` bool [clips, steps] says which evaluations are guided; None: no clip's guidance begins or ends on its
+    way. In a step with which it does, a clip goes Euler's way, as AB2 then does
+    (:func:`~stiv_deploy.runtime.sampling.solvers.evaluations`), and does not count; where no other one is left, the
+    step has AB2's own weights.
     """
 
-    def __init__(self, times: Sequence[float], path: ExactPath, chosen: Sequence[int]) -> None:
-        self._times, self._path, self._chosen = times, path, list(chosen)
+    def __init__(
+        self, times: Sequence[float], path: ExactPath, chosen: Sequence[int], guided: np.ndarray | None = None
+    ) -> None:
+        self._times, self._path, self._chosen, self._guided = times, path, np.array(chosen), guided
         self._scales = np.linalg.norm(_flat(path.at(1.0)), axis=1, keepdims=True)
         self._before: np.ndarray | None = None
         self.weights: list[Pair] = []
@@ -81,16 +91,31 @@ class WeightFit:
         self._before = velocity
         if before is None:
             return after
-        pair = self._fitted(end, wide, (end - start) * velocity, (end - start) * before)
+        turned = self._turned(step, len(latents))
+        pair = self._fitted(step, ~turned, wide, (end - start) * velocity, (end - start) * before)
         self.weights.append(pair)
-        return (wide + (end - start) * (pair[0] * velocity + pair[1] * before)).astype(np.float32)
+        moved = wide + (end - start) * (pair[0] * velocity + pair[1] * before)
+        return np.where(turned.reshape(-1, *[1] * (after.ndim - 1)), after, moved).astype(np.float32)
 
-    def _fitted(self, end: float, start: np.ndarray, *moves: np.ndarray) -> Pair:
-        chosen = self._chosen
-        columns = np.stack([(_flat(move[chosen]) / self._scales).ravel() for move in moves], axis=1)
-        wanted = (_flat(self._path.at(end) - start[chosen]) / self._scales).ravel()
-        this, before = np.linalg.lstsq(columns, wanted, rcond=ALIKE)[0]
-        return round(float(this), DIGITS), round(float(before), DIGITS)
+    def _turned(self, step: int, clips: int) -> np.ndarray:
+        """Of which clips guidance begins or ends with step number ``step``, bool [clips]."""
+        if self._guided is None:
+            return np.zeros(clips, bool)
+        turned: np.ndarray = self._guided[:, step - 1] != self._guided[:, step - 2]
+        return turned
+
+    def _fitted(self, step: int, counts: np.ndarray, start: np.ndarray, *moves: np.ndarray) -> Pair:
+        """The pair for ``step`` by those chosen clips that ``counts``, bool [clips], marks."""
+        counted = counts[self._chosen]
+        chosen, scales = self._chosen[counted], self._scales[counted]
+        before, now, end = self._times[step - 2 : step + 1]
+        if not len(chosen):
+            return adams_bashforth((end - now) / (now - before))
+        columns = np.stack([(_flat(move[chosen]) / scales).ravel() for move in moves], axis=1)
+        wanted = (_flat(self._path.at(end)[counted] - start[chosen]) / scales).ravel()
+        pair = np.linalg.lstsq(columns, wanted, rcond=ALIKE)[0]
+        this, last = np.clip(pair, -WEIGHT_LIMIT, WEIGHT_LIMIT)
+        return round(float(this), DIGITS), round(float(last), DIGITS)
 
 
 def _flat(latents: np.ndarray) -> np.ndarray:

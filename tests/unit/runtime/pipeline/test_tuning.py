@@ -90,8 +90,15 @@ def test_an_error_is_that_of_the_clips_themselves(bundle_path: Path) -> None:
     assert (point.tried, point.error) == pytest.approx((errors[[0, 2]].mean(), errors[1]), rel=1e-3)
 
 
-def test_fitted_weights_are_found_and_their_error_is_that_of_a_run_with_them(bundle_path: Path) -> None:
-    report = tune(asked(bundle_path, budgets=(4,), solvers=(Solver.AB2,), shifts=(1.0,)))
+@pytest.mark.parametrize(
+    "guidance", [({}, {}), ({"guidance_from": 0.3, "guidance_until": 0.8},) * 2, ({"guidance_until": 0.5}, {})]
+)
+def test_fitted_weights_are_found_and_their_error_is_that_of_a_run_with_them(
+    bundle_path: Path, guidance: tuple[dict[str, float], ...]
+) -> None:
+    """Where guidance begins or ends too, with which AB2 starts anew: in all clips at once or in some."""
+    clips = tuple(each.changed(**own) for each, own in zip(CLIPS, guidance, strict=True))
+    report = tune(asked(bundle_path, requests=clips, budgets=(4,), solvers=(Solver.AB2,), shifts=(1.0,)))
     ruled, fitted = (
         [each for each in report.tried if bool(each.grid.solver_weights) == wanted] for wanted in (False, True)
     )
@@ -102,7 +109,7 @@ def test_fitted_weights_are_found_and_their_error_is_that_of_a_run_with_them(bun
     assert kept.solver_weights == report.best[-1].grid.solver_weights
 
     def made(pipe: StivPipeline, **grid: Any) -> np.ndarray:
-        return pipe.sample(pipe.plan([each.changed(solver="ab2", **grid) for each in CLIPS]))
+        return pipe.sample(pipe.plan([each.changed(solver="ab2", **grid) for each in clips]))
 
     own = kept.model_dump(include={"time_shift", "late_stretch", "solver_weights"})
     with StivPipeline.from_bundle(bundle_path, "onnxruntime", threads=1) as pipe:

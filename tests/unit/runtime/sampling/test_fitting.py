@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stiv_deploy.runtime.bundle.bounds import WEIGHT_LIMIT
 from stiv_deploy.runtime.sampling.fitting import DIGITS, STATES, ExactPath, WeightFit, lagrange
 from stiv_deploy.runtime.sampling.settings import SamplingSettings, Solver
 from stiv_deploy.runtime.sampling.solvers import evaluations
@@ -148,6 +149,43 @@ def test_velocities_that_are_alike_share_their_weight() -> None:
         x = fit(step, x, (x + 3 * (times[step] - times[step - 1])).astype(np.float32))
     np.testing.assert_allclose(fit.weights, 0.5, atol=1e-5)
     np.testing.assert_allclose(x, goal, atol=20 * np.finfo(np.float32).eps * np.abs(goal).max())
+
+
+def test_a_clip_whose_guidance_turns_goes_eulers_way_and_does_not_count() -> None:
+    path, _ = fine()
+    euler = SamplingSettings(steps=5)
+    guided = np.ones((len(CLIPS), 5), bool)
+    guided[[0, 1], 2:] = False  # one that chooses and one that judges, with the third step
+    guided[:, 4] = ~guided[:, 3]  # all, with the last one
+    whole, turning = (
+        WeightFit(euler.times().tolist(), path, CHOSEN),
+        WeightFit(euler.times().tolist(), path, CHOSEN, guided),
+    )
+    ways: list[np.ndarray] = []
+
+    def follow(step: int, x: np.ndarray, after: np.ndarray) -> np.ndarray:
+        made = turning(step, x, after)
+        ways.append((made == after.astype(np.float32)).reshape(len(CLIPS), -1).all(axis=1))
+        return made
+
+    sampled(euler, whole)
+    sampled(euler, follow)
+    assert [each.tolist() for each in ways[1:]] == [[False] * 6, [True] * 2 + [False] * 4, [False] * 6, [True] * 6]
+    assert turning.weights[0] == whole.weights[0]
+    assert turning.weights[1] != whole.weights[1], "a clip less counts"
+    assert turning.weights[3] == (1.5, -0.5), "none is left to fit to: the rule's own, of equal steps"
+
+
+def test_weights_stay_within_their_bounds() -> None:
+    """A flow that stands nearly still where much is missed would take any weight."""
+    times, steps = [0.0, 0.5, 1.0], (CLIPS, CLIPS + 1.0, CLIPS + 2.0)
+    path = ExactPath(times, CHOSEN)
+    for step in (1, 2):
+        path(step, steps[step - 1], steps[step])
+    fit, x = WeightFit(times, path, CHOSEN), CLIPS
+    for step in (1, 2):
+        x = fit(step, x, x + 1e-6)
+    assert np.abs(fit.weights).max() == WEIGHT_LIMIT
 
 
 def _everywhere(path: ExactPath, time: float) -> np.ndarray:
