@@ -46,6 +46,8 @@ Besides them ``prompt`` and each line of ``prompts`` make a request, ``image`` a
 ``resize`` is a ``fit``, ``seed`` counts on over all videos, and ``request`` reads whole requests, the only way to
 ``latents`` and ``noise``.
 """
+WEIGHED = ("num_inference_steps", "solver", "time_shift", "late_stretch")
+"""Fields with whose values alone a request's ``solver_weights`` hold."""
 
 
 def default_rows(defaults: "SamplingDefaults") -> list[tuple[str, str]]:
@@ -105,7 +107,7 @@ def _read(path: Path | None) -> "Sequence[Recorded]":
 
 
 def _with_prompts(
-    read: "Sequence[GenerationRequest]", prompts: Sequence[str], values: Mapping[str, Any]
+    read: "Sequence[GenerationRequest]", prompts: Sequence[str], values: dict[str, Any]
 ) -> "list[GenerationRequest]":
     """Each request of ``read`` with each of ``prompts``; if either is empty, the others as they are."""
     from stiv_deploy.runtime.pipeline.request import GenerationRequest
@@ -115,8 +117,21 @@ def _with_prompts(
     if not read:
         return [GenerationRequest(prompt=prompt, **values) for prompt in prompts]
     if not prompts:
-        return [request.changed(**values) for request in read]
-    return [request.changed(prompt=prompt, **values) for request in read for prompt in prompts]
+        return [request.changed(**replaced(dict(request), values)) for request in read]
+    return [
+        request.changed(**replaced(dict(request), values | {"prompt": prompt}))
+        for request in read
+        for prompt in prompts
+    ]
+
+
+def replaced(read: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that were ``read`` of a request, with ``values`` in place of some.
+
+    Weights of a solver are left out where that, the steps or the times become others than they belong to.
+    """
+    others = any(read.get(name) not in (None, values[name]) for name in WEIGHED if name in values)
+    return dict(read) | ({"solver_weights": None} if others else {}) | dict(values)
 
 
 def _resized(fit: str | None) -> str:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from stiv_deploy.runtime.command.generation import FIELDS, recorded_options
+from stiv_deploy.runtime.command.generation import FIELDS, recorded_options, replaced
 from stiv_deploy.runtime.command.terminal import JsonTarget, answer, check_json, progress_bar
 from stiv_deploy.runtime.errors import RequestError
 
@@ -199,7 +199,7 @@ def _run(task: "LongTask", context: typer.Context, arguments: dict[str, Any]) ->
     check_json(given["json"])
     alike = {name: given[name] for name in FIELDS if given.get(name) is not None and name != "frames"}
     options = recorded_options(given["request"], pictures=task == "long" and given["image"] is None)
-    options |= {FIELDS[name]: value for name, value in alike.items()}
+    options = replaced(options, {FIELDS[name]: value for name, value in alike.items()})
     options |= {name: given[name] for name in ("prompt", "seed") if given[name] is not None}
     if task == "long" and "prompt" not in options:
         raise RequestError("no prompt given; give --prompt, or --request with a file that has one")

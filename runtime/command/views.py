@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stiv_deploy.runtime.command.generation import FIELDS, recorded_options
+from stiv_deploy.runtime.command.generation import FIELDS, recorded_options, replaced
 from stiv_deploy.runtime.command.long_clips import (
     BackendName,
     Bundle,
@@ -78,7 +78,7 @@ def views(
     given = {name: value for name, value in context.params.items() if value is not None}
     options = recorded_options(request, pictures=False)
     options.pop("prompt", None)
-    options |= {field: given[name] for name, field in FIELDS.items() if name in given}
+    options = replaced(options, {field: given[name] for name, field in FIELDS.items() if name in given})
     asked = ViewsRequest(
         bundle=bundle,
         image=image,

@@ -196,6 +196,32 @@ def test_options_replace_what_the_request_says(
     assert [(request.prompt, request.seed) for request in planned] == [("c", 3), ("d", 3), ("c", 9), ("d", 9)]
 
 
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ((), True),
+        (("--guidance", 2, "--steps", 3, "--time-shift", 1.5), True),
+        (("--late-stretch", 2), True),  # the request has none of its own that this would be another than
+        (("--steps", 2), False),
+        (("--solver", "euler"), False),
+        (("--time-shift", 2), False),
+        (("--prompt", "b", "--time-shift", 2), False),
+    ],
+)
+def test_weights_of_a_request_go_where_an_option_takes_their_times(
+    run: Run, bundle_path: Path, tmp_path: Path, planned: list[GenerationRequest], options: tuple[Any, ...], kept: bool
+) -> None:
+    weights = ((1.25, -0.25), (1.5, -0.625))
+    read = GenerationRequest(
+        prompt="a", seed=3, num_inference_steps=3, solver="ab2", time_shift=1.5, solver_weights=weights
+    )
+    (tmp_path / "a.json").write_text(json.dumps(read.to_json()))
+    command = ("generate", bundle_path, "--request", tmp_path / "a.json", "--out", tmp_path / "a.png", *options)
+    code, _, err = run(*command)
+    assert code == 0, err
+    assert [each.solver_weights for each in planned] == [weights if kept else None]
+
+
 def test_request_of_another_bundle_is_noted(
     run: Run, bundle_path: Path, tmp_path: Path, bundle_of: Callable[[float], Path]
 ) -> None:
