@@ -13,7 +13,7 @@ from stiv_deploy.runtime.errors import RequestError, briefly, one_line
 from stiv_deploy.runtime.files import parse_json
 from stiv_deploy.runtime.pipeline.given import Latents, Noise, Picture
 from stiv_deploy.runtime.pipeline.images import Fit
-from stiv_deploy.runtime.pipeline.limits import BOUNDS, SEED_LIMIT, TEXT_LIMIT, bounded, named, switch, text
+from stiv_deploy.runtime.pipeline.limits import BOUNDS, SEED_LIMIT, TEXT_LIMIT, bounded, named, number, switch, text
 from stiv_deploy.runtime.pipeline.pictures import rgb_of
 from stiv_deploy.runtime.sampling.guidance import GuidanceMode, Unseen
 from stiv_deploy.runtime.sampling.settings import Solver
@@ -89,6 +89,16 @@ class GenerationRequest(Frozen):
     def _check_number(cls, value: Any, info: ValidationInfo) -> Any:
         name = str(info.field_name)
         return None if value is None and cls.model_fields[name].default is None else bounded(name, value)
+
+    @field_validator("solver_weights", mode="before")
+    @classmethod
+    def _check_weights(cls, value: Any) -> Any:
+        """Neither text nor a truth value is a number, as in other fields."""
+        for pair in value if isinstance(value, list | tuple) else ():
+            for weight in pair if isinstance(pair, list | tuple) else ():
+                if isinstance(weight, str | bool):
+                    number("solver_weights", weight)
+        return value
 
     @field_validator(*NAMES, mode="before")
     @classmethod
