@@ -34,8 +34,8 @@ REFERENCE, URL = "input_reference", "image_url"
 OWN = ("model", "seconds", "size", REFERENCE, "priority", "deadline_s")
 """Fields that are no request's: those of OpenAI, and how urgent it is."""
 FIELDS = (*OWN, *(name for name in GenerationRequest.model_fields if name != "count"))
-NUMBERS = {*BOUNDS, "priority", "deadline_s"}
-"""Fields that a form has as text and that are numbers."""
+AS_JSON = {*BOUNDS, "priority", "deadline_s", "guidance_renorm", "solver_weights"}
+"""Fields that a form has as text and that are none: numbers, a switch, and pairs of numbers."""
 FILES = 100
 """Parts of a form that may be files, and others."""
 
@@ -125,7 +125,7 @@ def _check_fields(values: Mapping[str, Any]) -> None:
 
 def _typed(name: str, text: str) -> Any:
     """A form's ``text`` as JSON would have it; what is none stays text, and is refused as such later."""
-    if name in NUMBERS or name == "guidance_renorm":
+    if name in AS_JSON:
         try:
             return parse_json(text)
         except ValueError:

@@ -89,6 +89,20 @@ def test_forms_and_json_ask_for_the_same(place: Any, finished: Callable[..., Non
     assert {path.parent.name for path in place.settings.data.rglob("*.mp4")} == {answer.json()["id"], other["id"]}
 
 
+def test_a_form_has_weights_of_a_solver_as_json(place: Any) -> None:
+    parts = {
+        name: (None, text) for name, text in (("prompt", "digit"), ("solver", "ab2"), ("num_inference_steps", "3"))
+    }
+    weights = [[1.25, -0.25], [1.5, -0.625]]
+    answer = place.client.post("/v1/videos", files=parts | {"solver_weights": (None, json.dumps(weights))})
+    assert answer.status_code == 200, answer.text
+    assert json.loads(place.store.request(answer.json()["id"]))["solver_weights"] == weights
+    for text in ("", "1.25", "[[1.25, NaN], [1, 0]]", "[[1.25, -0.25]]", "[" * 100_000):
+        answer = place.client.post("/v1/videos", files=parts | {"solver_weights": (None, text)})
+        assert answer.status_code == 400, text
+        assert "solver_weights" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     "reference",
     [{"image_url": url(png())}, {"png": base64.b64encode(png()).decode()}, url(png())],
