@@ -24,7 +24,7 @@ from stiv_deploy.runtime.sampling.guidance import GuidanceRow
 from stiv_deploy.runtime.sampling.hooks import Hook, no_hook
 from stiv_deploy.runtime.sampling.replay import Replay
 from stiv_deploy.runtime.sampling.sample import Sample
-from stiv_deploy.runtime.sampling.solvers import Evaluation, anew, evaluations, most_rows
+from stiv_deploy.runtime.sampling.solvers import EULER, Evaluation, anew, evaluations, most_rows
 from stiv_deploy.runtime.sampling.step_inputs import StepInputs
 from stiv_deploy.runtime.sampling.text_stage import TextStage
 
@@ -49,7 +49,7 @@ class Pause:
 
     ``position`` evaluations are done; ``latents`` fp32 [T, C, h, w], and ``inputs`` fp32 [rows, T, C, h, w] are what
     the model sees next in its rows, the conditional one first. ``velocity`` fp32 [T, C, h, w] is the guided one of the
-    evaluation before, None if the next one does not look back at it.
+    evaluation before, None if the next one is a step of Euler's.
     """
 
     position: int
@@ -226,7 +226,7 @@ class StepEngine:
         assert running.between
         inputs = [self.backend.read(self.denoiser.model_input[row]) for row in running.rows]
         latents = self.backend.read(self._latents[slot])
-        back = running.planned[running.position].weights[1] != 0
+        back = running.planned[running.position].weights != EULER
         velocity = self.backend.read(self._inputs.velocities[self._side][slot]) if back else None
         return Pause(position=running.position, latents=latents, inputs=np.stack(inputs), velocity=velocity)
 

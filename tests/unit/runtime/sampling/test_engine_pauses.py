@@ -87,6 +87,20 @@ def test_a_clip_goes_on_from_a_pause_bit_by_bit(
     np.testing.assert_array_equal(finish(second)[slot], whole)
 
 
+@pytest.mark.parametrize("ticks", [1, 2, 3, 4])
+def test_a_clip_with_weights_of_its_own_goes_on_from_a_pause_bit_by_bit(toy_bundle: Bundle, ticks: int) -> None:
+    """Those that look not back too, whose weight of this velocity need not be Euler's."""
+    weights = ((1.3, -0.2), (0.0, 1.2), (1.7, 0.0), (1.0, 0.0))
+    sample = sample_of(settings_of(solver=Solver.AB2, steps=5, solver_weights=weights), [0])
+    whole = run(make_engine(toy_bundle), sample)
+    first, second = make_engine(toy_bundle), make_engine(toy_bundle)
+    slot = first.admit(sample)
+    for _ in range(ticks):
+        first.tick()
+    slot = second.admit(sample, first.pause(slot))
+    np.testing.assert_array_equal(finish(second)[slot], whole)
+
+
 def test_a_clip_of_other_latents_goes_on_from_a_pause_bit_by_bit(toy_bundle: Bundle) -> None:
     sample = sample_of(settings_of(solver=Solver.AB2, time_shift=2.0))
     first, second = make_engine(toy_bundle), make_engine(toy_bundle)
