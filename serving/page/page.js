@@ -219,10 +219,12 @@ function bounds(name) {
 }
 
 // What is as the model has it is left out: the server fills it in, with weights that are fitted to a solver's times. Of
-// the times all are said where one was changed.
+// the times all are said where one was changed, or where the solver was and nobody has looked for its best.
 function asked() {
   const body = new FormData();
-  const timed = TIMES.some((name) => $(name).value !== String(proposed[name]));
+  const solver = $("solver").value;
+  const known = solver === String(proposed.solver) || tunedFor(Number($("num_inference_steps").value), solver);
+  const timed = !known || TIMES.some((name) => $(name).value !== String(proposed[name]));
   for (const { name, type, value, checked } of $("ask").elements) {
     const said = type === "checkbox" ? String(checked) : value;
     const own = String((TUNED.includes(name) ? proposed : model.defaults)[name] ?? "");

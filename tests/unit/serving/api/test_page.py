@@ -16,7 +16,7 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from stiv_deploy.runtime.bundle.bundle import read_manifest
+from stiv_deploy.runtime.bundle.bundle import read_manifest, write_manifest
 from stiv_deploy.serving.api.app import create_app
 from stiv_deploy.serving.api.guard import Tokens
 from stiv_deploy.serving.api.page import FILES, FOLDER
@@ -277,3 +277,18 @@ def test_what_goes_with_the_steps_is_shown_and_is_what_is_made(visit: Any, tuned
     assert tuned is not None
     fitted = [list(each) for each in tuned.grids[0].solver_weights]
     assert [each.get("solver_weights") for each in requests] == [fitted, None, None]
+
+
+@pytest.mark.slow
+def test_a_solver_that_was_not_tuned_gets_the_times_that_are_shown(visit: Any, tuned_path: Path) -> None:
+    manifest = read_manifest(tuned_path)
+    assert manifest.tuned is not None
+    ab2 = manifest.tuned.model_copy(update={"grids": manifest.tuned.grids[:1]})
+    write_manifest(tuned_path, manifest.model_copy(update={"tuned": ab2}))
+    place, tab = visit(None, tuned_path)
+    tab.get_by_text("More", exact=True).click()
+    tab.locator("#solver").select_option("heun")
+    shown = [float(tab.locator(f"#{name}").input_value()) for name in ("time_shift", "late_stretch")]
+    ask(tab, "as shown", 4)
+    (request,) = [json.loads(place.store.request(job.id)) for job in place.store.waiting()]
+    assert [request["solver"], request["time_shift"], request["late_stretch"]] == ["heun", *shown]
