@@ -44,7 +44,7 @@ FIELDS = {
 
 Besides them ``prompt`` and each line of ``prompts`` make a request, ``image`` and ``frame`` are the field ``frames``,
 ``resize`` is a ``fit``, ``seed`` counts on over all videos, and ``request`` reads whole requests, the only way to
-``latents`` and ``noise``.
+``latents``, ``noise`` and ``solver_weights``.
 """
 WEIGHED = ("num_inference_steps", "solver", "time_shift", "late_stretch")
 """Fields with whose values alone a request's ``solver_weights`` hold."""

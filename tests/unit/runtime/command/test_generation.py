@@ -62,7 +62,14 @@ def test_every_option_is_a_field_and_every_field_has_an_option() -> None:
     parameters = {name for name in inspect.signature(generate).parameters if name in FIELDS}
     assert parameters == set(FIELDS)
     fields = set(GenerationRequest.model_fields)
-    assert fields - set(FIELDS.values()) == {"prompt", "frames", "seed", "latents", "noise"}  # as FIELDS says
+    assert fields - set(FIELDS.values()) == {
+        "prompt",
+        "frames",
+        "seed",
+        "latents",
+        "noise",
+        "solver_weights",
+    }  # as FIELDS says
     assert {name.removeprefix("--no-").removeprefix("--").replace("-", "_") for name in OPTIONS} == set(FIELDS)
 
 
