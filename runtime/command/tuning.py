@@ -200,15 +200,14 @@ def _show_intervals(report: "TuneReport") -> None:
 
 def interval_table(found: "Sequence[Interval]") -> "Table":
     """What to gain from guidance that ends early, against fewer steps that take as many rows of the model."""
-    grid = ("solver", "steps", "time shift", "late stretch", "weights")
+    grid = ("solver", "steps", "time shift", "late stretch")
     columns = ("--guidance-until", "rows of a clip", *grid, "error", "with fewer steps")
     rows = [_interval_row(each) for each in found]
-    numbers = tuple(each for each in columns if each not in ("solver", "weights"))
-    return table("guidance that ends early", columns, rows, numbers)
+    return table("guidance that ends early", columns, rows, tuple(each for each in columns if each != "solver"))
 
 
 def _interval_row(found: "Interval") -> tuple[str, ...]:
-    _, *grid, error = _row(found.point, "")
+    _, *grid, _weights, error = _row(found.point, "")  # a request gets those by itself
     return (f"{found.point.grid.guidance_until:g}", f"{found.rows:.3g}", *grid, error, f"{found.fewer.error:.2e}")
 
 
