@@ -227,7 +227,7 @@ def main(
         paper="Samples by Euler's rule. Solvers bespoke to a model (arXiv 2403.01329, 2505.21114) are trained.",
         tables=table(HEAD, lines(trials, found)),
         comparisons=comparisons(trials, found),
-        data={"runs": runs(trials, found), "exact_errors": trials.exact_errors},
+        data={"runs": runs(trials, found), "exact_errors": trials.judging.exact_errors},
         seeds=numbers,
     )
     typer.echo(
@@ -243,7 +243,7 @@ def setup(trials: Trials, plan: Plan) -> str:
         f"clips, numbered {min(trials.fitting.seeds)} to {max(trials.fitting.seeds)}, and errors are of {count} "
         "others, those of the seeds; clips of odd numbers are given their first frame. Relative L2 error of final "
         f"latents (geometric mean over the clips) against {plan.exact} AB2 steps at shift {plan.exact_shift:g}, whose "
-        f"own error is {typical(trials.exact_errors):.4f}, at most {max(trials.exact_errors):.4f}. Fitted weights are "
+        f"own error is {typical(own.exact_errors):.4f}, at most {max(own.exact_errors):.4f}. Fitted weights are "
         "the pairs that, step by step, lead nearest to the exact flow from where earlier steps have led; along the "
         "exact flow each step begins there. Of the steps that may be skipped, none in the first fifth nor before time "
         "0.12, every second or every third one is; its residual is the pair of the last two that is nearest to its "

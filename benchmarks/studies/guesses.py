@@ -8,35 +8,13 @@ from collections.abc import Collection, Mapping, Sequence
 
 import above  # noqa: F401  # isort: split
 import torch
-from skips import through
+from skips import Guessing, through
 from torch import Tensor
 
 from stiv_deploy.stiv_ref.block import additive_mask
-from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.model import Stiv, TextKV
 
 Pair = tuple[float, float]
-
-
-class Guessing:
-    """A model that guesses a part of its evaluations in ``steps``."""
-
-    def __init__(self, model: Stiv, steps: Collection[int]) -> None:
-        self.model, self.steps, self.done = model, frozenset(steps), 0
-
-    @property
-    def config(self) -> StivConfig:
-        """The model's own."""
-        return self.model.config
-
-    def text_kv(self, states: Tensor) -> TextKV:
-        """The model's own."""
-        return self.model.text_kv(states)
-
-    def next(self) -> int:
-        """Number of the step that begins."""
-        self.done += 1
-        return self.done - 1
 
 
 class SkippedBlocks(Guessing):

@@ -67,18 +67,11 @@ Evaluated = dict[tuple[float, bytes], tuple[Tensor, Tensor]]
 """Residuals and velocities by the time and the latents that they were computed at."""
 
 
-class Skipping:
-    """A model for one run of the reference sampler, one evaluation a step, that skips the blocks of some ``steps``.
+class Guessing:
+    """A model for one run of the reference sampler, one evaluation a step, of which it guesses a part in ``steps``."""
 
-    ``norms`` are those of the residuals of all evaluations that ran their blocks, [rows] each. What runs of the same
-    model and conditions begin with is computed once: it stands in ``evaluated``.
-    """
-
-    def __init__(self, model: Stiv, steps: Collection[int], order: int, evaluated: Evaluated) -> None:
-        self.model, self.steps, self.order, self.evaluated = model, frozenset(steps), order, evaluated
-        self.done = 0
-        self.known: list[tuple[float, Tensor]] = []
-        self.norms: list[Tensor] = []
+    def __init__(self, model: Stiv, steps: Collection[int]) -> None:
+        self.model, self.steps, self.done = model, frozenset(steps), 0
 
     @property
     def config(self) -> StivConfig:
@@ -88,6 +81,25 @@ class Skipping:
     def text_kv(self, states: Tensor) -> TextKV:
         """The model's own."""
         return self.model.text_kv(states)
+
+    def next(self) -> int:
+        """Number of the step that begins."""
+        self.done += 1
+        return self.done - 1
+
+
+class Skipping(Guessing):
+    """A model that skips the blocks of some ``steps``.
+
+    ``norms`` are those of the residuals of all evaluations that ran their blocks, [rows] each. What runs of the same
+    model and conditions begin with is computed once: it stands in ``evaluated``.
+    """
+
+    def __init__(self, model: Stiv, steps: Collection[int], order: int, evaluated: Evaluated) -> None:
+        super().__init__(model, steps)
+        self.order, self.evaluated = order, evaluated
+        self.known: list[tuple[float, Tensor]] = []
+        self.norms: list[Tensor] = []
 
     def __call__(
         self,
@@ -101,7 +113,7 @@ class Skipping:
     ) -> Tensor:
         """The velocity, as :meth:`Stiv.forward` predicts it, with or without its blocks."""
         time, rope = float(timestep[0]), self.model.rope_tables(latents.shape)
-        skips, self.done = self.done in self.steps, self.done + 1
+        skips = self.next() in self.steps
 
         def evaluated() -> tuple[Tensor, Tensor]:
             first, modulation, condition = self.model.embed(latents, timestep, micro, pooled, rope)

@@ -126,41 +126,20 @@ class Trials:
     """
 
     def __init__(self, path: Path, seeds: Sequence[int], exact: int, exact_shift: float, folder: Path) -> None:
+        plan = Plan(exact=exact, exact_shift=exact_shift)
         others = [max(seeds) + 1 + place for place in range(len(seeds))]
-        self.judging, self.fitting = (Clips(path, each, Plan(), folder) for each in (seeds, others))
+        self.judging, self.fitting = (Clips(path, each, plan, folder) for each in (seeds, others))
         self._steps, self._shift, self._folder = exact, exact_shift, self.judging.folder
         self.model = self.judging.checkpoint.model
         self.settings = replace(settings_of(self.judging.checkpoint.config.sampling), solver=Solver.AB2)
 
-    def flow(self, inputs: SamplingInputs, steps: int) -> list[np.ndarray]:
-        """Latents fp32 [clips, T, C, h, w] at all times of a fine run."""
-        states: list[np.ndarray] = []
-        fine = replace(self.settings, steps=steps, time_shift=self._shift, late_stretch=1.0)
-        last = sampler.sample(self.model, inputs, fine, lambda _, before, __: states.append(before.numpy()))
-        return [*states, last.numpy()]
-
-    @cached_property
-    def exact(self) -> np.ndarray:
-        """What stands for the exact flow's end, of the clips that judge."""
-        return np.array(self._exact["latents"], np.float32)
-
-    @property
-    def exact_errors(self) -> list[float]:
-        """Error of each clip of :attr:`exact`: a third of what half as many steps of a second order differ by."""
-        return self._exact["errors"]
-
-    @cached_property
-    def _exact(self) -> Result:
-        def make() -> Result:
-            fine, half = (self.flow(self.judging.inputs, self._steps // share)[-1] for share in (1, 2))
-            return {"latents": fine.tolist(), "errors": (relative_errors(half, fine) / 3).tolist()}
-
-        return part(self._folder, "exact", (self._steps, self._shift), make)
-
     @cached_property
     def states(self) -> list[np.ndarray]:
-        """The exact flow of the clips that weights are fitted to."""
-        return self.flow(self.fitting.inputs, self._steps)
+        """The exact flow of the clips that weights are fitted to: latents fp32 [clips, T, C, h, w] at all its times."""
+        states: list[np.ndarray] = []
+        fine = replace(self.settings, steps=self._steps, time_shift=self._shift, late_stretch=1.0)
+        last = sampler.sample(self.model, self.fitting.inputs, fine, lambda _, x, __: states.append(x.numpy()))
+        return [*states, last.numpy()]
 
     def path(self, chosen: Sequence[int]) -> ExactPath:
         """The exact flow of the clips ``chosen`` of those."""
@@ -194,7 +173,7 @@ class Trials:
 
     def _measure(self, run: Run) -> Result:
         fit = NOTHING if run.weights is Weights.OWN else self.fit(run)
-        errors = relative_errors(self.latents(run, fit), self.exact).tolist()
+        errors = relative_errors(self.latents(run, fit), self.judging.exact).tolist()
         typer.echo(f"{self.judging.label}, {run.name}: {typical(errors):.4f}", err=True)
         return {"errors": errors, "weights": fit.weights, "pairs": [fit.pairs[step] for step in sorted(fit.pairs)]}
 
