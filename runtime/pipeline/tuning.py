@@ -147,11 +147,12 @@ def _search(pipe: StivPipeline, request: TuneRequest, progress: Progress) -> Tun
     def sampled(grid: Grid) -> np.ndarray:
         return pipe.sample(planned(grid))
 
-    exact = converged(sampled, own.time_shift, request.tolerance, request.most, news.before)
+    traced = _Traced(pipe, planned, range(0, clips, 2))
+    exact = converged(traced, own.time_shift, request.tolerance, request.most, news.before)
     point = measured(sampled, exact, own)
     tried = tuple(searched(sampled, exact, budgets, request.solvers, shifts, news.count))
     if clips >= FITTED_CLIPS:
-        tried += tuple(_fitted(pipe, planned, exact, to_fit(tried), news))
+        tried += tuple(_fitted(traced, exact, to_fit(tried), news))
     best = frontier((*tried, point))
     chosen = any((each.guidance_from, each.guidance_until) != (None, None) for each in request.requests)
     whole = chosen or student is not None
@@ -169,23 +170,27 @@ def _search(pipe: StivPipeline, request: TuneRequest, progress: Progress) -> Tun
     )
 
 
-def _fitted(
-    pipe: StivPipeline,
-    planned: Callable[[Grid], GenerationPlan],
-    exact: Exact,
-    grids: Sequence[Grid],
-    news: "_News",
-) -> Iterator[Point]:
-    """``grids`` of AB2 with weights fitted to the clips that choose, whose exact flow is sampled once more for that."""
-    chosen = range(0, len(exact.latents), 2)
-    news.before(exact.grid)
-    path = ExactPath(exact.grid.settings.times().tolist(), chosen)
-    pipe.sample_in_step(planned(exact.grid), path)
+class _Traced:
+    """Samples ``planned`` grids, and keeps the ``path`` that the ``chosen`` clips took by the last one."""
+
+    path: ExactPath
+
+    def __init__(self, pipe: StivPipeline, planned: Callable[[Grid], GenerationPlan], chosen: Sequence[int]) -> None:
+        self.pipe, self.planned, self.chosen = pipe, planned, chosen
+
+    def __call__(self, grid: Grid) -> np.ndarray:
+        """Latents fp32 [clips, T, C, h, w] by ``grid``."""
+        self.path = ExactPath(grid.settings.times().tolist(), self.chosen)
+        return self.pipe.sample_in_step(self.planned(grid), self.path)
+
+
+def _fitted(traced: _Traced, exact: Exact, grids: Sequence[Grid], news: "_News") -> Iterator[Point]:
+    """``grids`` of AB2 with weights fitted to the clips that choose, whose ``exact`` flow was ``traced`` last."""
     for grid in grids:
         news.count(grid)
-        plan = planned(grid.model_copy(update={"solver": Solver.EULER}))
-        fit = WeightFit(grid.settings.times().tolist(), path, chosen, _guided(plan))
-        latents = pipe.sample_in_step(plan, fit)
+        plan = traced.planned(grid.model_copy(update={"solver": Solver.EULER}))
+        fit = WeightFit(grid.settings.times().tolist(), traced.path, traced.chosen, _guided(plan))
+        latents = traced.pipe.sample_in_step(plan, fit)
         yield judged(latents, exact, grid.model_copy(update={"solver_weights": tuple(fit.weights)}))
 
 
