@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,6 @@ from stiv_deploy.runtime.pipeline.records import GenerationRecord, read_requests
 FORMATS = ("clip.mp4", "clip.png", "clip.gif", "clip.webp", "clip")
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 LATENT = np.linspace(-1, 1, 64, dtype=np.float32).reshape(4, 4, 4)
-
-
-@pytest.fixture
-def pipe(bundle_path: Path) -> Iterator[StivPipeline]:
-    with StivPipeline.from_bundle(bundle_path, "onnxruntime", threads=1) as pipe:
-        yield pipe
 
 
 def record_of(**values: Any) -> GenerationRecord:
