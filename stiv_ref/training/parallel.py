@@ -6,6 +6,7 @@ over NCCL on GPUs and Gloo on CPUs.
 """
 
 import os
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,13 @@ from stiv_deploy.stiv_ref.model import Stiv
 
 TIMEOUT = timedelta(hours=1)
 """How long a process waits for the others, for example while the first one writes a checkpoint."""
+REST = 0.1
+"""Seconds that a process rests when it leaves the others.
+
+Gloo's threads let go of the last tensors a moment *after* their collective has returned, and need the interpreter for
+it. Torch's caches of sharded operations keep these threads alive beyond the process group, and an interpreter that
+ends in that moment ends the process by a signal (``terminate called without an active exception``).
+"""
 
 
 def _default_device() -> torch.device:
@@ -123,6 +131,7 @@ def joined() -> Iterator[Team]:
     finally:
         if own:
             dist.destroy_process_group()
+            time.sleep(REST)
 
 
 def shard(module: nn.Module, team: Team, precision: str) -> None:

@@ -87,6 +87,17 @@ with joined():
         train(TrainRequest(recipe=load_recipe(folder / f"{name}.toml"), out=folder / "two" / name))
 """
 
+LEAVING = """
+import sys
+import torch
+import torch.distributed as dist
+from stiv_deploy.stiv_ref.training.parallel import joined
+with joined():
+    sys.kept = dist.group.WORLD
+    dist.all_reduce_coalesced([torch.ones(1) for _ in range(500)])
+"""
+"""Leaves Gloo's threads alive, as training does, and busy dropping tensors."""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -94,6 +105,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, change in CHANGES.items():
         (made / f"{name}.toml").write_text(RECIPE.replace("[vae]", f"{change}[vae]"))
     (made / "worker.py").write_text(WORKER)
+    (made / "leaving.py").write_text(LEAVING)
     return made
 
 
@@ -149,6 +161,12 @@ def two(folder: Path) -> Path:
     code, errors = finished(start(2, folder / "worker.py", folder, "plain", "all", "bf16"))
     assert code == 0, errors
     return folder / "two"
+
+
+def test_processes_end_in_peace_while_threads_drop_their_last_tensors(folder: Path) -> None:
+    for _ in range(3):
+        code, errors = finished(start(2, folder / "leaving.py"))
+        assert code == 0, errors
 
 
 def drift(runs: Any, one: Path, other: Path) -> float:
