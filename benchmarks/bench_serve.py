@@ -269,11 +269,11 @@ class Plan:
         burst = drawn(self.jobs, np.zeros(self.jobs), random)
         mean = statistics.fmean(alone[call.kind] for call in burst)
         calls = drawn(self.jobs, random.exponential(mean / self.load, self.jobs), random)
-        before, found = server.metrics(), {}
+        before, found = server.counted(), {}
         for load, jobs in (("burst", burst), ("poisson", calls)):
             found[load] = summary(client.sent(jobs, alone), alone, self.slo)
             typer.echo(f"{name} {load}: {found[load]['completed']} jobs in {found[load]['seconds']:.0f} s", err=True)
-        after = server.metrics()
+        after = server.counted()
         latency = quantile(after, "stiv_cancel_latency_seconds", 0.99)
         return found | {"occupancy": round(occupancy(before, after), 3), "cancel_latency_p99_at_most": latency}
 

@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+from stiv_deploy.serving.workers.scheduler import TOLD
+
 STIV = (sys.executable, "-c", "import sys; from stiv_deploy.runtime.command.main import main; sys.exit(main())")
 OPTIONS = ("--port", "0", "--threads", "1", "--free-gib", "0", "--rate", "1e6", "--queue", "100000")
 PATIENCE = 300.0
@@ -55,6 +57,11 @@ class Served:
         with urllib.request.urlopen(f"{self.address}/metrics", timeout=30) as answer:
             families = text_string_to_metric_families(answer.read().decode())
             return {(each.name, *each.labels.values()): each.value for family in families for each in family.samples}
+
+    def counted(self) -> dict[tuple[str, ...], float]:
+        """All metrics once the workers have told what they have done so far, which they do now and then."""
+        time.sleep(4 * TOLD)
+        return self.metrics()
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
         """What the job store answers to ``query``."""
