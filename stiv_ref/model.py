@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from stiv_deploy.stiv_ref.block import MODULATIONS, RopeTables, StivBlock, additive_mask, stateless_norm
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.rope import spatial_table, temporal_table
+from stiv_deploy.stiv_ref.skipping import Skipping
 
 MICRO_GROUPS = {"resolution": 2, "crop": 2, "stride": 1, "frames": 1}
 """Micro-conditions and how many numbers each has: original (height, width), crop (top, left), frame stride, frames."""
@@ -271,6 +272,7 @@ class Stiv(nn.Module):
         keep: Tensor | None = None,
         guidance: Tensor | None = None,
         target_time: Tensor | None = None,
+        skipping: Skipping | None = None,
     ) -> Tensor:
         """Predict the velocity, same shape as ``latents`` [B, T, C, h, w].
 
@@ -278,7 +280,7 @@ class Stiv(nn.Module):
         ``token_mask`` [B, L]; ``pooled`` [B, Dt]. ``text_kv`` may be given to reuse it over the steps of a request.
         In masked training only the tokens ``keep`` int64 [B, S'] of each frame pass the main blocks. Students take
         their ``guidance`` scales fp32 [B], and predict the guided velocity; flow maps its mean up to ``target_time``
-        fp32 [B], which is not before ``timestep``.
+        fp32 [B], which is not before ``timestep``. ``skipping`` says whether the blocks run, and keeps their residuals.
         """
         if not self.config.temporal and latents.shape[1] != 1:
             raise ValueError(f"an image model takes one frame, got {latents.shape[1]}")
@@ -288,12 +290,16 @@ class Stiv(nn.Module):
         mask = additive_mask(token_mask).to(text_k.dtype)
         rope = self.rope_tables(latents.shape)
         x, modulation, condition = self.embed(latents, timestep, micro, pooled, rope, guidance, target_time)
-        main = len(self.blocks) - self.config.full_blocks
+        if skipping is not None and (guessed := skipping.guess()) is not None:
+            return self.unpatchify(self.head((x + guessed).to(x.dtype), condition), latents.shape)
+        first, main = x, len(self.blocks) - self.config.full_blocks
         x, own_rope = (x, rope) if keep is None else (kept(x, keep), kept_rope(rope, keep, x.shape[1]))
         for index, (block, k, v) in enumerate(zip(self.blocks, text_k, text_v, strict=True)):
             if keep is not None and index == main:
                 x, own_rope = self.put_back(x, keep, rope), rope
             x = block(x, modulation, k, v, mask, own_rope)
+        if skipping is not None:
+            skipping.remember(first, x)
         return self.unpatchify(self.head(x, condition), latents.shape)
 
     def put_back(self, x: Tensor, keep: Tensor, rope: RopeTables) -> Tensor:

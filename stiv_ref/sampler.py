@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from stiv_deploy.stiv_ref.errors import ConfigError
 from stiv_deploy.stiv_ref.flow import schedule
 from stiv_deploy.stiv_ref.guidance import GuidanceMode, Unseen, cfg_renorm, jit_cfg, sit_cfg
 from stiv_deploy.stiv_ref.model import Stiv
+from stiv_deploy.stiv_ref.skipping import Skipping
 from stiv_deploy.stiv_ref.text import TextStates
 
 Weights = tuple[tuple[float, float], ...]
@@ -45,7 +46,8 @@ class SamplingSettings:
 
     Evaluations at times from ``guidance_from`` to ``guidance_until``, both among them, are guided; all others are of
     the conditional branch alone (a guidance interval, arXiv 2404.07724). ``solver_weights`` are AB2's in every step but
-    the first, of the velocity there and of the one before, in place of :func:`adams_bashforth`'s.
+    the first, of the velocity there and of the one before, in place of :func:`adams_bashforth`'s. ``skipped_steps``,
+    counted from 0, do without the model's blocks (:mod:`~stiv_deploy.stiv_ref.skipping`).
     """
 
     steps: int = 50
@@ -57,6 +59,7 @@ class SamplingSettings:
     time_shift: float = 1.0
     late_stretch: float = 1.0
     solver_weights: Weights = ()
+    skipped_steps: tuple[int, ...] = ()
     unseen: Unseen = Unseen.NOISED
     guidance_from: float = 0.0
     guidance_until: float = 1.0
@@ -153,7 +156,7 @@ def guided_velocity(model: Stiv, inputs: SamplingInputs, settings: SamplingSetti
         check_student(model.config.student, settings)
         settings = replace(settings, guidance_mode=GuidanceMode.NONE)
     guided = _velocity(model, inputs, settings)
-    if settings.guides(0) and settings.guides(1):
+    if settings.guidance_mode is GuidanceMode.NONE or (settings.guides(0) and settings.guides(1)):
         return guided
     conditional = _velocity(model, inputs, replace(settings, guidance_mode=GuidanceMode.NONE))
     return lambda latents, time, target: (guided if settings.guides(time) else conditional)(latents, time, target)
@@ -166,6 +169,8 @@ def _velocity(model: Stiv, inputs: SamplingInputs, settings: SamplingSettings) -
     with torch.no_grad():
         text_kv = model.text_kv(branches.text.states)
     micro = micro.repeat(count, 1)
+    times = settings.times()
+    skipping = Skipping([times[step] for step in settings.skipped_steps]) if settings.skipped_steps else None
 
     @torch.no_grad()
     def velocity(latents: Tensor, time: float, target: float) -> Tensor:
@@ -175,7 +180,10 @@ def _velocity(model: Stiv, inputs: SamplingInputs, settings: SamplingSettings) -
         else:
             hidden = noise_frames(latents, clean, noise, timestep, frame_mask)
         model_input = torch.cat([latents if sees else hidden for sees in branches.sees_image])
-        more = student_inputs(model.config.student, settings.guidance_scale, timestep, target)
+        more: dict[str, Any] = student_inputs(model.config.student, settings.guidance_scale, timestep, target)
+        if skipping is not None:
+            skipping.begin(time)
+            more["skipping"] = skipping
         output = model(model_input, timestep.repeat(count), micro, *branches.text, text_kv=text_kv, **more)
         return _guide(output.chunk(count), frame_mask, settings)
 
