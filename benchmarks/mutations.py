@@ -208,7 +208,7 @@ class Parity:
         exact, plain = Oracle(loaded, torch.float64), Oracle(loaded, torch_dtype(self.manifest.precision))
         self._cases: dict[str, tuple[Any, dict[str, tuple[Any, float]]]] = {}
         request = parity_requests(self.manifest, loaded, 10)[-1]
-        for graph, inputs in probe(exact, request, self.manifest.model.blocks):
+        for graph, inputs in probe(exact, request, self.manifest):
             spec = self.manifest.graphs[graph].spec
             given = {each.name: inputs[each.name].to(getattr(torch, each.dtype)).contiguous() for each in spec.inputs}
             truth, rounded = exact.run(graph, given), plain.run(graph, given)

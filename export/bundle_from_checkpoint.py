@@ -126,6 +126,7 @@ def _write(
         request.attention,
         request.engine_vae_precision,
         halves=request.halves,
+        skips=request.skips,
     )
     graphs = writer.write_all(buckets, request.check, progress)
     manifest = Manifest(
@@ -169,6 +170,8 @@ def buckets_of(request: ExportRequest, config: CheckpointConfig) -> tuple[Bucket
         validate_plugins(buckets, facts)
     if request.halves and not facts.temporal:
         raise ExportError("--halves: devices share the frames of a clip, and an image model makes one; leave it out")
+    if request.skips and facts.student is not None and facts.student.flow_map:
+        raise ExportError("--skips: a flow map has few steps, and each is of its own length; leave it out")
     return buckets
 
 

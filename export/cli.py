@@ -59,6 +59,9 @@ def export(
     halves: Annotated[
         bool, typer.Option("--halves", help="The blocks also in two halves, for one clip on several devices.")
     ] = False,
+    skips: Annotated[
+        bool, typer.Option("--skips", help="Graphs also for steps that skip the blocks, which 'stiv tune' tries then.")
+    ] = False,
     lora: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE[:SCALE]", help="LoRA to merge into the weights, by default whole; repeatable."),
@@ -87,6 +90,7 @@ def export(
         attention=parse_attention(attention),
         vae_precision=None if vae_precision is None else parse_precision(vae_precision, "vae-precision"),
         halves=halves,
+        skips=skips,
         loras=tuple(lora or ()),
         check=not no_check,
     )

@@ -25,7 +25,9 @@ def tune_checkpoint(request: TuneRequest, progress: Progress = unheard) -> TuneR
         make_folder(checkpoint.path, "give --no-record, or copy the checkpoint to a folder you own")
     with TemporaryDirectory(prefix="stiv-tune-") as folder:
         bundle = Path(folder) / "bundle"
-        export_bundle(ExportRequest(checkpoint=checkpoint.path, out=bundle, tuned=False), progress)
+        student = checkpoint.config.model.student
+        skips = student is None or not student.flow_map
+        export_bundle(ExportRequest(checkpoint=checkpoint.path, out=bundle, tuned=False, skips=skips), progress)
         report = tune(replace(request, bundle=bundle, record=False), progress)
     if request.record:
         kept = CheckpointTuned(checkpoint=checkpoint.sha256, tuned=tuned(report))

@@ -23,14 +23,14 @@ from stiv_deploy.export.engines.processes import BuilderProcesses
 from stiv_deploy.export.engines.shared_plan import choose_weight_inputs
 from stiv_deploy.export.engines.weight_inputs import WeightInputs, weight_inputs
 from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.bundle.contract import Format, Frozen, Precision, is_block, is_half
+from stiv_deploy.runtime.bundle.contract import SKIP_GRAPHS, Format, Frozen, Precision, is_block, is_half
 from stiv_deploy.runtime.bundle.engine_files import graph_profile, reduced_for, sm_folder, takes_tf32
 from stiv_deploy.runtime.bundle.manifest import PORTABLE, Bucket, Manifest
 from stiv_deploy.runtime.errors import EngineError
 from stiv_deploy.runtime.progress import Progress, unheard
 from stiv_deploy.runtime.tensorrt_library import TITLES, Flavour, import_tensorrt
 
-AUDITED = ("text_kv", "embed", "head", "step")
+AUDITED = ("text_kv", "embed", *SKIP_GRAPHS, "head", "step")
 """Graphs beside the blocks that run in the bundle's type and are audited by default, ``step`` for stray types."""
 DEFAULT_SMS = ("89", "120")
 """GPUs that engines are audited for by default; those of NVFP4 for :data:`FP4_SMS`."""

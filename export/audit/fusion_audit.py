@@ -14,6 +14,7 @@ from pydantic import Field
 
 from stiv_deploy.export.audit.layer_report import EngineLayer
 from stiv_deploy.runtime.bundle.contract import (
+    SKIP_GRAPHS,
     VAE_GRAPHS,
     Choice,
     Format,
@@ -248,7 +249,12 @@ def _product_name(layer: EngineLayer) -> str:
 
 
 def _kernel_limit(expected: Expectation) -> int | None:
-    """The table's row for this graph: one for all blocks, and one for each kind of half; None where none counts."""
+    """The table's row for this graph: one for all blocks, and one for each kind of half; None where none counts.
+
+    What skips the blocks is one kernel each.
+    """
+    if expected.graph in SKIP_GRAPHS:
+        return 1
     if not expected.counted:
         return None
     graph = expected.graph.partition("_")[0] if expected.attention else expected.graph

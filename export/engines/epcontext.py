@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from stiv_deploy.export.engines.install import linked_or_copied
 from stiv_deploy.runtime.bundle.bundle import Bundle
-from stiv_deploy.runtime.bundle.contract import FRAMES, VAE_GRAPHS, TensorSpec, is_half
+from stiv_deploy.runtime.bundle.contract import FRAMES, SKIP_GRAPHS, VAE_GRAPHS, TensorSpec, is_half
 from stiv_deploy.runtime.bundle.engine_files import attention_form, buckets_of_engine, sm_folder, unbuilt
 from stiv_deploy.runtime.bundle.manifest import PORTABLE, EngineRecord, Manifest
 from stiv_deploy.runtime.errors import BackendError, EngineError, OutputError, few
@@ -235,4 +235,6 @@ def runs(graph: str) -> str:
         return "once for given frames"
     if graph in (*VAE_GRAPHS, FRAMES):
         return "once for a clip, last"
+    if graph in SKIP_GRAPHS:
+        return "in evaluations of clips that skip the blocks in some"
     return "in every evaluation" + ", in the place of its block where several devices share it" * is_half(graph)

@@ -157,6 +157,7 @@ def _draw(tensor: TensorSpec, shape: tuple[int, ...], limits: Mapping[str, int],
         "frame_mask": lambda: random.random(shape) < 0.3,
         "row_mask": lambda: random.random(shape) < 0.3,
         "hold": lambda: random.random(shape) < 0.3,
+        "skipped": lambda: np.arange(*shape) % 2 == 0,
         "renorm": lambda: np.ones(shape),
         "dt": lambda: random.random(shape),
     }

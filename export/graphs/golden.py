@@ -198,7 +198,7 @@ class _Answers:
     def _simulated_wide(self) -> Mapping[str, nn.Module]:
         """Its graphs' modules."""
         simulated = replace(self.writer.checkpoint, model=self._simulated_wide_model)
-        return graph_modules(simulated, halves=self.writer.halves)
+        return graph_modules(simulated, halves=self.writer.halves, skips=self.writer.skips)
 
 
 def _largest(gates: Iterable[Sequence[float]]) -> list[float]:

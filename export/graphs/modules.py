@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from stiv_deploy.runtime.bundle.contract import FRAMES, ModelFacts, block_names, half_names
+from stiv_deploy.runtime.bundle.contract import FRAMES, SKIP_GRAPHS, ModelFacts, block_names, half_names
 from stiv_deploy.stiv_ref.block import RopeTables, StivBlock
 from stiv_deploy.stiv_ref.checkpoint import AnyTextEncoder, AnyVae, Checkpoint, CheckpointConfig
 from stiv_deploy.stiv_ref.guidance import NORM_FLOOR
@@ -225,6 +225,38 @@ class MixedGraph(nn.Module):
         return self.source.mixed_half(x, modulation, text_k, text_v, text_mask.to(x.dtype), tables)
 
 
+class ResidualGraph(nn.Module):
+    """``residual``: what all blocks added to the tokens, for steps to come that skip them."""
+
+    def forward(self, x: Tensor, last: Tensor) -> Tensor:
+        """[B, T', S, D] in front of the blocks and behind them -> their difference, taken in at least float32."""
+        return (_at_least_float32(last) - _at_least_float32(x)).to(x.dtype)
+
+
+class ExtrapolateGraph(nn.Module):
+    """``extrapolate``: tokens behind the blocks where these were skipped, by the last two residuals."""
+
+    def forward(
+        self,
+        x: Tensor,
+        last: Tensor,
+        residual_0: Tensor,
+        residual_1: Tensor,
+        residual_weights: Tensor,
+        skipped: Tensor,
+    ) -> Tensor:
+        """[B, T', S, D] four times, [B, 2], bool [B] -> [B, T', S, D]: where not ``skipped``, ``last`` as it is."""
+        known = [_at_least_float32(each) for each in (residual_0, residual_1)]
+        weights = [column[:, None, None, None] for column in residual_weights.unbind(1)]
+        terms = [torch.where(weight != 0, weight * each, 0.0) for weight, each in zip(weights, known, strict=True)]
+        guessed = (_at_least_float32(x) + terms[0] + terms[1]).to(x.dtype)
+        return torch.where(skipped[:, None, None, None], guessed, last)
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 class HeadGraph(nn.Module):
     """``head``: tokens and condition -> velocity. ``model_input`` gives its shape only."""
 
@@ -314,8 +346,9 @@ def _block_modules(model: Stiv, *, halves: bool) -> Iterator[tuple[str, nn.Modul
             yield from ((spatial, SpatialGraph(block)), (mixed, MixedGraph(block)))
 
 
-def graph_modules(checkpoint: Checkpoint, *, halves: bool = False) -> Mapping[str, nn.Module]:
+def graph_modules(checkpoint: Checkpoint, *, halves: bool = False, skips: bool = False) -> Mapping[str, nn.Module]:
     """All graphs of a checkpoint by the contract's names, in running order, sharing the checkpoint's parameters."""
+    skipping = dict(zip(SKIP_GRAPHS, (ResidualGraph(), ExtrapolateGraph()), strict=True))
     model = checkpoint.model
     return {
         "text_encoder": TextEncoderGraph(checkpoint.text_encoder),
@@ -323,6 +356,7 @@ def graph_modules(checkpoint: Checkpoint, *, halves: bool = False) -> Mapping[st
         "image_encoder": ImageEncoderGraph(checkpoint.vae),
         "embed": EmbedGraph(model),
         **dict(_block_modules(model, halves=halves)),
+        **(skipping if skips else {}),
         "head": HeadGraph(model),
         "step": StepGraph(),
         "decoder": DecoderGraph(checkpoint.vae),

@@ -67,7 +67,7 @@ class GraphWriter:
     The blocks share one trace, and blocks with equal plans one quantized template. With ``attention`` ``plugin`` each
     block has a second file with plugin nodes, with a ``vae_precision`` of 16 bits each graph of the VAE one in it, in
     NVFP4 each quantized graph one for engines. With ``halves`` each block has graphs of its halves, which are written
-    after it and read its weights.
+    after it and read its weights. With ``skips`` there are the graphs of steps that skip the blocks.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class GraphWriter:
         vae_precision: Precision = "float32",
         *,
         halves: bool = False,
+        skips: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.folder = folder
@@ -88,9 +89,9 @@ class GraphWriter:
         self.attention = attention
         self.vae_precision = vae_precision
         self.facts = model_facts(checkpoint.config)
-        self.halves = halves
-        self.specs = graph_specs(self.facts, precision, halves=halves)
-        self.modules = graph_modules(checkpoint, halves=halves)
+        self.halves, self.skips = halves, skips
+        self.specs = graph_specs(self.facts, precision, halves=halves, skips=skips)
+        self.modules = graph_modules(checkpoint, halves=halves, skips=skips)
         self._weights: dict[str, FileRecord | None] = {}
         self._templates: dict[tuple[str, tuple[LayerScheme, ...], Attention], Template] = {}
         self._checked: set[str] = set()
@@ -265,7 +266,7 @@ class GraphWriter:
 
     @cached_property
     def _simulated(self) -> Mapping[str, nn.Module]:
-        return graph_modules(replace(self.checkpoint, model=self.simulated_model), halves=self.halves)
+        return graph_modules(replace(self.checkpoint, model=self.simulated_model), halves=self.halves, skips=self.skips)
 
 
 def in_precision(module: Module, dtype: torch.dtype) -> Module:

@@ -111,8 +111,7 @@ def failures(
     for name in backends:
         with open_backend(name, bundle, quarantined=True) as backend:
             ladder = Ladder(backend, bundle, sides, news)
-            blocks, halves = bundle.manifest.model.blocks, bundle.manifest.halves
-            for graph, inputs in probe(sides.truth, request, blocks, halves=halves):
+            for graph, inputs in probe(sides.truth, request, bundle.manifest):
                 news.next(f"{name}: {graph}")
                 given = ladder.as_given(graph, inputs)
                 found = ladder.graph(graph, given, ladder.dims(request))

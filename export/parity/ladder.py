@@ -236,7 +236,7 @@ class Ladder:
 
     def graphs(self, request: Request) -> None:
         """Levels op and block: every graph alone, on inputs that the oracle really feeds it half-way through a run."""
-        for graph, inputs in probe(self.truth, request, self.manifest.model.blocks, halves=self.manifest.halves):
+        for graph, inputs in probe(self.truth, request, self.manifest):
             self.news.next(f"{self.backend.name}: {graph}")
             self.graph(graph, self.as_given(graph, inputs), self.dims(request))
 
@@ -357,7 +357,8 @@ def climb(subject: Subject, backends: Sequence[str], steps: int, progress: Progr
             ladder = Ladder(backend, subject.bundle, sides, news)
             ladder.graphs(requests[-1])
             for each in walks:
-                ladder.trajectory(each)
+                if not each.request.settings.skipped_steps:  # a skipped step's velocity hangs on those before it
+                    ladder.trajectory(each)
             for each in walks:
                 ladder.free_run(each)
         ladders.append(ladder)

@@ -52,6 +52,8 @@ class Oracle:
             "embed": self._embed,
             **{name: self._block(index) for index, name in enumerate(block_names(len(self.model.blocks)))},
             **dict(self._halves()),
+            "residual": lambda i: {"residual": i["last"] - i["x"]},
+            "extrapolate": extrapolated,
             "head": self._head,
             "step": guided_step,
             "decoder": lambda i: {"video": self.vae.decode(i["latents"].to(self._vae_dtype))},
@@ -140,6 +142,14 @@ class Oracle:
     def _head(self, inputs: Mapping[str, Tensor]) -> Tensors:
         patches = self.model.head(inputs["x"], inputs["condition"])
         return {"velocity": self.model.unpatchify(patches, inputs["model_input"].shape)}
+
+
+def extrapolated(inputs: Mapping[str, Tensor]) -> Tensors:
+    """The ``extrapolate`` graph, in the dtype of its inputs."""
+    known = torch.stack([inputs["residual_0"], inputs["residual_1"]], dim=1)
+    guessed = inputs["x"] + torch.einsum("rk,rk...->r...", inputs["residual_weights"], known)
+    skipped = inputs["skipped"].reshape(-1, 1, 1, 1)
+    return {"x_out": torch.where(skipped, guessed, inputs["last"])}
 
 
 def guided_step(inputs: Mapping[str, Tensor]) -> Tensors:

@@ -14,6 +14,7 @@ from stiv_deploy.runtime.sampling.guidance import GuidanceMode as RuntimeMode
 from stiv_deploy.runtime.sampling.sample import Sample
 from stiv_deploy.runtime.sampling.settings import SamplingSettings as RuntimeSettings
 from stiv_deploy.runtime.sampling.settings import Solver as RuntimeSolver
+from stiv_deploy.runtime.sampling.skipping import KNOWN
 from stiv_deploy.runtime.sampling.text_stage import Tokens
 from stiv_deploy.stiv_ref.block import additive_mask
 from stiv_deploy.stiv_ref.checkpoint import Checkpoint
@@ -120,6 +121,7 @@ class Request:
             time_shift=settings.time_shift,
             late_stretch=settings.late_stretch,
             solver_weights=settings.solver_weights,
+            skipped_steps=settings.skipped_steps,
             guidance_from=settings.guidance_from,
             guidance_until=settings.guidance_until,
         )
@@ -147,9 +149,10 @@ def _moving_square(batch: int, frames: int, height: int, width: int) -> Tensor:
 def parity_requests(manifest: Manifest, checkpoint: Checkpoint, steps: int) -> list[Request]:
     """T2V with JIT-CFG and Euler's solver, TI2V with JIT-CFG and AB2, T2V with the same, TI2V with SIT-CFG and Heun's.
 
-    The last two are guided only from :data:`FROM` until :data:`UNTIL`: there AB2, which looks back, starts anew twice.
-    A student is asked each solver in its one row, at its own scale, its least and its greatest, a flow map by Euler's
-    solver alone. One sample each, at the bundle's default size; for an image model the first alone.
+    Where steps can skip the blocks there is TI2V with JIT-CFG once more, which does. The last two are guided only from
+    :data:`FROM` until :data:`UNTIL`: there AB2, which looks back, starts anew twice. A student is asked each solver in
+    its one row, at its own scale, its least and its greatest, a flow map by Euler's solver alone. One sample each, at
+    the bundle's default size; for an image model the first alone.
     """
     defaults, model = manifest.sampling, manifest.model
     video = _moving_square(1, defaults.frames, defaults.height, defaults.width)
@@ -167,6 +170,8 @@ def parity_requests(manifest: Manifest, checkpoint: Checkpoint, steps: int) -> l
     )
     first, second = understood(checkpoint.tokenizer)
     cases = _cases(settings) if model.student is None else _student_cases(settings, model.student)
+    if manifest.skips and steps > KNOWN:
+        cases.insert(2, _skipping_case(cases[1]))
     requests = []
     for name, given, chosen in cases if model.temporal else cases[:1]:
         prompt = second if given else first
@@ -206,6 +211,13 @@ def _cases(settings: SamplingSettings) -> list[Case]:
         ("t2v jit ab2, interval", False, replace(ab2, **interval)),
         ("ti2v sit heun, interval", True, replace(heun, guidance_mode=GuidanceMode.SIT, **interval)),
     ]
+
+
+def _skipping_case(case: Case) -> Case:
+    """``case`` once more, by AB2's own weights, with every second step skipped."""
+    name, given, settings = case
+    skipped = tuple(range(KNOWN, settings.steps, 2))
+    return f"{name}, skips", given, replace(settings, solver_weights=(), skipped_steps=skipped)
 
 
 def _student_cases(settings: SamplingSettings, student: Student) -> list[Case]:

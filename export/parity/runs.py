@@ -11,16 +11,15 @@ from stiv_deploy.export.parity.requests import Request
 from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import block_names, half_names
+from stiv_deploy.runtime.bundle.manifest import Manifest
 from stiv_deploy.runtime.sampling.denoiser import Denoiser
 from stiv_deploy.runtime.sampling.engine import StepEngine
 from stiv_deploy.runtime.sampling.text_stage import TextStage, Tokens
 
 
-def probe(oracle: Oracle, request: Request, blocks: int, *, halves: bool = False) -> Iterator[tuple[str, Tensors]]:
-    """Every graph of the contract with its inputs as they are half-way through ``request``, computed by ``oracle``.
-
-    Of a bundle with ``halves`` these too.
-    """
+def probe(oracle: Oracle, request: Request, manifest: Manifest) -> Iterator[tuple[str, Tensors]]:
+    """Every graph of ``manifest`` with its inputs as they are half-way through ``request``, computed by ``oracle``."""
+    blocks, halves = manifest.model.blocks, manifest.halves
     inputs = oracle.sampling_inputs(request)
     clean, noise, mask = inputs.clean, inputs.noise, inputs.frame_mask
     count, half = request.branches, 0.5
@@ -51,6 +50,11 @@ def probe(oracle: Oracle, request: Request, blocks: int, *, halves: bool = False
             yield spatial, given
             yield mixed, {**given, "x": oracle.run(spatial, given)["x_out"]}
         x = oracle.run(name, given)["x_out"]
+    if manifest.skips:
+        both = {"x": state["x"], "last": x}
+        yield "residual", both
+        residual = oracle.run("residual", both)["residual"]
+        yield "extrapolate", {**both, **skipping_inputs(residual)}
     head = {"x": x, "condition": state["condition"], "model_input": model_input}
     yield "head", head
     velocity = oracle.run("head", head)["velocity"]
@@ -72,6 +76,17 @@ def probe(oracle: Oracle, request: Request, blocks: int, *, halves: bool = False
         },
     )
     yield "decoder", {"latents": latents}
+
+
+def skipping_inputs(residual: Tensor) -> Tensors:
+    """What ``extrapolate`` takes besides tokens: ``residual`` [G, T', S, D] and another one; every second row skips."""
+    rows = len(residual)
+    return {
+        "residual_0": residual,
+        "residual_1": 0.9 * residual,
+        "residual_weights": torch.tensor([[-0.6, 1.6]]).repeat(rows, 1),
+        "skipped": torch.arange(rows) % 2 == 0,
+    }
 
 
 def free_run(backend: Backend, bundle: Bundle, dims: dict[str, int], request: Request) -> np.ndarray:

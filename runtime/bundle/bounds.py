@@ -28,6 +28,8 @@ Scale = Annotated[float, Field(ge=-SCALE_LIMIT, le=SCALE_LIMIT)]
 Weight = Annotated[float, Field(ge=-WEIGHT_LIMIT, le=WEIGHT_LIMIT)]
 Weights = Annotated[tuple[tuple[Weight, Weight], ...], Field(max_length=STEP_LIMIT)]
 """AB2's in every step but the first: of the velocity there, and of the one before. None: the rule's own."""
+Steps = Annotated[tuple[Annotated[int, Field(ge=0, le=STEP_LIMIT)], ...], Field(max_length=STEP_LIMIT)]
+"""Numbers of steps, counted from 0."""
 Bytes = Annotated[int, Field(ge=0, le=2**50)]
 Name = Annotated[str, Field(max_length=200)]
 Digest = Annotated[str, Field(max_length=64)]

@@ -194,6 +194,10 @@ def has_layer(graph: str, layer: str) -> bool:
     return (module.partition(".")[0] == HALVES[0]) == graph.startswith(HALVES[0])
 
 
+SKIP_GRAPHS = ("residual", "extrapolate")
+"""What steps take that skip the blocks, see :mod:`~stiv_deploy.runtime.sampling.skipping`; few bundles have them."""
+
+
 def dimensions(
     model: ModelFacts, *, batch: int, model_batch: int, video_frames: int, height: int, width: int, text_tokens: int
 ) -> dict[str, int]:
@@ -227,11 +231,14 @@ def late_inputs(student: Student | None) -> tuple[str, ...]:
     return LATE if student.flow_map else LATE[:1]
 
 
-def graph_specs(model: ModelFacts, precision: Precision, *, halves: bool = False) -> dict[str, GraphSpec]:
+def graph_specs(
+    model: ModelFacts, precision: Precision, *, halves: bool = False, skips: bool = False
+) -> dict[str, GraphSpec]:
     """The contract: every graph of a bundle of this model in this precision, blocks included, in running order.
 
     With ``halves`` each block is followed by its two halves, which a bundle has all or none of. They have the block's
-    tensors, each those that it reads, of some of the frames (``spatial``) or some of the positions (``mixed``).
+    tensors, each those that it reads, of some of the frames (``spatial``) or some of the positions (``mixed``). With
+    ``skips`` :data:`SKIP_GRAPHS` follow the blocks.
     """
     half = model.head_dim // 2
     latent_size = ("frames", model.latent_channels, "latent_height", "latent_width")
@@ -273,6 +280,13 @@ def graph_specs(model: ModelFacts, precision: Precision, *, halves: bool = False
     if halves:
         both = zip(block_names(model.blocks), half_names(model.blocks), strict=True)
         blocks = {name: spec for one, two in both for name, spec in zip((one, *two), (block, *pair), strict=True)}
+    x, last = device("x", *tokens), device("last", *tokens)
+    known = [device(f"residual_{place}", *tokens) for place in range(2)]
+    skipped = [host("residual_weights", "model_batch", 2), other("skipped", "bool", "model_batch")]
+    skipping = {
+        "residual": graph([x, last], [device("residual", *tokens)]),
+        "extrapolate": graph([x, last, *known, *skipped], x_out),
+    }
     return {
         "text_encoder": graph(
             [other("token_ids", "int64", *rows), other("token_mask", "int64", *rows)], [states, pooled]
@@ -289,10 +303,11 @@ def graph_specs(model: ModelFacts, precision: Precision, *, halves: bool = False
                 *temporal,
                 *student,
             ],
-            [device("x", *tokens), modulation, condition],
+            [x, modulation, condition],
         ),
         **blocks,
-        "head": graph([device("x", *tokens), condition, model_input], [host("velocity", "model_batch", *latent_size)]),
+        **(skipping if skips else {}),
+        "head": graph([x, condition, model_input], [host("velocity", "model_batch", *latent_size)]),
         "step": graph(
             [
                 host("velocity", "model_batch", *latent_size),

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from pathlib import PureWindowsPath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -20,10 +20,12 @@ from stiv_deploy.runtime.bundle.bounds import (
     Name,
     Scale,
     Size,
+    Steps,
     Weights,
 )
 from stiv_deploy.runtime.bundle.contract import (
     SAMPLE_ROWS,
+    SKIP_GRAPHS,
     Choice,
     Format,
     Frozen,
@@ -35,11 +37,12 @@ from stiv_deploy.runtime.bundle.contract import (
     graph_specs,
     is_half,
 )
-from stiv_deploy.runtime.bundle.tuned import SolverName, Tuned
+from stiv_deploy.runtime.bundle.tuned import SolverName, Tuned, TunedGrid
 from stiv_deploy.runtime.tensorrt_library import Flavour
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+SKIPS_REMEDY = "make the bundle again with 'stiv export CHECKPOINT --out BUNDLE --skips'"
 HALVES_REMEDY = "make the bundle again with 'stiv export CHECKPOINT --out BUNDLE --halves'"
 PORTABLE = "portable"
 """The ``sm`` of an engine that is not bound to one GPU architecture."""
@@ -174,9 +177,20 @@ class SamplingDefaults(Frozen):
 
 
 class Recommended(SamplingDefaults):
-    """Defaults of requests for some number of steps: ``solver_weights`` are AB2's, where some are fitted to these."""
+    """Defaults of requests for some number of steps: ``solver_weights`` are AB2's, where some are fitted to these.
+
+    Where steps are to be skipped, ``skipped_steps`` are those.
+    """
 
     solver_weights: Weights | None = None
+    skipped_steps: Steps | None = None
+
+
+def _from_grid(own: dict[str, Any], grid: TunedGrid) -> Recommended:
+    """The defaults ``own``, with solver, times, weights and skipped steps of ``grid``."""
+    found = grid.model_dump(include={"solver", "time_shift", "late_stretch"})
+    skipped = grid.skipped_steps or None
+    return Recommended(**own | found, solver_weights=grid.solver_weights or None, skipped_steps=skipped)
 
 
 Sizes = Annotated[tuple[Size, ...], Field(min_length=1, max_length=1_000)]
@@ -305,10 +319,12 @@ class Manifest(Frozen):
         """What a request with so many ``steps`` and this ``solver``, where it names them, gets for the rest."""
         wanted, own = steps or self.sampling.steps, self.sampling.model_dump()
         grid = None if self.tuned is None else self.tuned.grid(wanted, solver)
-        if grid is None:
-            return Recommended(**own)
-        found = grid.model_dump(include={"solver", "time_shift", "late_stretch"})
-        return Recommended(**own | found, solver_weights=grid.solver_weights or None)
+        return Recommended(**own) if grid is None else _from_grid(own, grid)
+
+    def skipping(self, steps: int | None = None, solver: str | None = None) -> Recommended | None:
+        """The same for a request that skips the blocks of some steps; None where nobody has found out of which ones."""
+        grids = [] if self.tuned is None else self.tuned.skipping(steps or self.sampling.steps, solver)
+        return _from_grid(self.sampling.model_dump(), grids[0]) if grids else None
 
     @property
     def halves(self) -> bool:
@@ -316,9 +332,14 @@ class Manifest(Frozen):
         return any(map(is_half, self.graphs))
 
     @property
+    def skips(self) -> bool:
+        """Whether steps can skip the blocks."""
+        return SKIP_GRAPHS[0] in self.graphs
+
+    @property
     def specs(self) -> dict[str, GraphSpec]:
         """The contract of this bundle's graphs, those included that others may lack."""
-        return graph_specs(self.model, self.precision, halves=self.halves)
+        return graph_specs(self.model, self.precision, halves=self.halves, skips=self.skips)
 
     @property
     def vae_precision(self) -> Precision:
@@ -331,12 +352,12 @@ class Manifest(Frozen):
         """SHA-256 (hex) of what the bundle's results follow from: model, precision, graphs, weights and tokenizer.
 
         Not of engines, parity rows, recommended and tuned settings, previews, golden answers, buckets or the graphs'
-        second forms, which the halves of blocks are too.
+        second forms, which the halves of blocks are too, nor of what steps take that skip the blocks.
         """
         graphs = {
             name: [graph.file.sha256, None if graph.data is None else graph.data.sha256]
             for name, graph in sorted(self.graphs.items())
-            if not is_half(name)
+            if not (is_half(name) or name in SKIP_GRAPHS)
         }
         facts = self.model_dump(mode="json", include={"format_version", "model", "precision"})
         if self.model.student is None:

@@ -53,6 +53,7 @@ def _drawn(graph: str, tensor: TensorSpec, dims: dict[str, int], limits: Mapping
         "spatial": lambda: np.pi * (2 * uniform(shape, seed) - 1),
         "temporal": lambda: np.pi * (2 * uniform(shape, seed) - 1),
         **dict.fromkeys(("frame_mask", "row_mask", "hold"), lambda: uniform(shape, seed) < GIVEN),
+        "skipped": lambda: np.arange(*shape) % 2 == 0,
         "renorm": lambda: np.ones(shape),
         "x": lambda: normal(shape, seed) * _amplitudes(shape, seed),
     }

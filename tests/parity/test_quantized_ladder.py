@@ -54,13 +54,15 @@ def test_fp8_bundle_passes_and_one_with_a_lost_bit_fails(
     checkpoint: Path, scale_files: dict[Format, Path], tmp_path: Path
 ) -> None:
     files: dict[str, Any] = {"format": "fp8", "scales": scale_files["fp8"]}
-    request = ExportRequest(checkpoint=checkpoint, out=tmp_path / "good", precision="float16", check=False, **files)
-    export_bundle(request)
+    files |= {"precision": "float16", "skips": True, "check": False}
+    export_bundle(ExportRequest(checkpoint=checkpoint, out=tmp_path / "good", **files))
     opened = Bundle.open(tmp_path / "good")
     subject = open_subject(opened, Sources(checkpoint=checkpoint, scales=scale_files["fp8"]))
-    report = climb(subject, ["onnxruntime"], 2)
+    report = climb(subject, ["onnxruntime"], 3)
     assert report.passed, [row for row in report.rows if not row.passed]
     levels = {row.level for row in report.rows}
+    assert {row.level for row in report.rows if row.name == "ti2v jit ab2, skips"} == {"free_run", "direct_free_run"}
+    assert {"residual.residual", "extrapolate.x_out"} <= {row.name for row in report.rows}
     assert {"op", "block", "step", "teacher_forced", "free_run"} <= levels
     assert {"direct_block", "direct_step", "direct_teacher_forced", "direct_free_run"} <= levels
     assert {row.precision for row in report.rows} == {"fp8/float16"}

@@ -239,7 +239,7 @@ def contract() -> dict[str, Any]:
     """Graphs of a video model of two blocks."""
     facts = dict.fromkeys(ModelFacts.model_fields, 2) | {"name": "two", "patch": (1, 2), "base_grid": (4, 4)}
     plain = {"temporal": True, "causal_vae": False, "student": None}
-    return graph_specs(ModelFacts.model_validate(facts | plain), "float16", halves=True)
+    return graph_specs(ModelFacts.model_validate(facts | plain), "float16", halves=True, skips=True)
 
 
 @pytest.mark.parametrize("part", sorted(set(parts(Manifest)), key=lambda each: each.__name__))

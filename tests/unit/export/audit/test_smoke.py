@@ -18,6 +18,7 @@ from stiv_deploy.export.engines.engine_from_onnx import build_engine
 from stiv_deploy.export.engines.job import EngineJob
 from stiv_deploy.export.request import ExportRequest
 from stiv_deploy.runtime.bundle.bundle import Bundle, write_manifest
+from stiv_deploy.runtime.bundle.contract import SKIP_GRAPHS
 from stiv_deploy.runtime.bundle.engine_files import profile
 from stiv_deploy.runtime.bundle.manifest import Bucket, Range
 from stiv_deploy.runtime.tensorrt_library import missing_library
@@ -58,8 +59,10 @@ def quantization(checkpoint: Path, chosen: Format, folder: Path) -> dict[str, An
 
 
 def audited(folder: Path, *sms: str) -> AuditReport:
-    halves = ("spatial_00", "mixed_00") if Bundle.open(folder).manifest.halves else ()
-    return audit_bundle(AuditRequest(bundle=folder, sms=sms, graphs=("block_00", *halves, "step"), jobs=1))
+    manifest = Bundle.open(folder).manifest
+    halves = ("spatial_00", "mixed_00") if manifest.halves else ()
+    skips = SKIP_GRAPHS if manifest.skips else ()
+    return audit_bundle(AuditRequest(bundle=folder, sms=sms, graphs=("block_00", *halves, *skips, "step"), jobs=1))
 
 
 @pytest.fixture(scope="module", params=["fp8", "int8"])
@@ -98,15 +101,17 @@ def test_fp8_attention_at_few_tokens_is_caught(bundle_8_bit: Path) -> None:
     assert failed == ({"spatial attention", "kernels"} if record.format == "fp8" else set())
 
 
-def test_bfloat16_fuses_each_attention_into_one_kernel(checkpoint: Path, tmp_path: Path) -> None:
-    folder = export_bundle(
-        ExportRequest(checkpoint=checkpoint, out=tmp_path / "bundle", precision="bfloat16", buckets=SMALL, check=False)
-    ).bundle
+def test_bfloat16_fuses_each_attention_and_what_skips_the_blocks_into_one_kernel(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"precision": "bfloat16", "buckets": SMALL, "check": False, "skips": True}
+    folder = export_bundle(ExportRequest(checkpoint=checkpoint, out=tmp_path / "bundle", **options)).bundle
     report = audited(folder, "89")
     assert failures(report.rows) == []
     found = {row.name: row.found for row in report.rows if row.graph == "block_00"}
     attention = [found[f"{name} attention"] for name in ("spatial", "temporal", "cross")]
     assert attention == ["1 fused kernel, BFloat16"] * 3
+    assert [row.found for row in report.rows if row.graph in SKIP_GRAPHS and row.name == "kernels"] == ["1", "1"]
     assert_only_biases_are_lost(folder)
 
 

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidGraph, NotImplemented
 
-from stiv_deploy.export.engines.epcontext import EpContextRequest, export_epcontext
+from stiv_deploy.export.engines.epcontext import EpContextRequest, export_epcontext, runs
 from stiv_deploy.runtime.bundle.bundle import file_record, read_manifest, write_manifest
 from stiv_deploy.runtime.bundle.contract import Precision, graph_specs
 from stiv_deploy.runtime.bundle.engine_files import engine_path, graph_hash
@@ -248,3 +248,9 @@ def test_engines_that_take_weights_as_inputs(words_bundle: Path, tmp_path: Path)
         export_epcontext(EpContextRequest(bundle=bundle, out=tmp_path / "models", sm="89"))
     assert not (tmp_path / "models").exists()
     assert export_epcontext(EpContextRequest(bundle=bundle, out=tmp_path / "models", sm="120")).sm == "120"
+
+
+def test_graphs_of_steps_that_skip_blocks_are_not_for_every_evaluation() -> None:
+    often = [runs(graph) for graph in ("embed", "block_00", "residual", "extrapolate", "head")]
+    skips = "in evaluations of clips that skip the blocks in some"
+    assert often == ["in every evaluation"] * 2 + [skips] * 2 + ["in every evaluation"]

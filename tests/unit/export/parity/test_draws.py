@@ -148,8 +148,9 @@ def test_ranges_that_cost_a_bit_fail_and_the_right_ones_pass(draws: Draws, micro
 
 
 def test_draws_of_a_graph_start_from_the_same_inputs(draws: Draws, micro: Checkpoint) -> None:
-    request, truth = parity_requests(made_manifest(micro), micro, 2)[0], Oracle(micro, torch.float64)
-    given = next(inputs for name, inputs in probe(truth, request, 2) if name == "block_00")
+    manifest, truth = made_manifest(micro), Oracle(micro, torch.float64)
+    request = parity_requests(manifest, micro, 2)[0]
+    given = next(inputs for name, inputs in probe(truth, request, manifest) if name == "block_00")
     given = {name: value.half() if value.is_floating_point() else value for name, value in given.items()}
     true = truth.run("block_00", given)["x_out"]
     errors = [rel_l2(each["x_out"], true) for each in draws.graph("block_00", given)]

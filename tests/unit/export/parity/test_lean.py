@@ -27,13 +27,13 @@ def manifest(micro: Checkpoint) -> Any:
     sampling = SimpleNamespace(frames=4, height=16, width=16, stride=1, guidance_scale=2.0, image_scale=1.5)
     sampling.time_shift = 1.0
     sampling.late_stretch = 1.0
-    return SimpleNamespace(sampling=sampling, model=model_facts(micro.config))
+    return SimpleNamespace(sampling=sampling, model=model_facts(micro.config), halves=False, skips=True)
 
 
 @pytest.fixture(scope="module")
 def probed(micro: Checkpoint, manifest: Any) -> dict[str, Tensors]:
     request = parity_requests(manifest, micro, 2)[-1]
-    return dict(probe(Oracle(micro, torch.float64), request, len(micro.model.blocks)))
+    return dict(probe(Oracle(micro, torch.float64), request, manifest))
 
 
 def test_probing_with_one_graph_at_a_time_gives_the_very_inputs(
@@ -42,7 +42,7 @@ def test_probing_with_one_graph_at_a_time_gives_the_very_inputs(
     lean = OneAtATime(lambda graph: Oracle(only(micro, graph), torch.float64))
     request = parity_requests(manifest, micro, 2)[-1]
     whole = Oracle(micro, torch.float64)
-    for graph, inputs in probe(lean, request, len(micro.model.blocks)):
+    for graph, inputs in probe(lean, request, manifest):
         assert set(inputs) == set(probed[graph])
         assert all(torch.equal(value, probed[graph][name]) for name, value in inputs.items()), graph
         for name, value in lean.run(graph, inputs).items():

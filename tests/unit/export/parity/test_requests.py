@@ -25,7 +25,7 @@ def manifest_of(checkpoint: Checkpoint, **facts: Any) -> Any:
     """As much of a manifest as requests are made from."""
     model, sampling = model_facts(checkpoint.config), checkpoint.config.sampling
     defaults = sampling_defaults(sampling, [default_bucket(sampling, model)])
-    return SimpleNamespace(model=model.model_copy(update=facts), sampling=defaults)
+    return SimpleNamespace(model=model.model_copy(update=facts), sampling=defaults, skips=False)
 
 
 def test_every_solver_and_guidance_is_gone_through_with_and_without_a_given_frame(micro: Checkpoint) -> None:

@@ -1,5 +1,7 @@
 """Tuned defaults: which grid a number of steps gets."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -86,3 +88,68 @@ def test_weights_are_of_ab2_and_of_all_steps_but_the_first(solver: str, steps: i
 def test_two_grids_of_one_solver_and_steps_are_refused() -> None:
     with pytest.raises(ValidationError, match="one grid for a solver, its weights and a number of steps, got two"):
         Tuned(bundle="b", clips=2, reference_error=0, grids=(TUNED.grids[0], grid("euler", 4, 3, 0.1)))
+
+
+def skipping(steps: int, skipped: tuple[int, ...], tried: float, **changes: Any) -> TunedGrid:
+    plain = {"solver": "ab2", "steps": steps, "time_shift": 2, "skipped_steps": skipped, "tried": tried, "error": 0}
+    return TunedGrid.model_validate(plain | changes)
+
+
+FITTED = ((1.5, -0.5),) * 9
+SKIPPING = (
+    skipping(10, (4, 6), 1e-4, solver_weights=FITTED),
+    skipping(10, (5, 7), 2e-4, solver="euler"),
+    skipping(6, (4,), 1e-5),
+    skipping(25, (9, 11), 1e-6),
+)
+"""Each nearer than all others of as many steps."""
+BOTH = Tuned(**TUNED.model_dump(exclude={"grids"}), grids=(*SKIPPING, *TUNED.grids))
+
+
+@given(st.integers(1, 10_000), st.sampled_from(["euler", "heun", "ab2", None]))
+def test_nobody_skips_who_did_not_ask_for_it(steps: int, solver: str | None) -> None:
+    assert BOTH.grid(steps, solver) == TUNED.grid(steps, solver)
+    assert BOTH.best() == TUNED.best()
+
+
+def test_grids_that_skip_are_found_by_steps_and_solver_the_nearest_first() -> None:
+    ab2, euler, few, many = SKIPPING
+    assert BOTH.skipping() == [many, few, ab2, euler]
+    assert BOTH.skipping(10) == [ab2, euler]
+    assert BOTH.skipping(10, "euler") == [euler]
+    assert BOTH.skipping(solver="ab2") == [many, few, ab2]
+    assert BOTH.skipping(9) == BOTH.skipping(10, "heun") == TUNED.skipping() == [], "no nearest: they are of their own"
+
+
+def test_a_grid_that_skips_stands_beside_one_that_does_not_but_not_beside_another() -> None:
+    weights = {"solver_weights": FITTED}
+    whole = skipping(10, (), 0.1, **weights)
+    values = TUNED.model_dump(exclude={"grids"})
+    assert Tuned(**values, grids=(SKIPPING[0], whole)).grid(10) == whole
+    with pytest.raises(ValidationError, match="one grid for a solver, its weights and a number of steps, got two"):
+        Tuned(**values, grids=(SKIPPING[0], skipping(10, (8,), 0.1, **weights)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"solver": "heun"}, r"want ascending skipped steps of 6, got \[2, 4\] of heun"),
+        ({"skipped_steps": (4, 2)}, r"want ascending skipped steps of 6, got \[4, 2\] of ab2"),
+        ({"skipped_steps": (2, 2)}, r"got \[2, 2\] of ab2"),
+        ({"skipped_steps": (2, 6)}, r"of 6, got \[2, 6\]"),
+        ({"skipped_steps": (-1, 2)}, "greater than or equal to 0"),
+        ({"skipped_steps": (2.5,)}, "valid integer"),
+        ({"skipped_steps": (2, 10_001)}, "less than or equal to 10000"),
+    ],
+)
+def test_steps_that_are_none_to_skip_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        skipping(6, (2, 4), 0, **changes)
+
+
+def test_steps_of_grids_that_skip_are_no_line_of_the_defaults() -> None:
+    """Beside fitted weights of ten steps, 25 would have those of AB2's own rule."""
+    fitted = TunedGrid(solver="ab2", steps=10, time_shift=1, solver_weights=FITTED, tried=0.001, error=0)
+    own = TUNED.model_dump(exclude={"grids"})
+    without, both = (Tuned(**own, grids=(*TUNED.grids, fitted, *more)) for more in ((), SKIPPING[3:]))
+    assert both.best() == without.best() == [TUNED.grids[0], fitted]
