@@ -6,12 +6,14 @@ over the same memory.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 
 import numpy as np
 
 from stiv_deploy.runtime.backends.base import Backend, Buffer, Call
 from stiv_deploy.runtime.bundle.contract import TensorSpec, block_names
 from stiv_deploy.runtime.bundle.manifest import Manifest
+from stiv_deploy.runtime.sampling.residuals import Residuals
 from stiv_deploy.runtime.sampling.rope import rope_tables
 from stiv_deploy.runtime.sampling.text_stage import TextRow
 
@@ -25,6 +27,8 @@ class RowModel(ABC):
 
     captures = True
     """Whether all of its calls may be captured together."""
+    skips = False
+    """Whether rows can skip the blocks."""
     model_input: Buffer
     velocity: Buffer
     timed: dict[str, Buffer]
@@ -57,6 +61,19 @@ class RowModel(ABC):
         It reads the buffers of ``instead``, by name, where its own would be read.
         """
 
+    def skipping_calls(self, rows: int, *, blocks: bool, **instead: Buffer) -> dict[str, Call]:
+        """As :meth:`calls`, but rows that ``skipped`` marks, of ``instead``, go on from their known residuals.
+
+        Without ``blocks`` all of them must; with them every row's residual is left fresh, which says nothing of rows
+        that skip. Of models with :attr:`skips` alone, as :attr:`residuals` are.
+        """
+        raise NotImplementedError
+
+    @property
+    def residuals(self) -> Residuals:
+        """What rows that skip the blocks go on from."""
+        raise NotImplementedError
+
     @abstractmethod
     def set_row(self, row: int, text: TextRow, micro: np.ndarray) -> None:
         """Give ``row`` its text and its micro-conditions, fp32 [6]."""
@@ -83,6 +100,7 @@ class Denoiser(RowModel):
         self._text = {name: self._allocate("text_kv", name) for name in ("text_k", "text_v")}
         self._tables = {name: backend.upload(table) for name, table in rope_tables(self.model, dims).items()}
         self._spare_x = self._allocate("embed", "x")
+        self.skips = manifest.skips
         self.model_input = self._rows["model_input"]
         self.timed = {name: self._rows[name] for _, name in timed}
         self.velocity = self._rows["velocity"]
@@ -96,14 +114,46 @@ class Denoiser(RowModel):
 
         They read the buffers of ``instead``, by name, where its own would be read.
         """
-        first = {name: buffer.first(rows) for name, buffer in (self._rows | instead).items()}
-        x, x_out = first.pop("x"), self._spare_x.first(rows)
-        calls = {"embed": self.bind("embed", x=x, **first)}
+        first = self._first(rows, instead)
+        x, spare = first.pop("x"), self._spare_x.first(rows)
+        blocks, last, _ = self._blocks(rows, first, x, (spare, x))
+        return {"embed": self.bind("embed", x=x, **first), **blocks, "head": self.bind("head", x=last, **first)}
+
+    def skipping_calls(self, rows: int, *, blocks: bool, **instead: Buffer) -> dict[str, Call]:
+        """As :meth:`RowModel.skipping_calls` says."""
+        first = self._first(rows, instead)
+        x, spares = self.residuals.first.first(rows), (first.pop("x"), self._spare_x.first(rows))
+        computed, last, spare = dict[str, Call](), *spares  # where nobody looks at the last tokens they may be any
+        if blocks:
+            computed, last, spare = self._blocks(rows, first, x, spares)
+            fresh = self.residuals.fresh.first(rows)
+            computed |= {"residual": self.bind("residual", x=x, last=last, residual=fresh)}
+        named = {f"residual_{place}": each.first(rows) for place, each in enumerate(self.residuals.known)}
+        return {
+            "embed": self.bind("embed", x=x, **first),
+            **computed,
+            "extrapolate": self.bind("extrapolate", x=x, last=last, x_out=spare, **named, **first),
+            "head": self.bind("head", x=spare, **first),
+        }
+
+    @cached_property
+    def residuals(self) -> Residuals:
+        """As :attr:`RowModel.residuals` says; allocated when the first row is to skip."""
+        return Residuals(self.backend, self.tensor("residual", "x"), self.dims)
+
+    def _first(self, rows: int, instead: Mapping[str, Buffer]) -> dict[str, Buffer]:
+        return {name: buffer.first(rows) for name, buffer in (self._rows | dict(instead)).items()}
+
+    def _blocks(
+        self, rows: int, first: Mapping[str, Buffer], x: Buffer, spares: tuple[Buffer, Buffer]
+    ) -> tuple[dict[str, Call], Buffer, Buffer]:
+        """Blocks that read ``x``, and write the ``spares`` by turns; which of these has the result, and the other."""
+        calls, (x_out, other) = {}, spares
         for index, name in enumerate(block_names(self.model.blocks)):
             text = {key: buffer[index].first(rows) for key, buffer in self._text.items()}
             calls[name] = self.bind(name, x=x, x_out=x_out, **first, **text)
-            x, x_out = x_out, x
-        return calls | {"head": self.bind("head", x=x, **first)}
+            x, x_out, other = x_out, other, x_out
+        return calls, other, x_out
 
     def set_row(self, row: int, text: TextRow, micro: np.ndarray) -> None:
         """Give ``row`` its text and its micro-conditions, fp32 [6]."""
@@ -121,6 +171,8 @@ class Denoiser(RowModel):
         for buffer in self._text.values():
             for block in range(self.model.blocks):
                 self.backend.copy(buffer[block][target], buffer[block][source])
+        if "residuals" in vars(self):
+            self.residuals.move_row(target, source)
 
 
 TIMED = {"timestep": "timestep", "guidance": "scale", "target_time": "next_timestep"}

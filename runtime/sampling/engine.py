@@ -11,6 +11,7 @@ has. A tick takes the smallest rung that holds the rows in use, writes a few num
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from stiv_deploy.runtime.sampling.guidance import GuidanceRow
 from stiv_deploy.runtime.sampling.hooks import Hook, no_hook
 from stiv_deploy.runtime.sampling.replay import Replay
 from stiv_deploy.runtime.sampling.sample import Sample
+from stiv_deploy.runtime.sampling.skipping import KNOWN
 from stiv_deploy.runtime.sampling.solvers import EULER, Evaluation, anew, evaluations, most_rows
 from stiv_deploy.runtime.sampling.step_inputs import StepInputs
 from stiv_deploy.runtime.sampling.text_stage import TextStage
@@ -35,12 +37,13 @@ class Tick(NamedTuple):
     """What a tick did, by slot. ``moved`` slots completed a step, to the time given.
 
     ``finished`` latents, fp32 [T, C, h, w], have their given frames bit-equal to ``clean``. Slots that finished or
-    failed are free.
+    failed are free. One without ``blocks`` ran none of the model's, as all clips skipped them.
     """
 
     moved: dict[int, float]
     finished: dict[int, np.ndarray]
     failed: dict[int, StivError]
+    blocks: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,26 +52,52 @@ class Pause:
 
     ``position`` evaluations are done; ``latents`` fp32 [T, C, h, w], and ``inputs`` fp32 [rows, T, C, h, w] are what
     the model sees next in its rows, the conditional one first. ``velocity`` fp32 [T, C, h, w] is the guided one of the
-    evaluation before, None if the next one is a step of Euler's.
+    evaluation before, None if the next one is a step of Euler's. ``residuals`` uint8 [rows, 2, n] are the bytes of the
+    last but one and of the last of each row, None if no step to come is skipped by them.
     """
 
     position: int
     latents: np.ndarray
     inputs: np.ndarray
     velocity: np.ndarray | None = None
+    residuals: np.ndarray | None = None
 
 
 @dataclass
 class _Running:
     """A clip in its slot: what is left of its evaluations, and its rows of the model, the conditional one first.
 
-    ``rows`` are those that the evaluation at ``position`` needs, ``reserved`` the most that any from there on does.
+    ``rows`` are those that the evaluation at ``position`` needs, ``reserved`` the most that any from there on does. Of
+    the two places for residuals of rows, ``oldest`` is the one that the next residual goes to.
     """
 
     sample: Sample
     planned: tuple[Evaluation, ...]
     rows: list[int]
     position: int = 0
+    oldest: int = 0
+
+    @property
+    def skip(self) -> tuple[float, float] | None:
+        """Weights by place of the known residuals, if the next evaluation skips the blocks."""
+        weights = self.planned[self.position].residuals
+        if weights is None:
+            return None
+        last, before = weights
+        return (before, last) if self.oldest == 0 else (last, before)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether an evaluation from the next one on skips the blocks."""
+        return bool(self.sample.settings.skipped_steps) and any(
+            each.residuals is not None for each in self.planned[self.position :]
+        )
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether one of those does so by a residual that is known already."""
+        following = [each.residuals is not None for each in self.planned[self.position :]]
+        return self.remembers and following.index(True) < KNOWN
 
     @property
     def guidance(self) -> list[GuidanceRow]:
@@ -124,16 +153,15 @@ class StepEngine:
         self.denoiser: RowModel = made or Denoiser(backend, manifest, dict(dims))
         self._text = text
         self._inputs = StepInputs(self.denoiser)
-        self._forward = {rows: self._replay(rows, hook, capture=capture) for rows in self.rungs}
+        self._replay = partial(Replay, backend, hook=hook, capture=capture and self.denoiser.captures)
+        timed = self._inputs.timed
+        self._forward = {rows: self._replay(self.denoiser.calls(rows, **timed)) for rows in self.rungs}
+        self._skipping: dict[tuple[int, bool], Replay] = {}
         self._advance = {rows: [hook("step", call) for call in self._inputs.both_ways(rows)] for rows in self.rungs}
         self._zeroed: dict[int, list[int]] = {}
         self._zeros = backend.upload(np.zeros(self.denoiser.model_input.shape[2:], np.float32))
         self._side = 0
         self._running: dict[int, _Running] = {}
-
-    def _replay(self, rows: int, hook: Hook, *, capture: bool) -> Replay:
-        calls = self.denoiser.calls(rows, **self._inputs.timed)
-        return Replay(self.backend, calls, hook, capture=capture and self.denoiser.captures)
 
     @property
     def running(self) -> list[int]:
@@ -215,6 +243,8 @@ class StepEngine:
             running.planned = anew(running.planned, pause.position)
         else:
             self.backend.write(self._inputs.velocities[self._side][slot], pause.velocity)
+        if pause.residuals is not None:
+            self.denoiser.residuals.write(running.rows, pause.residuals)
 
     def between_steps(self, slot: int) -> bool:
         """Whether the clip in ``slot`` is between two steps, not within one of several evaluations."""
@@ -228,7 +258,14 @@ class StepEngine:
         latents = self.backend.read(self._latents[slot])
         back = running.planned[running.position].weights != EULER
         velocity = self.backend.read(self._inputs.velocities[self._side][slot]) if back else None
-        return Pause(position=running.position, latents=latents, inputs=np.stack(inputs), velocity=velocity)
+        order = (running.oldest, 1 - running.oldest)
+        return Pause(
+            position=running.position,
+            latents=latents,
+            inputs=np.stack(inputs),
+            velocity=velocity,
+            residuals=self.denoiser.residuals.read(running.rows, order) if running.looks_back else None,
+        )
 
     def estimate(self, slot: int) -> np.ndarray | None:
         """The clip of ``slot`` as it looks like becoming, latents fp32 [T, C, h, w]; waits for the device.
@@ -263,17 +300,40 @@ class StepEngine:
         self._zeroed[row] = [int(frame) for frame in np.flatnonzero(zeroed)]
 
     def tick(self) -> Tick:
-        """One evaluation of the model for every running clip, each at its own time; at least one must be running."""
+        """One evaluation of the model for every running clip, each at its own time; at least one must be running.
+
+        Where only some of the clips skip the blocks the others' run for all, and those do not look at them.
+        """
         assert self._running
-        rung = self.rung
+        rung, clips = self.rung, self._running.values()
+        remember, blocks = any(each.remembers for each in clips), any(each.skip is None for each in clips)
         for slot, running in self._running.items():
             self._inputs.schedule(slot, running.rows, running.planned[running.position])
+            if remember:
+                self._inputs.skip(running.rows, running.skip)
         self._inputs.flush()
-        self._forward[rung]()
+        (self._remembering(rung, blocks=blocks) if remember else self._forward[rung])()
         self._advance[rung][self._side]()
         self._side = 1 - self._side
         self._zero(range(self.used_rows))
-        return self._count()
+        if remember:
+            self._remember()
+        return self._count(blocks=blocks)
+
+    def _remember(self) -> None:
+        """Keep the residuals of clips that have not skipped the blocks and are to skip some."""
+        for running in self._running.values():
+            if running.skip is None and running.remembers:
+                for row in running.rows:
+                    self.denoiser.residuals.keep(row, running.oldest)
+                running.oldest = 1 - running.oldest
+
+    def _remembering(self, rung: int, *, blocks: bool) -> Replay:
+        """The calls of a tick in which some clip skips the blocks or is to; bound when they are first wanted."""
+        if (rung, blocks) not in self._skipping:
+            buffers = self._inputs.timed | self._inputs.skipping
+            self._skipping[rung, blocks] = self._replay(self.denoiser.skipping_calls(rung, blocks=blocks, **buffers))
+        return self._skipping[rung, blocks]
 
     def _zero(self, rows: Iterable[int]) -> None:
         """Take out of the next input of ``rows`` what they are not to see at all: ``step`` has put it there noised."""
@@ -288,9 +348,9 @@ class StepEngine:
         self._forward[rung]()
         self._advance[rung][self._side]()
 
-    def _count(self) -> Tick:
+    def _count(self, *, blocks: bool) -> Tick:
         """Count the evaluation, and take out what has finished."""
-        tick = Tick({}, {}, {})
+        tick = Tick({}, {}, {}, blocks)
         for slot, running in self._running.items():
             evaluation = running.planned[running.position]
             running.position += 1

@@ -5,7 +5,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from stiv_deploy.runtime.errors import RequestError
+from stiv_deploy.runtime.errors import RequestError, briefly
 from stiv_deploy.runtime.sampling.guidance import (
     BRANCHES,
     GuidanceMode,
@@ -15,6 +15,7 @@ from stiv_deploy.runtime.sampling.guidance import (
     guidance_rows,
 )
 from stiv_deploy.runtime.sampling.schedule import schedule
+from stiv_deploy.runtime.sampling.skipping import KNOWN
 
 TIE = 1e-9
 """Times this near to an end of the guidance interval are at it: their last bits depend on who computes them."""
@@ -40,7 +41,8 @@ class SamplingSettings:
     conditional branch alone (a guidance interval, arXiv 2404.07724; times run from 0, noise, to 1, data).
 
     ``solver_weights`` are AB2's in every step but the first, of the velocity there and of the one before, in place of
-    the rule's own (:mod:`~stiv_deploy.runtime.sampling.fitting`).
+    the rule's own (:mod:`~stiv_deploy.runtime.sampling.fitting`). ``skipped_steps``, counted from 0, do without the
+    model's blocks (:mod:`~stiv_deploy.runtime.sampling.skipping`).
 
     Raises :class:`RequestError` for a value that cannot be sampled with.
     """
@@ -54,6 +56,7 @@ class SamplingSettings:
     time_shift: float = 1.0
     late_stretch: float = 1.0
     solver_weights: tuple[tuple[float, float], ...] = ()
+    skipped_steps: tuple[int, ...] = ()
     unseen: Unseen = Unseen.NOISED
     guidance_from: float = 0.0
     guidance_until: float = 1.0
@@ -69,6 +72,7 @@ class SamplingSettings:
         self.weights()
         self.times()
         self._check_solver_weights()
+        self._check_skipped_steps()
 
     def _check_solver_weights(self) -> None:
         given = len(self.solver_weights)
@@ -79,6 +83,30 @@ class SamplingSettings:
                 f"solver_weights are of every step but the first, {self.steps - 1} here, got {given}; they are of "
                 "another number of steps: leave them out, or ask for that"
             )
+
+    def _check_skipped_steps(self) -> None:
+        skipped = self.skipped_steps
+        if not skipped:
+            return
+        if self.solver is Solver.HEUN:
+            raise RequestError("skipped_steps are of solvers with one evaluation a step; use euler or ab2")
+        if list(skipped) != sorted(set(skipped)) or not 0 <= skipped[0] <= skipped[-1] < self.steps:
+            raise RequestError(
+                f"skipped_steps are ascending numbers from 0 to {self.steps - 1} here, got {briefly(list(skipped))}; "
+                "they are of another number of steps: leave them out, or ask for that"
+            )
+        some = self.guidance_mode is not GuidanceMode.NONE
+        guided = [some and self.guides(time) for time in self.times()[:-1].tolist()]
+        leaving, before = set(skipped), list[bool]()
+        for step, own in enumerate(guided):
+            if step not in leaving:
+                before = [*before[1 - KNOWN :], own]
+            elif before != [own] * KNOWN:
+                raise RequestError(
+                    f"step {step} cannot be skipped: it goes on along the last {KNOWN} steps that were not, which must "
+                    "be there and guided as it is; leave it out of skipped_steps, or guidance_from, guidance_until or "
+                    "skip_blocks out"
+                )
 
     def times(self) -> np.ndarray:
         """Sampling times, fp64 [steps + 1]."""

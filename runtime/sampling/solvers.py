@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from stiv_deploy.runtime.sampling.settings import SamplingSettings, Solver
+from stiv_deploy.runtime.sampling.skipping import residual_weights
 
 EULER = (1.0, 0.0)
 MEAN = (0.5, 0.5)
@@ -21,6 +22,7 @@ class Evaluation(NamedTuple):
     """One evaluation: times (0 noise, 1 data), step, weights of this and the previous velocity, whether it is guided.
 
     One without ``hold`` completes a step of the schedule. ``scale`` is the guidance scale, a condition of students.
+    ``residuals`` are the weights of the last two residuals where the blocks are skipped, None where they run.
     """
 
     timestep: float
@@ -30,6 +32,7 @@ class Evaluation(NamedTuple):
     hold: bool = False
     guided: bool = True
     scale: float = 1.0
+    residuals: tuple[float, float] | None = None
 
 
 @lru_cache
@@ -38,7 +41,11 @@ def evaluations(settings: SamplingSettings) -> tuple[Evaluation, ...]:
 
     Where guidance begins or ends the velocity jumps, and a solver that looks back starts anew.
     """
-    planned = _weighed(_PLANS[settings.solver](settings.times().tolist()), settings.solver_weights)
+    times = settings.times().tolist()
+    planned = _weighed(_PLANS[settings.solver](times), settings.solver_weights)
+    if settings.skipped_steps:
+        skips = residual_weights(times, settings.skipped_steps)
+        planned = (each._replace(residuals=own) for each, own in zip(planned, skips, strict=True))
     made = [each._replace(guided=settings.guides(each.timestep), scale=settings.guidance_scale) for each in planned]
     if settings.solver is Solver.AB2:
         return tuple(
@@ -61,8 +68,8 @@ def most_rows(settings: SamplingSettings) -> int:
 
 
 def row_evaluations(settings: SamplingSettings) -> int:
-    """Rows of the model that a run with ``settings`` takes, all its evaluations together."""
-    return sum(len(settings.rows(each.guided)) for each in evaluations(settings))
+    """Rows of the model that a run with ``settings`` takes, all its evaluations together but those without blocks."""
+    return sum(len(settings.rows(each.guided)) for each in evaluations(settings) if each.residuals is None)
 
 
 def anew(planned: tuple[Evaluation, ...], position: int) -> tuple[Evaluation, ...]:

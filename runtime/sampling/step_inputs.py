@@ -1,5 +1,6 @@
 """The ``step`` graph of an engine: its buffers, its bindings, and the small tables that the host fills."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,16 @@ from stiv_deploy.runtime.sampling.solvers import EULER, Evaluation
 
 BY_SAMPLE = ("frame_mask", "sample_rows", "row_weights", "solver_weights", "dt", "next_timestep", "renorm", "hold")
 BY_ROW = ("row_sample", "row_mask")
+SKIPPING = ("residual_weights", "skipped")
+"""What ``extrapolate`` takes of the host, for each row."""
 BY_TICK = ("dt", "next_timestep", "solver_weights", "hold")
 
 
 class StepInputs:
     """Buffers for ``dims["batch"]`` samples over the rows of ``denoiser``, and what the host says of each.
 
-    ``timed`` are those of the rows that the model itself reads: their times and, of a student, guidance scales.
+    ``timed`` are those of the rows that the model itself reads: their times and, of a student, guidance scales;
+    ``skipping`` those of models that can skip their blocks, which only such calls read.
 
     Latents and guided velocities lie in two buffers each, read and written by turns: ``latents[side]`` and
     ``velocities[side]`` are those that the call of ``side`` reads. A sample at rest holds its latents, and takes no
@@ -38,12 +42,18 @@ class StepInputs:
         times: dict[str, tuple[tuple[int, ...], DType]] = {
             name: ((denoiser.dims["model_batch"],), "float32") for name in denoiser.timed
         }
-        self._tables = HostTables(denoiser.backend, tables | times)
+        skipping = {
+            each.name: (each.sized(denoiser.dims), each.dtype)
+            for each in (denoiser.specs["extrapolate"].inputs if denoiser.skips else ())
+            if each.name in SKIPPING
+        }
+        self._tables = HostTables(denoiser.backend, tables | times | skipping)
         self._values = self._tables.values
         # The few numbers of every tick: a memoryview takes one in a fraction of what numpy does.
         self._numbers: dict[str, Any] = {name: self._values[name].data for name in (*BY_TICK, *times)}
         self._times = tuple((self._numbers[name], TIMED[name]) for name in times)
         self.timed = {name: self._tables.buffers[name] for name in times}
+        self.skipping = {name: self._tables.buffers[name] for name in skipping}
         for slot in range(denoiser.dims["batch"]):
             self.rest(slot)
 
@@ -109,6 +119,11 @@ class StepInputs:
         numbers["next_timestep"][slot] = evaluation.next_timestep
         numbers["solver_weights"][slot, 0], numbers["solver_weights"][slot, 1] = evaluation.weights
         numbers["hold"][slot] = evaluation.hold
+
+    def skip(self, rows: Iterable[int], weights: Sequence[float] | None) -> None:
+        """The next evaluation of ``rows`` skips the blocks, with ``weights`` of known residuals by place; or not."""
+        for row in rows:
+            self._set(row, skipped=weights is not None, residual_weights=weights or 0)
 
     def flush(self) -> None:
         """Write the tables to the device."""

@@ -27,4 +27,6 @@ def one_row(settings: SamplingSettings, student: Student | None) -> SamplingSett
         raise RequestError("a student has renormalized guidance in it; leave guidance_renorm out")
     if student.flow_map and settings.solver is not Solver.EULER:
         raise RequestError(f"solver {settings.solver}: a flow map goes from time to time by itself; use euler")
+    if student.flow_map and settings.skipped_steps:
+        raise RequestError("a flow map skips no blocks; leave skipped_steps out")
     return replace(settings, guidance_mode=GuidanceMode.NONE)

@@ -11,15 +11,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stiv_deploy.runtime.bundle.bounds import SHIFT_LIMITS, Weights
+from stiv_deploy.runtime.bundle.bounds import SHIFT_LIMITS, STEP_LIMIT, Steps, Weights
 from stiv_deploy.runtime.bundle.contract import Frozen
 from stiv_deploy.runtime.sampling.settings import SamplingSettings, Solver
+from stiv_deploy.runtime.sampling.skipping import skippable
 from stiv_deploy.runtime.sampling.solvers import evaluations
 
 STRETCHED = ((2**-0.5, 2.0), (0.5, 2.0), (0.5, 3.0))
 """Late steps so much longer are tried, at so much of the time shift that is best where all steps are equal."""
 FITTED = ((0.5, 4.0), (2**-1.5, 6.0), (0.25, 10.0), (2**-2.5, 10.0))
 """The same, for grids whose weights are fitted: these bear longer late steps."""
+SKIPPED = ((0.5, 3.0), (2**-1.5, 5.0))
+"""The same, for grids that skip the blocks of every second late step: shorter late steps cost little there."""
 UNTIL = (0.4, 0.6, 0.8)
 """Times until which guidance is tried."""
 FIRST_STEPS = 60
@@ -29,8 +32,8 @@ FIRST_STEPS = 60
 class Grid(Frozen):
     """A solver and its sampling times: so many ``steps``, shifted by ``time_shift``, late ones longer.
 
-    ``solver_weights`` are AB2's, where they were fitted. ``guidance_until`` ends the guidance of all clips at that
-    time; None leaves it as they have it.
+    ``solver_weights`` are AB2's, where they were fitted. ``skipped_steps`` skip the blocks. ``guidance_until`` ends the
+    guidance of all clips at that time; None leaves it as they have it.
     """
 
     solver: Solver
@@ -38,12 +41,13 @@ class Grid(Frozen):
     time_shift: float
     late_stretch: float = 1.0
     solver_weights: Weights = ()
+    skipped_steps: Steps = ()
     guidance_until: float | None = None
 
     @property
     def evaluations(self) -> int:
-        """Evaluations of the model, guidance branches counted as one."""
-        return len(evaluations(self.settings))
+        """Evaluations of the model's blocks, guidance branches counted as one."""
+        return sum(each.residuals is None for each in evaluations(self.settings))
 
     @property
     def settings(self) -> SamplingSettings:
@@ -59,7 +63,8 @@ class Grid(Frozen):
     def times(self) -> str:
         """Its times in words."""
         stretch = "" if self.late_stretch == 1 else f", late steps {self.late_stretch:g} times as long"
-        return f"shift {self.time_shift:.3g}{stretch}{', fitted weights' if self.solver_weights else ''}"
+        skipped = f", {len(self.skipped_steps)} skipped" if self.skipped_steps else ""
+        return f"shift {self.time_shift:.3g}{stretch}{skipped}{', fitted weights' if self.solver_weights else ''}"
 
 
 Sampled = Callable[[Grid], np.ndarray]
@@ -99,6 +104,21 @@ class Interval(Frozen):
     def worthwhile(self) -> bool:
         """Whether it comes nearer to the exact flow, by the clips that choose, than fewer steps do."""
         return self.point.tried < self.fewer.tried
+
+
+class Skip(Frozen):
+    """A grid some of whose steps skip the blocks, and ``fewer``: the best of all others with no more evaluations."""
+
+    point: Point
+    fewer: Point
+
+    @property
+    def worthwhile(self) -> bool:
+        """Whether it comes nearer to the exact flow than fewer steps do, by the clips that choose and by the others.
+
+        Weights can meet a few clips that they are fitted to too well, and skips hang on them more.
+        """
+        return self.point.tried < self.fewer.tried and self.point.error < self.fewer.error
 
 
 def relative_errors(latents: np.ndarray, exact: np.ndarray) -> np.ndarray:
@@ -166,14 +186,43 @@ def searched(
 
 def to_fit(tried: Iterable[Point]) -> list[Grid]:
     """Grids of AB2 whose weights are worth fitting, by steps: the best one, and :data:`FITTED` of the best shift."""
-    grids: dict[Grid, None] = {}
+    return list(dict.fromkeys(grid for _, grid in _of_ab2(tried, FITTED)))
+
+
+def to_skip(tried: Iterable[Point]) -> list[Grid]:
+    """Grids of AB2 that skip the blocks of every second late step, with as many evaluations as others in ``tried``.
+
+    For each number the times are those of the best one, and :data:`SKIPPED` of the best shift.
+    """
+    found = (_with_skips(grid, budget) for budget, grid in _of_ab2(tried, SKIPPED))
+    return list(dict.fromkeys(grid for grid in found if grid is not None))
+
+
+def _of_ab2(tried: Iterable[Point], shapes: Sequence[tuple[float, float]]) -> Iterator[tuple[int, Grid]]:
+    """Of each number of AB2's steps in ``tried`` the best grid, and ``shapes`` of the best with equal steps."""
     ascending = sorted(tried, key=lambda each: (each.grid.steps, each.tried))
     ab2 = [each.grid for each in ascending if each.grid.solver is Solver.AB2 and each.grid.steps > 1]
     for steps in dict.fromkeys(each.steps for each in ab2):
         mine = [each for each in ab2 if each.steps == steps]
         equal = next(each for each in mine if each.late_stretch == 1)
-        grids |= dict.fromkeys([mine[0], *(stretched(equal, *each) for each in FITTED)])
-    return list(grids)
+        yield from ((steps, grid) for grid in (mine[0], *(stretched(equal, *each) for each in shapes)))
+
+
+def _with_skips(grid: Grid, budget: int) -> Grid | None:
+    """The times of ``grid`` in more steps than ``budget``, which is left where every second late one skips."""
+    for steps in range(budget + 1, min(2 * budget, STEP_LIMIT) + 1):
+        longer = grid.model_copy(update={"steps": steps, "solver_weights": ()})
+        skipped = tuple(skippable(longer.settings.times().tolist())[::2])
+        if steps - len(skipped) == budget:
+            return longer.model_copy(update={"skipped_steps": skipped})
+    return None
+
+
+def skips(found: Iterable[Point], best: Sequence[Point]) -> Iterator[Skip]:
+    """Each point ``found``, which skips blocks, with the one of ``best`` that it is to beat; evaluations ascend."""
+    for point in found:
+        fewer = [each for each in best if each.evaluations <= point.evaluations]
+        yield Skip(point=point, fewer=min(fewer, key=lambda each: each.tried))
 
 
 def stretched(grid: Grid, part: float, stretch: float) -> Grid:

@@ -115,12 +115,14 @@ class ToyModel:
         micro: torch.Tensor,
         *text: Any,
         text_kv: None,
+        skipping: Any = None,
         **late: torch.Tensor,
     ) -> Any:
         assert text_kv is None
         states, mask, pooled = (part.numpy() for part in text)
         time = sum(late.values(), start=timestep)
-        velocity = self.toy.velocity(model_input.numpy(), time.numpy(), micro.numpy(), states, mask, pooled, self.place)
+        parts = (model_input.numpy(), time.numpy(), micro.numpy(), states, mask, pooled, self.place)
+        velocity = self.toy.velocity(*parts, skipping)
         return torch.from_numpy(velocity)
 
 

@@ -28,6 +28,7 @@ from stiv_deploy.runtime.bundle.golden import (
     read_golden,
 )
 from stiv_deploy.runtime.bundle.manifest import Bucket, GraphRecord, Manifest, Range, SamplingDefaults
+from stiv_deploy.runtime.bundle.tuned import Tuned, TunedGrid
 from stiv_deploy.runtime.sampling.golden_inputs import golden_inputs
 from stiv_deploy.runtime.sampling.golden_samples import golden_sample
 from stiv_deploy.runtime.sampling.rope import rope_tables
@@ -149,6 +150,25 @@ BLOCK = """g (float[M,T,S,4] x, float[M,6,4] modulation, float[M,1,L,4] text_k, 
     b = Add (a, shift)
     x_out = Add (b, gate)
 }"""
+RESIDUAL = """g (float[M,T,S,4] x, float[M,T,S,4] last) => (float[M,T,S,4] residual)
+{
+    residual = Sub (last, x)
+}"""
+EXTRAPOLATE = """g (float[M,T,S,4] x, float[M,T,S,4] last, float[M,T,S,4] residual_0, float[M,T,S,4] residual_1,
+    float[M,2] residual_weights, bool[M] skipped) => (float[M,T,S,4] x_out)
+{
+    axes = Constant <value_ints=[2, 3]> ()
+    wide = Constant <value_ints=[1, 2, 3]> ()
+    w0, w1 = Split <axis=1, num_outputs=2> (residual_weights)
+    w0w = Unsqueeze (w0, axes)
+    w1w = Unsqueeze (w1, axes)
+    a = Mul (residual_0, w0w)
+    b = Mul (residual_1, w1w)
+    c = Add (a, b)
+    guessed = Add (x, c)
+    where = Unsqueeze (skipped, wide)
+    x_out = Where (where, guessed, last)
+}"""
 HEAD = """g (float[M,T,S,4] x, float[M,4] condition, float[M,T,4,h,w] model_input) => (float[M,T,4,h,w] velocity)
 {
     channels = Transpose <perm=[0, 1, 3, 2]> (x)
@@ -265,10 +285,15 @@ class Toy:
 
     slope: float = 0.5
     student: Student | None = None
+    skips: bool = False
 
     def graphs(self) -> dict[str, tuple[str, dict[str, np.ndarray]]]:
         """Text and initializers of every graph."""
         block = (BLOCK, {"slope": np.array(self.slope, dtype=np.float32)})
+        skipping: dict[str, tuple[str, dict[str, np.ndarray]]] = {
+            "residual": (RESIDUAL, {}),
+            "extrapolate": (EXTRAPOLATE, {}),
+        }
         return {
             "text_encoder": (TEXT_ENCODER, {"embedding": EMBEDDING}),
             "text_kv": (TEXT_KV, {}),
@@ -276,6 +301,7 @@ class Toy:
             "embed": (embed_text(self.student), {"six": np.full((1, 6, 4), 0.25, dtype=np.float32)}),
             "block_00": block,
             "block_01": block,
+            **(skipping if self.skips else {}),
             "head": (HEAD, {}),
             "step": (STEP, {}),
             "decoder": (DECODER, {}),
@@ -296,15 +322,26 @@ class Toy:
         mask: np.ndarray,
         pooled: np.ndarray,
         place: np.ndarray,
+        skipping: Any = None,
     ) -> np.ndarray:
-        """Velocity of ``model_input`` [M, T, 4, h, w]; ``place`` [T, h * w] is the sum of the rotary tables."""
+        """Velocity of ``model_input`` [M, T, 4, h, w]; ``place`` [T, h * w] is the sum of the rotary tables.
+
+        ``skipping`` is the reference's :class:`~stiv_deploy.stiv_ref.skipping.Skipping`, where steps skip the blocks.
+        """
         rows, frames, channels, height, width = model_input.shape
         condition = pooled + timestep[:, None] + 0.001 * micro.mean(axis=1, keepdims=True)  # (M, 4)
         seen = (states * mask[..., None]).sum(axis=1)  # (M, 4)
         x = model_input.transpose(0, 1, 3, 4, 2).reshape(rows, frames, -1, channels)  # (M, T, S, 4)
+        first, guessed = x, None if skipping is None else skipping.guess()
         for index in range(2):
             text = (1 + index) * 0.5 * seen
             x = self.slope * x + text[:, None, None] + 0.01 * place[..., None] + 0.025 * condition[:, None, None]
+        if guessed is not None:
+            x = first + guessed.numpy()
+        elif skipping is not None:
+            import torch
+
+            skipping.remember(*(torch.from_numpy(np.ascontiguousarray(each, np.float32)) for each in (first, x)))
         image = x.transpose(0, 1, 3, 2).reshape(model_input.shape)
         return (image + condition[:, None, :, None, None]).astype(np.float32)
 
@@ -337,7 +374,7 @@ def make_bundle(
 ) -> Path:
     """Write the bundle of ``toy`` into ``folder``, some graphs replaced by others (text and initializers)."""
     (folder / "onnx").mkdir(parents=True)
-    specs, graphs = graph_specs(facts_of(toy.student), "float32", halves=True), {}
+    specs, graphs = graph_specs(facts_of(toy.student), "float32", halves=True, skips=True), {}
     for name, (text, constants) in (toy.graphs() | dict(graphs_instead or {})).items():
         file, external = f"onnx/{name}.onnx", bool(constants)
         _save(text, constants, folder / file, external)
@@ -453,6 +490,28 @@ def toy() -> Toy:
 def bundle_path(tmp_path_factory: pytest.TempPathFactory, toy: Toy) -> Path:
     """The toy bundle; do not write into it, see ``own_bundle``."""
     return make_bundle(tmp_path_factory.mktemp("toy") / "bundle", toy)
+
+
+SKIPPED_TIMES = {"time_shift": 1.5, "late_stretch": 1.25}
+SKIPPED_WEIGHTS = ((1.25, -0.25), (1.5, -0.5), (1.5, -0.625), (1.25, -0.5), (1.75, -0.5))
+
+
+def tuned_to_skip(folder: Path) -> Path:
+    """The bundle in ``folder`` with grids of six steps of AB2, one of which skips, and of eight of Euler's that do."""
+    manifest = Bundle.open(folder).manifest
+    plain = {"solver": "ab2", "steps": 6, "time_shift": 3.0, "tried": 0.1, "error": 0.1}
+    skipping = plain | SKIPPED_TIMES | {"solver_weights": SKIPPED_WEIGHTS, "skipped_steps": (3, 5), "tried": 0.01}
+    euler = plain | {"solver": "euler", "steps": 8, "time_shift": 2.0, "skipped_steps": (4, 6), "tried": 0.2}
+    grids = [TunedGrid.model_validate(each) for each in (plain, skipping, euler)]
+    tuned = Tuned(bundle=manifest.bundle_hash, clips=4, reference_error=0.0, grids=tuple(grids))
+    write_manifest(folder, manifest.model_copy(update={"tuned": tuned}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def skipping_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy bundle whose steps can skip the blocks, and that was tuned to; do not write into it."""
+    return tuned_to_skip(make_bundle(tmp_path_factory.mktemp("skipping") / "bundle", Toy(slope=0.8, skips=True)))
 
 
 @pytest.fixture

@@ -4,13 +4,16 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stiv_deploy.runtime.bundle.bounds import STEP_LIMIT
 from stiv_deploy.runtime.sampling.settings import SamplingSettings, Solver
+from stiv_deploy.runtime.sampling.skipping import FIRST_SHARE, FIRST_TIME
 from stiv_deploy.runtime.sampling.solvers import evaluations
 from stiv_deploy.runtime.sampling.tuning import (
     FIRST_STEPS,
+    SKIPPED,
     STRETCHED,
     UNTIL,
     Exact,
@@ -22,7 +25,9 @@ from stiv_deploy.runtime.sampling.tuning import (
     measured,
     relative_errors,
     searched,
+    skips,
     steps_within,
+    to_skip,
 )
 
 NOISE = np.random.default_rng(0).standard_normal((4, 1, 1, 2, 3))
@@ -152,3 +157,56 @@ def test_the_frontier_is_what_nothing_beats(tried: list[Point]) -> None:
         assert any(kept.evaluations <= each.evaluations and kept.tried <= each.tried for kept in best)
     for kept in best:
         assert not any(each.evaluations <= kept.evaluations and each.tried < kept.tried for each in tried)
+
+
+def point_of(tried: float, error: float = 0.0, **grid: object) -> Point:
+    own = Grid.model_validate({"solver": Solver.AB2, "time_shift": 1.0} | grid)
+    return Point(grid=own, evaluations=own.evaluations, tried=tried, error=error)
+
+
+@settings(max_examples=50, deadline=None)
+@given(evaluated=st.integers(1, 40), shift=st.floats(0.25, 8), stretch=st.sampled_from([1.0, 2.0, 3.0]))
+def test_skips_are_proposed_of_every_second_late_step_at_equal_evaluations(
+    evaluated: int, shift: float, stretch: float
+) -> None:
+    """With the times of the best of as many steps, and longer late steps beside the best of equal ones."""
+    weights = ((1.5, -0.5),) * (evaluated - 1)
+    nearest = point_of(0.1, steps=evaluated, time_shift=shift, late_stretch=stretch, solver_weights=weights)
+    equal = [point_of(tried, steps=evaluated, time_shift=each) for tried, each in ((0.3, 1.0), (0.2, 2.0))]
+    proposed = to_skip([*equal, nearest])
+    base = shift if stretch == 1 else 2.0
+    wanted = [(shift, stretch), *((base * part, longer) for part, longer in SKIPPED)]
+    found = [(each.time_shift, each.late_stretch) for each in proposed]
+    assert found == [each for each in dict.fromkeys(wanted) if each in found]
+    assert len(found) == len({*wanted}) or evaluated <= 4, "behind two others, not the first ones"
+    for each in proposed:
+        assert each.solver is Solver.AB2
+        assert each.evaluations == evaluated == each.steps - len(each.skipped_steps)
+        assert each.solver_weights == (), "those are to be fitted anew"
+        times = each.settings.times()
+        late = [step for step in range(2, each.steps) if times[step] >= FIRST_TIME and step >= FIRST_SHARE * each.steps]
+        assert each.skipped_steps == tuple(late[::2])
+        assert each.times.endswith(f", {len(each.skipped_steps)} skipped")
+    assert nearest.grid.times.endswith("fitted weights") == (evaluated > 1)
+
+
+def test_no_more_steps_are_proposed_than_a_request_may_have() -> None:
+    most = Grid(solver=Solver.AB2, steps=STEP_LIMIT, time_shift=1.0)
+    assert to_skip([Point(grid=most, evaluations=STEP_LIMIT, tried=0.1, error=0.1)]) == []
+
+
+def test_others_than_ab2_are_not_proposed_to_skip() -> None:
+    assert to_skip(point_of(0.1, steps=6, solver=solver) for solver in (Solver.EULER, Solver.HEUN)) == []
+
+
+def test_a_skip_is_worthwhile_where_it_beats_all_others_that_cost_no_more() -> None:
+    """By the clips that choose, and by the others: weights that meet a few clips too well do not pass for a gain."""
+    best = [point_of(0.4, 0.5, steps=4), point_of(0.2, 0.5, steps=6), point_of(0.1, 0.5, steps=10)]
+    near, met = (point_of(0.15, error, steps=8, skipped_steps=(4, 6)) for error in (0.4, 0.9))
+    far = point_of(0.25, 0.0, steps=10, skipped_steps=(3, 5, 7, 9))
+    as_far = point_of(0.2, steps=7, skipped_steps=(5,))
+    found = list(skips([near, met, far, as_far], best))
+    assert [each.point for each in found] == [near, met, far, as_far]
+    assert [each.fewer for each in found] == [best[1]] * 4
+    assert [each.worthwhile for each in found] == [True, False, False, False]
+    assert [each.fewer for each in skips([point_of(0.1, steps=5, skipped_steps=(3,))], best)] == [best[0]]
