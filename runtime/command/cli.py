@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from stiv_deploy.runtime.bundle.contract import ModelFacts
     from stiv_deploy.runtime.bundle.manifest import Bucket, Range, TrainedOn
-    from stiv_deploy.runtime.bundle.tuned import Tuned
+    from stiv_deploy.runtime.bundle.tuned import Tuned, TunedGrid
     from stiv_deploy.runtime.command.doctor import Report as DoctorReport
     from stiv_deploy.runtime.command.inspection import BundleReport, EngineReport, OnnxReport
     from stiv_deploy.runtime.pipeline.stage import ClipsReport
@@ -116,6 +116,12 @@ def generate(
     late_stretch: Annotated[
         float | None,
         typer.Option(help="Steps so many times longer once the clip is decided. Default: the bundle's."),
+    ] = None,
+    skip_blocks: Annotated[
+        bool | None,
+        typer.Option(
+            help="Skip the blocks in those of --steps that 'stiv tune' found; the bundle says for which numbers."
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the noise; video i of several takes seed + i. Default: a new one.")
@@ -336,7 +342,7 @@ def print_bundle(report: "BundleReport", console: "Console") -> None:
     )
     print_table(console, "Defaults of 'stiv generate'", ("option", "default"), default_rows(manifest.recommended()))
     if manifest.tuned is not None:
-        print_tuned(manifest.tuned, console)
+        print_tuned(manifest.tuned, console, skips=manifest.skips)
     print_table(
         console,
         "Buckets (min, typical, max)",
@@ -371,22 +377,29 @@ def print_bundle(report: "BundleReport", console: "Console") -> None:
     print_parity(report, console)
 
 
-def print_tuned(tuned: "Tuned", console: "Console") -> None:
-    """What other numbers of steps get in place of the default solver and times, and what it was measured on."""
+def print_tuned(tuned: "Tuned", console: "Console", *, skips: bool) -> None:
+    """What other numbers of steps get in place of the default solver and times, and what it was measured on.
+
+    With ``skips`` also what they get that ask for skipped blocks.
+    """
     rows = (
         (
-            str(each.steps),
+            f"{each.steps}{' --skip-blocks' if each.skipped_steps else ''}",
             each.solver,
             f"{each.time_shift:.3g}",
             f"{each.late_stretch:g}",
             each.weights,
             f"{each.error:.2e}",
         )
-        for each in tuned.best()
+        for each in (*tuned.best(), *(sorted(tuned.skipping(), key=_steps) if skips else ()))
     )
     columns = ("steps", "solver", "time shift", "late stretch", "weights", "error")
     title = f"Defaults by steps ('stiv tune', {tuned.clips} clips; the reference errs by {tuned.reference_error:.1e})"
     console.print(table(title, columns, rows, ("steps", "time shift", "late stretch", "error")))
+
+
+def _steps(grid: "TunedGrid") -> int:
+    return grid.steps
 
 
 def trained_text(trained: "TrainedOn | None") -> str:

@@ -37,6 +37,7 @@ FIELDS = {
     "solver": "solver",
     "time_shift": "time_shift",
     "late_stretch": "late_stretch",
+    "skip_blocks": "skip_blocks",
     "count": "count",
     "decode_tile": "decode_tile",
 }
@@ -44,10 +45,12 @@ FIELDS = {
 
 Besides them ``prompt`` and each line of ``prompts`` make a request, ``image`` and ``frame`` are the field ``frames``,
 ``resize`` is a ``fit``, ``seed`` counts on over all videos, and ``request`` reads whole requests, the only way to
-``latents``, ``noise`` and ``solver_weights``.
+``latents``, ``noise``, ``solver_weights`` and ``skipped_steps``.
 """
 WEIGHED = ("num_inference_steps", "solver", "time_shift", "late_stretch")
-"""Fields with whose values alone a request's ``solver_weights`` hold."""
+"""Fields with whose values alone a request's ``solver_weights`` and ``skipped_steps`` hold."""
+SKIPPED = ("time_shift", "late_stretch", "solver_weights", "skipped_steps")
+"""Fields that go together with whether blocks are skipped."""
 
 
 def default_rows(defaults: "SamplingDefaults") -> list[tuple[str, str]]:
@@ -128,10 +131,13 @@ def _with_prompts(
 def replaced(read: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Fields that were ``read`` of a request, with ``values`` in place of some.
 
-    Weights of a solver are left out where that, the steps or the times become others than they belong to.
+    Weights of a solver and skipped steps are left out where that, the steps or the times become others than theirs;
+    these times too where ``skip_blocks`` asks for the bundle's skipped steps, or for none in place of some.
     """
     others = any(read.get(name) not in (None, values[name]) for name in WEIGHED if name in values)
-    return dict(read) | ({"solver_weights": None} if others else {}) | dict(values)
+    switched = "skip_blocks" in values and (values["skip_blocks"] or bool(read.get("skipped_steps")))
+    left_out = SKIPPED if switched else SKIPPED[2:] if others else ()
+    return dict(read) | dict.fromkeys(left_out) | dict(values)
 
 
 def _resized(fit: str | None) -> str:

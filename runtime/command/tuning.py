@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from stiv_deploy.runtime.pipeline.tuning import TuneReport, TuneRequest
     from stiv_deploy.runtime.progress import Progress
-    from stiv_deploy.runtime.sampling.tuning import Interval, Point
+    from stiv_deploy.runtime.sampling.tuning import Interval, Point, Skip
 
 SUFFIX = ".svg"
 OF_CHECKPOINTS = "stiv_deploy.of_checkpoints"
@@ -179,6 +179,8 @@ def _show(report: "TuneReport", asked: "TuneRequest", out: Path | None) -> None:
     Console().print(tuning_table(report))
     if report.intervals:
         _show_intervals(report)
+    if report.skips:
+        _show_skips(report)
     if out is not None:
         typer.echo(f"{out}: evaluations against error")
     if asked.record:
@@ -196,6 +198,32 @@ def _show_intervals(report: "TuneReport") -> None:
     else:
         count = len(report.intervals)
         typer.echo(f"guidance that ends early ({count} tried) is nowhere nearer than fewer steps of as many rows")
+
+
+def _show_skips(report: "TuneReport") -> None:
+    """Where steps that skip the blocks beat fewer steps, if they do anywhere."""
+    from rich.console import Console
+
+    nearest = sorted(report.skips, key=lambda each: (each.point.evaluations, -each.point.tried))
+    best = {each.point.evaluations: each for each in nearest}
+    worthwhile = [each for each in best.values() if each.worthwhile]
+    if worthwhile:
+        Console().print(skip_table(worthwhile))
+    else:
+        typer.echo(f"skipped blocks ({len(report.skips)} tried) are nowhere nearer than as many evaluations without")
+
+
+def skip_table(found: "Sequence[Skip]") -> "Table":
+    """What to gain from steps that skip the blocks, against as many evaluations without."""
+    columns = ("evaluations", "--skip-blocks --steps", "skipped", "time shift", "late stretch", "error", "without")
+    rows = [_skip_row(each) for each in found]
+    return table("every second late step skips the blocks", columns, rows, columns)
+
+
+def _skip_row(found: "Skip") -> tuple[str, ...]:
+    evaluations, _, steps, *times, _weights, error = _row(found.point, "")
+    skipped = len(found.point.grid.skipped_steps)
+    return (evaluations, steps, str(skipped), *times, error, f"{found.fewer.error:.2e}")
 
 
 def interval_table(found: "Sequence[Interval]") -> "Table":

@@ -16,23 +16,27 @@ GREY = "#808080"
 LEAST_ERROR = 1e-9
 APART = 30
 """Least pixels between the numbers of evaluations that are written below."""
+LETTER, GAP = 7, 10
+"""Pixels for a letter of 12, of any usual font, and between two names."""
 
 
 class Series(NamedTuple):
-    """Grids that are drawn alike: those of a solver, by its own weights or by ``fitted`` ones."""
+    """Grids that are drawn alike: a solver's, by its own weights or ``fitted`` ones, with ``skips`` or without."""
 
     solver: Solver
     colour: str
     fitted: bool = False
+    skips: bool = False
 
     @property
     def name(self) -> str:
         """What it is called."""
-        return f"{self.solver}, fitted" if self.fitted else str(self.solver)
+        return f"{self.solver}{', fitted' if self.fitted else ''}{', skips' if self.skips else ''}"
 
     def has(self, point: Point) -> bool:
         """Whether ``point`` is one of it."""
-        return (point.grid.solver, bool(point.grid.solver_weights)) == (self.solver, self.fitted)
+        own = point.grid.solver, bool(point.grid.solver_weights), bool(point.grid.skipped_steps)
+        return own == (self.solver, self.fitted, self.skips)
 
 
 SERIES = (
@@ -40,6 +44,7 @@ SERIES = (
     Series(Solver.HEUN, "#b8860b"),
     Series(Solver.AB2, "#1f5fbf"),
     Series(Solver.AB2, "#1e8449", fitted=True),
+    Series(Solver.AB2, "#7d3c98", fitted=True, skips=True),
 )
 
 
@@ -59,14 +64,14 @@ class Scale(NamedTuple):
 
 def pareto_svg(report: TuneReport) -> str:
     """A whole SVG file; dots are grids that were tried, a line joins the best of each series, a ring is what was."""
-    points = (*report.tried, report.own)
+    points = (*report.tried, *(each.point for each in report.skips), report.own)
     across, up = _across([each.evaluations for each in points]), _up([*(each.error for each in points)])
     parts = [
         *_frame(sorted({each.evaluations for each in points}), across, up),
         *_reference(report, up),
         *(part for series in SERIES for part in _series(series, points, across, up)),
         _dot(report.own, across, up, 7, f'fill="none" stroke="{GREY}" stroke-width="2"', "the requests' own: "),
-        *_words(report),
+        *_words(report, points),
     ]
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif"'
     return "\n".join([f'{head} font-size="12">', '<rect width="100%" height="100%" fill="#fff"/>', *parts, "</svg>\n"])
@@ -124,15 +129,17 @@ def _dot(point: Point, across: Scale, up: Scale, radius: int, style: str, words:
     return f"<circle {place} {style}><title>{escape(title)}</title></circle>"
 
 
-def _words(report: TuneReport) -> Iterator[str]:
+def _words(report: TuneReport, points: Sequence[Point]) -> Iterator[str]:
     """Title, names of the axes, and which colour is which solver."""
     clips = f"bundle {report.bundle[:12]}, {report.clips} clips"
     yield _text(LEFT, 22, f"Relative L2 error of latents against the exact flow ({clips})")
     yield _text((LEFT + RIGHT) / 2, HEIGHT - 18, "evaluations of the model, guidance branches counted as one", "middle")
-    shown = [series for series in SERIES if any(map(series.has, report.tried))]
-    for index, series in enumerate(shown):
-        yield _text(LEFT + 60 * index, 44, series.name, colour=series.colour)
-    yield _text(RIGHT, 44, "large: the best times; ring: the requests' own grid", "end", GREY)
+    x = LEFT
+    for series in SERIES:
+        if any(map(series.has, points)):
+            yield _text(x, 44, series.name, colour=series.colour)
+            x += LETTER * len(series.name) + GAP
+    yield _text(RIGHT, 44, "large: best times; ring: the requests' own", "end", GREY)
 
 
 def _text(x: float, y: float, words: str, anchor: str = "start", colour: str = "#222") -> str:

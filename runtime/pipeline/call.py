@@ -45,6 +45,8 @@ class ClipOptions(TypedDict, total=False):
     time_shift: float | None
     late_stretch: float | None
     solver_weights: Sequence[tuple[float, float]] | None
+    skip_blocks: bool | None
+    skipped_steps: Sequence[int] | None
     seed: int | None
     generator: Any
     num_videos_per_prompt: int

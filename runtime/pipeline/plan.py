@@ -9,7 +9,7 @@ import numpy as np
 
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.bundle.contract import ModelFacts
-from stiv_deploy.runtime.bundle.manifest import Manifest
+from stiv_deploy.runtime.bundle.manifest import SKIPS_REMEDY, Manifest, Recommended
 from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.pipeline.experience import beyond_training
 from stiv_deploy.runtime.pipeline.given import Latents
@@ -39,6 +39,7 @@ RECOMMENDED = {
     "time_shift": "time_shift",
     "late_stretch": "late_stretch",
     "solver_weights": "solver_weights",
+    "skipped_steps": "skipped_steps",
 }
 """Fields of a request that a bundle recommends, by the name of its recommendation."""
 
@@ -159,18 +160,38 @@ def _with_defaults(request: GenerationRequest, manifest: Manifest) -> Generation
     """``request`` with what it leaves open as ``manifest`` recommends for its steps and solver, and with a seed.
 
     What was tuned together goes together: times that are named in part get the checkpoint's own for the rest, and have
-    no fitted weights.
+    no fitted weights. So have skipped steps that are named: none were fitted, nor are times good, with those.
     """
-    defaults, own = manifest.recommended(request.num_inference_steps, request.solver), manifest.sampling
-    if (request.time_shift, request.late_stretch) != (None, None):
+    own = manifest.sampling
+    if request.skip_blocks:
+        defaults = _skipping(request, manifest)
+    else:
+        defaults = manifest.recommended(request.num_inference_steps, request.solver)
+    if (request.time_shift, request.late_stretch) != (None, None) or request.skipped_steps:
         times = {"time_shift": own.time_shift, "late_stretch": own.late_stretch, "solver_weights": None}
         defaults = defaults.model_copy(update=times)
-    given = {name: value for name, value in request if value is not None}
+    given = {name: value for name, value in request if value is not None and name != "skip_blocks"}
     values = {name: getattr(defaults, recommended) for name, recommended in RECOMMENDED.items()} | given
     more = {"original_height": values["height"], "original_width": values["width"]}
     if request.seed is None:
         more["seed"] = new_seed()
     return GenerationRequest(**(more | values))
+
+
+def _skipping(request: GenerationRequest, manifest: Manifest) -> Recommended:
+    """Defaults of a request that skips blocks, which are tuned together with its times."""
+    found = manifest.skipping(request.num_inference_steps, request.solver)
+    if found is None:
+        known = [] if manifest.tuned is None else manifest.tuned.skipping()
+        kinds = ", ".join(sorted({f"{each.steps} steps of {each.solver}" for each in known})) or "none"
+        raise RequestError(
+            f"skip_blocks: this bundle was tuned to skip blocks in {kinds}; ask for one of these, name skipped_steps, "
+            "or run 'stiv tune' on a bundle exported with --skips"
+        )
+    own = ("time_shift", "late_stretch", "solver_weights", "skipped_steps")
+    if named := [name for name in own if getattr(request, name) is not None]:
+        raise RequestError(f"skip_blocks comes with its own {', '.join(named)}; leave out one or the other")
+    return found
 
 
 def _shared(what: str, values: Sequence[Item]) -> Item:
@@ -238,6 +259,8 @@ def _settings(request: GenerationRequest, manifest: Manifest) -> SamplingSetting
     values, student = dict(request), manifest.model.student
     if student is not None:
         _check_branches(request, manifest)
+    if values["skipped_steps"] and not manifest.skips:
+        raise RequestError(f"skipped_steps: this bundle has no graphs for that; {SKIPS_REMEDY}, or leave them out")
     settings = SamplingSettings(
         steps=values["num_inference_steps"],
         guidance_mode=values["guidance_mode"],
@@ -248,6 +271,7 @@ def _settings(request: GenerationRequest, manifest: Manifest) -> SamplingSetting
         time_shift=values["time_shift"],
         late_stretch=values["late_stretch"],
         solver_weights=values["solver_weights"] or (),
+        skipped_steps=values["skipped_steps"] or (),
         unseen=values["unseen"] or Unseen.NOISED,
         guidance_from=0.0 if values["guidance_from"] is None else values["guidance_from"],
         guidance_until=1.0 if values["guidance_until"] is None else values["guidance_until"],

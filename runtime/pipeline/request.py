@@ -6,7 +6,7 @@ from typing import Any, Self
 import numpy as np
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, ValidationInfo, field_validator, model_validator
 
-from stiv_deploy.runtime.bundle.bounds import SIZE_LIMIT, Weights
+from stiv_deploy.runtime.bundle.bounds import SIZE_LIMIT, Steps, Weights
 from stiv_deploy.runtime.bundle.contract import Frozen
 from stiv_deploy.runtime.bundle.faults import fault_text
 from stiv_deploy.runtime.errors import RequestError, briefly, one_line
@@ -71,6 +71,12 @@ class GenerationRequest(Frozen):
     solver_weights: Weights | None = Field(
         default=None, description="AB2's in every step but the first, of the velocity there and the one before."
     )
+    skip_blocks: bool | None = Field(
+        default=None, description="Skip the model's blocks in the steps that tuning found for so many of them."
+    )
+    skipped_steps: Steps | None = Field(
+        default=None, description="Numbers of the steps, from 0 on, that skip the model's blocks."
+    )
     seed: int | None = _number("seed", "Seed of the first video's noise; video i takes seed + i. None: a new one.")
     noise: Noise = Field(default=None, description="Initial noise of the one video, instead of the seed's.")
     count: int = _number("count", "Number of videos.", 1)
@@ -117,10 +123,19 @@ class GenerationRequest(Frozen):
         rgb_of(value)
         return str(value)
 
-    @field_validator("guidance_renorm", mode="before")
+    @field_validator("skipped_steps", mode="before")
     @classmethod
-    def _check_switch(cls, value: Any) -> bool | None:
-        return None if value is None else switch("guidance_renorm", value)
+    def _check_steps(cls, value: Any) -> Any:
+        """The same, and a step has no parts."""
+        for step in value if isinstance(value, list | tuple) else ():
+            if isinstance(step, str | bool | float):
+                raise RequestError(f"skipped_steps are whole numbers, got {step!r}")
+        return value
+
+    @field_validator("guidance_renorm", "skip_blocks", mode="before")
+    @classmethod
+    def _check_switch(cls, value: Any, info: ValidationInfo) -> bool | None:
+        return None if value is None else switch(str(info.field_name), value)
 
     @field_validator("frames", "latents", mode="before")
     @classmethod

@@ -134,8 +134,13 @@ class SamplingLoop:
         return np.concatenate(latents)
 
     def check_shared(self, batch: Sequence[PlannedVideo], size: VideoSize) -> None:
-        """:class:`RequestError` if a group of the team's devices would have fewer rows than graphs take."""
+        """:class:`RequestError` if the team's devices cannot share ``batch``.
+
+        A group of them would have fewer rows than graphs take, or a clip skips blocks, whose residuals nobody has.
+        """
         if self._team is not None:
+            if any(video.settings.skipped_steps for video in batch):
+                raise RequestError("skipped steps are for one device; leave them out, or give one device")
             least = self._least(batch, size)
             self._team.placement.check_rows(_rungs(batch, least, self._dims(batch, size)["model_batch"]), least)
 

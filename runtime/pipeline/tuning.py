@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,24 +25,30 @@ from stiv_deploy.runtime.sampling.settings import Solver
 from stiv_deploy.runtime.sampling.solvers import evaluations, row_evaluations
 from stiv_deploy.runtime.sampling.tuning import (
     FITTED,
+    SKIPPED,
     STRETCHED,
     UNTIL,
     Exact,
     Grid,
     Interval,
     Point,
+    Skip,
     converged,
     frontier,
     intervals,
     judged,
     measured,
     searched,
+    skips,
     to_fit,
+    to_skip,
 )
 
 log = logging.getLogger(__name__)
 BUDGETS = (4, 6, 8, 10, 12, 15, 20, 25, 30)
 SHIFTS = (0.5, 1.0, 2.0, 4.0, 8.0)
+OWN_GRID = ("solver", "steps", "time_shift", "late_stretch", "solver_weights", "skipped_steps")
+"""What the grid of a request is made of, as its settings have it."""
 FITTED_CLIPS = 3
 """Clips at least for weights to be fitted: two choose. A single one can be met too well to tell grids apart by it."""
 
@@ -94,7 +100,8 @@ class TuneReport(Frozen):
     """What was tried of a bundle (its hash) on so many ``clips``.
 
     ``own`` is the grid of the requests, by default the bundle's; ``best`` are those of ``tried`` that no other one
-    beats with as few evaluations, ``intervals`` these with guidance that ends early. Errors below ``reference_error``,
+    beats with as few evaluations, ``intervals`` these with guidance that ends early, ``skips`` grids that skip blocks,
+    where the bundle has the graphs for it and no request an interval of guidance. Errors below ``reference_error``,
     that of what stood for the exact flow, say nothing about which is better.
     """
 
@@ -106,6 +113,7 @@ class TuneReport(Frozen):
     tried: tuple[Point, ...]
     best: tuple[Point, ...]
     intervals: tuple[Interval, ...]
+    skips: tuple[Skip, ...] = ()
     seconds: float
 
 
@@ -138,7 +146,8 @@ def _search(pipe: StivPipeline, request: TuneRequest, progress: Progress) -> Tun
         log.warning(lost_line(lost))
     budgets = request.budgets or sorted({*BUDGETS, own.evaluations})
     shifts = sorted({*request.shifts, own.time_shift})
-    grids = len(request.solvers) * (len(shifts) + 2 + len(STRETCHED)) + len(UNTIL) + 1 + len(FITTED)
+    fits = 1 + len(FITTED) + (1 + len(SKIPPED)) * pipe.bundle.manifest.skips
+    grids = len(request.solvers) * (len(shifts) + 2 + len(STRETCHED)) + len(UNTIL) + fits
     news = _News(progress, sum(budgets) * grids)
 
     def planned(grid: Grid) -> GenerationPlan:
@@ -153,8 +162,10 @@ def _search(pipe: StivPipeline, request: TuneRequest, progress: Progress) -> Tun
     tried = tuple(searched(sampled, exact, budgets, request.solvers, shifts, news.count))
     if clips >= FITTED_CLIPS:
         tried += tuple(_fitted(traced, exact, to_fit(tried), news))
-    best = frontier((*tried, point))
+    best = frontier((*tried, *_whole([point])))
     chosen = any((each.guidance_from, each.guidance_until) != (None, None) for each in request.requests)
+    skipping = clips >= FITTED_CLIPS and pipe.bundle.manifest.skips and not chosen
+    to_try = to_skip(tried) if skipping else []
     whole = chosen or student is not None
     early = () if whole else intervals(sampled, exact, best, lambda grid: _rows(planned(grid)), news.count)
     return TuneReport(
@@ -166,6 +177,7 @@ def _search(pipe: StivPipeline, request: TuneRequest, progress: Progress) -> Tun
         tried=tried,
         best=tuple(best),
         intervals=tuple(early),
+        skips=tuple(skips(_fitted(traced, exact, to_try, news), best)),
         seconds=time.monotonic() - started,
     )
 
@@ -195,23 +207,30 @@ def _fitted(traced: _Traced, exact: Exact, grids: Sequence[Grid], news: "_News")
 
 
 def tuned(report: TuneReport) -> Tuned:
-    """The best of each solver and number of steps, with fitted weights and without.
+    """The best of each solver and number of steps, with fitted weights and without, and skips that are worthwhile.
 
-    The requests' own grid is among them where others had its steps.
+    The requests' own grid is among them where others had its steps, and it skips none.
     """
+    skipping = sorted((each.point for each in report.skips if each.worthwhile), key=_tried)
     steps = {each.grid.steps for each in report.tried}
-    points = sorted((each for each in (report.own, *report.tried) if each.grid.steps in steps), key=_tried)
-    grids: dict[tuple[int, Solver, str], TunedGrid] = {}
-    for each in points:
+    own = _whole([report.own])
+    points = sorted((each for each in (*own, *report.tried) if each.grid.steps in steps), key=_tried)
+    grids: dict[tuple[int, Solver, str, bool], TunedGrid] = {}
+    for each in (*points, *skipping):
         values = each.grid.model_dump(mode="json", exclude={"guidance_until"})
         grid = TunedGrid(**values, tried=each.tried, error=each.error)
-        grids.setdefault((each.grid.steps, each.grid.solver, grid.weights), grid)
+        grids.setdefault((each.grid.steps, each.grid.solver, grid.weights, bool(grid.skipped_steps)), grid)
     return Tuned(
         bundle=report.bundle,
         clips=report.clips,
         reference_error=report.reference_error,
         grids=tuple(grids[key] for key in sorted(grids)),
     )
+
+
+def _whole(points: Iterable[Point]) -> list[Point]:
+    """Those of ``points`` that skip no blocks."""
+    return [each for each in points if not each.grid.skipped_steps]
 
 
 def _tried(point: Point) -> float:
@@ -229,17 +248,16 @@ def _record(folder: Path, report: TuneReport) -> None:
 def _own_grid(plan: GenerationPlan) -> tuple[Grid, int]:
     """The one grid of the planned videos, and how many they are; :class:`RequestError` where they have several."""
     chosen = [video.settings for video in plan.videos]
-    grids = {(each.solver, each.steps, each.time_shift, each.late_stretch, each.solver_weights) for each in chosen}
+    grids = {Grid(**{name: getattr(each, name) for name in OWN_GRID}) for each in chosen}
     if len(grids) > 1:
         raise RequestError("requests to tune on have different solvers, steps or times; give all the same")
-    (solver, steps, shift, stretch, weights) = grids.pop()
-    own = Grid(solver=solver, steps=steps, time_shift=shift, late_stretch=stretch, solver_weights=weights)
-    return own, len(chosen)
+    return grids.pop(), len(chosen)
 
 
 def _changed(request: GenerationRequest, grid: Grid) -> GenerationRequest:
     times: dict[str, Any] = {"time_shift": grid.time_shift, "late_stretch": grid.late_stretch}
-    times |= {"solver_weights": grid.solver_weights or None}
+    times |= {"solver_weights": grid.solver_weights or None, "skipped_steps": grid.skipped_steps or None}
+    times |= {"skip_blocks": None}  # the grid says which
     own = request.changed(solver=grid.solver, num_inference_steps=grid.steps, **times)
     return own if grid.guidance_until is None else own.changed(guidance_until=grid.guidance_until)
 

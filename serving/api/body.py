@@ -34,8 +34,8 @@ REFERENCE, URL = "input_reference", "image_url"
 OWN = ("model", "seconds", "size", REFERENCE, "priority", "deadline_s")
 """Fields that are no request's: those of OpenAI, and how urgent it is."""
 FIELDS = (*OWN, *(name for name in GenerationRequest.model_fields if name != "count"))
-AS_JSON = {*BOUNDS, "priority", "deadline_s", "guidance_renorm", "solver_weights"}
-"""Fields that a form has as text and that are none: numbers, a switch, and pairs of numbers."""
+AS_JSON = {*BOUNDS, "priority", "deadline_s", "guidance_renorm", "skip_blocks", "skipped_steps", "solver_weights"}
+"""Fields that a form has as text and that are none: numbers, switches, and lists of numbers."""
 FILES = 100
 """Parts of a form that may be files, and others."""
 

@@ -205,7 +205,7 @@ class Service:
             height=size.height,
             width=size.width,
             rows=most_rows(video.settings),
-            evaluations=len(planned),
+            evaluations=sum(each.residuals is None for each in planned),
             steps=sum(not each.hold for each in planned),
             facts=json.dumps(self._facts(video) | {"remixed_from": what.source, TRACE: trace}),
             twin=hashlib.sha256(f"{plan.bundle} {text}".encode()).hexdigest(),
@@ -344,14 +344,14 @@ class Service:
         }
         limits = {name: list(bounds) for name, bounds in BOUNDS.items() if name != "count"}
         limits |= {"priority": list(PRIORITY), "prompt": [0, TEXT_LIMIT]}
-        sampling, tuned = manifest.recommended(), manifest.tuned
+        sampling, grids = manifest.recommended(), () if manifest.tuned is None else manifest.tuned.grids
         details = {
             "bundle": self.bundle.hash,
             "devices": list(self.settings.devices),
             "parallel": None if self._placement is None else str(self._placement),
             "buckets": [bucket.model_dump(mode="json") for bucket in manifest.buckets],
             "defaults": {name: getattr(sampling, recommended) for name, recommended in RECOMMENDED.items()},
-            "tuned": [] if tuned is None else [_grid(each) for each in tuned.grids],
+            "tuned": [_grid(each) for each in grids if manifest.skips or not each.skipped_steps],
             "limits": limits | multiples,
             "choices": {name: [*kind] for name, kind in CHOICES.items()},
             "fields": list(FIELDS),
@@ -364,5 +364,6 @@ class Service:
 
 def _grid(grid: TunedGrid) -> dict[str, Any]:
     """``grid`` as clients see it: what its solver and steps go best with, and whether it is one of those by default."""
-    own = grid.model_dump(include={"solver", "steps", "time_shift", "late_stretch", "tried"})
-    return own | {"default": grid.solver in ONE_A_STEP, "fitted": bool(grid.solver_weights)}
+    own = grid.model_dump(include={"solver", "steps", "time_shift", "late_stretch", "skipped_steps", "tried"})
+    default = grid.solver in ONE_A_STEP and not grid.skipped_steps
+    return own | {"default": default, "fitted": bool(grid.solver_weights)}

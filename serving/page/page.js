@@ -159,10 +159,12 @@ function describe(found) {
   drawTimeline();
 }
 
-// As `Tuned.grid` chooses: the nearest number of steps by its ratio, then what erred least. Fitted weights have their own.
+// As `Tuned.grid` chooses: the nearest number of steps by its ratio, then what erred least. Fitted weights have their own,
+// and what skips blocks is nobody's who did not ask for it.
 function tunedFor(steps, solver) {
   const distance = (each) => Math.abs(Math.log(each.steps / steps));
-  const known = model.tuned.filter((each) => !each.fitted || each.steps === steps);
+  const whole = model.tuned.filter((each) => !each.skipped_steps.length);
+  const known = whole.filter((each) => !each.fitted || each.steps === steps);
   const fit = known.filter((each) => (solver === null ? each.default : each.solver === solver));
   return fit.sort((a, b) => distance(a) - distance(b) || a.tried - b.tried)[0];
 }

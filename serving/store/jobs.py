@@ -48,9 +48,9 @@ class Job:
     """One video to make, or made.
 
     ``created``, ``started``, ``finished``, ``expires`` and the deadline ``due`` are Unix times. It takes
-    ``evaluations`` of the model for ``steps`` steps, with ``rows`` rows each; ``step`` are done. ``facts`` is JSON of
-    what clients are told: prompt, seed, frames per second, warnings. ``twin`` is equal for equal requests to one
-    bundle.
+    ``evaluations`` of the model's blocks for ``steps`` steps, with ``rows`` rows each; ``step`` are done. ``facts`` is
+    JSON of what clients are told: prompt, seed, frames per second, warnings. ``twin`` is equal for equal requests to
+    one bundle.
     """
 
     id: str
@@ -82,6 +82,11 @@ class Job:
     def size(self) -> Size:
         """Size of its video."""
         return Size(self.frames, self.height, self.width)
+
+    @property
+    def skips(self) -> bool:
+        """Whether some of its steps skip the blocks."""
+        return self.evaluations < self.steps
 
     @property
     def live(self) -> bool:

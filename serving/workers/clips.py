@@ -13,11 +13,13 @@ from stiv_deploy.runtime.pipeline.output import StivOutput
 from stiv_deploy.runtime.pipeline.plan import GenerationPlan, PlannedVideo
 from stiv_deploy.runtime.sampling.engine import Pause
 from stiv_deploy.runtime.sampling.sample import Sample
+from stiv_deploy.runtime.sampling.skipping import KNOWN
 from stiv_deploy.runtime.sampling.solvers import evaluations, most_rows
 from stiv_deploy.serving.store.files import SPRITESHEET, THUMBNAIL, VIDEO
 from stiv_deploy.serving.store.jobs import Job
 
 POSITION, LATENTS, INPUTS, VELOCITY, BUNDLE = "position", "latents", "inputs", "velocity", "bundle"
+RESIDUALS = "residuals"
 """Names of the arrays of a :class:`Pause` in a file, and of the hash of the bundle that made it."""
 
 
@@ -71,7 +73,8 @@ def pause_arrays(pause: Pause, clip: Clip) -> dict[str, np.ndarray]:
     """The ``pause`` of ``clip`` as arrays by name, see :func:`pause_of`."""
     position, bundle = np.array(pause.position), np.array(clip.plan.bundle)
     arrays = {POSITION: position, LATENTS: pause.latents, INPUTS: pause.inputs, BUNDLE: bundle}
-    return arrays if pause.velocity is None else arrays | {VELOCITY: pause.velocity}
+    more = {VELOCITY: pause.velocity, RESIDUALS: pause.residuals}
+    return arrays | {name: array for name, array in more.items() if array is not None}
 
 
 def pause_of(arrays: dict[str, np.ndarray], clip: Clip) -> Pause | None:
@@ -79,10 +82,17 @@ def pause_of(arrays: dict[str, np.ndarray], clip: Clip) -> Pause | None:
     shape = clip.sample.noise.shape
     shapes = {POSITION: (), LATENTS: shape, INPUTS: (clip.rows, *shape), BUNDLE: ()}
     shapes |= {VELOCITY: shape} if VELOCITY in arrays else {}
+    if RESIDUALS in arrays:  # as many bytes as a row of the same bundle has
+        shapes |= {RESIDUALS: (clip.rows, KNOWN, *(arrays[RESIDUALS].shape[2:3] or (0,)))}
     if {name: array.shape for name, array in arrays.items()} != shapes or str(arrays[BUNDLE]) != clip.plan.bundle:
         return None
-    position, velocity = int(arrays[POSITION]), arrays.get(VELOCITY)
-    return Pause(position=position, latents=arrays[LATENTS], inputs=arrays[INPUTS], velocity=velocity)
+    return Pause(
+        position=int(arrays[POSITION]),
+        latents=arrays[LATENTS],
+        inputs=arrays[INPUTS],
+        velocity=arrays.get(VELOCITY),
+        residuals=arrays.get(RESIDUALS),
+    )
 
 
 def write_files(clip: Clip, frames: np.ndarray, latents: np.ndarray, backend: str, folder: Path) -> None:

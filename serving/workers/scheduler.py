@@ -429,11 +429,12 @@ class Scheduler:
         return found
 
     def _tick(self, lane: Lane) -> None:
-        rung, start = lane.rung, time.perf_counter()
-        self._count_rows(rung, lane.used_rows)
+        rung, used, start = lane.rung, lane.used_rows, time.perf_counter()
         moved, tick = lane.tick()
         self._workshop.backend.synchronize()
-        self._measure(lane.size, rung, time.perf_counter() - start, lane.devices)
+        if tick.blocks:  # else it says nothing of what a call takes
+            self._count_rows(rung, used)
+            self._measure(lane.size, rung, time.perf_counter() - start, lane.devices)
         self._leave(lane, tick)
         self._keep(lane, [clip for clip in moved if clip in lane.running])
         self._tell()

@@ -12,7 +12,7 @@ import pytest
 from starlette.testclient import TestClient
 
 sys.path.append(str(Path(__file__).parents[1]))
-from toys import bundle_of, bundle_path, bundle_with, toy
+from toys import bundle_of, bundle_path, bundle_with, skipping_path, toy
 
 from stiv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stiv_deploy.runtime.bundle.bundle import Bundle, write_manifest
@@ -27,7 +27,7 @@ from stiv_deploy.serving.store.opening import open_results, open_store
 from stiv_deploy.serving.workers.scheduler import Scheduler
 from stiv_deploy.serving.workers.workshop import Workshop
 
-__all__ = ["bundle_of", "bundle_path", "bundle_with", "toy"]
+__all__ = ["bundle_of", "bundle_path", "bundle_with", "skipping_path", "toy"]
 ADDRESS = "http://127.0.0.1:8000"
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from stiv_deploy.runtime import GenerationRequest
 from stiv_deploy.runtime.bundle.bundle import Bundle
 from stiv_deploy.runtime.command.cli import generate
-from stiv_deploy.runtime.command.generation import FIELDS, parse_frames
+from stiv_deploy.runtime.command.generation import FIELDS, parse_frames, replaced
 from stiv_deploy.runtime.errors import RequestError
 from stiv_deploy.runtime.pipeline import limits
 from stiv_deploy.runtime.pipeline.plan import RECOMMENDED
@@ -49,13 +49,14 @@ OPTIONS: dict[str, Any] = {
     "--solver": "ab2",
     "--time-shift": 2.0,
     "--late-stretch": 1.5,
+    "--no-skip-blocks": False,
     "--decode-tile": 4,
 }
 """An option for each field of a request that is one, with another value than the default."""
 
 
 def flat(options: Mapping[str, Any]) -> list[Any]:
-    return [item for name, value in options.items() for item in ([name] if name == "--no-renorm" else [name, value])]
+    return [item for name, value in options.items() for item in ([name] if name.startswith("--no-") else [name, value])]
 
 
 def test_every_option_is_a_field_and_every_field_has_an_option() -> None:
@@ -69,6 +70,7 @@ def test_every_option_is_a_field_and_every_field_has_an_option() -> None:
         "latents",
         "noise",
         "solver_weights",
+        "skipped_steps",
     }  # as FIELDS says
     assert {name.removeprefix("--no-").removeprefix("--").replace("-", "_") for name in OPTIONS} == set(FIELDS)
 
@@ -227,6 +229,59 @@ def test_weights_of_a_request_go_where_an_option_takes_their_times(
     code, _, err = run(*command)
     assert code == 0, err
     assert [each.solver_weights for each in planned] == [weights if kept else None]
+
+
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [
+        ({}, True),
+        ({"negative_prompt": "b", "num_inference_steps": 6, "solver": "ab2"}, True),
+        ({"num_inference_steps": 7}, False),
+        ({"solver": "euler"}, False),
+        ({"time_shift": 2.0}, False),
+        ({"late_stretch": 2.0}, False),
+    ],
+)
+def test_skipped_steps_of_a_request_go_where_an_option_takes_their_times(values: dict[str, Any], kept: bool) -> None:
+    times = {"num_inference_steps": 6, "solver": "ab2", "time_shift": 1.5, "late_stretch": 1.0}
+    read = {"prompt": "a", "skipped_steps": (3, 5), **times}
+    assert replaced(read, values) == read | ({} if kept else {"skipped_steps": None, "solver_weights": None}) | values
+
+
+def test_steps_that_skip_are_listed(run: Run, skipping_path: Path) -> None:
+    words = " ".join(run("inspect", skipping_path)[1].split())
+    assert "6 --skip-blocks ab2" in words
+    assert "8 --skip-blocks euler" in words
+
+
+def test_steps_that_skip_are_asked_for_by_an_option(
+    run: Run, skipping_path: Path, tmp_path: Path, planned: list[GenerationRequest]
+) -> None:
+    command = ("generate", skipping_path, "--prompt", "digit", "--out", tmp_path / "a.png")
+    code, _, err = run(*command, "--steps", 6, "--skip-blocks")
+    assert code == 0, err
+    assert [each.skip_blocks for each in planned] == [True]
+    code, _, err = run(*command, "--steps", 7, "--skip-blocks")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "tuned to skip blocks in 6 steps of ab2, 8 steps of euler; ask for one of these" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ({}, (1.5, ((1.5, -0.5),), (4,))),
+        ({"num_inference_steps": 9}, (1.5, None, None)),
+        ({"skip_blocks": False}, (None, None, None)),  # they were tuned together
+        ({"skip_blocks": True}, (None, None, None)),  # the bundle's own come in their place
+        ({"skip_blocks": True, "time_shift": 2.0}, (2.0, None, None)),
+    ],
+)
+def test_skipped_steps_of_a_request_go_where_an_option_says_so(options: dict[str, Any], left: tuple[Any, ...]) -> None:
+    read = {"num_inference_steps": 5, "time_shift": 1.5, "solver_weights": ((1.5, -0.5),), "skipped_steps": (4,)}
+    found = replaced(read, options)
+    assert tuple(found[name] for name in ("time_shift", "solver_weights", "skipped_steps")) == left
+    whole = {"num_inference_steps": 5, "time_shift": 1.5, "skipped_steps": None}
+    assert replaced(whole, {"skip_blocks": False})["time_shift"] == 1.5
 
 
 def test_request_of_another_bundle_is_noted(

@@ -11,8 +11,10 @@ import pytest
 from stiv_deploy.runtime import GenerationRequest, Solver, StivPipeline
 from stiv_deploy.runtime.bundle.bundle import Bundle, read_manifest, write_manifest
 from stiv_deploy.runtime.bundle.tuned import Tuned
-from stiv_deploy.runtime.command.tuning_plot import pareto_svg
+from stiv_deploy.runtime.command import tuning
+from stiv_deploy.runtime.command.tuning_plot import LEFT, RIGHT, pareto_svg
 from stiv_deploy.runtime.pipeline.tuning import TuneReport
+from stiv_deploy.runtime.sampling.tuning import Grid, Point, Skip
 
 Run = Callable[..., tuple[int, str, str]]
 FEW = ("--prompt", "digit three", "--count", 4, "--evaluations", 5, "--evaluations", 3)
@@ -141,3 +143,55 @@ def test_tuned_defaults_of_another_bundle_are_refused(run: Run, own_bundle: Path
     code, _, err = run("inspect", own_bundle)
     assert code == 2
     assert "its tuned defaults are of the bundle '000000000000', this is" in " ".join(err.split())
+
+
+def point(solver: Solver, steps: int, error: float, **grid: Any) -> Point:
+    own = Grid(solver=solver, steps=steps, time_shift=2.5, **grid)
+    return Point(grid=own, evaluations=own.evaluations, tried=error, error=error)
+
+
+FITTED = ((1.5, -0.5),) * 6
+TRIED = (
+    *(point(solver, 4, error) for solver, error in ((Solver.EULER, 0.5), (Solver.HEUN, 0.4), (Solver.AB2, 0.25))),
+    point(Solver.AB2, 5, 0.1875, solver_weights=FITTED[:4]),
+)
+SKIP = Skip(point=point(Solver.AB2, 7, 0.125, solver_weights=FITTED, skipped_steps=(3, 5)), fewer=TRIED[-1])
+FAR = SKIP.model_copy(update={"point": SKIP.point.model_copy(update={"tried": 0.2})})
+
+
+def report_of(*found: Skip) -> TuneReport:
+    points = {"own": TRIED[0], "tried": TRIED, "best": TRIED[2:], "intervals": (), "skips": found}
+    return TuneReport(bundle="0" * 64, clips=4, reference=TRIED[2].grid, reference_error=0.01, seconds=1.0, **points)
+
+
+def test_the_picture_has_grids_that_skip_and_names_that_lie_apart() -> None:
+    root = ElementTree.fromstring(pareto_svg(report_of(SKIP)))
+    titles = [each.text or "" for each in root.iterfind(".//{*}title")]
+    assert "ab2, 7 steps, shift 2.5, 2 skipped, fitted weights: 1.25e-01" in titles
+    legend = [each for each in root.findall("{*}text") if each.get("y") == "44"]
+    names = [each.text for each in legend]
+    assert names[:-1] == ["euler", "heun", "ab2", "ab2, fitted", "ab2, fitted, skips"]
+    ends = [float(LEFT)]
+    for each in legend:  # 12 pixels high; letters are 0.56 times as wide in DejaVu Sans, less in others
+        width, x = 0.56 * 12 * len(each.text or ""), float(each.get("x", ""))
+        start = x - width if each.get("text-anchor") == "end" else x
+        assert start >= ends[-1]
+        ends.append(start + width)
+    assert ends[-1] <= RIGHT + 1
+    assert "ab2, fitted, skips" not in pareto_svg(report_of())
+
+
+def test_what_is_gained_by_skips_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    tuning._show_skips(report_of(SKIP, FAR))
+    rows = [[each for each in line.split() if each not in "│|"] for line in capsys.readouterr().out.splitlines()]
+    assert rows.count(["5", "7", "2", "2.5", "1", "1.25e-01", "1.88e-01"]) == 1, "not the one that is farther"
+    tuning._show_skips(report_of(FAR))
+    assert "skipped blocks (1 tried) are nowhere nearer than as many evaluations without" in capsys.readouterr().out
+
+
+def test_a_bundle_that_can_skip_is_told_what_that_gains(run: Run, skipping_path: Path) -> None:
+    few = ("--prompt", "digit three", "--count", 4, "--evaluations", 5, "--solver", "ab2", "--time-shift", 1)
+    code, out, err = run("tune", skipping_path, *few, "--tolerance", 0.1, "--no-record")
+    assert code == 0, err
+    assert ("every second late step skips the blocks" in out) != ("skipped blocks (3 tried)" in out)

@@ -20,7 +20,16 @@ from stiv_deploy.runtime.pipeline.plan import RECOMMENDED, plan_generation
 PICTURE = np.full((8, 8, 3), 51, dtype=np.uint8)
 LATENT = np.ones((4, 4, 4), dtype=np.float32)
 
-LEFT_OUT = ("unseen", "solver_weights", "guidance_from", "guidance_until", "decode_tile", "noise")
+LEFT_OUT = (
+    "unseen",
+    "solver_weights",
+    "skip_blocks",
+    "skipped_steps",
+    "guidance_from",
+    "guidance_until",
+    "decode_tile",
+    "noise",
+)
 """Fields that a planned request may leave open."""
 
 

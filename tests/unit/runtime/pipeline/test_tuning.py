@@ -13,7 +13,7 @@ from stiv_deploy.runtime.bundle.contract import Student
 from stiv_deploy.runtime.errors import BundleError
 from stiv_deploy.runtime.pipeline import tuning
 from stiv_deploy.runtime.pipeline.tuning import BUDGETS, TuneReport, TuneRequest, tune, tuned
-from stiv_deploy.runtime.sampling.tuning import FITTED, STRETCHED, UNTIL, relative_errors
+from stiv_deploy.runtime.sampling.tuning import FITTED, STRETCHED, UNTIL, Grid, Point, Skip, relative_errors
 
 CLIPS = (
     GenerationRequest(prompt="digit three", seed=3, count=2, num_inference_steps=4, solver="euler"),
@@ -221,3 +221,93 @@ def test_another_bundle_in_the_place_is_not_given_these_defaults(
     with pytest.raises(BundleError, match="another bundle was put there while this one was tuned"):
         tune(asked(own_bundle, record=True, budgets=(3,), tolerance=0.5))
     assert read_manifest(own_bundle) == other
+
+
+FEW = {"solvers": (Solver.AB2,), "shifts": (1.0,), "tolerance": 0.1}
+
+
+def test_skips_are_tried_at_equal_evaluations_and_their_error_is_that_of_a_run(skipping_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    report = tune(asked(skipping_path, budgets=(4, 6), **FEW), lambda *news: told.append(news))
+    assert report.skips
+    for each in report.skips:
+        grid = each.point.grid
+        assert grid.skipped_steps
+        assert len(grid.solver_weights) == grid.steps - 1, "fitted"
+        assert each.point.evaluations == grid.steps - len(grid.skipped_steps)
+        assert each.fewer in report.best
+        assert each.fewer.evaluations <= each.point.evaluations
+    assert not any(each.grid.skipped_steps for each in (*report.tried, *report.best, report.own))
+    assert any("skipped" in words for words, _, _ in told)
+    assert all(0 <= done <= total for _, done, total in told)
+    assert TuneReport.model_validate_json(report.model_dump_json()) == report
+    point = report.skips[-1].point
+
+    def made(pipe: StivPipeline, grid: Grid) -> np.ndarray:
+        return pipe.sample(pipe.plan([tuning._changed(each, grid) for each in CLIPS]))
+
+    with StivPipeline.from_bundle(skipping_path, "onnxruntime", threads=1) as pipe:
+        errors = relative_errors(made(pipe, point.grid), made(pipe, report.reference))
+    assert (point.tried, point.error) == pytest.approx((errors[[0, 2]].mean(), errors[1]), rel=1e-3)
+
+
+def test_where_nothing_can_skip_nothing_is_tried(bundle_path: Path, skipping_path: Path) -> None:
+    assert tune(asked(bundle_path, budgets=(4,), **FEW)).skips == ()
+    two = asked(skipping_path, budgets=(4,), **FEW | {"requests": CLIPS[:1]})
+    assert tune(two).skips == (), "one clip that chooses is too few to fit to"
+    ends = tuple(each.changed(guidance_until=0.5) for each in CLIPS)
+    assert tune(asked(skipping_path, budgets=(6,), **FEW | {"requests": ends})).skips == ()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_inference_steps": 6, "solver": None, "skip_blocks": True},
+        {"num_inference_steps": 9, "solver": "ab2", "skipped_steps": (2, 4, 6, 8)},
+    ],
+)
+def test_requests_that_skip_are_tuned_on_as_others_are(skipping_path: Path, values: dict[str, Any]) -> None:
+    """Their own grid is measured, but stands for nothing that skips none, whatever its error."""
+    clips = tuple(each.changed(**values) for each in CLIPS)
+    report = tune(asked(skipping_path, requests=clips, budgets=(2, 3), **FEW))
+    assert report.own.grid.skipped_steps
+    assert report.own.evaluations == report.own.grid.steps - len(report.own.grid.skipped_steps)
+    assert not any(each.point.grid.skipped_steps for each in report.intervals)
+    best = report.model_copy(update={"own": report.own.model_copy(update={"tried": 0.0})})
+    assert report.own not in report.best
+    assert tuned(best) == tuned(report)
+
+
+def skip_of(steps: int, tried: float, fewer: Point) -> Skip:
+    grid = fewer.grid.model_copy(
+        update={"steps": steps, "solver_weights": ((1.5, -0.5),) * (steps - 1), "skipped_steps": (steps - 1,)}
+    )
+    return Skip(point=Point(grid=grid, evaluations=steps - 1, tried=tried, error=tried), fewer=fewer)
+
+
+def test_skips_that_are_worthwhile_are_kept_beside_the_others_and_no_others(bundle_path: Path) -> None:
+    report = tune(asked(bundle_path, budgets=(3, 4), **FEW))
+    fewer = report.best[-1]
+    near, nearest, far = (skip_of(5, fewer.tried * part, fewer) for part in (0.5, 0.25, 2.0))
+    other = skip_of(4, fewer.tried / 2, fewer)
+    kept = tuned(report.model_copy(update={"skips": (other, far, near, nearest)}))
+    plain = tuned(report)
+    assert [each for each in kept.grids if not each.skipped_steps] == list(plain.grids)
+    assert [(each.steps, each.tried) for each in kept.skipping()] == [(5, nearest.point.tried), (4, other.point.tried)]
+    assert kept.grid(4) == plain.grid(4)
+    assert tuned(report.model_copy(update={"skips": (far,)})) == plain
+
+
+def test_what_was_found_to_skip_is_what_a_request_that_asks_for_it_gets(tmp_path: Path) -> None:
+    path = make_bundle(tmp_path / "bundle", Toy(slope=0.8, skips=True))
+    report = tune(asked(path, budgets=(6,), **FEW))
+    found = report.skips[-1]
+    worthwhile = found.model_copy(update={"point": found.point.model_copy(update={"tried": 0.0, "error": 0.0})})
+    tuning._record(path, report.model_copy(update={"skips": (worthwhile,)}))
+    with StivPipeline.from_bundle(path, "onnxruntime", threads=1) as pipe:
+        steps = found.point.grid.steps
+        asks = GenerationRequest(prompt="digit", num_inference_steps=steps, skip_blocks=True)
+        (video,) = pipe.plan(asks).videos
+    assert {name: getattr(video.settings, name) for name in tuning.OWN_GRID} == found.point.grid.model_dump(
+        exclude={"guidance_until"}
+    )

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from stiv_deploy.runtime.bundle.bundle import read_manifest, write_manifest
 from stiv_deploy.runtime.pipeline.records import read_requests
 from stiv_deploy.serving.api import events
 from stiv_deploy.serving.store.jobs import Measured, Size
@@ -101,6 +102,50 @@ def test_a_form_has_weights_of_a_solver_as_json(place: Any) -> None:
         answer = place.client.post("/v1/videos", files=parts | {"solver_weights": (None, text)})
         assert answer.status_code == 400, text
         assert "solver_weights" in answer.json()["error"]["message"]
+
+
+def form(**fields: str) -> dict[str, tuple[None, str]]:
+    return {name: (None, text) for name, text in ({"prompt": "digit"} | fields).items()}
+
+
+def test_a_form_says_what_skips_blocks(place_of: Callable[..., Any], skipping_path: Path) -> None:
+    place = place_of(skipping_path)
+    for fields, skipped in (
+        ({"num_inference_steps": "6", "skip_blocks": "true"}, [3, 5]),
+        ({"num_inference_steps": "6", "skip_blocks": "false"}, None),
+        ({"num_inference_steps": "5", "solver": "euler", "skipped_steps": "[2, 4]"}, [2, 4]),
+    ):
+        answer = place.client.post("/v1/videos", files=form(**fields))
+        assert answer.status_code == 200, answer.text
+        stored = json.loads(place.store.request(answer.json()["id"]))
+        assert ("skip_blocks" in stored, stored.get("skipped_steps")) == (False, skipped)
+    for name, texts in (
+        ("skip_blocks", ("", "maybe", "1", "[true]", "true")),
+        ("skipped_steps", ("", "2", "[2.5]", '["2"]', "[1]", "[3, 2]", "[9]", "[" * 100_000)),
+    ):
+        for text in texts:
+            answer = place.client.post("/v1/videos", files=form(**{name: text}))
+            assert answer.status_code == 400, text
+            words = answer.json()["error"]["message"]
+            assert name in words or "step 1 cannot be skipped" in words
+            assert "\n" not in words
+
+
+def test_a_job_counts_the_evaluations_of_the_blocks(place_of: Callable[..., Any], skipping_path: Path) -> None:
+    place = place_of(skipping_path)
+    for asked, wanted in (
+        ({"num_inference_steps": 6, "skip_blocks": True}, (4, 6, True)),
+        ({"num_inference_steps": 6}, (6, 6, False)),
+        ({"num_inference_steps": 6, "solver": "heun"}, (11, 6, False)),
+    ):
+        job = place.store.get(place.ask(**asked)["id"])
+        assert (job.evaluations, job.steps, job.skips) == wanted
+
+
+def test_the_model_tells_which_steps_can_be_skipped(place_of: Callable[..., Any], skipping_path: Path) -> None:
+    (model,) = place_of(skipping_path).client.get("/v1/models").json()["data"]
+    found = [(each["solver"], each["steps"], each["skipped_steps"], each["default"]) for each in model["stiv"]["tuned"]]
+    assert found == [("ab2", 6, [], True), ("ab2", 6, [3, 5], False), ("euler", 8, [4, 6], False)]
 
 
 @pytest.mark.parametrize(
@@ -466,10 +511,25 @@ def test_the_model_tells_what_goes_best_with_how_many_steps(place_of: Callable[.
     (model,) = place.client.get("/v1/models").json()["data"]
     assert (model["stiv"]["defaults"]["solver"], model["stiv"]["defaults"]["time_shift"]) == ("ab2", 1.5)
     assert model["stiv"]["tuned"][1] == {
-        "solver": "euler", "steps": 40, "time_shift": 2.5, "late_stretch": 1.0, "tried": 0.1, "default": True,
-        "fitted": False,
+        "solver": "euler", "steps": 40, "time_shift": 2.5, "late_stretch": 1.0, "skipped_steps": [], "tried": 0.1,
+        "default": True, "fitted": False,
     }  # fmt: skip
     assert [each["default"] for each in model["stiv"]["tuned"]] == [True, True, False]
+
+
+def test_times_for_skipped_blocks_are_told_where_they_can_be(
+    place_of: Callable[..., Any], skipping_path: Path, bundle_with: Callable[..., Path]
+) -> None:
+    """A bundle of a tuned checkpoint has them, with graphs for that or not."""
+    tuned, other = read_manifest(skipping_path).tuned, bundle_with()
+    assert tuned is not None
+    manifest = read_manifest(other)
+    own = tuned.model_copy(update={"bundle": manifest.bundle_hash})
+    write_manifest(other, manifest.model_copy(update={"tuned": own}))
+    models = [place_of(path).client.get("/v1/models").json()["data"][0]["stiv"] for path in (skipping_path, other)]
+    found = [[each["skipped_steps"] for each in model["tuned"]] for model in models]
+    assert any(found[0])
+    assert found[1] == [each for each in found[0] if not each]
 
 
 def test_health_knows_whether_anybody_works(place: Any) -> None:

@@ -280,6 +280,20 @@ def test_what_goes_with_the_steps_is_shown_and_is_what_is_made(visit: Any, tuned
 
 
 @pytest.mark.slow
+def test_nobody_is_shown_times_of_steps_that_skip_blocks(visit: Any, skipping_path: Path) -> None:
+    """Euler's rule was tuned with these alone."""
+    place, tab = visit(None, skipping_path)
+    tab.get_by_text("More", exact=True).click()
+    tab.get_by_label("Steps", exact=True).fill("8")
+    tab.locator("#solver").select_option("euler")
+    assert [tab.locator(f"#{name}").input_value() for name in ("time_shift", "late_stretch")] == ["3", "1"]
+    ask(tab, "as shown", 8)
+    (request,) = [json.loads(place.store.request(job.id)) for job in place.store.waiting()]
+    assert [request[name] for name in ("solver", "time_shift", "late_stretch")] == ["euler", 3, 1]
+    assert "skipped_steps" not in request
+
+
+@pytest.mark.slow
 def test_a_solver_that_was_not_tuned_gets_the_times_that_are_shown(visit: Any, tuned_path: Path) -> None:
     manifest = read_manifest(tuned_path)
     assert manifest.tuned is not None

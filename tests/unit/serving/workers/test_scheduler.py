@@ -159,6 +159,28 @@ def test_a_killed_workers_clip_goes_on_from_its_latents(
     assert place.results.latents(job) is None
 
 
+def test_a_killed_workers_clip_goes_on_along_its_residuals(
+    place_of: Callable[..., Any], skipping_path: Path, finished: Callable[..., None]
+) -> None:
+    """Of eight steps the fifth and the seventh are skipped; it is killed after the fourth, and three are kept."""
+    place = place_of(skipping_path, latents_every=3)
+    asked = {"num_inference_steps": 8, "solver": "euler", "skip_blocks": True}
+    whole = place.ask(**asked)["id"]
+    finished(place.worker())
+    whole = taken(place, whole)
+    job = place.ask(**asked)["id"]
+    dead = place.worker("dead")
+    for _ in range(5):
+        dead.turn()
+    place.store.release("dead")  # as after kill -9
+    kept = place.results.latents(job)
+    assert int(kept["position"]) == 3
+    assert kept["residuals"].shape[:2] == (2, 2)
+    finished(place.worker())
+    assert place.sheet(job) == whole
+    assert place.look(job)["stiv"]["attempts"] == 2
+
+
 def test_what_does_not_finish_in_time_is_given_back(
     place_of: Callable[..., Any], bundle_path: Path, finished: Callable[..., None]
 ) -> None:

@@ -148,6 +148,33 @@ def test_a_lone_clip_is_made_by_all_devices_and_is_that_of_one(crew: Crew, monke
         assert crew.place.look(job)["status"] == "completed"
 
 
+@pytest.fixture(scope="session")
+def skipping_mixing_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, whose steps can skip the blocks."""
+    return make_bundle(tmp_path_factory.mktemp("mixing") / "skipping", Toy(skips=True), mixing_graphs())
+
+
+def test_a_clip_that_skips_blocks_is_left_to_one_device(
+    place_of: Callable[..., Any], skipping_mixing_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is what it is there alone; one that skips none has all."""
+    place = place_of(skipping_mixing_path, devices=("cpu", "cpu"), parallel="cfg1xdsp2")
+    plain: dict[str, Any] = {"num_inference_steps": 6, "solver": "euler"}
+    skipping = plain | {"skipped_steps": [3, 5]}
+    right = latents_alone(place, skipping, monkeypatch)
+    crew = Crew(place, monkeypatch, "cfg1xdsp2")
+    try:
+        jobs = [place.ask(**each)["id"] for each in (skipping, plain)]
+        first, second = map(place.store.get, jobs)
+        assert crew.floor.chosen([first], place.clock()) is None
+        assert crew.floor.chosen([second], place.clock()) == second.id
+        crew.finish()
+        np.testing.assert_array_equal(crew.latents[first.id], right)
+        assert crew.place.look(second.id)["status"] == "completed"
+    finally:
+        crew.team.close()
+
+
 def test_many_clips_are_made_alone_by_a_device_each(crew: Crew) -> None:
     """Six at once: a device's time goes further where it shares nothing."""
     crew.batches_pay()
