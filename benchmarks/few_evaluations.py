@@ -5,9 +5,10 @@
 CHECKPOINT says what the model was trained on, and so what its clips are judged by (``exams.py``); BUNDLE is one of it,
 the student's one of its student that is a flow map, ``--one-row`` one of a student of guidance alone. ``--also
 NAME=BUNDLE``, ``--also-student`` and ``--also-one-row`` are other precisions of the three. ``--fitted`` takes AB2's
-weights and times from what 'stiv tune' found of BUNDLE, and of the student of guidance for that one. All get
-the same prompts and noise. *Error* is the relative L2 error of latents against the exact flow of BUNDLE: AB2 in
-``--exact`` steps. *Spread* is how far latents of one prompt lie apart over eight seeds, in percent of the first row's.
+weights and times from what 'stiv tune' found of BUNDLE, and of the student of guidance for that one; ``--skipping``
+those that skip blocks. All get the same prompts and noise. *Error* is the relative L2 error of latents
+against the exact flow of BUNDLE: AB2 in ``--exact`` steps. *Spread* is how far latents of one prompt lie apart over
+eight seeds, in percent of the first row's.
 *Time* is a whole clip's on one thread, rows by turns, the median of the ratios to the first row in the same round.
 
 Each row's scores are kept in ``--work`` when it is done, so that a stopped run goes on; times are taken last, together.
@@ -120,16 +121,21 @@ def teacher_rows(bundle: str, ways: Ways, suffix: str = "") -> Iterator[Row]:
 
 
 def fitted_rows(bundle: str, grids: Sequence[TunedGrid], scale: float, name: str = "", suffix: str = "") -> list[Row]:
-    """AB2 with weights of the model's own, over ``grids``."""
+    """AB2 with weights of the model's own, over ``grids``, where they say so with skipped blocks."""
     return [
         Row(
-            name=f"{name}AB2, {grid.steps} steps, fitted weights{suffix}",
+            name=f"{name}AB2, {grid.steps} steps{_skipped(grid)}, fitted weights{suffix}",
             bundle=bundle,
             options=grid.model_dump(include={"solver", "time_shift", "late_stretch", "solver_weights"})
+            | ({"skipped_steps": grid.skipped_steps} if grid.skipped_steps else {})
             | {"guidance_scale": scale, "num_inference_steps": grid.steps},
         )
         for grid in grids
     ]
+
+
+def _skipped(grid: TunedGrid) -> str:
+    return f", {len(grid.skipped_steps)} skipped" if grid.skipped_steps else ""
 
 
 def student_rows(bundle: str, ways: Ways, suffix: str = "") -> Iterator[Row]:
@@ -276,6 +282,9 @@ def main(
     guidance: Annotated[float, typer.Option(help="Guidance scale of all rows.")] = 2.0,
     steps: Annotated[str, typer.Option(help="Numbers of AB2 steps, with commas.")] = "15,10",
     fitted: Annotated[str, typer.Option(help="Numbers of AB2 steps for which BUNDLE was tuned.")] = "",
+    skipping: Annotated[
+        str, typer.Option(help="Numbers of AB2 steps in which one of them was tuned to skip blocks.")
+    ] = "",
     time_shift: Annotated[float, typer.Option(help="Of AB2's steps.")] = 2.0,
     late_stretch: Annotated[float, typer.Option(help="Of AB2's steps.")] = 3.0,
     until: Annotated[float, typer.Option(help="When guidance ends that ends early.")] = 0.4,
@@ -297,7 +306,10 @@ def main(
         *contestants_of(Kind.ONE_ROW, one_row, also_one_row, "--also-one-row"),
     ]
     weighed = [each for each in contestants if not each.precision and each.kind is not Kind.STUDENT]
-    grids = {Kind.STUDENT: ()} | {each.kind: fitted_grids(each.folder, fitted) for each in weighed}
+    skips = skipping_grids([each.folder for each in weighed], skipping)
+    grids = {Kind.STUDENT: ()} | {
+        each.kind: (*fitted_grids(each.folder, fitted), *skips[each.folder]) for each in weighed
+    }
     rows = [row for each in in_order(contestants) for row in rows_of(each, ways, grids[each.kind])]
     opened = open_checkpoint(checkpoint)
     exam = exam_of(checkpoint, opened.config.sampling, samples)
@@ -350,6 +362,20 @@ def fitted_grids(bundle: Path, steps: str) -> tuple[TunedGrid, ...]:
         if grid is None or grid.steps != number or not grid.solver_weights:
             raise RequestError(f"{bundle}: has no fitted weights of {number} steps; run: stiv tune {bundle}")
     return tuple(grid for grid in found if grid is not None)
+
+
+def skipping_grids(bundles: Sequence[Path], steps: str) -> dict[Path, list[TunedGrid]]:
+    """What it found for AB2 with skipped blocks in these numbers of ``steps``, by bundle; each in one of them."""
+    numbers = [int(each) for each in steps.split(",") if each]
+    found: dict[Path, list[TunedGrid]] = {}
+    for bundle in bundles:
+        tuned = Bundle.open(bundle).manifest.tuned
+        best = [] if tuned is None else [tuned.skipping(number, "ab2")[:1] for number in numbers]
+        found[bundle] = [grid for grids in best for grid in grids]
+    known = {grid.steps for grids in found.values() for grid in grids}
+    if missing := [number for number in numbers if number not in known]:
+        raise RequestError(f"{missing[0]} steps skip no blocks, as far as 'stiv tune' has found; leave them out")
+    return found
 
 
 def in_order(contestants: Sequence[Contestant]) -> list[Contestant]:

@@ -12,13 +12,12 @@ import above  # noqa: F401  # isort: split
 from arithmetic import stiv_operations
 from torch import Tensor
 
+from stiv_deploy.runtime.sampling import skipping
 from stiv_deploy.stiv_ref.block import RopeTables, additive_mask
 from stiv_deploy.stiv_ref.config import StivConfig
 from stiv_deploy.stiv_ref.flow import schedule
 from stiv_deploy.stiv_ref.model import Stiv, TextKV
 
-FIRST_SHARE, FIRST_TIME = 0.2, 0.12
-"""The first share of the steps, and steps before that time, are never skipped: there a clip's course is decided."""
 LONGEST = 3
 """Steps in a row that MagCache's rule skips at most."""
 Residuals = Sequence[tuple[float, Tensor]]
@@ -26,9 +25,8 @@ Residuals = Sequence[tuple[float, Tensor]]
 
 
 def skippable(steps: int, shift: float, late_stretch: float = 1.0) -> list[int]:
-    """Numbers of the steps that a mask may skip."""
-    times = schedule(steps, shift, late_stretch).tolist()[:-1]
-    return [step for step, time in enumerate(times) if step >= max(2, FIRST_SHARE * steps) and time >= FIRST_TIME]
+    """Numbers of the steps that a mask may skip (:func:`~stiv_deploy.runtime.sampling.skipping.skippable`)."""
+    return skipping.skippable(schedule(steps, shift, late_stretch).tolist())
 
 
 def every(period: int, steps: int, shift: float) -> tuple[int, ...]:

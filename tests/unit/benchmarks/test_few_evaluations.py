@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from toys import Toy, make_bundle, tuned_to_skip
 
 from stiv_deploy.runtime.bundle.bundle import read_manifest, write_manifest
 from stiv_deploy.runtime.bundle.tuned import Tuned, TunedGrid
@@ -72,6 +73,19 @@ def tuned_path(bundle_path: Path, tmp_path: Path) -> Path:
 def test_weights_that_nobody_has_fitted_are_asked_for(few: ModuleType, tuned_path: Path, steps: str) -> None:
     with pytest.raises(RequestError, match=f"has no fitted weights of {steps[-1]} steps; run: stiv tune"):
         few.fitted_grids(tuned_path, steps)
+
+
+def test_grids_that_skip_have_rows_of_their_own(few: ModuleType, tmp_path: Path) -> None:
+    skipping = tuned_to_skip(make_bundle(tmp_path / "skipping", Toy(skips=True)))
+    plain = make_bundle(tmp_path / "plain", Toy())
+    found = few.skipping_grids([plain, skipping], "6")
+    assert found[plain] == []
+    (grid,) = found[skipping]
+    (row,) = few.fitted_rows("teacher", [grid], 2.0)
+    assert row.name == f"AB2, 6 steps, {len(grid.skipped_steps)} skipped, fitted weights"
+    assert row.options["skipped_steps"] == grid.skipped_steps
+    with pytest.raises(RequestError, match="7 steps skip no blocks"):
+        few.skipping_grids([plain, skipping], "6,7")
 
 
 def test_the_smallest_run_is_kept_and_goes_on(
