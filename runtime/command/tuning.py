@@ -204,11 +204,10 @@ def _show_skips(report: "TuneReport") -> None:
     """Where steps that skip the blocks beat fewer steps, if they do anywhere."""
     from rich.console import Console
 
-    nearest = sorted(report.skips, key=lambda each: (each.point.evaluations, -each.point.tried))
-    best = {each.point.evaluations: each for each in nearest}
-    worthwhile = [each for each in best.values() if each.worthwhile]
-    if worthwhile:
-        Console().print(skip_table(worthwhile))
+    worthwhile = [each for each in report.skips if each.worthwhile]
+    nearest = sorted(worthwhile, key=lambda each: (each.point.evaluations, -each.point.tried))
+    if best := {each.point.evaluations: each for each in nearest}:
+        Console().print(skip_table([*best.values()]))
     else:
         typer.echo(f"skipped blocks ({len(report.skips)} tried) are nowhere nearer than as many evaluations without")
 
