@@ -59,6 +59,11 @@ class Buffer:
         assert 0 <= start <= start + part.nbytes <= self.nbytes
         return part
 
+    @property
+    def raw(self) -> "Buffer":
+        """Its bytes, uint8 [nbytes], as a view."""
+        return self.part(0, (self.nbytes,), "uint8")
+
     def __getitem__(self, index: int) -> "Buffer":
         """Row ``index`` along the first axis, as a view."""
         assert 0 <= index < self.shape[0]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stiv_deploy.runtime.backends.base import Backend, Buffer
+from stiv_deploy.runtime.backends.base import Backend
 from stiv_deploy.runtime.bundle.contract import TensorSpec
 from stiv_deploy.runtime.sampling.skipping import KNOWN
 
@@ -32,15 +32,10 @@ class Residuals:
 
     def read(self, rows: Sequence[int], places: Sequence[int]) -> np.ndarray:
         """Bytes uint8 [rows, places, n] of what is known of ``rows`` in ``places``; waits for the device."""
-        return np.array([[self._backend.read(_raw(self.known[place][row])) for place in places] for row in rows])
+        return np.array([[self._backend.read(self.known[place][row].raw) for place in places] for row in rows])
 
     def write(self, rows: Sequence[int], known: np.ndarray) -> None:
         """Put back what :meth:`read` gave of as many ``rows``, in ascending places."""
         for row, own in zip(rows, known, strict=True):
             for buffer, one in zip(self.known, own, strict=True):
-                self._backend.write(_raw(buffer[row]), np.ascontiguousarray(one))
-
-
-def _raw(buffer: Buffer) -> Buffer:
-    """The bytes of ``buffer``."""
-    return Buffer(buffer.address, (buffer.nbytes,), "uint8", buffer.owner)
+                self._backend.write(buffer[row].raw, np.ascontiguousarray(one))

@@ -57,7 +57,7 @@ class ParallelDenoiser(RowModel):
         self._give(row, {**given, "micro": micro.astype(np.float32).view(np.uint8)})
 
     def _bytes(self, buffer: Buffer) -> np.ndarray:
-        return self.backend.read(Buffer(buffer.address, (buffer.nbytes,), "uint8", buffer.owner))
+        return self.backend.read(buffer.raw)
 
     def _give(self, row: int, given: Mapping[str, np.ndarray]) -> None:
         """Send what ``row`` is given to the devices of its group."""

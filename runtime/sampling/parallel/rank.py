@@ -128,7 +128,7 @@ class Rank:
         return [self._buffers[name][index] for index in range(self.model.blocks)]
 
     def _write(self, buffer: Buffer, raw: np.ndarray) -> None:
-        self.backend.write(Buffer(buffer.address, raw.shape, "uint8", buffer.owner), raw)
+        self.backend.write(buffer.raw, raw)
 
     def calls(self, rows: int, leader: Mapping[str, Buffer] | None = None, *, capture: bool = True) -> dict[str, Call]:
         """What this device does in an evaluation of ``rows`` rows of all of the work, by name, in order.

@@ -84,7 +84,7 @@ class HostBytes:
 
     def __init__(self, backend: Backend, buffer: Buffer) -> None:
         self._backend = backend
-        self._buffer = Buffer(buffer.address, (buffer.nbytes,), "uint8", buffer.owner)
+        self._buffer = buffer.raw
         view = backend.host_view(self._buffer)
         self._direct = view is not None
         self.array = np.empty(buffer.nbytes, np.uint8) if view is None else view
