@@ -31,7 +31,6 @@ from stiv_deploy.export.graphs.draws import (
     rel_l2,
 )
 from stiv_deploy.export.graphs.golden_runs import Simulated, run_answers
-from stiv_deploy.export.graphs.modules import graph_modules
 from stiv_deploy.export.graphs.reference import Boundary
 from stiv_deploy.export.graphs.writer import GraphWriter, in_precision
 from stiv_deploy.runtime.bundle.contract import PIXEL_GRAPHS, VAE_GRAPHS, ModelFacts, TensorSpec
@@ -198,7 +197,7 @@ class _Answers:
     def _simulated_wide(self) -> Mapping[str, nn.Module]:
         """Its graphs' modules."""
         simulated = replace(self.writer.checkpoint, model=self._simulated_wide_model)
-        return graph_modules(simulated, halves=self.writer.halves, skips=self.writer.skips)
+        return self.writer.modules_of(simulated)
 
 
 def _largest(gates: Iterable[Sequence[float]]) -> list[float]:

@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from stiv_deploy.runtime.bundle.contract import FRAMES, SKIP_GRAPHS, ModelFacts, block_names, half_names
+from stiv_deploy.runtime.bundle.contract import FRAMES, ModelFacts, block_names, half_names
 from stiv_deploy.stiv_ref.block import RopeTables, StivBlock
 from stiv_deploy.stiv_ref.checkpoint import AnyTextEncoder, AnyVae, Checkpoint, CheckpointConfig
 from stiv_deploy.stiv_ref.guidance import NORM_FLOOR
@@ -248,8 +248,7 @@ class ExtrapolateGraph(nn.Module):
         """[B, T', S, D] four times, [B, 2], bool [B] -> [B, T', S, D]: where not ``skipped``, ``last`` as it is."""
         known = [_at_least_float32(each) for each in (residual_0, residual_1)]
         weights = [column[:, None, None, None] for column in residual_weights.unbind(1)]
-        terms = [torch.where(weight != 0, weight * each, 0.0) for weight, each in zip(weights, known, strict=True)]
-        guessed = (_at_least_float32(x) + terms[0] + terms[1]).to(x.dtype)
+        guessed = sum(_terms(known, weights), start=_at_least_float32(x)).to(x.dtype)
         return torch.where(skipped[:, None, None, None], guessed, last)
 
 
@@ -323,9 +322,13 @@ def _wide(values: Tensor) -> Tensor:
 
 def _weighted(terms: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Sum of ``terms`` [B, T, C, h, w] by the weights [B, len(terms)] of each sample, nothing from those of 0."""
-    columns = [_wide(column) for column in weights.unbind(1)]
-    first, *rest = [torch.where(weight != 0, weight * term, 0.0) for term, weight in zip(terms, columns, strict=True)]
+    first, *rest = _terms(terms, [_wide(column) for column in weights.unbind(1)])
     return sum(rest, start=first)
+
+
+def _terms(values: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Each of ``values`` times its own of ``weights``, which broadcast; nothing of one whose weight is 0."""
+    return [torch.where(weight != 0, weight * value, 0.0) for value, weight in zip(values, weights, strict=True)]
 
 
 def _norm(velocity: Tensor, given: Tensor) -> Tensor:
@@ -348,7 +351,6 @@ def _block_modules(model: Stiv, *, halves: bool) -> Iterator[tuple[str, nn.Modul
 
 def graph_modules(checkpoint: Checkpoint, *, halves: bool = False, skips: bool = False) -> Mapping[str, nn.Module]:
     """All graphs of a checkpoint by the contract's names, in running order, sharing the checkpoint's parameters."""
-    skipping = dict(zip(SKIP_GRAPHS, (ResidualGraph(), ExtrapolateGraph()), strict=True))
     model = checkpoint.model
     return {
         "text_encoder": TextEncoderGraph(checkpoint.text_encoder),
@@ -356,7 +358,7 @@ def graph_modules(checkpoint: Checkpoint, *, halves: bool = False, skips: bool =
         "image_encoder": ImageEncoderGraph(checkpoint.vae),
         "embed": EmbedGraph(model),
         **dict(_block_modules(model, halves=halves)),
-        **(skipping if skips else {}),
+        **({"residual": ResidualGraph(), "extrapolate": ExtrapolateGraph()} if skips else {}),
         "head": HeadGraph(model),
         "step": StepGraph(),
         "decoder": DecoderGraph(checkpoint.vae),

@@ -91,10 +91,14 @@ class GraphWriter:
         self.facts = model_facts(checkpoint.config)
         self.halves, self.skips = halves, skips
         self.specs = graph_specs(self.facts, precision, halves=halves, skips=skips)
-        self.modules = graph_modules(checkpoint, halves=halves, skips=skips)
+        self.modules = self.modules_of(checkpoint)
         self._weights: dict[str, FileRecord | None] = {}
         self._templates: dict[tuple[str, tuple[LayerScheme, ...], Attention], Template] = {}
         self._checked: set[str] = set()
+
+    def modules_of(self, checkpoint: Checkpoint) -> Mapping[str, nn.Module]:
+        """All graphs that it writes, as modules of ``checkpoint``."""
+        return graph_modules(checkpoint, halves=self.halves, skips=self.skips)
 
     def write_all(self, buckets: Sequence[Bucket], check: bool, progress: Progress) -> dict[str, GraphRecord]:
         """Write every graph and, with ``check``, compare it with the reference at the sizes of ``buckets``."""
@@ -266,7 +270,7 @@ class GraphWriter:
 
     @cached_property
     def _simulated(self) -> Mapping[str, nn.Module]:
-        return graph_modules(replace(self.checkpoint, model=self.simulated_model), halves=self.halves, skips=self.skips)
+        return self.modules_of(replace(self.checkpoint, model=self.simulated_model))
 
 
 def in_precision(module: Module, dtype: torch.dtype) -> Module:

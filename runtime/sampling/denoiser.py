@@ -28,7 +28,7 @@ class RowModel(ABC):
     captures = True
     """Whether all of its calls may be captured together."""
     skips = False
-    """Whether rows can skip the blocks."""
+    """Whether rows can skip the blocks, by :meth:`Denoiser.skipping_calls`."""
     model_input: Buffer
     velocity: Buffer
     timed: dict[str, Buffer]
@@ -60,19 +60,6 @@ class RowModel(ABC):
 
         It reads the buffers of ``instead``, by name, where its own would be read.
         """
-
-    def skipping_calls(self, rows: int, *, blocks: bool, **instead: Buffer) -> dict[str, Call]:
-        """As :meth:`calls`, but rows that ``skipped`` marks, of ``instead``, go on from their known residuals.
-
-        Without ``blocks`` all of them must; with them every row's residual is left fresh, which says nothing of rows
-        that skip. Of models with :attr:`skips` alone, as :attr:`residuals` are.
-        """
-        raise NotImplementedError
-
-    @property
-    def residuals(self) -> Residuals:
-        """What rows that skip the blocks go on from."""
-        raise NotImplementedError
 
     @abstractmethod
     def set_row(self, row: int, text: TextRow, micro: np.ndarray) -> None:
@@ -120,7 +107,11 @@ class Denoiser(RowModel):
         return {"embed": self.bind("embed", x=x, **first), **blocks, "head": self.bind("head", x=last, **first)}
 
     def skipping_calls(self, rows: int, *, blocks: bool, **instead: Buffer) -> dict[str, Call]:
-        """As :meth:`RowModel.skipping_calls` says."""
+        """As :meth:`calls`, but rows that ``skipped`` marks, of ``instead``, go on from their known residuals.
+
+        Without ``blocks`` all of them must; with them every row's residual is left fresh, which says nothing of rows
+        that skip. Of models with :attr:`skips` alone, as :attr:`residuals` are.
+        """
         first = self._first(rows, instead)
         x, spares = self.residuals.first.first(rows), (first.pop("x"), self._spare_x.first(rows))
         computed, last, spare = dict[str, Call](), *spares  # where nobody looks at the last tokens they may be any
@@ -138,7 +129,7 @@ class Denoiser(RowModel):
 
     @cached_property
     def residuals(self) -> Residuals:
-        """As :attr:`RowModel.residuals` says; allocated when the first row is to skip."""
+        """What rows that skip the blocks go on from; allocated when the first one is to."""
         return Residuals(self.backend, self.tensor("residual", "x"), self.dims)
 
     def _first(self, rows: int, instead: Mapping[str, Buffer]) -> dict[str, Buffer]:

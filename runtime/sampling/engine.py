@@ -87,17 +87,22 @@ class _Running:
         return (before, last) if self.oldest == 0 else (last, before)
 
     @property
+    def until_skip(self) -> int | None:
+        """Evaluations from the next one on until one skips the blocks; None if none does."""
+        if not self.sample.settings.skipped_steps:
+            return None
+        left = enumerate(self.planned[self.position :])
+        return next((count for count, each in left if each.residuals is not None), None)
+
+    @property
     def remembers(self) -> bool:
         """Whether an evaluation from the next one on skips the blocks."""
-        return bool(self.sample.settings.skipped_steps) and any(
-            each.residuals is not None for each in self.planned[self.position :]
-        )
+        return self.until_skip is not None
 
     @property
     def looks_back(self) -> bool:
         """Whether one of those does so by a residual that is known already."""
-        following = [each.residuals is not None for each in self.planned[self.position :]]
-        return self.remembers and following.index(True) < KNOWN
+        return self.until_skip is not None and self.until_skip < KNOWN
 
     @property
     def guidance(self) -> list[GuidanceRow]:
@@ -244,7 +249,7 @@ class StepEngine:
         else:
             self.backend.write(self._inputs.velocities[self._side][slot], pause.velocity)
         if pause.residuals is not None:
-            self.denoiser.residuals.write(running.rows, pause.residuals)
+            self._skipper.residuals.write(running.rows, pause.residuals)
 
     def between_steps(self, slot: int) -> bool:
         """Whether the clip in ``slot`` is between two steps, not within one of several evaluations."""
@@ -264,7 +269,7 @@ class StepEngine:
             latents=latents,
             inputs=np.stack(inputs),
             velocity=velocity,
-            residuals=self.denoiser.residuals.read(running.rows, order) if running.looks_back else None,
+            residuals=self._skipper.residuals.read(running.rows, order) if running.looks_back else None,
         )
 
     def estimate(self, slot: int) -> np.ndarray | None:
@@ -325,14 +330,20 @@ class StepEngine:
         for running in self._running.values():
             if running.skip is None and running.remembers:
                 for row in running.rows:
-                    self.denoiser.residuals.keep(row, running.oldest)
+                    self._skipper.residuals.keep(row, running.oldest)
                 running.oldest = 1 - running.oldest
+
+    @property
+    def _skipper(self) -> Denoiser:
+        """The model of the rows, of which one can skip the blocks."""
+        assert isinstance(self.denoiser, Denoiser)
+        return self.denoiser
 
     def _remembering(self, rung: int, *, blocks: bool) -> Replay:
         """The calls of a tick in which some clip skips the blocks or is to; bound when they are first wanted."""
         if (rung, blocks) not in self._skipping:
             buffers = self._inputs.timed | self._inputs.skipping
-            self._skipping[rung, blocks] = self._replay(self.denoiser.skipping_calls(rung, blocks=blocks, **buffers))
+            self._skipping[rung, blocks] = self._replay(self._skipper.skipping_calls(rung, blocks=blocks, **buffers))
         return self._skipping[rung, blocks]
 
     def _zero(self, rows: Iterable[int]) -> None:
