@@ -51,8 +51,12 @@ class Costs:
         return None if call is None else _left(job) * call + self.decode(job.size)
 
     def together(self, job: Job) -> float | None:
-        """Seconds that all devices take for the rest of ``job``, but to decode it; ``None`` where they do not share."""
-        call = self.call(job.size, job.rows, together=True) if self._fits(job.size) else None
+        """Seconds that all devices take for the rest of ``job``, but to decode it; ``None`` where they do not share.
+
+        They share no clip that skips blocks.
+        """
+        shared = self._fits(job.size) and not job.skips
+        call = self.call(job.size, job.rows, together=True) if shared else None
         return None if call is None else _left(job) * call
 
     def soonest(self, job: Job) -> float | None:

@@ -151,8 +151,6 @@ class Floor:
         if not line or paused.get(line[0].id, 0):
             return None
         first = line[0]
-        if first.skips:
-            return None
         clips = [_prospect(costs, job, now, place) for place, each in there.items() for job in each.running]
         clips += [_prospect(costs, job, now, None) for job in line]
         known = [clip for clip in clips if clip is not None]

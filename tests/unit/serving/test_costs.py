@@ -64,6 +64,8 @@ def test_several_devices_make_a_clip_together_where_they_can_share_its_size() ->
     assert two.width(JOB) == 2
     still = dataclasses.replace(JOB, frames=1)
     assert (two.together(still), two.soonest(still)) == (None, two.alone(still))
+    skips = dataclasses.replace(JOB, evaluations=8)  # of ten steps: its residuals are on one device
+    assert (two.together(skips), two.soonest(skips)) == (None, two.alone(skips))
     assert Costs(measured, 4).together(JOB) == 3.0
     assert Costs(measured).together(JOB) is None  # what others had measured
     assert Costs(measured, 8).soonest(JOB) == 10.5
