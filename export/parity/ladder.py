@@ -349,7 +349,9 @@ def climb(subject: Subject, backends: Sequence[str], steps: int, progress: Progr
     requests = parity_requests(bundle.manifest, checkpoint, steps)
     sides = sides_of(subject)
     graphs = bundle.manifest.graphs.keys() - {FRAMES}  # whose row is the clip's
-    news = News(progress, len(requests) + len(backends) * (len(graphs) + 2 * len(requests)))
+    # A skipped step's velocity hangs on those before it: it has no row of its own.
+    whole = sum(not each.settings.skipped_steps for each in requests)
+    news = News(progress, len(requests) + len(backends) * (len(graphs) + whole + len(requests)))
     walks = [walk(sides.truth, request, news) for request in requests]
     ladders = []
     for name in backends:
@@ -357,7 +359,7 @@ def climb(subject: Subject, backends: Sequence[str], steps: int, progress: Progr
             ladder = Ladder(backend, subject.bundle, sides, news)
             ladder.graphs(requests[-1])
             for each in walks:
-                if not each.request.settings.skipped_steps:  # a skipped step's velocity hangs on those before it
+                if not each.request.settings.skipped_steps:
                     ladder.trajectory(each)
             for each in walks:
                 ladder.free_run(each)

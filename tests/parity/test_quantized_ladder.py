@@ -58,7 +58,9 @@ def test_fp8_bundle_passes_and_one_with_a_lost_bit_fails(
     export_bundle(ExportRequest(checkpoint=checkpoint, out=tmp_path / "good", **files))
     opened = Bundle.open(tmp_path / "good")
     subject = open_subject(opened, Sources(checkpoint=checkpoint, scales=scale_files["fp8"]))
-    report = climb(subject, ["onnxruntime"], 3)
+    told: list[tuple[int, int]] = []
+    report = climb(subject, ["onnxruntime"], 3, lambda _, done, of: told.append((done, of)))
+    assert {done for done, of in told if of == told[-1][1]} == set(range(told[-1][1])), "all that was to be done"
     assert report.passed, [row for row in report.rows if not row.passed]
     levels = {row.level for row in report.rows}
     assert {row.level for row in report.rows if row.name == "ti2v jit ab2, skips"} == {"free_run", "direct_free_run"}
