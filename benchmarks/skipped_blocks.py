@@ -35,7 +35,7 @@ from stiv_deploy.runtime.pipeline.pipeline import StivPipeline
 from stiv_deploy.runtime.pipeline.request import GenerationRequest
 from stiv_deploy.runtime.pipeline.tuning import TuneReport
 from stiv_deploy.runtime.sampling.settings import Solver
-from stiv_deploy.runtime.sampling.tuning import Grid, Point, relative_errors
+from stiv_deploy.runtime.sampling.tuning import Grid, Point, nearest, relative_errors
 from stiv_deploy.stiv_ref.checkpoint import open_checkpoint
 
 FIRST_SEED = 200_000
@@ -46,13 +46,9 @@ Result = dict[str, Any]
 
 def pairs(report: TuneReport) -> Iterator[tuple[Point, Point]]:
     """For each number of evaluations the best grid without skips and the best with them; :class:`RequestError`."""
-    skipping = sorted((each.point for each in report.skips), key=lambda each: (each.evaluations, -each.tried))
-    found = {each.evaluations: each for each in skipping}
-    if not found:
+    if not report.skips:
         raise RequestError("nothing was tried that skips; tune a bundle that was exported with --skips, on 3 clips")
-    for evaluations, point in found.items():
-        fewer = [each for each in report.best if each.evaluations <= evaluations]
-        yield min(fewer, key=lambda each: each.tried), point
+    yield from ((each.fewer, each.point) for each in nearest(report.skips))
 
 
 class Clips:

@@ -22,11 +22,11 @@ class ExportRequest:
     half to twice the checkpoint's own sizes; ``buckets``, if any, stand instead of it. With ``attention`` ``plugin``
     each block has a second file with plugin nodes for its attention in space and time, over the same weights.
     ``vae_precision`` is what engines compute the VAE in, None for :attr:`engine_vae_precision`; on a CPU it is always
-    float32. With ``halves`` each block is there in two halves too, which several devices need to share a clip.
-    With ``skips`` it has the graphs by which steps skip the blocks.
-    ``loras`` are files with their scales, as ``FILE[:SCALE]``, merged into the weights before all else. With ``tuned``
-    the bundle has what ``stiv tune`` found of the checkpoint, if it did and nothing is merged. With ``check`` each
-    graph is compared with the reference at the sizes of every bucket; the structural checks always run.
+    float32. With ``halves`` each block is there in two halves too, which several devices need to share a clip, with
+    ``skips`` there are the graphs by which steps skip the blocks. ``loras`` are files with their scales, as
+    ``FILE[:SCALE]``, merged into the weights before all else. With ``tuned`` the bundle has what ``stiv tune`` found of
+    the checkpoint, if it did and nothing is merged. With ``check`` each graph is compared with the reference at the
+    sizes of every bucket; the structural checks always run.
 
     Raises :class:`ExportError` where these do not go together.
     """

@@ -36,6 +36,11 @@ class TunedGrid(Frozen):
         """Whose its solver's weights are, in a word."""
         return "fitted" if self.solver_weights else "its own"
 
+    @property
+    def kind(self) -> tuple[int, str, str, bool]:
+        """What one bundle has one grid for: steps, solver, whose weights, and whether steps are skipped."""
+        return self.steps, self.solver, self.weights, bool(self.skipped_steps)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         given = len(self.solver_weights)
@@ -63,8 +68,7 @@ class Tuned(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        kinds = {(each.solver, each.steps, each.weights, bool(each.skipped_steps)) for each in self.grids}
-        if len(kinds) < len(self.grids):
+        if len({each.kind for each in self.grids}) < len(self.grids):
             raise ValueError("want one grid for a solver, its weights and a number of steps, got two")
         return self
 

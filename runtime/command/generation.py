@@ -47,10 +47,6 @@ Besides them ``prompt`` and each line of ``prompts`` make a request, ``image`` a
 ``resize`` is a ``fit``, ``seed`` counts on over all videos, and ``request`` reads whole requests, the only way to
 ``latents``, ``noise``, ``solver_weights`` and ``skipped_steps``.
 """
-WEIGHED = ("num_inference_steps", "solver", "time_shift", "late_stretch")
-"""Fields with whose values alone a request's ``solver_weights`` and ``skipped_steps`` hold."""
-SKIPPED = ("time_shift", "late_stretch", "solver_weights", "skipped_steps")
-"""Fields that go together with whether blocks are skipped."""
 
 
 def default_rows(defaults: "SamplingDefaults") -> list[tuple[str, str]]:
@@ -134,9 +130,12 @@ def replaced(read: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, An
     Weights of a solver and skipped steps are left out where that, the steps or the times become others than theirs;
     these times too where ``skip_blocks`` asks for the bundle's skipped steps, or for none in place of some.
     """
-    others = any(read.get(name) not in (None, values[name]) for name in WEIGHED if name in values)
+    from stiv_deploy.runtime.pipeline.plan import FOUND, TIMES
+
+    decided = (name for name in ("num_inference_steps", "solver", *TIMES) if name in values)
+    others = any(read.get(name) not in (None, values[name]) for name in decided)
     switched = "skip_blocks" in values and (values["skip_blocks"] or bool(read.get("skipped_steps")))
-    left_out = SKIPPED if switched else SKIPPED[2:] if others else ()
+    left_out = (*TIMES, *FOUND) if switched else FOUND if others else ()
     return dict(read) | dict.fromkeys(left_out) | dict(values)
 
 

@@ -204,10 +204,10 @@ def _show_skips(report: "TuneReport") -> None:
     """Where steps that skip the blocks beat fewer steps, if they do anywhere."""
     from rich.console import Console
 
-    worthwhile = [each for each in report.skips if each.worthwhile]
-    nearest = sorted(worthwhile, key=lambda each: (each.point.evaluations, -each.point.tried))
-    if best := {each.point.evaluations: each for each in nearest}:
-        Console().print(skip_table([*best.values()]))
+    from stiv_deploy.runtime.sampling.tuning import nearest
+
+    if best := nearest(each for each in report.skips if each.worthwhile):
+        Console().print(skip_table(best))
     else:
         typer.echo(f"skipped blocks ({len(report.skips)} tried) are nowhere nearer than as many evaluations without")
 

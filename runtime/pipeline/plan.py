@@ -42,6 +42,10 @@ RECOMMENDED = {
     "skipped_steps": "skipped_steps",
 }
 """Fields of a request that a bundle recommends, by the name of its recommendation."""
+TIMES = ("time_shift", "late_stretch")
+"""Fields that say when a given number of steps are."""
+FOUND = ("solver_weights", "skipped_steps")
+"""Fields with what tuning found for a solver, its steps and their times, and that hold for these alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +192,7 @@ def _skipping(request: GenerationRequest, manifest: Manifest) -> Recommended:
             f"skip_blocks: this bundle was tuned to skip blocks in {kinds}; ask for one of these, name skipped_steps, "
             "or run 'stiv tune' on a bundle exported with --skips"
         )
-    own = ("time_shift", "late_stretch", "solver_weights", "skipped_steps")
-    if named := [name for name in own if getattr(request, name) is not None]:
+    if named := [name for name in (*TIMES, *FOUND) if getattr(request, name) is not None]:
         raise RequestError(f"skip_blocks comes with its own {', '.join(named)}; leave out one or the other")
     return found
 

@@ -47,8 +47,6 @@ from stiv_deploy.runtime.sampling.tuning import (
 log = logging.getLogger(__name__)
 BUDGETS = (4, 6, 8, 10, 12, 15, 20, 25, 30)
 SHIFTS = (0.5, 1.0, 2.0, 4.0, 8.0)
-OWN_GRID = ("solver", "steps", "time_shift", "late_stretch", "solver_weights", "skipped_steps")
-"""What the grid of a request is made of, as its settings have it."""
 FITTED_CLIPS = 3
 """Clips at least for weights to be fitted: two choose. A single one can be met too well to tell grids apart by it."""
 
@@ -215,11 +213,11 @@ def tuned(report: TuneReport) -> Tuned:
     steps = {each.grid.steps for each in report.tried}
     own = _whole([report.own])
     points = sorted((each for each in (*own, *report.tried) if each.grid.steps in steps), key=_tried)
-    grids: dict[tuple[int, Solver, str, bool], TunedGrid] = {}
+    grids: dict[tuple[int, str, str, bool], TunedGrid] = {}
     for each in (*points, *skipping):
         values = each.grid.model_dump(mode="json", exclude={"guidance_until"})
         grid = TunedGrid(**values, tried=each.tried, error=each.error)
-        grids.setdefault((each.grid.steps, each.grid.solver, grid.weights, bool(grid.skipped_steps)), grid)
+        grids.setdefault(grid.kind, grid)
     return Tuned(
         bundle=report.bundle,
         clips=report.clips,
@@ -248,7 +246,7 @@ def _record(folder: Path, report: TuneReport) -> None:
 def _own_grid(plan: GenerationPlan) -> tuple[Grid, int]:
     """The one grid of the planned videos, and how many they are; :class:`RequestError` where they have several."""
     chosen = [video.settings for video in plan.videos]
-    grids = {Grid(**{name: getattr(each, name) for name in OWN_GRID}) for each in chosen}
+    grids = {Grid.of(each) for each in chosen}
     if len(grids) > 1:
         raise RequestError("requests to tune on have different solvers, steps or times; give all the same")
     return grids.pop(), len(chosen)

@@ -67,6 +67,11 @@ def most_rows(settings: SamplingSettings) -> int:
     return len(settings.rows(any(each.guided for each in evaluations(settings))))
 
 
+def block_evaluations(settings: SamplingSettings) -> int:
+    """Evaluations of the model's blocks of a run with ``settings``, guidance branches counted as one."""
+    return sum(each.residuals is None for each in evaluations(settings))
+
+
 def row_evaluations(settings: SamplingSettings) -> int:
     """Rows of the model that a run with ``settings`` takes, all its evaluations together but those without blocks."""
     return sum(len(settings.rows(each.guided)) for each in evaluations(settings) if each.residuals is None)

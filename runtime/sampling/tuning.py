@@ -7,7 +7,7 @@ was chosen: so no luck of the choice is reported as a gain.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from stiv_deploy.runtime.bundle.bounds import SHIFT_LIMITS, STEP_LIMIT, Steps, W
 from stiv_deploy.runtime.bundle.contract import Frozen
 from stiv_deploy.runtime.sampling.settings import SamplingSettings, Solver
 from stiv_deploy.runtime.sampling.skipping import skippable
-from stiv_deploy.runtime.sampling.solvers import evaluations
+from stiv_deploy.runtime.sampling.solvers import block_evaluations
 
 STRETCHED = ((2**-0.5, 2.0), (0.5, 2.0), (0.5, 3.0))
 """Late steps so much longer are tried, at so much of the time shift that is best where all steps are equal."""
@@ -44,10 +44,16 @@ class Grid(Frozen):
     skipped_steps: Steps = ()
     guidance_until: float | None = None
 
+    @classmethod
+    def of(cls, settings: SamplingSettings) -> Self:
+        """The grid of ``settings``, whose guidance it leaves to the clips."""
+        own = (name for name in cls.model_fields if name != "guidance_until")
+        return cls.model_validate({name: getattr(settings, name) for name in own})
+
     @property
     def evaluations(self) -> int:
         """Evaluations of the model's blocks, guidance branches counted as one."""
-        return sum(each.residuals is None for each in evaluations(self.settings))
+        return block_evaluations(self.settings)
 
     @property
     def settings(self) -> SamplingSettings:
@@ -223,6 +229,12 @@ def skips(found: Iterable[Point], best: Sequence[Point]) -> Iterator[Skip]:
     for point in found:
         fewer = [each for each in best if each.evaluations <= point.evaluations]
         yield Skip(point=point, fewer=min(fewer, key=lambda each: each.tried))
+
+
+def nearest(found: Iterable[Skip]) -> list[Skip]:
+    """Of each number of evaluations the skips that come nearest, by the clips that choose; evaluations ascend."""
+    far_first = sorted(found, key=lambda each: (each.point.evaluations, -each.point.tried))
+    return [*{each.point.evaluations: each for each in far_first}.values()]
 
 
 def stretched(grid: Grid, part: float, stretch: float) -> Grid:

@@ -24,7 +24,7 @@ from stiv_deploy.runtime.pipeline.tasks import TASKS
 from stiv_deploy.runtime.pipeline.tokenization import lost_line
 from stiv_deploy.runtime.sampling.guidance import GuidanceMode, Unseen
 from stiv_deploy.runtime.sampling.settings import Solver
-from stiv_deploy.runtime.sampling.solvers import evaluations, most_rows
+from stiv_deploy.runtime.sampling.solvers import block_evaluations, evaluations, most_rows
 from stiv_deploy.serving.api.answers import resource
 from stiv_deploy.serving.api.body import FIELDS, FORMATS, PRIORITY, Asked, Wanted, wanted
 from stiv_deploy.serving.api.guard import Rate
@@ -205,7 +205,7 @@ class Service:
             height=size.height,
             width=size.width,
             rows=most_rows(video.settings),
-            evaluations=sum(each.residuals is None for each in planned),
+            evaluations=block_evaluations(video.settings),
             steps=sum(not each.hold for each in planned),
             facts=json.dumps(self._facts(video) | {"remixed_from": what.source, TRACE: trace}),
             twin=hashlib.sha256(f"{plan.bundle} {text}".encode()).hexdigest(),
